@@ -1,0 +1,93 @@
+"""Checkpoints on disk: folders `step_000012` that are either whole or passed over. Knows nothing of what is in them.
+
+Each holds what its writer wrote and a state.json with the state, and the checksum of every file.
+"""
+
+import json
+import logging
+import shutil
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm_agents.errors import DataError
+from vlm_agents.files import sync, writing
+
+log = logging.getLogger(__name__)
+
+STATE = "state.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A whole checkpoint. `state` is its stage's, `seconds` what the run had taken, `offsets` how long its append-only
+    files were."""
+
+    step: int
+    path: Path
+    state: Mapping[str, Any]
+    seconds: float
+    offsets: Mapping[str, int]
+
+
+def save(folder: Path, step: int, write: Callable[[Path], None], record: Mapping[str, Any], keep: int) -> Path:
+    """Have `write` fill a new checkpoint, and keep the newest `keep`. A crash leaves those that were there before."""
+    final, temporary = folder / f"step_{step:06d}", folder / f".step_{step:06d}"
+    with writing(final):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        checksums = {str(path.relative_to(temporary)): checksum(path) for path in files_in(temporary)}
+        (temporary / STATE).write_text(json.dumps({"step": step, **record, "files": checksums}))
+        for path in (*files_in(temporary), temporary):
+            sync(path)
+        if final.exists():  # left by a run that went back to an older checkpoint
+            shutil.rmtree(final)
+        temporary.rename(final)
+        sync(folder)
+        for old in newest_first(folder)[keep:]:
+            shutil.rmtree(old)
+    return final
+
+
+def latest(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint; None if there never was one, DataError if all of them are damaged."""
+    candidates = newest_first(folder)
+    for candidate in candidates:
+        checkpoint = read(candidate)
+        if checkpoint is not None:
+            return checkpoint
+        log.warning("checkpoint %s is damaged: going on from the one before it", candidate)
+    if candidates:
+        raise DataError(f"every checkpoint under {folder} is damaged: delete {folder.parent} and start anew")
+    return None
+
+
+def read(folder: Path) -> Checkpoint | None:
+    """The checkpoint in `folder`, or None unless its files are all there and as they were written."""
+    try:
+        record = json.loads((folder / STATE).read_text())
+        whole = all(checksum(folder / name) == crc for name, crc in record["files"].items())
+        checkpoint = Checkpoint(record["step"], folder, record["state"], record["seconds"], record["offsets"])
+    except (OSError, ValueError, KeyError):
+        return None
+    return checkpoint if whole else None
+
+
+def newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
+
+
+def files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file, read piece by piece."""
+    value = 0
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            value = zlib.crc32(piece, value)
+    return value

@@ -1,0 +1,408 @@
+"""The schema of every configuration group and the checks across fields. Imports no torch.
+
+Hydra composes YAML from `conf/` against these classes; `parse` turns the result into plain dataclasses once, at the
+door. Past it nobody sees a DictConfig, and nobody writes to the result.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from vlm_agents.errors import ConfigError, did_you_mean
+
+PolicyName = Literal["model", "expert", "random", "remote"]
+RaterName = Literal["none", "expert", "remote"]
+
+
+def conf_dir() -> Path:
+    """The folder of the YAML groups: beside `src/` in a checkout, inside the package in a wheel."""
+    here = Path(__file__).resolve().parent
+    for candidate in (here.parents[1] / "conf", here / "conf"):
+        if (candidate / "config.yaml").is_file():
+            return candidate
+    raise ConfigError(f"no conf/config.yaml beside {here}: reinstall vlm_agents")
+
+
+def one_of(what: str, value: str, allowed: Any) -> None:
+    """Raise unless `value` is one of the `allowed` Literal's words."""
+    words = get_args(allowed)
+    if value not in words:
+        raise ConfigError(f"{what}={value} is not one of {', '.join(words)}.{did_you_mean(value, words)}")
+
+
+def at_least(what: str, value: float, bound: float) -> None:
+    if value < bound:
+        raise ConfigError(f"{what}={value} must be at least {bound}")
+
+
+def in_unit(what: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ConfigError(f"{what}={value} must lie between 0 and 1")
+
+
+# ---- env -------------------------------------------------------------------------------------------------------------
+@dataclass
+class EnvConfig:
+    family: str = MISSING
+    id: str = MISSING
+    max_steps: int | None = None  # turns before an episode is truncated; null: the env's own limit
+    invalid_penalty: float = 0.1  # taken off the reward of a turn whose reply held no legal action
+    workers: bool = False  # step each env in a process of its own
+    timeout_s: float = 60.0  # a worker that answers later is restarted, its episode marked env_error
+
+    def __post_init__(self) -> None:
+        if self.max_steps is not None:
+            at_least("env.max_steps", self.max_steps, 1)
+        if self.timeout_s <= 0:
+            raise ConfigError(f"env.timeout_s={self.timeout_s} must be positive")
+
+
+@dataclass
+class EchoConfig(EnvConfig):
+    """A picture shows a colour, its name is the action; `turns` colours make an episode."""
+
+    family: str = "echo"
+    id: str = "vlm_agents/Echo-v0"
+    colors: int = 4
+    turns: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("env.turns", self.turns, 1)
+        if not 2 <= self.colors <= 8:
+            raise ConfigError(f"env.colors={self.colors} must lie between 2 and 8")
+
+
+@dataclass
+class MiniGridConfig(EnvConfig):
+    """Any MiniGrid-* or BabyAI-* id."""
+
+    family: str = "minigrid"
+    id: str = "MiniGrid-DoorKey-6x6-v0"
+    view: str = "full"  # full: the whole grid from above; agent: the 7x7 cells that the agent sees
+    tile_size: int = 28  # pixels a cell; 28 makes one cell one merged vision token of Qwen2-VL and Qwen2.5-VL
+    describe: bool = False  # put a text description of what is visible into the observation
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("env.view", self.view, Literal["full", "agent"])
+        at_least("env.tile_size", self.tile_size, 4)
+
+
+# ---- prompt ----------------------------------------------------------------------------------------------------------
+@dataclass
+class PromptConfig:
+    format: str = MISSING
+    history: str = "last_k"  # none | last_k: the last actions and what they did, as text | full: the whole chat
+    last_k: int = 4
+    max_reply_tokens: int = 64
+    score_temperature: float = 0.5  # action_scores only: softmax temperature over the scores 1-5
+
+    def __post_init__(self) -> None:
+        one_of("prompt.format", self.format, Literal["cot_json", "action_only", "action_scores"])
+        one_of("prompt.history", self.history, Literal["none", "last_k", "full"])
+        at_least("prompt.last_k", self.last_k, 1)
+        at_least("prompt.max_reply_tokens", self.max_reply_tokens, 1)
+        if self.score_temperature <= 0:
+            raise ConfigError(f"prompt.score_temperature={self.score_temperature} must be positive")
+
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+@dataclass
+class LoraConfig:
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        at_least("model.lora.rank", self.rank, 1)
+        in_unit("model.lora.dropout", self.dropout)
+
+
+@dataclass
+class TrainableConfig:
+    """Which parts learn; with LoRA, which parts get adapters."""
+
+    vision: bool = True
+    projector: bool = True
+    language: bool = True
+
+
+@dataclass
+class ValueHeadConfig:
+    hidden: int = 128
+    stop_gradient: bool = True  # the critic reads the policy's features but doesn't move them
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING
+    path: str | None = None  # folder or hub id with weights and processor; null: the tiny model of this package
+    weights: str = "pretrained"  # pretrained | random: the same architecture, freshly drawn
+    temperature: float = 1.0  # the policy's own sampling temperature, in rollouts, training and eval/success
+    lora: LoraConfig | None = None
+    train: TrainableConfig = field(default_factory=TrainableConfig)
+    value_head: ValueHeadConfig = field(default_factory=ValueHeadConfig)
+    gradient_checkpointing: bool = False
+    attention: str = "sdpa"
+
+    def __post_init__(self) -> None:
+        one_of("model.weights", self.weights, Literal["pretrained", "random"])
+        if self.temperature <= 0:
+            raise ConfigError(f"model.temperature={self.temperature} must be positive; greedy runs are eval's business")
+
+
+# ---- hardware --------------------------------------------------------------------------------------------------------
+@dataclass
+class HardwareConfig:
+    name: str = MISSING
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int | None = None  # torch CPU threads; null: all cores
+    tokens_per_microbatch: int = 8192  # padded tokens in one forward and backward pass
+
+    def __post_init__(self) -> None:
+        one_of("hardware.dtype", self.dtype, Literal["float32", "bfloat16"])
+        at_least("hardware.tokens_per_microbatch", self.tokens_per_microbatch, 1)
+
+
+# ---- tracking --------------------------------------------------------------------------------------------------------
+@dataclass
+class TrackingConfig:
+    name: str = MISSING  # jsonl: metrics.jsonl only | mlflow: that, and MLflow
+    uri: str | None = None  # null: sqlite:///<cwd>/mlflow.db
+    experiment: str = "vlm_agents"
+
+    def __post_init__(self) -> None:
+        one_of("tracking.name", self.name, Literal["jsonl", "mlflow"])
+
+
+# ---- algo ------------------------------------------------------------------------------------------------------------
+@dataclass
+class AlgoConfig:
+    name: str = MISSING
+    gamma: float = 0.98
+    gae_lambda: float = 0.95
+    clip: float = 0.2
+    epochs: int = 2
+    minibatch_turns: int = 128
+    thought_coef: float = 0.5  # weight of a thought token's log-prob beside an action token's 1
+    value_coef: float = 0.5
+    entropy_coef: float = 0.0
+    kl_coef: float = 0.0  # k3 penalty towards the policy that training started from; needs model.lora
+    target_kl: float | None = None  # an iteration's remaining updates are skipped once approx_kl passes this
+    lr: float = 1e-4
+    value_lr: float = 1e-3
+    warmup_updates: int = 0
+    min_lr_ratio: float = 0.1  # the cosine schedule ends at this share of the learning rate
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        one_of("algo.name", self.name, Literal["ppo"])
+        for name in ("gamma", "gae_lambda", "min_lr_ratio"):
+            in_unit(f"algo.{name}", getattr(self, name))
+        for name, bound in (("epochs", 1), ("minibatch_turns", 1), ("thought_coef", 0), ("kl_coef", 0), ("lr", 0)):
+            at_least(f"algo.{name}", getattr(self, name), bound)
+        if self.clip <= 0 or self.max_grad_norm <= 0:
+            raise ConfigError(f"algo.clip={self.clip} and algo.max_grad_norm={self.max_grad_norm} must be positive")
+
+
+# ---- stage -----------------------------------------------------------------------------------------------------------
+@dataclass
+class RemoteConfig:
+    """An OpenAI-compatible server. The key, where one is needed, is read from the environment variable `key_env`."""
+
+    url: str = "http://127.0.0.1:8000/v1"
+    model: str = "default"
+    key_env: str = "OPENAI_API_KEY"
+    concurrency: int = 8
+    timeout_s: float = 60.0
+    retries: int = 4
+
+
+@dataclass
+class StageConfig:
+    name: str = MISSING
+
+
+@dataclass
+class CollectConfig(StageConfig):
+    """Play and label episodes."""
+
+    name: str = "collect"
+    policy: str = "expert"
+    init: str | None = None  # policy=model: run directory or HF folder; null: the model's own weights
+    episodes: int = 256
+    num_envs: int = 32
+    noise: float = 0.3  # share of turns where a random legal action is played; the label stays the policy's
+    rater: str = "expert"  # who scores each step 0-10
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
+
+    def __post_init__(self) -> None:
+        one_of("stage.policy", self.policy, PolicyName)
+        one_of("stage.rater", self.rater, RaterName)
+        in_unit("stage.noise", self.noise)
+        at_least("stage.episodes", self.episodes, 1)
+        at_least("stage.num_envs", self.num_envs, 1)
+
+
+@dataclass
+class PreprocessConfig(StageConfig):
+    """Trajectories to SFT data."""
+
+    name: str = "preprocess"
+    data: list[str] = MISSING  # run directories of stage=collect
+    label: str = (
+        "reply"  # reply: what the policy said, if it meant it | advice: what the expert would have said (DAgger)
+    )
+    success_only: bool = True
+    min_score: float = 0.0  # keep steps rated at least this (0-10)
+    val_fraction: float = 0.02  # share of episodes held out for validation
+
+    def __post_init__(self) -> None:
+        one_of("stage.label", self.label, Literal["reply", "advice"])
+        in_unit("stage.val_fraction", self.val_fraction)
+        if not 0 <= self.min_score <= 10:
+            raise ConfigError(f"stage.min_score={self.min_score} must lie between 0 and 10")
+
+
+@dataclass
+class SftConfig(StageConfig):
+    """Supervised fine-tuning on the Parquet data of stage=preprocess."""
+
+    name: str = "sft"
+    data: str = MISSING  # run directory of stage=preprocess
+    init: str | None = None
+    epochs: float = 1.0
+    batch_size: int = 64
+    lr: float = 1e-3
+    warmup_steps: int = 50
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    checkpoint_every: int = 200  # optimizer steps
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        if self.epochs <= 0:
+            raise ConfigError(f"stage.epochs={self.epochs} must be positive")
+        for name in ("batch_size", "checkpoint_every", "keep_checkpoints"):
+            at_least(f"stage.{name}", getattr(self, name), 1)
+
+
+@dataclass
+class PpoConfig(StageConfig):
+    """Reinforcement learning on the env's reward."""
+
+    name: str = "ppo"
+    init: str | None = None
+    iterations: int = 20
+    episodes: int = 64  # whole episodes collected per iteration
+    num_envs: int = 64
+    freeze_vision: bool = True  # pictures are then encoded once and reused by every pass of an iteration
+    eval_episodes: int = 200  # size of the held-out panel played before and after; 0: no evaluation
+    eval_every: int = 0  # iterations between evaluations on the panel; 0: only before and after
+    checkpoint_every: int = 1
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "episodes", "num_envs", "checkpoint_every", "keep_checkpoints"):
+            at_least(f"stage.{name}", getattr(self, name), 1)
+        for name in ("eval_episodes", "eval_every"):
+            at_least(f"stage.{name}", getattr(self, name), 0)
+
+
+@dataclass
+class EvalConfig(StageConfig):
+    """Play a fixed panel of held-out seeds."""
+
+    name: str = "eval"
+    policy: str = "model"
+    init: str | None = None
+    episodes: int = 200
+    num_envs: int = 64
+    baselines: bool = True  # also play random and expert on the same panel
+    report_episodes: int = 12  # episodes shown in report.html
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
+
+    def __post_init__(self) -> None:
+        one_of("stage.policy", self.policy, PolicyName)
+        at_least("stage.episodes", self.episodes, 1)
+        at_least("stage.num_envs", self.num_envs, 1)
+        at_least("stage.report_episodes", self.report_episodes, 0)
+
+
+# ---- a run -----------------------------------------------------------------------------------------------------------
+@dataclass
+class RunConfig:
+    """One run: one stage, on one env, with one model, on one hardware."""
+
+    name: str = MISSING
+    seed: int = 0
+    run_dir: str = MISSING
+    env: EnvConfig = MISSING
+    prompt: PromptConfig = MISSING
+    model: ModelConfig = MISSING
+    hardware: HardwareConfig = MISSING
+    tracking: TrackingConfig = MISSING
+    stage: StageConfig = MISSING
+    algo: AlgoConfig | None = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w[\w.+-]*", self.name):
+            raise ConfigError(f"name={self.name!r} names a folder: use letters, digits and . _ + - only")
+        at_least("seed", self.seed, 0)
+        if self.algo is not None and self.algo.kl_coef > 0 and self.model.lora is None:
+            raise ConfigError(
+                "algo.kl_coef > 0 needs a reference policy, which is the model with its adapter off: "
+                "add model/lora=adapter, or set algo.kl_coef=0"
+            )
+        if isinstance(self.stage, PpoConfig) and self.algo is None:
+            raise ConfigError("stage=ppo needs an algo: add algo=ppo")
+
+
+def register() -> None:
+    """Tell Hydra the schemas. They live under `schema/` so that they never show up as options of a group."""
+    store = ConfigStore.instance().store
+    store(name="run", group="schema", node=RunConfig)
+    store(name="echo", group="schema/env", node=EchoConfig)
+    store(name="minigrid", group="schema/env", node=MiniGridConfig)
+    store(name="prompt", group="schema", node=PromptConfig)
+    store(name="model", group="schema", node=ModelConfig)
+    store(name="hardware", group="schema", node=HardwareConfig)
+    store(name="tracking", group="schema", node=TrackingConfig)
+    store(name="algo", group="schema", node=AlgoConfig)
+    for stage in (CollectConfig, PreprocessConfig, SftConfig, PpoConfig, EvalConfig):
+        store(name=stage().name, group="schema/stage", node=stage)
+
+
+def parse(cfg: DictConfig) -> RunConfig:
+    """The composed configuration as checked plain dataclasses; ConfigError says which value is off."""
+    run = OmegaConf.to_object(cfg)
+    assert isinstance(run, RunConfig)
+    for key in unknown_keys(run):
+        raise ConfigError(f"{key}: no such setting. A leading + doesn't add one; remove +{key}")
+    return run
+
+
+def unknown_keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """Settings that no schema knows: `+key=value` brings them in, and nothing would ever read them."""
+    names = [one.name for one in fields(node)]
+    yield from (prefix + name for name in vars(node) if name not in names)
+    for name in names:
+        if is_dataclass(getattr(node, name)):
+            yield from unknown_keys(getattr(node, name), f"{prefix}{name}.")
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested settings, under dotted names."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

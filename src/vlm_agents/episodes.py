@@ -1,0 +1,156 @@
+"""Episodes on disk: `episodes.jsonl`, one line a trajectory, and `images/<hash>.png`, one file a distinct frame.
+
+The only file that knows this layout; the dataclasses of `types` are its schema. An episode counts once its line ends
+in a newline, and its images are in place before that. It knows nothing of stages, or of what the episodes are for.
+"""
+
+import hashlib
+import io
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from functools import cache, partial
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+from weakref import WeakValueDictionary
+
+from PIL import Image
+
+from vlm_agents.errors import DataError
+from vlm_agents.files import append_line, atomic_write, sync, writing
+from vlm_agents.types import Trajectory
+
+logger = logging.getLogger(__name__)
+
+LINES = "episodes.jsonl"
+IMAGES = "images"
+
+
+class EpisodeWriter:
+    """Appends to the episodes of a run directory; one writer at a time.
+
+    Opening drops what a crash left of an unfinished line. With `offset`, an earlier `tell()`, it also drops every
+    episode written after it, which is how a run goes back to a checkpoint.
+    """
+
+    def __init__(self, run_dir: Path, offset: int | None = None) -> None:
+        self._lines = run_dir / LINES
+        self._images = run_dir / IMAGES
+        with writing(self._images):
+            self._images.mkdir(parents=True, exist_ok=True)
+        with writing(self._lines):
+            self._lines.touch()
+            self._cut(offset)
+        self._known = {path.stem for path in self._images.glob("*.png")}
+
+    def append(self, trajectory: Trajectory) -> None:
+        """Write one episode, whole or not at all; DataError when the disk is full. It then survives this process."""
+        encode = partial(self._encode, named={})
+        append_line(self._lines, json.dumps(trajectory, default=encode, allow_nan=False))
+
+    def tell(self) -> int:
+        """The offset in bytes after the last episode, for a checkpoint: what stands before it is on the disk."""
+        sync(self._lines)
+        return self._lines.stat().st_size
+
+    def _cut(self, offset: int | None) -> None:
+        with open(self._lines, "r+b") as file:
+            whole = sum(len(line) for line in file if line.endswith(b"\n"))
+            unfinished = file.tell() - whole
+            if offset is not None and offset > whole:
+                raise DataError(
+                    f"{self._lines} holds {whole} bytes of whole episodes, but the checkpoint was taken at {offset}: "
+                    "the file was changed since. Put it back, or start under another name="
+                )
+            if unfinished:
+                logger.warning("%s: dropped %d bytes of an unfinished last line", self._lines, unfinished)
+            file.truncate(whole if offset is None else offset)
+
+    def _encode(self, value: Any, named: dict[int, str]) -> Any:
+        if isinstance(value, Image.Image):
+            if id(value) not in named:  # a frame comes back in every later prompt: hash it once an episode
+                named[id(value)] = self._save(value)
+            return named[id(value)]
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+
+    def _save(self, image: Image.Image) -> str:
+        kind = repr((image.mode, image.size, image.getpalette()))
+        name = hashlib.sha256(kind.encode() + image.tobytes()).hexdigest()[:16]
+        if name not in self._known:
+            png = io.BytesIO()
+            image.save(png, "PNG", compress_level=1)
+            atomic_write(self._images / f"{name}.png", png.getvalue())
+            self._known.add(name)
+        return name
+
+
+def read_episodes(run_dir: Path) -> Iterator[Trajectory]:
+    """The episodes of a run directory, one at a time. Equal frames are one image object while anybody holds it."""
+    path = run_dir / LINES
+    if not path.is_file():
+        raise DataError(f"no {path}: it is written by stage=collect, ppo and eval; run one of them first")
+    load = _Images(run_dir / IMAGES)
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                logger.warning("%s:%d: skipped an unfinished last line", path, number)
+                return
+            yield _read_line(line, f"{path}:{number}", load)
+
+
+def _read_line(line: bytes, where: str, load: Callable[[str], Image.Image]) -> Trajectory:
+    try:
+        return _decode(Trajectory, json.loads(line), load)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{where}: not an episode ({error!r}). Delete this line, or run the stage that wrote it again"
+        ) from error
+
+
+class _Images:
+    """Loads the images of one folder by name."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._alive: WeakValueDictionary[str, Image.Image] = WeakValueDictionary()
+
+    def __call__(self, name: str) -> Image.Image:
+        image = self._alive.get(name)
+        if image is None:
+            image = self._alive[name] = self._open(self._folder / f"{name}.png")
+        return image
+
+    def _open(self, path: Path) -> Image.Image:
+        try:
+            with Image.open(path) as file:
+                return file.copy()  # a plain Image, equal to the one that was saved
+        except (OSError, SyntaxError) as error:  # SyntaxError is how Pillow calls a broken PNG
+            raise DataError(
+                f"can't read image {path} ({error}). Put it back, or delete this line of the episodes"
+            ) from error
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _decode(kind: Any, value: Any, load: Callable[[str], Image.Image]) -> Any:
+    """The JSON `value` as the type that it was written from. Fields that it lacks take their default."""
+    inner = get_args(kind)
+    if get_origin(kind) is UnionType:
+        return None if value is None else _decode(inner[0], value, load)
+    if get_origin(kind) is tuple:
+        if inner[0] in (int, float, str):
+            return tuple(value)
+        return tuple(_decode(inner[0], item, load) for item in value)
+    if kind is Image.Image:
+        return load(value)
+    if isinstance(kind, type) and is_dataclass(kind):
+        hints = _hints(kind)
+        return kind(**{name: _decode(hints[name], item, load) for name, item in value.items()})
+    return value

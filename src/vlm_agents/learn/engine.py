@@ -1,0 +1,91 @@
+"""Gradients to weights: optimizer, gradient clipping and learning-rate schedule, behind a Protocol.
+
+`TorchEngine` is one process on one device. Knows nothing of losses or rows.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from vlm_agents.config import AlgoConfig
+
+
+class Engine(Protocol):
+    """What the update needs of an optimizer."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the policy, in this iteration."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the loss's gradient to what the next step takes."""
+        ...
+
+    def step(self) -> float:
+        """One optimizer step; the gradient norm before clipping. A norm that isn't finite leaves the weights alone."""
+        ...
+
+    def end_iteration(self) -> None:
+        """Move the schedule on: once per iteration, however many steps or ranks it had."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class TorchEngine:
+    """AdamW with a group for the policy and one for the value head; either may be empty."""
+
+    def __init__(
+        self, parameters_by_role: Mapping[str, list[torch.nn.Parameter]], algo: AlgoConfig, iterations: int
+    ) -> None:
+        policy, value = parameters_by_role.get("policy", []), parameters_by_role.get("value", [])
+        self.algo = algo
+        self.iterations = iterations
+        self.iteration = 0
+        self.parameters = [*policy, *value]
+        self.optimizer = torch.optim.AdamW([{"params": policy}, {"params": value}], weight_decay=algo.weight_decay)
+        self._set_learning_rates()
+
+    @property
+    def learning_rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> float:
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.algo.max_grad_norm))
+        if math.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def end_iteration(self) -> None:
+        self.iteration += 1
+        self._set_learning_rates()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"iteration": self.iteration, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.iteration = state["iteration"]
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _set_learning_rates(self) -> None:
+        share = lr_share(self.iteration, self.iterations, self.algo.warmup_updates, self.algo.min_lr_ratio)
+        for group, full in zip(self.optimizer.param_groups, (self.algo.lr, self.algo.value_lr), strict=True):
+            group["lr"] = full * share
+
+
+def lr_share(iteration: int, iterations: int, warmup: int, floor: float) -> float:
+    """Share of the full learning rate in iteration 0, 1, ...: linear warm-up, then a cosine to `floor` in the last."""
+    if iteration < warmup:
+        return (iteration + 1) / (warmup + 1)
+    progress = min(1.0, (iteration - warmup) / max(1, iterations - 1 - warmup))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))

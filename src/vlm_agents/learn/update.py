@@ -1,0 +1,153 @@
+"""One PPO iteration: epochs of shuffled mini-batches, each a sum of micro-batches and one optimizer step.
+
+Takes the rows of `batch`, leaves the model changed, and returns what is worth a curve. It collects nothing, logs
+nothing and saves nothing.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlm_agents.config import AlgoConfig
+from vlm_agents.errors import TrainingError
+from vlm_agents.learn.advantages import explained_variance
+from vlm_agents.learn.batch import collate, microbatches, minibatches, to_device
+from vlm_agents.learn.engine import Engine
+from vlm_agents.learn.losses import ppo_policy_loss, reference_kl, turn_mean, value_loss
+from vlm_agents.tensors import ActorCritic, Renderer, Row
+
+# Keyed by the identity of a row: idents repeat where one seed is played twice, and rows hold arrays, so have no hash.
+Reference = Mapping[int, Tensor]
+
+
+def update(
+    model: ActorCritic,
+    renderer: Renderer,
+    engine: Engine,
+    rows: Sequence[Row],
+    algo: AlgoConfig,
+    rng: np.random.Generator,
+    tokens_per_microbatch: int,
+) -> dict[str, float]:
+    """Train on `rows` and end the engine's iteration; metrics are means over all turns of all passes.
+
+    `ppo/ratio_at_start` is the ratio furthest from 1 in the first mini-batch, before any step: what is trained is what
+    was sampled only where it is 1. Once a mini-batch's KL passes `target_kl` the remaining updates are skipped.
+    Raises TrainingError at the first loss or gradient that isn't finite.
+    """
+    reference = reference_logprobs(model, renderer, rows, tokens_per_microbatch) if algo.kl_coef > 0 else None
+    passes: list[dict[str, Tensor]] = []
+    norms: list[float] = []
+    for minibatch in (part for _ in range(algo.epochs) for part in minibatches(rows, algo.minibatch_turns, rng)):
+        passes.append(accumulate(model, renderer, engine, minibatch, algo, reference, tokens_per_microbatch))
+        norms.append(engine.step())
+        if not math.isfinite(norms[-1]):
+            raise _not_finite("gradient norm", _idents_of_turns(minibatch), algo)
+        if algo.target_kl is not None and passes[-1]["approx_kl"].mean() > algo.target_kl:
+            break
+    ratios = passes[0]["ratio"]
+    metrics = {
+        "ppo/ratio_at_start": float(ratios[(ratios - 1).abs().argmax()]),
+        "ppo/grad_norm": float(np.mean(norms)),
+        "ppo/updates": float(len(norms)),
+        "ppo/lr": engine.learning_rate,
+    }
+    for name in passes[0]:
+        if name != "ratio":
+            metrics[f"ppo/{name}"] = float(torch.cat([terms[name] for terms in passes]).mean())
+    engine.end_iteration()
+    return metrics | rollout_metrics(rows)
+
+
+def accumulate(
+    model: ActorCritic,
+    renderer: Renderer,
+    engine: Engine,
+    minibatch: Sequence[Row],
+    algo: AlgoConfig,
+    reference: Reference | None,
+    tokens_per_microbatch: int,
+) -> dict[str, Tensor]:
+    """Backward through one mini-batch; [M] terms of the objective per turn, on the host.
+
+    Each micro-batch's sum is divided by the turns of the whole mini-batch, so how it was cut changes nothing.
+    """
+    turns = sum(len(row.spans) for row in minibatch)
+    parts: list[dict[str, Tensor]] = []
+    for rows in microbatches(minibatch, tokens_per_microbatch):
+        loss, terms = objective(model, renderer, rows, algo, reference)
+        idents = _idents_of_turns(rows)
+        for name, values in terms.items():
+            bad = [ident for ident, value in zip(idents, values.tolist(), strict=True) if not math.isfinite(value)]
+            if bad:
+                raise _not_finite(f"ppo/{name}", bad, algo)
+        engine.backward(loss.sum() / turns)
+        parts.append(terms)
+    return {name: torch.cat([terms[name] for terms in parts]) for name in parts[0]}
+
+
+def objective(
+    model: ActorCritic, renderer: Renderer, rows: Sequence[Row], algo: AlgoConfig, reference: Reference | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """[M] what to minimise, and [M] each of its terms, detached and on the host."""
+    batch = collate(rows, renderer)
+    scores = model.score(batch.tokens)
+    batch = to_device(batch, scores.values.device)
+    policy = ppo_policy_loss(
+        scores.logprobs, batch.old_logprobs, batch.token_weight, batch.turn_of_token, batch.advantages, algo.clip
+    )
+    value = value_loss(scores.values, batch.returns)
+    entropy = turn_mean(scores.entropy, batch.turn_of_token, len(value))
+    loss = policy.loss + algo.value_coef * value - algo.entropy_coef * entropy
+    terms = {
+        "policy_loss": policy.loss,
+        "value_loss": value,
+        "entropy": entropy,
+        "ratio": policy.ratio,
+        "approx_kl": policy.approx_kl,
+        "clip_fraction": policy.clipped,
+    }
+    if reference is not None:
+        reference_of_rows = torch.cat([reference[id(row)] for row in rows])
+        terms["kl_reference"] = reference_kl(scores.logprobs, reference_of_rows, batch.turn_of_token, len(value))
+        loss = loss + algo.kl_coef * terms["kl_reference"]
+    on_host = torch.stack(list(terms.values())).detach().cpu()
+    return loss, dict(zip(terms, on_host, strict=True))
+
+
+def reference_logprobs(
+    model: ActorCritic, renderer: Renderer, rows: Sequence[Row], tokens_per_microbatch: int
+) -> dict[int, Tensor]:
+    """Per row, the log-probs of its reply tokens under the reference policy, which no update changes."""
+    found: dict[int, Tensor] = {}
+    for part in microbatches(rows, tokens_per_microbatch):
+        logprobs = model.reference_logprobs(renderer.collate(part))
+        pieces = logprobs.split([len(row.old_logprobs) for row in part])
+        found.update(zip(map(id, part), pieces, strict=True))
+    return found
+
+
+def rollout_metrics(rows: Sequence[Row]) -> dict[str, float]:
+    """What the rollout's values and returns say, before any update. Raw advantages: normalised ones hide their size."""
+    values = np.concatenate([row.old_values for row in rows])
+    returns = np.concatenate([row.returns for row in rows])
+    return {
+        "ppo/explained_variance": explained_variance(values, returns),
+        "ppo/advantage_std": float((returns - values).std()),
+        "ppo/zero_advantage": float(np.isclose(returns, values, atol=1e-6).mean()),  # share of turns that teach nothing
+    }
+
+
+def _idents_of_turns(rows: Sequence[Row]) -> list[str]:
+    return [row.ident for row in rows for _ in row.spans]
+
+
+def _not_finite(what: str, idents: Sequence[str], algo: AlgoConfig) -> TrainingError:
+    shown = ", ".join(idents[:3]) + (", ..." if len(idents) > 3 else "")
+    return TrainingError(
+        f"{what} isn't finite over {len(idents)} turns ({shown}): "
+        f"lower algo.lr={algo.lr:g} and algo.value_lr={algo.value_lr:g}, or set hardware.dtype=float32"
+    )

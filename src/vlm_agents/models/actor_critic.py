@@ -1,0 +1,219 @@
+"""The agent: a vision-language model as policy, and a small head on its prompt state as critic.
+
+One forward pass gives log-probs, entropies and values of every reply in a batch. Two things make it cheap. The hidden
+states are gathered at the reply tokens *before* `lm_head`, so no [N T vocabulary] tensor ever exists. And the tokens
+that all rows begin with (the system message) go through the model once, not once a row, which is exact, because
+attention is causal.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from vlm_agents.config import ValueHeadConfig
+from vlm_agents.errors import ModelError
+from vlm_agents.models.families import Family
+from vlm_agents.models.images import ImageStore
+from vlm_agents.models.rendering import HFRenderer
+from vlm_agents.tensors import Scores, Tokens
+
+VALUE_FILE = "value_head.safetensors"
+WORTH_SHARING = 8  # tokens; a shorter common prefix costs more bookkeeping than it saves
+
+
+class ValueHead(nn.Module):
+    """Hidden state of the last prompt token -> expected return, fp32 whatever the backbone's dtype."""
+
+    def __init__(self, width: int, config: ValueHeadConfig) -> None:
+        super().__init__()
+        self.stop_gradient = config.stop_gradient
+        last = nn.Linear(config.hidden, 1)
+        nn.init.zeros_(last.weight)  # a fresh critic expects nothing, rather than noise
+        nn.init.zeros_(last.bias)
+        self.net = nn.Sequential(nn.Linear(width, config.hidden), nn.GELU(), last)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.net((hidden.detach() if self.stop_gradient else hidden).float()).squeeze(-1)
+
+
+class Agent(nn.Module):
+    """Implements tensors.ActorCritic over one transformers model (`model` may be its PeftModel)."""
+
+    def __init__(
+        self,
+        model: Any,
+        family: Family,
+        tokenizer: Any,
+        image_processor: Any,
+        value_head: ValueHead,
+        temperature: float,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.value_head = value_head
+        self.family = family
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.temperature = temperature
+        self.images = ImageStore(family)
+        self.renderer = HFRenderer(tokenizer, family, self.images)
+        self.register_buffer("banned", banned_tokens(tokenizer, family), persistent=False)
+        frozen_parts = {self.family.part_of(name) for name, p in model.named_parameters() if not p.requires_grad}
+        trained_parts = {self.family.part_of(name) for name, p in model.named_parameters() if p.requires_grad}
+        self.images.frozen = {"vision", "projector"} <= frozen_parts - trained_parts
+
+    @property
+    def device(self) -> torch.device:
+        return self.family.embed_tokens.weight.device
+
+    # ---- forward -----------------------------------------------------------------------------------------------------
+    def score(self, tokens: Tokens) -> Scores:
+        """Log-probs [K] and entropies [K] of the reply tokens, values [M] of the turns; differentiable."""
+        reply_mask = tokens.reply_mask.to(self.device)
+        hidden = self.hidden(tokens)
+        states = hidden[:, :-1][reply_mask[:, 1:]]  # the state at t - 1 predicts the token at t
+        distribution = self.log_distribution(states)
+        targets = tokens.input_ids.to(self.device)[reply_mask]
+        logprobs = distribution.gather(-1, targets[:, None]).squeeze(-1)
+        starts = reply_mask[:, 1:] & ~reply_mask[:, :-1]
+        return Scores(logprobs, entropy_of(distribution), self.value_head(hidden[:, :-1][starts]))
+
+    @torch.no_grad()
+    def reference_logprobs(self, tokens: Tokens) -> Tensor:
+        """[K] log-probs under the model with its adapter off."""
+        with self.adapter_off():
+            return self.score(tokens).logprobs
+
+    def log_distribution(self, states: Tensor) -> Tensor:
+        """[K V] log-probs over the vocabulary at the sampling temperature, fp32, banned tokens at minus infinity.
+
+        The sampler and the losses both come through here: what is trained is what was sampled.
+        """
+        logits = self.family.lm_head(states).float() / self.temperature
+        return torch.log_softmax(logits.masked_fill(self.banned, -torch.inf), dim=-1)
+
+    def hidden(self, tokens: Tokens) -> Tensor:
+        """[N T H] last hidden states of right-padded rows.
+
+        No padding mask is needed: attention is causal and padding stands on the right.
+        """
+        input_ids = tokens.input_ids.to(self.device)
+        positions = tokens.mm["position_ids"].to(self.device)
+        embeds = self.embed(input_ids, tokens.mm)
+        shared = 0 if self.checkpointing else shared_prefix(tokens, self.family.image_token_id)
+        if shared < WORTH_SHARING:
+            return self.family.text(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
+        cache = DynamicCache()
+        prefix = self.run_prefix(embeds[:1, :shared], positions[..., :1, :shared], cache, len(input_ids))
+        suffix = self.family.text(
+            inputs_embeds=embeds[:, shared:],
+            position_ids=positions[..., shared:],
+            attention_mask=causal_mask(embeds.shape[1] - shared, embeds.shape[1], self.device),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        return torch.cat([prefix.expand(len(input_ids), -1, -1), suffix], dim=1)
+
+    def run_prefix(self, embeds: Tensor, positions: Tensor, cache: DynamicCache, rows: int) -> Tensor:
+        """Run one common prefix [1 P H] through the text model and lay its keys and values out for `rows` rows."""
+        hidden = self.family.text(
+            inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        for layer in cache.layers:
+            assert isinstance(layer, DynamicLayer)
+            layer.keys, layer.values = (
+                state.expand(rows, -1, -1, -1) for state in (layer.keys, layer.values) if state is not None
+            )
+        return hidden
+
+    def embed(self, input_ids: Tensor, mm: Mapping[str, Tensor]) -> Tensor:
+        """[N T H] token embeddings with picture features in the place of their placeholder tokens."""
+        embeds = self.family.embed_tokens(input_ids)
+        if "image_features" in mm:
+            features = mm["image_features"]
+        elif "pixel_values" in mm:
+            distinct = self.family.encode(dict(mm))
+            features = torch.cat([distinct[index] for index in mm["image_index"].tolist()])
+        else:
+            return embeds
+        where = (input_ids == self.family.image_token_id).unsqueeze(-1)
+        return embeds.masked_scatter(where, features.to(embeds.device, embeds.dtype))
+
+    @property
+    def checkpointing(self) -> bool:
+        return bool(getattr(self.family.text, "gradient_checkpointing", False)) and self.training
+
+    # ---- parameters and adapters -------------------------------------------------------------------------------------
+    def parameters_by_role(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters of the policy and of the value head."""
+        policy = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return {"policy": policy, "value": list(self.value_head.parameters())}
+
+    @contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """The policy that training started from. Only with LoRA: without an adapter there is nothing to switch off."""
+        if not hasattr(self.model, "disable_adapter"):
+            raise ModelError("no adapter to switch off: a reference policy needs model.lora")
+        with self.model.disable_adapter():
+            yield
+
+    # ---- disk --------------------------------------------------------------------------------------------------------
+    def save(self, folder: Path) -> None:
+        """An HF folder: weights (or the adapter), tokenizer, image processor; the value head beside them."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+        save_file(self.value_head.state_dict(), folder / VALUE_FILE)
+
+    def load_value_head(self, folder: Path) -> None:
+        """Take the value head saved in `folder`, if there is one of the same shape; else keep the fresh one."""
+        path = folder / VALUE_FILE
+        if not path.is_file():
+            return
+        state, own = load_file(path), self.value_head.state_dict()
+        if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in own.items()}:
+            raise ModelError(
+                f"{path}: its shapes differ from model.value_head; delete it, or use the hidden size it has"
+            )
+        self.value_head.load_state_dict(state)
+
+
+def entropy_of(log_distribution: Tensor) -> Tensor:
+    """[...] entropy in nats of [... V] log-probs that may hold minus infinities, with a finite gradient there too."""
+    finite = log_distribution.masked_fill(log_distribution.isinf(), 0.0)
+    return -(log_distribution.exp() * finite).sum(-1)
+
+
+def banned_tokens(tokenizer: Any, family: Family) -> Tensor:
+    """[V] bool: reserved tokens, and rows of the vocabulary that no token has.
+
+    Of the special tokens only the end of turn may be sampled: an image placeholder would stand for no picture.
+    """
+    vocabulary = family.lm_head.weight.shape[0]
+    banned = torch.zeros(vocabulary, dtype=torch.bool)
+    banned[len(tokenizer) :] = True
+    reserved = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    banned[[index for index in reserved | {family.image_token_id} if index < vocabulary]] = True
+    banned[tokenizer.eos_token_id] = False
+    return banned
+
+
+def shared_prefix(tokens: Tokens, image_token_id: int) -> int:
+    """Number of leading tokens that all rows have in common, before any picture or reply."""
+    ids = tokens.input_ids
+    common = (ids == ids[:1]).all(0) & (ids[0] != image_token_id) & ~tokens.reply_mask.any(0)
+    length = int(common.long().cumprod(0).sum())
+    first_reply = int(tokens.reply_mask.any(0).long().argmax())
+    return min(length, first_reply - 1)  # each row keeps a token of its own before its reply: the value is read there
+
+
+def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """[1 1 Q K] bool mask of the last `queries` of `keys` positions."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)[None, None]

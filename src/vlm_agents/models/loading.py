@@ -1,0 +1,102 @@
+"""Folders and hub ids to agents."""
+
+import json
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from vlm_agents.config import HardwareConfig, ModelConfig, TrainableConfig
+from vlm_agents.errors import DataError, ModelError
+from vlm_agents.models.actor_critic import Agent, ValueHead
+from vlm_agents.models.families import Family, family_of
+
+TINY = Path(__file__).parent / "tiny_weights"
+ADAPTER_FILE = "adapter_config.json"
+RUN_MODEL = "model"  # where a stage leaves its model inside its run directory
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its CPU kernels are optional, and fetched from a hub
+
+
+def load_agent(
+    cfg: ModelConfig, hardware: HardwareConfig, init: str | None = None, freeze_vision: bool = False
+) -> Agent:
+    """The model of `cfg`, with the weights of `init` (a run directory or an HF folder) where given.
+
+    `init` may hold an adapter (then its base is `cfg`'s model) or whole weights. `freeze_vision` trains the language
+    part alone, whatever `cfg.train` says.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", hardware.device.split(":")[0])  # else deepspeed, once imported, warns
+    train = replace(cfg.train, vision=False, projector=False) if freeze_vision else cfg.train
+    folder = init_folder(init) if init else None
+    adapter = folder is not None and (folder / ADAPTER_FILE).is_file()
+    if adapter and cfg.lora is None:
+        raise ModelError(f"{folder} holds a LoRA adapter: set model.lora={{rank:...}} as in the run that made it")
+    source = str(folder) if folder and not adapter else cfg.path or str(TINY)
+    random = cfg.weights == "random" and (folder is None or adapter)
+    model, tokenizer, image_processor = load_parts(source, random, hardware, cfg.attention)
+    family = family_of(model, image_processor)
+    if cfg.lora is None:
+        keep_gradients(model, family, train)
+    else:
+        from vlm_agents.models import lora  # peft imports bitsandbytes: seconds that a run without an adapter saves
+
+        model = lora.load(model, str(folder), family, train) if adapter else lora.add(model, family, cfg.lora, train)
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    width = model.config.get_text_config().hidden_size
+    agent = Agent(model, family, tokenizer, image_processor, ValueHead(width, cfg.value_head), cfg.temperature)
+    agent.load_value_head(folder or Path(source))
+    return agent.to(hardware.device).eval()
+
+
+def keep_gradients(model: nn.Module, family: Family, train: TrainableConfig) -> None:
+    """Full training of the chosen parts, the others frozen."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(getattr(train, family.part_of(name)))
+
+
+def init_folder(init: str) -> Path:
+    """The folder of weights that `init` names: itself, or the model of that finished run directory."""
+    folder = Path(init)
+    if (folder / RUN_MODEL).is_dir():
+        return folder / RUN_MODEL
+    if (folder / "config.json").is_file() or (folder / ADAPTER_FILE).is_file():
+        return folder
+    raise DataError(
+        f"stage.init={init} holds no model: it needs a finished run of stage=sft or stage=ppo (with a folder "
+        f"{RUN_MODEL}/), or an HF folder with config.json"
+    )
+
+
+def load_parts(source: str, random: bool, hardware: HardwareConfig, attention: str) -> tuple[Any, Any, Any]:
+    """Model, tokenizer and image processor. Random weights have the same architecture and need no weight files.
+
+    The processor class is not used: those of the Qwen families need torchvision for videos.
+    """
+    dtype = getattr(torch, hardware.dtype)
+    try:
+        if random:
+            config = AutoConfig.from_pretrained(source)
+            model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
+        else:
+            model = AutoModelForImageTextToText.from_pretrained(
+                source, dtype=dtype, attn_implementation=attention, use_safetensors=True
+            )
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        image_processor = AutoImageProcessor.from_pretrained(source)
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError, json.JSONDecodeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"model {source} can't be loaded: {reason}. Set model.path or stage.init to a whole HF folder"
+        ) from error
+    return model, tokenizer, image_processor

@@ -1,0 +1,235 @@
+"""Sampling: replies, log-probs, entropies and values out of the same passes.
+
+A batch of prompts is prefilled once, what they all begin with only once for all of them, then decoded token by token
+over transformers' cache. Rows leave the batch as they finish, keys and values are written in place, and every row draws
+from its own random generator, so that what an episode gets doesn't depend on who shares the batch with it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
+
+from vlm_agents.models.actor_critic import WORTH_SHARING, Agent, causal_mask, entropy_of
+from vlm_agents.models.rendering import Rendered
+from vlm_agents.types import Prompt, Reply
+
+COMPACT_BELOW = 0.75  # share of live rows under which the finished ones are moved out of the cache
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values in buffers with room to grow, so that a decoded token costs one write and no copy of the past."""
+
+    def __init__(self, rows: int, capacity: int, prefix: Any = None) -> None:
+        super().__init__()
+        self.keys: Tensor
+        self.values: Tensor
+        self.rows, self.capacity, self.prefix, self.length = rows, capacity, prefix, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.keys, self.values = (
+            state.new_empty(self.rows, state.shape[1], self.capacity, state.shape[3])
+            for state in (key_states, value_states)
+        )
+        if self.prefix is not None and self.prefix.keys is not None and self.prefix.values is not None:
+            self.length = self.prefix.get_seq_length()
+            self.keys[..., : self.length, :] = self.prefix.keys
+            self.values[..., : self.length, :] = self.prefix.values
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, self.length = self.length, self.length + key_states.shape[-2]
+        self.keys[..., start : self.length, :] = key_states
+        self.values[..., start : self.length, :] = value_states
+        return self.keys[..., : self.length, :], self.values[..., : self.length, :]
+
+    def get_seq_length(self) -> int:
+        if self.is_initialized or self.prefix is None:
+            return self.length
+        return self.prefix.get_seq_length()
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all other rows of the batch."""
+        self.keys, self.values = self.keys[rows], self.values[rows]
+
+
+@dataclass(slots=True)
+class Prefilled:
+    """A batch that is ready to decode. Columns are: the shared prefix, then each row's own tokens, left-padded."""
+
+    rendered: list[Rendered]
+    cache: Cache
+    layers: list[RoomyLayer]  # of the cache
+    hidden: Tensor  # [N H] state of each row's last prompt token
+    valid: Tensor | None  # [N columns] bool, None where no row is padded
+    positions: Tensor  # [P N] position of each row's next token
+
+
+class Sampler:
+    """Decodes for one agent."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        rngs: Sequence[np.random.Generator],
+        max_new_tokens: int,
+        greedy: bool = False,
+    ) -> list[Reply]:
+        """One reply a prompt. Greedy replies still carry the log-probs of the policy at its own temperature."""
+        agent = self.agent
+        batch = self.prefill(prompts, max_new_tokens)
+        values = agent.value_head(batch.hidden).tolist()
+        count = len(prompts)
+        draws = torch.from_numpy(np.stack([rng.random(max_new_tokens) for rng in rngs])).to(agent.device)
+        tokens = np.zeros((count, max_new_tokens), dtype=np.int64)
+        logprobs, entropies = (np.zeros((count, max_new_tokens), dtype=np.float32) for _ in range(2))
+        lengths = np.full(count, max_new_tokens)
+        live = torch.arange(count, device=agent.device)  # which prompt each row of the cache belongs to
+        hidden, valid, positions = batch.hidden, batch.valid, batch.positions
+        for step in range(max_new_tokens):
+            distribution = agent.log_distribution(hidden)
+            chosen = distribution.argmax(-1) if greedy else draw(distribution, draws[live, step])
+            rows = live.cpu().numpy()
+            tokens[rows, step] = chosen.cpu().numpy()
+            logprobs[rows, step] = distribution.gather(-1, chosen[:, None]).squeeze(-1).cpu().numpy()
+            entropies[rows, step] = entropy_of(distribution).cpu().numpy()
+            ended = chosen == agent.renderer.end_of_turn
+            # a finished row may stay in the cache for a while: only its first end of turn counts
+            done = rows[ended.cpu().numpy()]
+            lengths[done] = np.minimum(lengths[done], step + 1)
+            unfinished = torch.from_numpy(lengths[rows] == max_new_tokens).to(agent.device)
+            if step + 1 == max_new_tokens or not unfinished.any():
+                break
+            if unfinished.float().mean() < COMPACT_BELOW:
+                for layer in batch.layers:
+                    layer.keep(unfinished)
+                live, chosen, positions = live[unfinished], chosen[unfinished], positions[:, unfinished]
+                valid = None if valid is None else valid[unfinished]
+            if valid is not None:
+                valid = torch.cat([valid, valid.new_ones(len(valid), 1)], dim=1)
+            hidden = self.decode(chosen, positions, valid, batch.cache)
+            positions = positions + 1
+        return [
+            self._reply(batch.rendered[i], tokens[i], logprobs[i], entropies[i], lengths[i], values[i])
+            for i in range(count)
+        ]
+
+    @torch.no_grad()
+    def values(self, prompts: Sequence[Prompt]) -> list[float]:
+        """The critic's estimate for each prompt."""
+        return self.agent.value_head(self.prefill(prompts, 0).hidden).tolist() if prompts else []
+
+    def decode(self, chosen: Tensor, positions: Tensor, valid: Tensor | None, cache: Cache) -> Tensor:
+        """[n H] states after one more token a row."""
+        agent = self.agent
+        output = agent.family.text(
+            inputs_embeds=agent.family.embed_tokens(chosen[:, None]),
+            position_ids=positions[..., None],
+            attention_mask=None if valid is None else valid[:, None, None, :],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state[:, -1]
+
+    def prefill(self, prompts: Sequence[Prompt], room: int) -> Prefilled:
+        """Run the prompts through the model, leaving `room` columns for tokens to come."""
+        agent, family = self.agent, self.agent.family
+        rendered = [agent.renderer.render(prompt) for prompt in prompts]
+        positions = [family.positions(row.ids, [image.size for image in row.images]) for row in rendered]
+        shared = _shared([row.ids for row in rendered], family.image_token_id)
+        width = max(len(row.ids) for row in rendered) - shared
+        ids = torch.full((len(rendered), width), agent.tokenizer.pad_token_id)
+        own = torch.zeros(positions[0].shape[0], len(rendered), width, dtype=torch.long)
+        valid = torch.zeros(len(rendered), shared + width, dtype=torch.bool)
+        valid[:, :shared] = True
+        for index, row in enumerate(rendered):
+            length = len(row.ids) - shared
+            ids[index, width - length :] = torch.from_numpy(row.ids[shared:])
+            own[:, index, width - length :] = torch.from_numpy(positions[index][:, shared:])
+            valid[index, shared + width - length :] = True
+        ids, own, valid = (tensor.to(agent.device) for tensor in (ids, own, valid))
+
+        prefix = DynamicCache()
+        if shared:
+            head = torch.from_numpy(rendered[0].ids[None, :shared]).to(agent.device)
+            head_positions = torch.from_numpy(positions[0][:, None, :shared]).to(agent.device)
+            family.text(
+                inputs_embeds=family.embed_tokens(head),
+                position_ids=head_positions,
+                past_key_values=prefix,
+                use_cache=True,
+            )
+        capacity = shared + width + room
+        layers = [
+            RoomyLayer(len(rendered), capacity, prefix.layers[i] if shared else None)
+            for i in range(family.text.config.num_hidden_layers)
+        ]
+        cache = Cache(layers=list(layers))
+        padded = not bool(valid.all())
+        mask = causal_mask(width, shared + width, agent.device)
+        if padded:
+            # a padding column sees itself, so that no row of the attention is empty; nothing else sees it
+            itself = torch.eye(shared + width, dtype=torch.bool, device=agent.device)[shared:]
+            mask = (mask & valid[:, None, None, :]) | itself
+        hidden = family.text(
+            inputs_embeds=agent.embed(ids, agent.images.batch([image for row in rendered for image in row.images])),
+            position_ids=own,
+            attention_mask=mask if padded or shared else None,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        following = own.amax(-1).amax(0).expand(own.shape[:2]) + 1  # the next token's position, on all rotary axes
+        return Prefilled(rendered, cache, layers, hidden[:, -1], valid if padded else None, following)
+
+    def _reply(
+        self,
+        rendered: Rendered,
+        tokens: np.ndarray,
+        logprobs: np.ndarray,
+        entropies: np.ndarray,
+        length: int,
+        value: float,
+    ) -> Reply:
+        ids = tokens[:length].tolist()
+        renderer = self.agent.renderer
+        return Reply(
+            text=renderer.decode(ids),
+            prompt_token_ids=tuple(rendered.ids.tolist()),
+            token_ids=tuple(ids),
+            logprobs=tuple(logprobs[:length].tolist()),
+            value=value,
+            entropy=float(entropies[:length].mean()),
+            finish="stop" if ids[-1] == renderer.end_of_turn else "length",
+        )
+
+
+def draw(distribution: Tensor, uniform: Tensor) -> Tensor:
+    """[n] tokens by inverting the cumulative distribution of [n V] log-probs at `uniform` [n] in [0, 1)."""
+    cumulative = distribution.double().exp().cumsum(-1)
+    total = cumulative[:, -1:]
+    point = torch.minimum(uniform[:, None] * total, total * (1 - 2**-52))  # rounding must not pass the last token
+    return torch.searchsorted(cumulative, point, right=True).squeeze(-1)
+
+
+def _shared(rows: Sequence[np.ndarray], image_token_id: int) -> int:
+    """Number of leading tokens that all prompts have in common before any picture; each keeps a token of its own."""
+    if len(rows) == 1:
+        return 0
+    shortest = min(len(row) for row in rows) - 1
+    heads = np.stack([row[:shortest] for row in rows])
+    same = (heads == heads[0]).all(0) & (heads[0] != image_token_id)
+    length = int(np.cumprod(same).sum())
+    return length if length >= WORTH_SHARING else 0

@@ -1,0 +1,132 @@
+"""Who answers: the scripted expert, chance, a model, or one of them with random moves mixed in.
+
+A policy sees queries and gives replies in the prompt format's own words; it never touches an env. A reply drawn by
+chance carries no tokens but the entropy of the draw, which is how its record tells it from what somebody meant
+(`is_random`). So the text to learn from in a recorded turn is `reply.text` where that was meant, else what
+`observation.advice` says, else nothing.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from vlm_agents.errors import ConfigError
+from vlm_agents.prompting import PromptFormat
+from vlm_agents.types import Query, Reply
+
+if TYPE_CHECKING:  # env workers import this module and need no torch
+    from vlm_agents.models import Sampler
+
+NO_PLAN = "no plan"
+
+
+class Policy(Protocol):
+    """Answers queries in batches. All its randomness comes from `Query.rng`."""
+
+    name: str
+
+    def reply(self, queries: Sequence[Query]) -> list[Reply]: ...
+
+    def value(self, queries: Sequence[Query]) -> list[float]:
+        """The expected return from each query on; 0 from a policy without a critic."""
+        ...
+
+
+def random_reply(query: Query, prompt_format: PromptFormat) -> Reply:
+    """A legal action drawn uniformly, written with the thought "no plan"."""
+    legal = query.observation.legal_actions
+    if legal is None:
+        raise ConfigError(
+            "random moves need an env that lists its legal actions, and this one takes free text: "
+            "set stage.noise=0 and choose another stage.policy than random"
+        )
+    action = legal[int(query.rng.integers(len(legal)))]
+    return Reply(prompt_format.write(NO_PLAN, action, legal), entropy=math.log(len(legal)))
+
+
+def is_random(reply: Reply) -> bool:
+    """Was this reply drawn by `random_reply`? Such a reply is never a label, nor trained on."""
+    return reply.entropy is not None and not reply.token_ids
+
+
+class ExpertPolicy:
+    """Says what the observation's advice says; where there is none (the expert is lost), moves at random."""
+
+    name = "expert"
+
+    def __init__(self, prompt_format: PromptFormat) -> None:
+        self._format = prompt_format
+
+    def reply(self, queries: Sequence[Query]) -> list[Reply]:
+        return [self._say(query) for query in queries]
+
+    def value(self, queries: Sequence[Query]) -> list[float]:
+        return [0.0] * len(queries)
+
+    def _say(self, query: Query) -> Reply:
+        advice = query.observation.advice
+        if advice is None:
+            return random_reply(query, self._format)
+        return Reply(self._format.write(advice.thought, advice.action, query.observation.legal_actions))
+
+
+class RandomPolicy:
+    """Plays uniformly random legal actions: the floor that eval compares with."""
+
+    name = "random"
+
+    def __init__(self, prompt_format: PromptFormat) -> None:
+        self._format = prompt_format
+
+    def reply(self, queries: Sequence[Query]) -> list[Reply]:
+        return [random_reply(query, self._format) for query in queries]
+
+    def value(self, queries: Sequence[Query]) -> list[float]:
+        return [0.0] * len(queries)
+
+
+class NoisyPolicy:
+    """Another policy, but a share `noise` of the turns is played at random, so that its data shows how to recover.
+
+    The random move is the reply, in the record as in later prompts, for that is what the world saw. What the expert
+    would have said there stays in `observation.advice`. The inner policy isn't asked on such turns.
+    """
+
+    def __init__(self, policy: Policy, noise: float, prompt_format: PromptFormat) -> None:
+        self.name = f"{policy.name}+noise{noise:g}"
+        self._policy = policy
+        self._noise = noise
+        self._format = prompt_format
+
+    def reply(self, queries: Sequence[Query]) -> list[Reply]:
+        strays = [query.rng.random() < self._noise for query in queries]
+        asked = [query for query, stray in zip(queries, strays, strict=True) if not stray]
+        said = iter(self._policy.reply(asked) if asked else [])
+        return [
+            random_reply(query, self._format) if stray else next(said)
+            for query, stray in zip(queries, strays, strict=True)
+        ]
+
+    def value(self, queries: Sequence[Query]) -> list[float]:
+        return self._policy.value(queries)
+
+
+class ModelPolicy:
+    """Samples from an agent, or decodes greedily."""
+
+    def __init__(self, sampler: "Sampler", max_reply_tokens: int, greedy: bool = False) -> None:
+        self.name = "model_greedy" if greedy else "model"
+        self._sampler = sampler
+        self._max_reply_tokens = max_reply_tokens
+        self._greedy = greedy
+
+    def reply(self, queries: Sequence[Query]) -> list[Reply]:
+        return self._sampler.generate(
+            [query.prompt for query in queries],
+            [query.rng for query in queries],
+            max_new_tokens=self._max_reply_tokens,
+            greedy=self._greedy,
+        )
+
+    def value(self, queries: Sequence[Query]) -> list[float]:
+        return self._sampler.values([query.prompt for query in queries])

@@ -1,0 +1,32 @@
+"""The bare action as the whole reply, no thoughts."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from vlm_agents.config import PromptConfig
+from vlm_agents.prompting.base import LegalActions, chat, match_action
+from vlm_agents.types import Observation, Parsed, Prompt, Turn
+
+RULE = "Answer with the action only."
+
+
+class ActionOnly:
+    """The action is everything but the white space around it."""
+
+    def __init__(self, cfg: PromptConfig) -> None:
+        self.cfg = cfg
+
+    def prompt(self, instructions: str, history: Sequence[Turn], now: Observation) -> Prompt:
+        return chat(f"{instructions}\n{RULE}", history, now, self.cfg)
+
+    def parse(self, text: str, legal_actions: LegalActions, rng: np.random.Generator) -> Parsed:
+        value = text.strip()
+        if not value:
+            return Parsed(None, error="empty reply")
+        start = text.index(value)
+        action, error = match_action(value, legal_actions)
+        return Parsed(action, action_span=(start, start + len(value)), error=error)
+
+    def write(self, thought: str, action: str, legal_actions: LegalActions) -> str:
+        return action

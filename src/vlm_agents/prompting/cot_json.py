@@ -1,0 +1,32 @@
+"""Think, then act: `{"thoughts": "...", "action": "turn left"}`."""
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+
+from vlm_agents.config import PromptConfig
+from vlm_agents.prompting.base import LegalActions, chat, find_object, match_action
+from vlm_agents.types import Observation, Parsed, Prompt, Turn
+
+RULE = 'Answer in JSON: {"thoughts": "...", "action": "..."}'
+
+
+class CotJson:
+    """The action is the value of the key `action`."""
+
+    def __init__(self, cfg: PromptConfig) -> None:
+        self.cfg = cfg
+
+    def prompt(self, instructions: str, history: Sequence[Turn], now: Observation) -> Prompt:
+        return chat(f"{instructions}\n{RULE}", history, now, self.cfg)
+
+    def parse(self, text: str, legal_actions: LegalActions, rng: np.random.Generator) -> Parsed:
+        found = find_object(text, "action")
+        if found.answer is None:
+            return Parsed(None, found.thought_span, error=found.error)
+        action, error = match_action(found.answer.value, legal_actions)
+        return Parsed(action, found.thought_span, found.answer.span, error)
+
+    def write(self, thought: str, action: str, legal_actions: LegalActions) -> str:
+        return json.dumps({"thoughts": thought, "action": action}, ensure_ascii=False)

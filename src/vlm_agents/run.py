@@ -1,0 +1,255 @@
+"""The directory of one run: snapshot, seeds, metrics, checkpoints, resume, DONE. Knows no stage and no model.
+
+    config.yaml  overrides  commit      what was asked, of which code
+    metrics.jsonl                       one object a line: step and metrics
+    checkpoints/step_000012/            what the stage wrote, plus state.json
+    summary.json  DONE                  the end
+
+Everything is either replaced in one step or only ever appended to. A checkpoint remembers how long the append-only
+files were; resuming cuts them back to that, so a run that was killed leaves the same files as one that was not.
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import math
+import os
+import random
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, Self
+
+import numpy as np
+import yaml
+from PIL.Image import Image
+
+from vlm_agents import checkpoints
+from vlm_agents.checkpoints import Checkpoint
+from vlm_agents.config import RunConfig, conf_dir, flat
+from vlm_agents.errors import ConfigError, DataError
+from vlm_agents.files import append_line, atomic_write, sync, writing
+from vlm_agents.tracking import Tracker
+
+METRICS = "metrics.jsonl"
+BOOKKEEPING = {"config.yaml", "overrides", "commit", "lock", "mlflow_run_id"}  # these alone are no progress
+MAY_CHANGE = ("run_dir", "tracking")  # settings that a resumed run may have different
+TRAINING_SEEDS = 2**30  # training seeds lie below, held-out panels at or above it: disjoint by construction
+
+
+def stable_hash(*words: object) -> int:
+    """64 bits that depend on the words alone, not on the process."""
+    return int.from_bytes(hashlib.blake2b("\0".join(map(str, words)).encode(), digest_size=8).digest(), "big")
+
+
+def training_seed(run_seed: int, iteration: int, episode: int) -> int:
+    """Seed of a training episode, in [0, 2^30)."""
+    return stable_hash("training", run_seed, iteration, episode) % TRAINING_SEEDS
+
+
+def panel_seeds(env_id: str, n: int) -> list[int]:
+    """The first `n` held-out seeds of an env, in [2^30, 2^31): the same for every run seed, model and policy."""
+    return [TRAINING_SEEDS + stable_hash("panel", env_id, index) % TRAINING_SEEDS for index in range(n)]
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch."""
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+class Run:
+    """One run directory, held by one process at a time. Made by `open`, a context manager."""
+
+    def __init__(self, cfg: RunConfig, lock: IO[bytes], tracker: Tracker) -> None:
+        self.cfg = cfg
+        self.dir = Path(cfg.run_dir)
+        self._lock = lock
+        self._tracker = tracker
+        self._append_only = [METRICS]
+        self._artifacts: dict[str, str] = {}
+        self._step = 0
+        self._started = time.monotonic()
+        self._seconds_before = 0.0
+
+    @classmethod
+    def open(cls, cfg: RunConfig, overrides: Sequence[str], sweep: Path | None = None) -> Self:
+        """Create or continue the run directory; ConfigError if it is finished, in use, or of another configuration."""
+        folder = Path(cfg.run_dir)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = open(folder / "lock", "ab")  # noqa: SIM115 - closed by __exit__
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by forked env workers
+        except BlockingIOError:
+            raise ConfigError(f"{folder} is in use by another process: wait for it, or choose another name=") from None
+        if (folder / "DONE").exists():
+            raise ConfigError(f"{folder} is finished: choose another name=, or delete that directory")
+        settings = settings_of(cfg)
+        if any(entry.name not in BOOKKEEPING for entry in folder.iterdir()):
+            refuse_other_settings(folder / "config.yaml", settings)
+        atomic_write(folder / "config.yaml", settings)
+        atomic_write(folder / "overrides", "".join(f"{word}\n" for word in overrides))
+        atomic_write(folder / "commit", commit() + "\n")
+        return cls(cfg, lock, Tracker(cfg, settings, sweep))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._tracker.close("FINISHED" if kind is None else "KILLED" if kind is KeyboardInterrupt else "FAILED")
+        self._lock.close()
+
+    def path(self, *parts: str) -> Path:
+        return self.dir.joinpath(*parts)
+
+    # ---- seeds ---------------------------------------------------------------------------------------------------
+    def seed_for(self, *words: object) -> int:
+        """A seed in [0, 2^32) for one purpose of this run, named by `words`."""
+        return stable_hash("run", self.cfg.seed, *words) % 2**32
+
+    # ---- what the run tells ----------------------------------------------------------------------------------------
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one line to metrics.jsonl (non-finite numbers as null), and tell the tracker."""
+        self._step = step
+        append_line(self.dir / METRICS, to_json({"step": step, **metrics}))
+        self._tracker.metrics(step, metrics)
+
+    def image(self, key: str, image: Image, step: int) -> None:
+        """Keep a picture under pictures/, and show it in the tracker."""
+        path = self.path("pictures", f"{key.replace('/', '_')}_{step:06d}.png")
+        with writing(path):
+            path.parent.mkdir(exist_ok=True)
+            image.save(path)
+        self._tracker.image(key, image, step)
+
+    def artifact(self, path: Path) -> None:
+        """Name a file or folder of the run directory in summary.json, and copy a file to the tracker."""
+        self._artifacts[path.stem] = str(path.relative_to(self.dir))
+        self._tracker.artifact(path)
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
+    def append_only(self, name: str) -> Path:
+        """Register a file of the run directory that is only ever appended to: resuming will cut it back. Flush it
+        before save_checkpoint."""
+        if name not in self._append_only:
+            self._append_only.append(name)
+        return self.dir / name
+
+    def save_checkpoint(
+        self, step: int, write: Callable[[Path], None], state: Mapping[str, Any], keep: int = 2
+    ) -> Path:
+        """Have `write` fill a folder, and keep it as the newest of `keep` checkpoints. `state` must survive JSON."""
+        for name in self._append_only:
+            if self.path(name).exists():
+                sync(self.path(name))
+        offsets = {name: self._size(name) for name in self._append_only}
+        record = {"state": state, "seconds": self._seconds(), "offsets": offsets}
+        return checkpoints.save(self.path("checkpoints"), step, write, record, keep)
+
+    def latest_checkpoint(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole; None if there never was one, DataError if all of them are damaged."""
+        return checkpoints.latest(self.path("checkpoints"))
+
+    def restore(self) -> Checkpoint | None:
+        """Put the append-only files back to where the latest checkpoint saw them, and return it; None: from the start.
+
+        Register the files first."""
+        checkpoint = self.latest_checkpoint()
+        offsets = {} if checkpoint is None else checkpoint.offsets
+        self._seconds_before = 0.0 if checkpoint is None else checkpoint.seconds
+        for name in self._append_only:
+            offset = offsets.get(name, 0)
+            if self._size(name) < offset:
+                raise DataError(f"{self.path(name)} lost lines that its checkpoint saw: delete {self.dir}, start anew")
+            if self.path(name).exists():
+                os.truncate(self.path(name), offset)
+        return checkpoint
+
+    def _size(self, name: str) -> int:
+        return self.path(name).stat().st_size if self.path(name).exists() else 0
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._started
+
+    # ---- the end ---------------------------------------------------------------------------------------------------
+    def finish(self, metrics: Mapping[str, float], artifacts: Mapping[str, Path] | None = None) -> dict[str, float]:
+        """Write summary.json and DONE. Returns the metrics, so that a stage can end with `return run.finish(...)`."""
+        for key, path in (artifacts or {}).items():
+            self._artifacts[key] = str(path.relative_to(self.dir))
+        cfg = self.cfg
+        summary = {
+            "stage": cfg.stage.name,
+            "env": cfg.env.id,
+            "model": cfg.model.name,
+            "algo": None if cfg.algo is None else cfg.algo.name,
+            "seed": cfg.seed,
+            "metrics": dict(metrics),
+            "artifacts": self._artifacts,
+            "wall_seconds": round(self._seconds(), 3),
+        }
+        atomic_write(self.path("summary.json"), to_json(summary, indent=2) + "\n")
+        self._tracker.metrics(self._step, metrics)
+        self._tracker.artifact(self.path("summary.json"))
+        atomic_write(self.path("DONE"), "")
+        return dict(metrics)
+
+
+def finished_metrics(cfg: RunConfig) -> dict[str, float] | None:
+    """Metrics of the run of `cfg` if it is finished already, for a sweep that is continued; ConfigError as in open."""
+    folder = Path(cfg.run_dir)
+    if not (folder / "DONE").exists():
+        return None
+    refuse_other_settings(folder / "config.yaml", settings_of(cfg))
+    return json.loads((folder / "summary.json").read_text())["metrics"]
+
+
+def settings_of(cfg: RunConfig) -> str:
+    """The configuration as it stands in config.yaml."""
+    return yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False)
+
+
+def refuse_other_settings(snapshot: Path, settings: str) -> None:
+    """ConfigError naming the first setting in which the run that is there differs from the one that is asked for."""
+    try:
+        before = yaml.safe_load(snapshot.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise DataError(f"{snapshot} is unreadable: delete {snapshot.parent}, or choose another name=") from error
+    old, new = dict(flat(before)), dict(flat(yaml.safe_load(settings)))
+    for key in sorted(old.keys() | new.keys()):
+        if key.split(".")[0] not in MAY_CHANGE and old.get(key) != new.get(key):
+            raise ConfigError(
+                f"{snapshot.parent} holds a run with {key}={old.get(key)}, not {new.get(key)}: "
+                f"give the old value to continue it, choose another name=, or delete that directory"
+            )
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Strict JSON: NaN and the infinities become null, NumPy scalars plain numbers."""
+
+    def plain(node: Any) -> Any:
+        if isinstance(node, Mapping):
+            return {str(key): plain(child) for key, child in node.items()}
+        if isinstance(node, np.generic):
+            node = node.item()
+        return None if isinstance(node, float) and not math.isfinite(node) else node
+
+    return json.dumps(plain(value), indent=indent, allow_nan=False)
+
+
+def commit() -> str:
+    """Commit of the checkout that this code runs from, with + if files were changed; empty for an installed wheel."""
+    root = conf_dir().parent
+    if not (root / ".git").exists():
+        return ""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")

@@ -1,0 +1,1 @@
+"""The five stages, one recipe each: `main(cfg, run) -> metrics`."""

@@ -1,0 +1,86 @@
+"""Play episodes and label them: episodes.jsonl with the pictures, each step rated 0-10. Resumes where it was killed."""
+
+from dataclasses import replace
+
+from vlm_agents.config import CollectConfig, RunConfig
+from vlm_agents.episodes import EpisodeWriter, read_episodes
+from vlm_agents.errors import ConfigError
+from vlm_agents.models import load_agent
+from vlm_agents.policies import NoisyPolicy, Policy
+from vlm_agents.progress import track
+from vlm_agents.prompting import PromptFormat, make_format
+from vlm_agents.report import write_report
+from vlm_agents.rollout import collect, summarise
+from vlm_agents.run import Run, training_seed
+from vlm_agents.stages.playing import has_expert, model_policy, open_envs, scripted_policy
+from vlm_agents.types import Trajectory, Turn
+
+REPORTED = 12  # episodes in report.html
+
+
+def main(cfg: RunConfig, run: Run) -> dict[str, float]:
+    stage = cfg.stage
+    assert isinstance(stage, CollectConfig)
+    advised = has_expert(cfg.env)
+    if not advised and "expert" in (stage.policy, stage.rater):
+        raise ConfigError(f"{cfg.env.id} has no expert: set stage.policy and stage.rater to something else")
+    prompt_format = make_format(cfg.prompt)
+    policy = make_policy(cfg, stage, prompt_format)
+    run.restore()
+    writer = EpisodeWriter(run.dir)
+    done = sum(1 for _ in read_episodes(run.dir))
+    seeds = [training_seed(cfg.seed, -1, episode) for episode in range(done, stage.episodes)]
+    with open_envs(cfg.env, stage.num_envs, advised) as envs:
+        playing = collect(
+            envs, policy, prompt_format, seeds, invalid_penalty=cfg.env.invalid_penalty, run_seed=cfg.seed
+        )
+        for trajectory in track(playing, "collect", len(seeds)):
+            writer.append(rated(trajectory) if stage.rater == "expert" else trajectory)
+    trajectories = list(read_episodes(run.dir))
+    metrics = summarise(trajectories, "collect")
+    run.log(0, metrics)
+    report = run.path("report.html")
+    write_report(
+        report,
+        title=f"collect: {cfg.env.id}",
+        subtitle=f"{len(trajectories)} episodes of {policy.name}",
+        metrics=metrics,
+        curves={},
+        episodes=trajectories[:REPORTED],
+    )
+    return run.finish(metrics, {"report": report, "episodes": run.path("episodes.jsonl")})
+
+
+def make_policy(cfg: RunConfig, stage: CollectConfig, prompt_format: PromptFormat) -> Policy:
+    if stage.policy == "remote":
+        raise ConfigError("stage.policy=remote: labelling over a server is not here yet; use expert, model or random")
+    if stage.policy == "model":
+        policy = model_policy(cfg, load_agent(cfg.model, cfg.hardware, stage.init))
+    else:
+        policy = scripted_policy(stage.policy, prompt_format)
+    return NoisyPolicy(policy, stage.noise, prompt_format) if stage.noise else policy
+
+
+def rated(trajectory: Trajectory) -> Trajectory:
+    """The episode with each step's `quality` in its metrics."""
+    turns = [
+        replace(turn, step=replace(turn.step, metrics={**turn.step.metrics, "quality": quality(turn)}))
+        for turn in trajectory.turns
+    ]
+    return replace(trajectory, turns=tuple(turns))
+
+
+def quality(turn: Turn) -> float:
+    """0-10 by what the step did to the expert's distance to success: 10 a step nearer, 5 as far, 0 farther or lost.
+
+    Where the expert counts no steps: 10 for doing what it advises, else 0.
+    """
+    before = turn.observation.advice
+    after = None if turn.step.terminated else turn.step.observation.advice
+    if turn.step.metrics["success"]:
+        return 10.0
+    if before is None or before.distance is None:
+        return 10.0 if before is not None and before.action == turn.parsed.action else 0.0
+    if after is None or after.distance is None:
+        return 0.0
+    return min(10.0, max(0.0, 5.0 - 5.0 * (after.distance - before.distance)))

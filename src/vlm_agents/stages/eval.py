@@ -1,0 +1,65 @@
+"""Play the held-out panel: the policy sampled and greedy, beside chance and the scripted expert. Trains nothing."""
+
+from vlm_agents.config import EvalConfig, RunConfig
+from vlm_agents.episodes import EpisodeWriter
+from vlm_agents.errors import ConfigError
+from vlm_agents.models import load_agent
+from vlm_agents.progress import say
+from vlm_agents.prompting import make_format
+from vlm_agents.report import episode_gif, write_report
+from vlm_agents.run import Run
+from vlm_agents.stages.playing import has_expert, open_envs, play_model, play_panel, scripted_policy
+
+NAMES = {"": "model, sampled", "_greedy": "model, greedy", "_random": "random", "_expert": "expert"}
+
+
+def main(cfg: RunConfig, run: Run) -> dict[str, float]:
+    stage = cfg.stage
+    assert isinstance(stage, EvalConfig)
+    prompt_format = make_format(cfg.prompt)
+    advised = has_expert(cfg.env)
+    if stage.policy == "expert" and not advised:
+        raise ConfigError(f"{cfg.env.id} has no expert: set stage.policy=model or random")
+    with open_envs(cfg.env, stage.num_envs, advised) as envs:
+        if stage.policy == "model":
+            agent = load_agent(cfg.model, cfg.hardware, stage.init)
+            metrics, trajectories = play_model(cfg, envs, agent, stage.episodes)
+        else:
+            policy = scripted_policy(stage.policy, prompt_format)
+            metrics, trajectories = play_panel(cfg, envs, policy, stage.episodes)
+        baselines = ["random", *(["expert"] if advised else [])] if stage.baselines and stage.policy == "model" else []
+        for name in baselines:
+            metrics |= play_panel(cfg, envs, scripted_policy(name, prompt_format), stage.episodes, f"_{name}")[0]
+    run.restore()  # an interrupted evaluation starts anew
+    writer = EpisodeWriter(run.dir, offset=0)
+    for trajectory in trajectories:
+        writer.append(trajectory)
+    run.log(0, metrics)
+    table = [
+        {
+            "policy": name if stage.policy == "model" or suffix else stage.policy,
+            "success (95 %)": "{:.3f} [{:.3f}, {:.3f}]".format(
+                *(metrics[f"eval/success{bound}{suffix}"] for bound in ("", "_low", "_high"))
+            ),
+            "return": f"{metrics[f'eval/return{suffix}']:.3f}",
+            "turns": f"{metrics[f'eval/episode_length{suffix}']:.1f}",
+            "loops": f"{metrics[f'eval/loop_rate{suffix}']:.3f}",
+        }
+        for suffix, name in NAMES.items()
+        if f"eval/success{suffix}" in metrics
+    ]
+    for line in table:
+        say("  ".join(f"{key}: {value}" for key, value in line.items()))
+    report, gif = run.path("report.html"), run.path("episode.gif")
+    write_report(
+        report,
+        title=f"eval: {cfg.env.id}",
+        subtitle=f"{stage.episodes} held-out seeds, {stage.policy}" + (f" of {stage.init}" if stage.init else ""),
+        metrics={name: value for name, value in metrics.items() if not name.endswith(("_random", "_expert"))},
+        curves={},
+        episodes=trajectories[: stage.report_episodes],
+        table=table,
+    )
+    if trajectories[0].turns:
+        episode_gif(trajectories[0], gif)
+    return run.finish(metrics, {"report": report, "episodes": run.path("episodes.jsonl")})

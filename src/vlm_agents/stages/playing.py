@@ -1,0 +1,98 @@
+"""What the stages that play have in common: the envs and policies of a configuration, and the held-out panel."""
+
+import math
+from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
+
+import numpy as np
+
+from vlm_agents.config import EnvConfig, RunConfig
+from vlm_agents.envs import make_env
+from vlm_agents.envs.base import Env
+from vlm_agents.errors import ConfigError
+from vlm_agents.experts import with_expert
+from vlm_agents.models import Agent, Sampler
+from vlm_agents.policies import ExpertPolicy, ModelPolicy, Policy, RandomPolicy
+from vlm_agents.progress import track
+from vlm_agents.prompting import PromptFormat, make_format
+from vlm_agents.rollout import EnvPool, collect, summarise
+from vlm_agents.run import panel_seeds
+from vlm_agents.types import Trajectory
+
+EVAL_SEED = 0  # of the randomness of a panel's policies: like its seeds, the same for every run
+
+
+def open_envs(cfg: EnvConfig, num_envs: int, advised: bool) -> EnvPool:
+    """A pool of the configured env; `advised` puts the expert's advice into its observations."""
+    return EnvPool(partial(_make, cfg, advised), num_envs, cfg.workers, cfg.timeout_s)
+
+
+def _make(cfg: EnvConfig, advised: bool) -> Env:
+    env = make_env(cfg)
+    return with_expert(env, cfg) if advised else env
+
+
+def has_expert(cfg: EnvConfig) -> bool:
+    with closing(make_env(cfg)) as env:
+        try:
+            with_expert(env, cfg)
+        except ConfigError:
+            return False
+    return True
+
+
+def scripted_policy(name: str, prompt_format: PromptFormat) -> Policy:
+    return ExpertPolicy(prompt_format) if name == "expert" else RandomPolicy(prompt_format)
+
+
+def model_policy(cfg: RunConfig, agent: Agent, greedy: bool = False) -> Policy:
+    return ModelPolicy(Sampler(agent), cfg.prompt.max_reply_tokens, greedy)
+
+
+def play_panel(
+    cfg: RunConfig, envs: EnvPool, policy: Policy, episodes: int, variant: str = ""
+) -> tuple[dict[str, float], list[Trajectory]]:
+    """Play the first `episodes` held-out seeds. Metrics are `eval/<name><variant>`, success with its 95 % interval."""
+    seeds = panel_seeds(envs.name, episodes)
+    playing = collect(
+        envs, policy, make_format(cfg.prompt), seeds, invalid_penalty=cfg.env.invalid_penalty, run_seed=EVAL_SEED
+    )
+    trajectories = list(track(playing, f"eval {policy.name}", episodes))
+    metrics = summarise(trajectories, "eval")
+    played = episodes - round(metrics["eval/env_errors"])
+    low, high = wilson_interval(round(metrics["eval/success"] * played), played)
+    metrics |= {"eval/success_low": low, "eval/success_high": high}
+    if (over := steps_over_expert(trajectories)) is not None:
+        metrics["eval/steps_over_expert"] = over
+    return {f"{name}{variant}": value for name, value in metrics.items()}, trajectories
+
+
+def play_model(
+    cfg: RunConfig, envs: EnvPool, agent: Agent, episodes: int, suffix: str = ""
+) -> tuple[dict[str, float], list[Trajectory]]:
+    """The panel twice: sampled at the policy's own temperature, and greedy. The trajectories are the sampled ones."""
+    metrics, trajectories = play_panel(cfg, envs, model_policy(cfg, agent), episodes, suffix)
+    greedy, _ = play_panel(cfg, envs, model_policy(cfg, agent, greedy=True), episodes, f"_greedy{suffix}")
+    return metrics | greedy, trajectories
+
+
+def wilson_interval(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of a success rate (Wilson 1927): honest at 0, at 1 and for small n."""
+    share = successes / n
+    centre = share + z * z / (2 * n)
+    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return (centre - spread) / scale, (centre + spread) / scale
+
+
+def steps_over_expert(trajectories: Sequence[Trajectory]) -> float | None:
+    """Mean over solved episodes of turns taken / turns that the expert needs; None where no expert counted them."""
+    ratios = [
+        len(trajectory.turns) / trajectory.turns[0].observation.advice.distance
+        for trajectory in trajectories
+        if trajectory.success
+        and trajectory.turns[0].observation.advice is not None
+        and trajectory.turns[0].observation.advice.distance
+    ]
+    return float(np.mean(ratios)) if ratios else None

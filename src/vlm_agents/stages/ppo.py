@@ -1,0 +1,158 @@
+"""Reinforcement learning: collect whole episodes, turn them into rows, update; evaluate before and after.
+
+Between iterations a run is weights, optimizer and counters, nothing else: every random draw is seeded by
+(run seed, iteration). That is what makes resuming exact.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vlm_agents.config import PpoConfig, RunConfig
+from vlm_agents.episodes import EpisodeWriter, read_episodes
+from vlm_agents.learn.batch import rows as build_rows
+from vlm_agents.learn.engine import TorchEngine
+from vlm_agents.learn.update import update
+from vlm_agents.models import Agent, load_agent
+from vlm_agents.models.loading import RUN_MODEL
+from vlm_agents.progress import say, track
+from vlm_agents.prompting import make_format
+from vlm_agents.report import captioned_frame, read_curves, write_report
+from vlm_agents.rollout import EnvPool, collect, summarise
+from vlm_agents.run import Run, seed_everything, training_seed
+from vlm_agents.stages.playing import has_expert, model_policy, open_envs, play_model
+from vlm_agents.types import Trajectory
+
+RECORDED = 4  # episodes of each iteration kept in episodes.jsonl
+REPORTED = 12  # episodes in report.html
+CURVES = ("rollout/success", "rollout/return", "ppo/approx_kl", "ppo/entropy", "ppo/explained_variance", "eval/success")
+OPTIMIZER = "optimizer.pt"
+
+
+def main(cfg: RunConfig, run: Run) -> dict[str, float]:
+    stage, algo = cfg.stage, cfg.algo
+    assert isinstance(stage, PpoConfig)
+    assert algo is not None
+    run.append_only("episodes.jsonl")
+    checkpoint = run.restore()
+    seed_everything(cfg.seed)
+    init = str(checkpoint.path) if checkpoint else stage.init
+    agent = load_agent(cfg.model, cfg.hardware, init, freeze_vision=stage.freeze_vision)
+    engine = TorchEngine(agent.parameters_by_role(), algo, stage.iterations)
+    writer = EpisodeWriter(run.dir)
+    state: dict[str, Any] = {"before": {}, "last": {}, "training_seconds": 0.0}
+    if checkpoint:
+        engine.load_state_dict(torch.load(checkpoint.path / OPTIMIZER, weights_only=True))
+        state |= checkpoint.state
+
+    def save(step: int) -> None:
+        def write(folder: Path) -> None:
+            agent.save(folder / RUN_MODEL)
+            torch.save(engine.state_dict(), folder / OPTIMIZER)
+
+        run.save_checkpoint(step, write, state, stage.keep_checkpoints)
+
+    with open_envs(cfg.env, stage.num_envs, has_expert(cfg.env)) as envs:
+        if stage.eval_episodes and not checkpoint:
+            state["before"], _ = evaluate(cfg, run, envs, agent, 0)
+            save(0)
+        for iteration in range(checkpoint.step if checkpoint else 0, stage.iterations):
+            state["last"], trajectories = iterate(cfg, run, envs, agent, engine, iteration)
+            state["training_seconds"] += state["last"]["time/rollout"] + state["last"]["time/update"]
+            tell(run, iteration, stage.iterations, state["last"], trajectories[0])
+            for trajectory in trajectories[:RECORDED]:
+                writer.append(trajectory)
+            done = iteration + 1
+            if stage.eval_episodes and stage.eval_every and done % stage.eval_every == 0 and done < stage.iterations:
+                evaluate(cfg, run, envs, agent, done)
+            if done % stage.checkpoint_every == 0 or done == stage.iterations:
+                save(done)
+        after, shown = evaluate(cfg, run, envs, agent, stage.iterations) if stage.eval_episodes else ({}, [])
+    agent.save(run.path(RUN_MODEL))
+    return finish(cfg, run, state, after, shown or list(read_episodes(run.dir))[-RECORDED:])
+
+
+def finish(
+    cfg: RunConfig, run: Run, state: dict[str, Any], after: dict[str, float], shown: list[Trajectory]
+) -> dict[str, float]:
+    """Report and summary: the last iteration's metrics, and the held-out panel after and before."""
+    before = {f"{name}_before": value for name, value in state["before"].items() if name.startswith("eval/success")}
+    metrics = {**state["last"], **after, **before, "time/training": state["training_seconds"]}
+    report = run.path("report.html")
+    write_report(
+        report,
+        title=f"ppo: {cfg.env.id}",
+        subtitle=f"run {cfg.name}, seed {cfg.seed}",
+        metrics={name: value for name, value in metrics.items() if name.startswith(("eval/", "time/"))},
+        curves=read_curves(run.path("metrics.jsonl"), CURVES),
+        episodes=shown[:REPORTED],
+    )
+    return run.finish(metrics, {"model": run.path(RUN_MODEL), "report": report, "episodes": run.path("episodes.jsonl")})
+
+
+def iterate(
+    cfg: RunConfig, run: Run, envs: EnvPool, agent: Agent, engine: TorchEngine, iteration: int
+) -> tuple[dict[str, float], list[Trajectory]]:
+    """One iteration: whole episodes, rows, update."""
+    stage, algo = cfg.stage, cfg.algo
+    assert isinstance(stage, PpoConfig)
+    assert algo is not None
+    agent.images.clear()  # what was seen before must not matter
+    seeds = [training_seed(cfg.seed, iteration, episode) for episode in range(stage.episodes)]
+    start = time.monotonic()
+    playing = collect(
+        envs,
+        model_policy(cfg, agent),
+        make_format(cfg.prompt),
+        seeds,
+        invalid_penalty=cfg.env.invalid_penalty,
+        run_seed=run.seed_for("rollout", iteration),
+    )
+    trajectories = list(track(playing, f"rollout {iteration + 1}", len(seeds)))
+    collected = time.monotonic()
+    rows = build_rows(trajectories, agent.renderer, algo)
+    rng = np.random.default_rng(run.seed_for("update", iteration))
+    learned = update(agent, agent.renderer, engine, rows, algo, rng, cfg.hardware.tokens_per_microbatch)
+    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+    rollout_seconds = collected - start
+    return {
+        **summarise(trajectories),
+        **learned,
+        "time/rollout": rollout_seconds,
+        "time/update": time.monotonic() - collected,
+        "speed/env_steps_per_s": len(turns) / rollout_seconds,
+        "speed/reply_tokens_per_s": sum(len(turn.reply.token_ids) for turn in turns) / rollout_seconds,
+    }, trajectories
+
+
+def evaluate(
+    cfg: RunConfig, run: Run, envs: EnvPool, agent: Agent, step: int
+) -> tuple[dict[str, float], list[Trajectory]]:
+    """The held-out panel, logged at `step`."""
+    assert isinstance(cfg.stage, PpoConfig)
+    agent.images.clear()
+    metrics, trajectories = play_model(cfg, envs, agent, cfg.stage.eval_episodes)
+    run.log(step, metrics)
+    say(
+        f"eval after {step} iterations: success {metrics['eval/success']:.3f} sampled "
+        f"[{metrics['eval/success_low']:.3f}, {metrics['eval/success_high']:.3f}], "
+        f"{metrics['eval/success_greedy']:.3f} greedy"
+    )
+    return metrics, trajectories
+
+
+def tell(run: Run, iteration: int, iterations: int, metrics: dict[str, float], shown: Trajectory) -> None:
+    """Log an iteration, print a line of it, and keep the last turn of one episode as a picture."""
+    run.log(iteration + 1, metrics)
+    seconds = metrics["time/rollout"] + metrics["time/update"]
+    say(
+        f"iteration {iteration + 1:3d}/{iterations}  success {metrics['rollout/success']:.2f}  "
+        f"return {metrics['rollout/return']:.2f}  turns {metrics['rollout/episode_length']:.1f}  "
+        f"invalid {metrics['rollout/invalid_rate']:.3f}  kl {metrics['ppo/approx_kl']:.4f}  {seconds:.0f} s"
+    )
+    if shown.turns:
+        last = len(shown.turns) - 1
+        run.image("rollout/last_turn", captioned_frame(shown.turns[last], last), iteration + 1)

@@ -1,0 +1,128 @@
+"""Recorded episodes to SFT data: one chat a turn, as Parquet with `messages` and `images`.
+
+`messages` are role and content, a picture's place marked by `<image>`; `images` are PNGs, in order. That is what
+`datasets`, TRL and LLaMA-Factory read.
+"""
+
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+from PIL.Image import Image
+
+from vlm_agents.config import PreprocessConfig, RunConfig
+from vlm_agents.episodes import read_episodes
+from vlm_agents.errors import DataError
+from vlm_agents.files import writing
+from vlm_agents.policies import is_random
+from vlm_agents.progress import say
+from vlm_agents.prompting import PromptFormat, make_format
+from vlm_agents.run import Run, stable_hash
+from vlm_agents.types import Trajectory, Turn
+
+FEATURES = datasets.Features(
+    {
+        "messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
+        "images": [datasets.Image()],
+        "env": datasets.Value("string"),
+        "seed": datasets.Value("int64"),
+        "turn": datasets.Value("int32"),
+    }
+)
+IMAGE_MARK = "<image>"
+datasets.disable_progress_bars()
+SPLITS = ("train", "validation")
+
+
+def main(cfg: RunConfig, run: Run) -> dict[str, float]:
+    stage = cfg.stage
+    assert isinstance(stage, PreprocessConfig)
+    prompt_format = make_format(cfg.prompt)
+    counts: Counter[str] = Counter()
+    rows: dict[str, list[dict]] = {split: [] for split in SPLITS}
+    seen: set[int] = set()
+    pngs: dict[bytes, bytes] = {}
+    for folder in stage.data:
+        for trajectory in read_episodes(Path(folder)):
+            split = SPLITS[stable_hash("split", trajectory.env, trajectory.seed) % 10_000 < stage.val_fraction * 10_000]
+            for row in chats(trajectory, stage, prompt_format, counts, pngs):
+                key = stable_hash(row["messages"], [image["bytes"] for image in row["images"]])
+                if key in seen:
+                    counts["duplicates"] += 1
+                    continue
+                seen.add(key)
+                rows[split].append(row)
+    if not rows["train"]:
+        raise DataError(
+            f"no turn of {', '.join(stage.data)} is left to learn from ({dict(counts)}): collect more episodes, "
+            "or loosen stage.success_only and stage.min_score"
+        )
+    for split, content in rows.items():
+        path = run.path(f"{split}.parquet")
+        with writing(path):
+            # a dictionary page as large as needed stores each distinct picture of a row group once
+            columns = {name: [row[name] for row in content] for name in FEATURES}
+            datasets.Dataset.from_dict(columns, features=FEATURES).to_parquet(
+                path, batch_size=100_000, dictionary_pagesize_limit=1 << 30
+            )
+    metrics = {f"preprocess/{name}": float(count) for name, count in counts.items()}
+    metrics |= {f"preprocess/{split}": float(len(content)) for split, content in rows.items()}
+    metrics["preprocess/pictures"] = float(len(pngs))
+    say(", ".join(f"{value:.0f} {name.removeprefix('preprocess/')}" for name, value in metrics.items()))
+    run.log(0, metrics)
+    return run.finish(metrics, {split: run.path(f"{split}.parquet") for split in SPLITS})
+
+
+def chats(
+    trajectory: Trajectory,
+    stage: PreprocessConfig,
+    prompt_format: PromptFormat,
+    counts: Counter[str],
+    pngs: dict[bytes, bytes],
+) -> Iterator[dict]:
+    """The turns of an episode that are worth learning from; `counts` says why the others aren't."""
+    counts["episodes"] += 1
+    if trajectory.stop == "env_error" or (stage.success_only and not trajectory.success):
+        counts["episodes_left_out"] += 1
+        return
+    for index, turn in enumerate(trajectory.turns):
+        text = label(turn, stage, prompt_format)
+        if text is None:
+            counts["turns_left_out"] += 1
+            continue
+        messages = [{"role": m.role, "content": IMAGE_MARK * len(m.images) + m.text} for m in turn.prompt]
+        images = [image for message in turn.prompt for image in message.images]
+        yield {
+            "messages": [*messages, {"role": "assistant", "content": text}],
+            "images": [{"bytes": png(image, pngs), "path": None} for image in images],
+            "env": trajectory.env,
+            "seed": trajectory.seed,
+            "turn": index,
+        }
+
+
+def label(turn: Turn, stage: PreprocessConfig, prompt_format: PromptFormat) -> str | None:
+    """What to learn to say here: the reply if its step was good enough, or what the expert would have said.
+
+    Random moves are no label: there the expert's advice is taken, where it gave any.
+    """
+    meant = stage.label == "reply" and not is_random(turn.reply)
+    if meant and turn.parsed.error is None and turn.step.metrics.get("quality", 10.0) >= stage.min_score:
+        return turn.reply.text
+    advice = turn.observation.advice
+    if meant or advice is None:
+        return None
+    return prompt_format.write(advice.thought, advice.action, turn.observation.legal_actions)
+
+
+def png(image: Image, made: dict[bytes, bytes]) -> bytes:
+    """The picture as PNG, each distinct one compressed once."""
+    key = hashlib.blake2b(image.tobytes() + repr(image.size).encode(), digest_size=16).digest()
+    if key not in made:
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        made[key] = buffer.getvalue()
+    return made[key]

@@ -1,0 +1,221 @@
+"""Supervised fine-tuning on chats: transformers' Trainer around the agent, renderer and log-probs that PPO uses too."""
+
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from vlm_agents.config import HardwareConfig, RunConfig, SftConfig
+from vlm_agents.errors import DataError, TrainingError
+from vlm_agents.learn.batch import microbatches
+from vlm_agents.models import Agent, load_agent
+from vlm_agents.models.loading import RUN_MODEL
+from vlm_agents.models.rendering import HFRenderer
+from vlm_agents.run import Run, seed_everything
+from vlm_agents.stages.preprocess import IMAGE_MARK
+from vlm_agents.tensors import Row
+from vlm_agents.types import Message
+
+GROUPED = 8  # batches that are drawn together, then sorted by length
+
+
+def main(cfg: RunConfig, run: Run) -> dict[str, float]:
+    stage = cfg.stage
+    assert isinstance(stage, SftConfig)
+    checkpoint = run.restore()
+    seed_everything(cfg.seed)
+    init = str(checkpoint.path) if checkpoint else stage.init
+    agent = load_agent(cfg.model, cfg.hardware, init)
+    train, validation = (
+        Chats(Path(stage.data) / f"{split}.parquet", agent.renderer) for split in ("train", "validation")
+    )
+    trainer = SftTrainer(run, agent, cfg.hardware, stage, train, cfg.seed)
+    trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+    metrics = {"sft/loss": trainer.last_loss, "sft/rows": float(len(train))}
+    if len(validation):
+        metrics |= validate(agent.eval(), validation, stage.batch_size, cfg.hardware)
+    run.log(trainer.state.global_step, metrics)
+    agent.save(run.path(RUN_MODEL))
+    return run.finish(metrics, {"model": run.path(RUN_MODEL)})
+
+
+class Chats(Dataset[Row]):
+    """Parquet chats as rows. A row that can't be read raises DataError with file and row."""
+
+    def __init__(self, path: Path, renderer: HFRenderer) -> None:
+        self.path = path
+        self.renderer = renderer
+        if not path.is_file():
+            raise DataError(f"no {path}: it is written by stage=preprocess; run it first, or set stage.data")
+        try:
+            self.table = pyarrow.parquet.read_table(path, columns=["messages", "images"])
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise DataError(
+                f"{path} is no readable Parquet file of chats ({error}): run stage=preprocess again"
+            ) from error
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __getitem__(self, index: int) -> Row:
+        record = self.table.slice(index, 1).to_pylist()[0]
+        try:
+            return self._row(record, f"{self.path}:{index}")
+        except (OSError, KeyError, TypeError, ValueError, StopIteration) as error:
+            raise DataError(f"{self.path}, row {index}: {error!r}; run stage=preprocess again") from error
+
+    def _row(self, record: dict[str, Any], ident: str) -> Row:
+        images = iter([Image.open(io.BytesIO(image["bytes"])).convert("RGB") for image in record["images"]])
+        *context, answer = record["messages"]
+        prompt = tuple(
+            Message(
+                m["role"],
+                m["content"].replace(IMAGE_MARK, ""),
+                tuple(next(images) for _ in range(m["content"].count(IMAGE_MARK))),
+            )
+            for m in context
+        )
+        rendered = self.renderer.render(prompt)
+        reply = self.renderer.encode_reply(answer["content"])
+        start, nothing = len(rendered.ids), np.zeros(0, dtype=np.float32)
+        ids = np.concatenate([rendered.ids, np.array(reply, dtype=np.int64)])
+        return Row(ident, ids, rendered.images, ((start, len(ids)),), *[nothing] * 5)
+
+    def lengths(self) -> list[tuple[int, int]]:
+        """(number of pictures, characters of text) of each row: what rows are grouped by, without decoding any."""
+        pictures = [len(images) for images in self.table["images"]]
+        texts = [sum(len(m["content"]) for m in messages.as_py()) for messages in self.table["messages"]]
+        return list(zip(pictures, texts, strict=True))
+
+
+class GroupedSampler(Sampler[int]):
+    """Shuffled indices in which rows that share a batch have like numbers of pictures and like lengths, so that
+    little is padded. Its order depends on (seed, epoch) alone, which is what resuming needs."""
+
+    def __init__(self, lengths: Sequence[tuple[int, int]], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(len(self.lengths)).tolist()
+        batches: list[list[int]] = []
+        for start in range(0, len(order), self.batch_size * GROUPED):
+            group = sorted(order[start : start + self.batch_size * GROUPED], key=lambda index: self.lengths[index])
+            batches += [group[at : at + self.batch_size] for at in range(0, len(group), self.batch_size)]
+        *full, last = batches
+        for batch in [*(full[index] for index in rng.permutation(len(full))), last]:
+            yield from batch
+
+
+class SftTrainer(Trainer):
+    """The Trainer with our rows, loss and checkpoints: a batch is a list of rows, cut into micro-batches by tokens."""
+
+    def __init__(
+        self, run: Run, agent: Agent, hardware: HardwareConfig, stage: SftConfig, train: Chats, seed: int
+    ) -> None:
+        self.run, self.agent, self.hardware, self.stage = run, agent, hardware, stage
+        self.last_loss = float("nan")
+        self.order = GroupedSampler(train.lengths(), stage.batch_size, seed)
+        arguments = TrainingArguments(
+            output_dir=str(run.dir),
+            num_train_epochs=stage.epochs,
+            per_device_train_batch_size=stage.batch_size,
+            learning_rate=stage.lr,
+            warmup_steps=stage.warmup_steps,
+            lr_scheduler_type="cosine",
+            weight_decay=stage.weight_decay,
+            max_grad_norm=stage.max_grad_norm,
+            save_steps=stage.checkpoint_every,
+            logging_steps=10,
+            seed=seed,
+            use_cpu=hardware.device == "cpu",
+            remove_unused_columns=False,
+            disable_tqdm=None,
+            report_to=[],
+        )
+        super().__init__(
+            model=agent,
+            args=arguments,
+            train_dataset=train,
+            data_collator=lambda rows: {"rows": rows},
+            callbacks=[Curves(run, self)],
+        )
+        self.remove_callback(PrinterCallback)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> GroupedSampler:
+        return self.order
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Mean negative log-prob over all reply tokens of the batch, whatever the micro-batches are."""
+        model.train()
+        rows = inputs["rows"]
+        count = sum(end - start for row in rows for start, end in row.spans)
+        total = torch.zeros((), device=self.agent.device)
+        for part in microbatches(rows, self.hardware.tokens_per_microbatch):
+            loss = -self.agent.score(self.agent.renderer.collate(part)).logprobs.sum() / count
+            if not torch.isfinite(loss):
+                raise TrainingError(
+                    f"sft loss is {loss.item()} on rows {', '.join(row.ident for row in part[:3])} ...: lower stage.lr"
+                )
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Through the run, which makes it atomic and keeps the curves in step with it."""
+        self.run.save_checkpoint(self.state.global_step, self._write_checkpoint, {}, self.stage.keep_checkpoints)
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        self.agent.save(folder / RUN_MODEL)
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_rng_state(str(folder))
+        self.state.save_to_json(str(folder / "trainer_state.json"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Nothing to do: the agent was loaded from the checkpoint."""
+
+
+class Curves(TrainerCallback):
+    """The Trainer's log lines, into the run."""
+
+    def __init__(self, run: Run, trainer: SftTrainer) -> None:
+        self.run, self.trainer = run, trainer
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.trainer.last_loss = float(logs["loss"])
+            names = {"loss": "sft/loss", "grad_norm": "sft/grad_norm", "learning_rate": "sft/lr"}
+            self.run.log(state.global_step, {ours: float(logs[name]) for name, ours in names.items() if name in logs})
+
+
+@torch.no_grad()
+def validate(agent: Agent, chats: Chats, batch_size: int, hardware: HardwareConfig) -> dict[str, float]:
+    """Mean negative log-prob of a held-out reply token, and the mean probability of a whole held-out reply."""
+    tokens, replies = [], []
+    for start in range(0, len(chats), batch_size):
+        rows = [chats[index] for index in range(start, min(start + batch_size, len(chats)))]
+        for part in microbatches(rows, hardware.tokens_per_microbatch):
+            logprobs = agent.score(agent.renderer.collate(part)).logprobs
+            tokens.append(logprobs)
+            replies += [
+                reply.sum() for reply in logprobs.split([end - start for row in part for start, end in row.spans])
+            ]
+    return {
+        "sft/val_loss": -float(torch.cat(tokens).mean()),
+        "sft/val_reply_probability": float(torch.stack(replies).exp().mean()),
+    }

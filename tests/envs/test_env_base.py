@@ -1,0 +1,117 @@
+"""The contract check passes on honest envs and names the fault of each broken one."""
+
+from dataclasses import replace
+
+import pytest
+
+from vlm_agents.config import EchoConfig, EnvConfig, MiniGridConfig
+from vlm_agents.envs import make_env
+from vlm_agents.envs.base import check_contract, state_key
+from vlm_agents.envs.echo import EchoEnv
+from vlm_agents.errors import EnvError
+from vlm_agents.experts import with_expert
+from vlm_agents.types import Observation, Step
+
+
+def small(env_id: str, view: str = "full") -> MiniGridConfig:
+    return MiniGridConfig(id=env_id, view=view, tile_size=4, max_steps=60, describe=True)
+
+
+CONFIGS: list[EnvConfig] = [
+    EchoConfig(),
+    EchoConfig(colors=8, turns=6, max_steps=4),
+    small("MiniGrid-Empty-Random-5x5-v0"),
+    small("MiniGrid-DoorKey-6x6-v0"),
+    small("MiniGrid-DoorKey-6x6-v0", view="agent"),
+    small("MiniGrid-LavaGapS5-v0"),
+    small("MiniGrid-GoToDoor-5x5-v0"),
+    small("MiniGrid-Fetch-5x5-N2-v0"),
+    small("MiniGrid-MemoryS7-v0"),
+    small("MiniGrid-Dynamic-Obstacles-5x5-v0"),
+    small("BabyAI-GoToLocal-v0"),
+    small("BabyAI-PutNextLocal-v0"),
+    small("BabyAI-MiniBossLevel-v0"),
+]
+ADVISED = [EchoConfig(), small("MiniGrid-DoorKey-6x6-v0"), small("BabyAI-PutNextLocal-v0")]
+
+
+def label(cfg: EnvConfig) -> str:
+    return f"{cfg.id}-{getattr(cfg, 'view', cfg.max_steps)}"
+
+
+@pytest.mark.parametrize("cfg", CONFIGS, ids=label)
+def test_env_keeps_the_contract(cfg: EnvConfig) -> None:
+    check_contract(lambda: make_env(cfg))
+
+
+@pytest.mark.parametrize("cfg", ADVISED, ids=label)
+def test_env_with_expert_keeps_the_contract(cfg: EnvConfig) -> None:
+    check_contract(lambda: with_expert(make_env(cfg), cfg))
+
+
+class Restarts(EchoEnv):
+    """Resets itself."""
+
+    def step(self, action: str | None) -> Step:
+        if not self._running:
+            self.reset(0)
+        return super().step(action)
+
+
+class Forgets(EchoEnv):
+    """Goes by its own count instead of the seed."""
+
+    played = 0
+
+    def reset(self, seed: int) -> Observation:
+        Forgets.played += 1
+        return super().reset(Forgets.played)
+
+
+class Flatters(EchoEnv):
+    """Calls every action legal."""
+
+    def step(self, action: str | None) -> Step:
+        step = super().step(action)
+        return replace(step, metrics={**step.metrics, "legal": 1.0})
+
+
+class Stands(EchoEnv):
+    """Says that nothing ever changes."""
+
+    def step(self, action: str | None) -> Step:
+        step = super().step(action)
+        return replace(step, metrics={**step.metrics, "changed": 0.0})
+
+
+class Muddles(EchoEnv):
+    """Truncates where it terminates."""
+
+    def step(self, action: str | None) -> Step:
+        step = super().step(action)
+        return replace(step, truncated=step.terminated)
+
+
+@pytest.mark.parametrize(
+    ("broken", "fault"),
+    [
+        (Restarts, "steps before the first reset"),
+        (Forgets, "different things"),
+        (Flatters, "being legal"),
+        (Stands, "changed"),
+        (Muddles, "both terminates and truncates"),
+    ],
+)
+def test_a_broken_env_is_caught(broken: type[EchoEnv], fault: str) -> None:
+    with pytest.raises(EnvError, match=fault):
+        check_contract(lambda: broken(EchoConfig()))
+
+
+def test_unknown_family_says_which_there_are() -> None:
+    with pytest.raises(EnvError, match=r"known: echo, minigrid\. Did you mean 'minigrid'"):
+        make_env(EnvConfig(family="mingrid", id="x"))
+
+
+def test_state_keys_tell_states_apart() -> None:
+    assert state_key((1, 2), None) == state_key((1, 2), None)
+    assert len({state_key((1, 2), None), state_key((1, 2), 0), state_key((2, 1), None)}) == 3

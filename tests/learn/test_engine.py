@@ -1,0 +1,105 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from vlm_agents.config import AlgoConfig
+from vlm_agents.learn.engine import TorchEngine, lr_share
+
+
+@pytest.mark.parametrize(
+    ("iterations", "warmup", "shares"),
+    [
+        # floor 0.1: 0.1 + 0.45 * (1 + cos(pi * progress)) at progress 0, 1/4, 1/2, 3/4, 1, and no climbing back
+        (5, 0, [1.0, 0.8681981, 0.55, 0.2318019, 0.1, 0.1, 0.1]),
+        (5, 2, [1 / 3, 2 / 3, 1.0, 0.55, 0.1, 0.1]),
+        (1, 0, [1.0]),
+        (3, 9, [0.1, 0.2, 0.3]),  # a run that ends while it warms up
+    ],
+)
+def test_schedule_by_hand(iterations: int, warmup: int, shares: list[float]):
+    found = [lr_share(iteration, iterations, warmup, floor=0.1) for iteration in range(len(shares))]
+    assert found == pytest.approx(shares, rel=1e-6)
+
+
+def make_engine(policy: list[float], value: list[float], iterations: int = 3, **algo: float):
+    roles = {
+        "policy": [nn.Parameter(torch.tensor(policy))] if policy else [],
+        "value": [nn.Parameter(torch.tensor(value))] if value else [],
+    }
+    return roles, TorchEngine(roles, AlgoConfig(name="ppo", **{"lr": 0.1, "value_lr": 0.01} | algo), iterations)  # type: ignore[arg-type]
+
+
+def test_each_role_has_its_learning_rate_and_iterations_move_both():
+    roles, engine = make_engine([1.0], [1.0], iterations=2)
+    engine.backward(roles["policy"][0].sum() + roles["value"][0].sum())
+    engine.step()
+    # the first step of Adam is the learning rate against the gradient's sign
+    assert roles["policy"][0].item() == pytest.approx(0.9, rel=1e-6)
+    assert roles["value"][0].item() == pytest.approx(0.99, rel=1e-6)
+    assert engine.learning_rate == 0.1  # whatever the number of steps
+    engine.end_iteration()
+    assert [group["lr"] for group in engine.optimizer.param_groups] == pytest.approx([0.01, 0.001])
+
+
+def test_weight_decay_is_decoupled_from_the_gradient():
+    roles, engine = make_engine([1.0], [], weight_decay=0.5)
+    engine.backward(0.0 * roles["policy"][0].sum())
+    engine.step()
+    assert roles["policy"][0].item() == pytest.approx(0.95)  # 1 - 0.1 * 0.5
+
+
+def test_step_clips_over_all_parameters_and_tells_the_norm_before():
+    roles, engine = make_engine([0.0], [0.0], max_grad_norm=0.5)
+    engine.backward(1.0 * roles["policy"][0].sum())
+    engine.backward(2.0 * roles["policy"][0].sum() + 4.0 * roles["value"][0].sum())
+    # gradient (1 + 2, 4) has norm 5 and is scaled to (0.3, 0.4), of which Adam's mean takes a tenth
+    assert engine.step() == pytest.approx(5.0)
+    means = [engine.optimizer.state[role[0]]["exp_avg"].item() for role in roles.values()]
+    assert means == pytest.approx([0.03, 0.04], rel=1e-5)
+    assert engine.step() == 0.0  # nothing is left over for the next step
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_norm_that_is_not_finite_leaves_the_weights_alone(bad: float):
+    roles, engine = make_engine([1.0, 2.0], [])
+    engine.backward((roles["policy"][0] * torch.tensor([bad, 1.0])).sum())
+    assert not torch.tensor(engine.step()).isfinite()
+    assert roles["policy"][0].tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(("policy", "value"), [([1.0], []), ([], [1.0])])
+def test_a_role_may_be_empty(policy: list[float], value: list[float]):
+    roles, engine = make_engine(policy, value)
+    engine.backward(sum(parameter.sum() for role in roles.values() for parameter in role))  # type: ignore[arg-type]
+    assert engine.step() == 1.0
+
+
+def test_state_continues_bit_for_bit():
+    def train(model: nn.Module, engine: TorchEngine, iterations: range) -> None:
+        for iteration in iterations:
+            for step in range(3):
+                inputs = torch.randn(4, 5, generator=torch.Generator().manual_seed(10 * iteration + step))
+                engine.backward(model(inputs).square().sum())
+                engine.step()
+            engine.end_iteration()
+
+    def make(model: nn.Module) -> TorchEngine:
+        algo = AlgoConfig(name="ppo", lr=0.01, warmup_updates=1, weight_decay=0.1)
+        return TorchEngine({"policy": list(model.parameters())}, algo, iterations=4)
+
+    torch.manual_seed(0)
+    whole = nn.Linear(5, 2)
+    first_half = copy.deepcopy(whole)
+    train(whole, make(whole), range(4))
+    engine = make(first_half)
+    train(first_half, engine, range(2))
+    second_half, state = copy.deepcopy(first_half), copy.deepcopy(engine.state_dict())
+    resumed = make(second_half)
+    resumed.load_state_dict(state)
+    assert resumed.learning_rate == engine.learning_rate
+    train(second_half, resumed, range(2, 4))
+    assert torch.equal(second_half.weight, whole.weight)
+    assert torch.equal(second_half.bias, whole.bias)
+    assert not torch.equal(first_half.weight, whole.weight)

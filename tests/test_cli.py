@@ -1,0 +1,224 @@
+"""The command line: what a user can mend is one line and exit status 2; bugs keep their traceback; sweeps and names."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from vlm_agents.__main__ import main
+from vlm_agents.config import RunConfig
+from vlm_agents.errors import DataError
+from vlm_agents.run import Run
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`cli("stage=ppo", ...)` runs a command line in this process, in an empty folder; the exit status."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+
+    def run(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["vlm-agents", *words])
+        return main()
+
+    yield run
+    root.handlers[:] = handlers  # Hydra configures logging
+    root.setLevel(level)
+
+
+@pytest.fixture
+def as_stage(monkeypatch: pytest.MonkeyPatch):
+    """Makes a function the `main` of stage=eval: to the command line a stage is a module with a `main(cfg, run)`."""
+
+    def install(function) -> None:
+        module = types.ModuleType("vlm_agents.stages.eval")
+        module.main = function  # pyright: ignore[reportAttributeAccessIssue]
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    return install
+
+
+def draw(cfg: RunConfig, run: Run) -> dict[str, float]:
+    """A stage in two lines."""
+    run.log(1, {"eval/seed": cfg.seed})
+    return run.finish({"eval/success": 0.5})
+
+
+BAD = [
+    ("env.id=x", "You must specify 'stage'", "collect eval ppo preprocess sft"),
+    ("stage=pop", "stage=pop: no such option", "Did you mean 'ppo'?"),
+    ("stage=ppo env=minigird", "env=minigird: no such option", "Did you mean 'minigrid'?"),
+    ("stage=ppo algo=dpo", "algo=dpo: no such option", "Did you mean 'ppo'?"),
+    ("stage=ppo hydra/launcher=slrum", "hydra/launcher=slrum: no such option", "Did you mean 'slurm'?"),
+    ("stage=ppo experiment=nope", "experiment=nope: no such option", "Options:"),
+    ("stage=ppo modle=tiny", "modle: no such setting", "Did you mean 'model'?"),
+    ("stage=ppo swep=seeds", "swep: no such setting", "Did you mean 'sweep'?"),
+    ("stage=ppo stage.episdoes=3", "stage.episdoes: no such setting", "Did you mean 'stage.episodes'?"),
+    ("stage=ppo env.zzz=3", "env.zzz: no such setting", "There are: family, id, max_steps"),
+    ("stage=ppo +stage.foo=1", "stage.foo: no such setting", "remove +stage.foo"),
+    ("stage=ppo stage.episodes=many", "'many' of type 'str' could not be", "For example stage.episodes=64"),
+    ("stage=ppo env.workers=maybe", "'maybe' is not a valid bool", "For example env.workers=False"),
+    ("stage=preprocess stage.data=here", "stage.data: Invalid value", "For example stage.data=["),
+    ("stage=ppo seed=null", "seed: field 'seed' is not Optional", "For example seed=0"),
+    ("stage=ppo seed=1,2", "Ambiguous value for argument 'seed=1,2'", "add --multirun"),
+    ("stage=ppo env=null", "env=null", "Write group=option"),
+    ("stage=ppo ~env", "env has no value", "give env="),
+    ("stage=sft stage.data=???", "stage.data has no value", "give stage.data="),
+    ("stage=ppo stage.init=${nme}", "'nme' not found", "no such setting"),
+    ("stage=ppo name", "name: not of the form key=value", "missing EQUAL"),
+    ("stage=ppo name=..", "name='..' names a folder", "use letters"),
+    ("stage=sft algo.clip=0.1", "algo.clip=0.1: this run has no 'algo'", "stage=ppo brings it in"),
+    ("stage=sft algo=ppo", "algo=ppo: this run has no 'algo'", "stage=ppo brings it in"),
+    ("stage=ppo model.lora.rank=8", "model.lora.rank=8: this run has no 'model.lora'", "add model/lora=adapter"),
+    ("stage=ppo algo.kl_coef=0.1", "algo.kl_coef > 0 needs a reference policy", "add model/lora=adapter"),
+    ("stage=ppo stage.iterations=0", "stage.iterations=0", "must be at least 1"),
+    ("stage=ppo env.view=agnet", "env.view=agnet is not one of full, agent", "Did you mean 'agent'?"),
+    ("stage=ppo --mutlirun", "--mutlirun: no such flag", "Did you mean '--multirun'?"),
+]
+
+
+@pytest.mark.parametrize(("command", "what", "fix"), BAD, ids=[command for command, _, _ in BAD])
+def test_bad_input_is_one_line_with_the_fix(cli, capsys, tmp_path: Path, command: str, what: str, fix: str) -> None:
+    assert cli(*command.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert what in err
+    assert fix in err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not list((tmp_path / "outputs").glob("*")) or "name=" in command
+
+
+@pytest.mark.parametrize("words", [["stage=ppo", "algo.lr=-1"], ["stage=pop"]], ids=["check", "composition"])
+def test_debug_shows_the_traceback(cli, capsys, words: list[str]) -> None:
+    assert cli("--debug", *words) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.splitlines()[-1].startswith("error: ")
+
+
+def test_a_real_process_exits_with_2_and_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "vlm_agents", "stage=collect", "stage.episdoes=3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "error: stage.episdoes: no such setting. Did you mean 'stage.episodes'?\n"
+
+
+def test_full_error_of_hydra_shows_the_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "vlm_agents", "stage=pop"]
+    environ = {**os.environ, "HYDRA_FULL_ERROR": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+
+
+def test_entry_point_is_the_module(tmp_path: Path) -> None:
+    script = Path(sys.executable).with_name("vlm-agents")
+    done = [
+        subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        for command in ([str(script)], [sys.executable, "-m", "vlm_agents"])
+    ]
+    assert done[0] == done[1]
+
+
+def test_help_names_stages_groups_and_commands(cli, capsys) -> None:
+    assert cli("--help") == 0
+    text = capsys.readouterr().out
+    for word in ("collect", "preprocess", "sft", "ppo", "eval", "minigrid", "cot_json", "tiny", "mlflow", "jsonl"):
+        assert word in text
+    assert text.count("python -m vlm_agents") == 2
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_cfg_prints_the_composition(cli, capsys) -> None:
+    assert cli("stage=ppo", "--cfg", "job", "algo.clip=0.3") == 0  # flags may stand anywhere
+    assert "  clip: 0.3\n" in capsys.readouterr().out
+
+
+def test_a_run_says_how_to_continue_it(cli, capsys, as_stage, tmp_path: Path) -> None:
+    as_stage(draw)
+    assert cli("stage=eval", "tracking=jsonl") == 0
+    first, last = capsys.readouterr().out.splitlines()
+    (folder,) = (tmp_path / "outputs").iterdir()
+    assert first == f"continue with: python -m vlm_agents stage=eval tracking=jsonl name={folder.name}"
+    assert last.endswith(f"outputs/{folder.name}/eval")
+    assert (folder / "eval/overrides").read_text() == "stage=eval\ntracking=jsonl\n"
+    assert (folder / "eval/DONE").exists()
+
+
+def test_a_finished_run_refuses(cli, capsys, as_stage) -> None:
+    as_stage(draw)
+    assert cli("stage=eval", "tracking=jsonl", "name=a") == 0
+    assert "continue with" not in capsys.readouterr().out
+    assert cli("stage=eval", "tracking=jsonl", "name=a") == 2
+    assert capsys.readouterr().err.endswith(
+        "outputs/a/eval is finished: choose another name=, or delete that directory\n"
+    )
+
+
+def test_an_error_of_a_stage_is_one_line(cli, capsys, as_stage, tmp_path: Path) -> None:
+    def stage(cfg: RunConfig, run: Run) -> dict[str, float]:
+        raise DataError("no data under outputs/a/collect:\n  run stage=collect name=a first")
+
+    as_stage(stage)
+    assert cli("stage=eval", "tracking=jsonl", "name=a") == 2
+    assert capsys.readouterr().err == "error: no data under outputs/a/collect: run stage=collect name=a first\n"
+    as_stage(draw)  # nothing was done yet, so other settings are no reason to refuse
+    assert cli("stage=eval", "tracking=jsonl", "name=a", "seed=3") == 0
+
+
+def test_a_bug_keeps_its_traceback(cli, as_stage) -> None:
+    def stage(cfg: RunConfig, run: Run) -> dict[str, float]:
+        raise ValueError("a bug")
+
+    as_stage(stage)
+    with pytest.raises(ValueError, match="a bug"):  # so that Python prints it, and exits with 1
+        cli("stage=eval", "tracking=jsonl")
+
+
+def test_interrupt(cli, capsys, as_stage) -> None:
+    def stage(cfg: RunConfig, run: Run) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    as_stage(stage)
+    assert cli("stage=eval", "tracking=jsonl", "name=a") == 130
+    assert capsys.readouterr().err.startswith("interrupted")
+
+
+def test_a_sweep_gives_each_job_its_directory(cli, as_stage, tmp_path: Path) -> None:
+    as_stage(draw)
+    assert cli("stage=eval", "-m", "seed=3,4", "tracking=jsonl", "name=a") == 0
+    jobs = sorted((tmp_path / "multirun/a/eval").glob("*/summary.json"))
+    assert [(path.parent.name, json.loads(path.read_text())["seed"]) for path in jobs] == [("0", 3), ("1", 4)]
+
+
+def test_a_sweep_goes_on_where_it_was_stopped(cli, capsys, as_stage, tmp_path: Path) -> None:
+    as_stage(draw)
+    assert cli("stage=eval", "-m", "seed=3", "tracking=jsonl", "name=a") == 0
+    assert cli("stage=eval", "-m", "seed=3,4", "tracking=jsonl", "name=a") == 0
+    assert "eval was finished before: multirun/a/eval/0" in capsys.readouterr().out
+    assert (tmp_path / "multirun/a/eval/1/DONE").exists()
+    assert cli("stage=eval", "-m", "seed=5", "tracking=jsonl", "name=a") == 2
+    assert "holds a run with seed=3, not 5" in capsys.readouterr().err
+
+
+def test_one_bad_job_stops_no_other(cli, capsys, as_stage, tmp_path: Path) -> None:
+    as_stage(draw)
+    assert cli("-m", "stage=eval", "seed=-1,4", "tracking=jsonl", "name=a") == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: seed=-1 must be at least 0"
+    assert (tmp_path / "multirun/a/eval/1/DONE").exists()
+
+
+def test_a_ready_made_sweep_needs_no_flag(cli, as_stage, tmp_path: Path) -> None:
+    as_stage(draw)
+    assert cli("stage=eval", "sweep=seeds", "tracking=jsonl", "name=a") == 0
+    assert len(list((tmp_path / "multirun/a/eval").glob("*/DONE"))) == 3

@@ -1,0 +1,174 @@
+"""Every YAML of conf/ composes, into the type that its group promises; checks across fields hold."""
+
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+
+from vlm_agents.config import (
+    AlgoConfig,
+    CollectConfig,
+    EchoConfig,
+    EnvConfig,
+    EvalConfig,
+    HardwareConfig,
+    LoraConfig,
+    MiniGridConfig,
+    ModelConfig,
+    PpoConfig,
+    PreprocessConfig,
+    PromptConfig,
+    SftConfig,
+    StageConfig,
+    TrackingConfig,
+    conf_dir,
+    flat,
+    register,
+)
+from vlm_agents.errors import ConfigError
+
+GROUP_TYPES = {
+    "env": EnvConfig,
+    "prompt": PromptConfig,
+    "model": ModelConfig,
+    "hardware": HardwareConfig,
+    "tracking": TrackingConfig,
+    "stage": StageConfig,
+    "algo": AlgoConfig,
+}
+EXACT_TYPES = {
+    ("env", "echo"): EchoConfig,
+    ("env", "minigrid"): MiniGridConfig,
+    ("stage", "collect"): CollectConfig,
+    ("stage", "preprocess"): PreprocessConfig,
+    ("stage", "sft"): SftConfig,
+    ("stage", "ppo"): PpoConfig,
+    ("stage", "eval"): EvalConfig,
+}
+FILES = sorted(path for path in conf_dir().rglob("*.yaml") if "local" not in path.parts)
+OPTIONS = [(group, path.stem) for group in GROUP_TYPES for path in sorted((conf_dir() / group).glob("*.yaml"))]
+
+
+def names(paths: list[Path]) -> list[str]:
+    return [path.relative_to(conf_dir()).as_posix() for path in paths]
+
+
+@pytest.mark.parametrize("path", FILES, ids=names(FILES))
+def test_every_file_is_short_and_says_what_it_is(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    comments = [line for line in lines[:2] if line.startswith("# ") and "@package" not in line]
+    assert len(lines) < 40
+    assert comments
+    assert yaml.safe_load(path.read_text()) is not None
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes_into_its_type(compose_run, group: str, option: str) -> None:
+    stage = [] if group == "stage" else ["stage=ppo"]
+    part = getattr(compose_run(*stage, f"{group}={option}"), group)
+    assert isinstance(part, GROUP_TYPES[group])
+    assert type(part) is EXACT_TYPES.get((group, option), type(part))
+    name = {"env": "family", "prompt": "format"}.get(group, "name")
+    assert getattr(part, name) == option  # an option's file and what it selects have one name
+
+
+def test_every_group_is_covered() -> None:
+    others = {"model/lora", "hydra/launcher", "sweep", "experiment"}
+    folders = {path.parent.relative_to(conf_dir()).as_posix() for path in FILES} - {"."}
+    covered = others | set(GROUP_TYPES)
+    assert {folder for folder in folders if folder.split("/")[0] != "experiment"} <= covered
+
+
+@pytest.mark.parametrize("sweep", [path.stem for path in sorted((conf_dir() / "sweep").glob("*.yaml"))])
+def test_every_sweep_names_settings_that_exist(compose_run, sweep: str) -> None:
+    params = yaml.safe_load((conf_dir() / f"sweep/{sweep}.yaml").read_text())["hydra"]["sweeper"]["params"]
+    known = dict(flat(asdict(compose_run("stage=ppo", f"sweep={sweep}"))))
+    assert params
+    assert set(params) <= set(known)
+
+
+EXPERIMENTS = sorted((conf_dir() / "experiment").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=names(EXPERIMENTS))
+def test_every_experiment_composes(compose_run, path: Path) -> None:
+    name = path.relative_to(conf_dir() / "experiment").with_suffix("").as_posix()
+    stage = ["stage=ppo"] if path.stem == "base" else []
+    assert compose_run(*stage, f"experiment={name}").stage.name
+
+
+def test_slurm_launcher_asks_for_one_task_a_job() -> None:
+    register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("config", ["stage=ppo", "hydra/launcher=slurm"], return_hydra_config=True)
+    launcher = cfg.hydra.launcher
+    assert launcher._target_.endswith("SlurmLauncher")
+    assert (launcher.tasks_per_node, launcher.array_parallelism) == (1, 16)
+    assert launcher.additional_parameters.requeue is True
+
+
+def test_defaults_are_the_ones_of_the_readme(compose_run) -> None:
+    cfg = compose_run("stage=ppo", "tracking=mlflow")
+    assert (cfg.env.id, cfg.model.name, cfg.hardware.name) == ("MiniGrid-DoorKey-6x6-v0", "tiny", "cpu")
+    assert cfg.prompt.format == "cot_json"
+    assert cfg.model.lora is None
+    assert cfg.algo is not None
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        assert compose("config", ["stage=ppo"]).tracking.name == "mlflow"
+
+
+def test_stages_find_each_other_by_name(compose_run) -> None:
+    assert compose_run("stage=preprocess").stage.data == ["outputs/test/collect"]
+    assert compose_run("stage=sft").stage.data == "outputs/test/preprocess"
+
+
+def test_only_ppo_brings_an_algo(compose_run) -> None:
+    with_algo = [name for name in ("collect", "preprocess", "sft", "ppo", "eval") if compose_run(f"stage={name}").algo]
+    assert with_algo == ["ppo"]
+
+
+def test_lora_is_an_option_of_its_own(compose_run) -> None:
+    lora = compose_run("stage=ppo", "model/lora=adapter", "model.lora.rank=4").model.lora
+    assert lora == LoraConfig(rank=4, alpha=32.0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["algo.kl_coef=0.1"], "algo.kl_coef > 0 needs a reference policy.*model/lora=adapter"),
+        (["seed=-1"], "seed=-1 must be at least 0"),
+        (["name=a/b"], "name='a/b' names a folder"),
+        (["+stage.episdoes=3"], "stage.episdoes: no such setting"),
+        (["env.view=agnet"], "env.view=agnet is not one of full, agent. Did you mean 'agent'"),
+    ],
+)
+def test_checks_across_fields(compose_run, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compose_run("stage=ppo", *overrides)
+
+
+def test_kl_with_lora_is_fine(compose_run) -> None:
+    assert compose_run("stage=ppo", "algo.kl_coef=0.1", "model/lora=adapter").algo.kl_coef == 0.1
+
+
+def test_composing_needs_no_torch_and_less_than_a_second() -> None:
+    """The whole way of a command up to the door of its stage, in a process of its own."""
+    code = """
+import sys, time
+import vlm_agents.__main__
+from hydra import compose, initialize_config_dir
+from vlm_agents.config import conf_dir, parse, register
+register()
+with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+    parse(compose("config", ["stage=ppo", "run_dir=x"]))
+heavy = {"torch", "transformers", "mlflow", "gymnasium", "datasets", "PIL"} & set(sys.modules)
+assert not heavy, heavy
+print(time.process_time())  # of this process alone: the machine may be busy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1.0

@@ -1,0 +1,179 @@
+"""What is written is what is read; what is broken is named; what was whole stays whole."""
+
+import dataclasses
+import logging
+import math
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm_agents.episodes import EpisodeWriter, read_episodes
+from vlm_agents.errors import DataError
+from vlm_agents.types import Advice, Message, Observation, Parsed, Reply, Step, Trajectory, Turn
+
+
+def frame(seed: int) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, size=(12, 10, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def observation(seed: int) -> Observation:
+    advice = Advice('a "plan"\nwith lines', "left", 2) if seed % 2 else None
+    return Observation(f"room {seed} \u2028 é", (frame(seed),), ("left", "right"), f"key{seed}", advice)
+
+
+def turn(seed: int) -> Turn:
+    now = observation(seed)
+    logprobs = tuple(np.float32(x).item() for x in np.random.default_rng(seed).normal(size=50))
+    earlier = Message("assistant", "before", token_ids=(5, 6))
+    return Turn(
+        observation=now,
+        prompt=(Message("system", "rules"), earlier, Message("user", "look", now.images)),
+        reply=Reply("hm \U0001f600", (1, 2), (3,) * 50, logprobs, 0.1, 1.5, "length"),
+        parsed=Parsed("left", (1, 4), (6, 9)) if seed % 2 else Parsed(None, error="no JSON"),
+        step=Step(observation(seed + 1), 0.1 + 0.2, False, seed % 2 == 1, {"success": 0.0, "legal": 1.0}),
+    )
+
+
+def trajectory(seed: int, turns: int = 2) -> Trajectory:
+    return Trajectory("room", seed, "model", tuple(turn(seed + i) for i in range(turns)), "time_limit", math.pi)
+
+
+EPISODES = [trajectory(0), trajectory(3, turns=3), Trajectory("room", 9, "model", (), "env_error", error="it died")]
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run directory with three episodes."""
+    writer = EpisodeWriter(tmp_path)
+    for episode in EPISODES:
+        writer.append(episode)
+    return tmp_path
+
+
+def lines(run_dir: Path) -> list[bytes]:
+    return (run_dir / "episodes.jsonl").read_bytes().splitlines(keepends=True)
+
+
+def test_what_is_written_is_what_is_read(run_dir: Path):
+    assert list(read_episodes(run_dir)) == EPISODES
+
+
+def test_equal_frames_are_one_file_and_one_object(run_dir: Path):
+    # episode 0 shows rooms 0, 1, 2; episode 3 rooms 3, 4, 5, 6: seven frames, each in several places
+    assert len(list((run_dir / "images").glob("*.png"))) == 7
+    (first, *_) = read_episodes(run_dir)
+    assert first.turns[0].step.observation.images[0] is first.turns[1].observation.images[0]
+    assert first.turns[0].observation.images[0] is first.turns[0].prompt[2].images[0]
+
+
+def test_frames_of_equal_bytes_but_other_shape_or_palette_are_told_apart(tmp_path: Path):
+    grey = Image.frombytes("L", (6, 4), bytes(range(24)))
+    wide = Image.frombytes("L", (4, 6), bytes(range(24)))
+    warm, cold = (Image.frombytes("P", (6, 4), bytes(range(24))) for _ in range(2))
+    warm.putpalette(list(range(72)))
+    cold.putpalette(list(range(100, 172)))
+    images = (grey, wide, warm, cold)
+    turns = (dataclasses.replace(turn(0), observation=Observation("four", images)),)
+    EpisodeWriter(tmp_path).append(Trajectory("room", 0, "model", turns, "failure"))
+    (episode,) = read_episodes(tmp_path)
+    loaded = episode.turns[0].observation.images
+    assert [image.tobytes() for image in loaded] == [image.tobytes() for image in images]
+    for before, after in zip(images, loaded, strict=True):
+        assert (after.mode, after.size, after.getpalette()) == (before.mode, before.size, before.getpalette())
+
+
+def test_a_second_writer_appends_and_rewrites_no_image(run_dir: Path):
+    before = {path.name: path.stat().st_mtime_ns for path in (run_dir / "images").iterdir()}
+    EpisodeWriter(run_dir).append(EPISODES[0])
+    assert list(read_episodes(run_dir)) == [*EPISODES, EPISODES[0]]
+    assert {path.name: path.stat().st_mtime_ns for path in (run_dir / "images").iterdir()} == before
+
+
+def test_an_unfinished_last_line_is_dropped_with_a_warning(run_dir: Path, caplog: pytest.LogCaptureFixture):
+    path = run_dir / "episodes.jsonl"
+    path.write_bytes(b"".join(lines(run_dir)) + b'{"env": "ro')
+    with caplog.at_level(logging.WARNING):
+        assert list(read_episodes(run_dir)) == EPISODES
+        writer = EpisodeWriter(run_dir)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}:4: skipped an unfinished last line",
+        f"{path}: dropped 11 bytes of an unfinished last line",
+    ]
+    writer.append(EPISODES[1])
+    assert list(read_episodes(run_dir)) == [*EPISODES, EPISODES[1]]
+
+
+def test_a_writer_goes_back_to_a_checkpoint(tmp_path: Path):
+    writer = EpisodeWriter(tmp_path)
+    writer.append(EPISODES[0])
+    offset = writer.tell()
+    writer.append(EPISODES[1])
+    assert writer.tell() > offset > 0
+    again = EpisodeWriter(tmp_path, offset)
+    assert again.tell() == offset
+    again.append(EPISODES[2])
+    assert list(read_episodes(tmp_path)) == [EPISODES[0], EPISODES[2]]
+
+
+def test_a_checkpoint_beyond_the_file_is_refused(run_dir: Path):
+    size = (run_dir / "episodes.jsonl").stat().st_size
+    with pytest.raises(DataError, match=f"holds {size} bytes .* taken at {size + 1}"):
+        EpisodeWriter(run_dir, size + 1)
+    assert list(read_episodes(run_dir)) == EPISODES
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [b'{"env": "room", "se\n', b"\xff\xfe\n", b"[]\n", b'{"env": "room"}\n', b'{"colour": "red"}\n', b"\n"],
+)
+def test_a_corrupted_line_is_named(run_dir: Path, broken: bytes):
+    first, _, third = lines(run_dir)
+    (run_dir / "episodes.jsonl").write_bytes(first + broken + third)
+    episodes = read_episodes(run_dir)
+    assert next(episodes) == EPISODES[0]
+    with pytest.raises(DataError, match=r"episodes\.jsonl:2: not an episode .* Delete this line"):
+        next(episodes)
+
+
+@pytest.mark.parametrize("harm", ["missing", "cut", "empty"])
+def test_a_broken_image_is_named_with_the_line_that_wants_it(run_dir: Path, harm: str):
+    (second,) = (episode for episode in read_episodes(run_dir) if episode.seed == 3)
+    names = {path: Image.open(path).tobytes() for path in (run_dir / "images").iterdir()}
+    (path,) = (path for path, pixels in names.items() if pixels == second.turns[2].observation.images[0].tobytes())
+    del second
+    if harm == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: 60 if harm == "cut" else 0])
+    with pytest.raises(DataError, match=rf"episodes\.jsonl:2: can't read image {path} "):
+        list(read_episodes(run_dir))
+
+
+def test_a_folder_without_episodes_names_their_writers(tmp_path: Path):
+    with pytest.raises(DataError, match=r"no .*episodes\.jsonl: it is written by stage=collect"):
+        next(read_episodes(tmp_path))
+
+
+def test_a_full_disk_leaves_the_earlier_episodes_intact(run_dir: Path):
+    writer = EpisodeWriter(run_dir)
+    size = writer.tell()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, hard))  # the line then fits only in part
+    try:
+        with pytest.raises(DataError, match=r"can't write .*episodes\.jsonl"):
+            writer.append(EPISODES[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (run_dir / "episodes.jsonl").stat().st_size == size
+    writer.append(EPISODES[0])
+    assert list(read_episodes(run_dir)) == [*EPISODES, EPISODES[0]]
+
+
+def test_a_number_that_json_lacks_is_refused_before_anything_is_written(run_dir: Path):
+    with pytest.raises(ValueError, match="Out of range float"):
+        EpisodeWriter(run_dir).append(dataclasses.replace(EPISODES[0], bootstrap=math.nan))
+    assert list(read_episodes(run_dir)) == EPISODES

@@ -1,0 +1,229 @@
+"""Captioned frames, GIFs and the HTML report, from episodes made here."""
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageSequence
+
+from vlm_agents.errors import DataError
+from vlm_agents.report import ACCENT, BAD, captioned_frame, episode_gif, read_curves, write_report
+from vlm_agents.types import Message, Observation, Parsed, Reply, Step, Trajectory, Turn
+
+HOSTILE = 'naïve 🙂 </script><script>alert(1)</script><!-- "\u2028 \ud800'
+RED, BLUE = (tuple(bytes.fromhex(colour[1:])) for colour in (BAD, ACCENT))
+
+
+def see(shade: int, side: int = 56) -> Observation:
+    return Observation("go to the goal", (Image.new("RGB", (side, side), (0, shade, 0)),), ("left", "forward"))
+
+
+def make_turn(shade: int = 0, side: int = 56, thought: str = "the goal is ahead", value: float | None = 0.5) -> Turn:
+    head, middle = '{"thoughts": "', '", "action": "'
+    first = len(head) + len(thought) + len(middle)
+    parsed = Parsed("forward", (len(head), len(head) + len(thought)), (first, first + len("forward")))
+    now = see(shade, side)
+    return Turn(
+        now,
+        (Message("system", "Play."), Message("user", f"turn {shade}", now.images)),
+        Reply(f'{head}{thought}{middle}forward"}}', value=value),
+        parsed,
+        Step(see(shade + 1, side), 0.25, False, False, {"success": 0.0, "legal": 1.0}),
+    )
+
+
+def unparsable_turn(text: str, side: int = 56) -> Turn:
+    return replace(make_turn(side=side), reply=Reply(text), parsed=Parsed(None, error="no JSON object in the reply"))
+
+
+def episode(*turns: Turn) -> Trajectory:
+    return Trajectory("MiniGrid-Empty-5x5-v0", 2**63 + 1, "model", turns, "success")
+
+
+def report(path: Path, *episodes: Trajectory, **changes) -> str:
+    plain = {"title": "eval", "subtitle": "a run", "metrics": {}, "curves": {}}
+    write_report(path / "report.html", episodes=episodes, **(plain | changes))
+    return (path / "report.html").read_text(encoding="utf-8")
+
+
+class Page(HTMLParser):
+    """The elements of a page and the content of its JSON block."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.block = ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.elements[-1:] == [("script", {"type": "application/json", "id": "data"})]:
+            self.block += data
+
+    @property
+    def data(self) -> dict:
+        return json.loads(self.block)
+
+
+# ---- pictures ------------------------------------------------------------------------------------------------------
+# Margins of 16 round picture and caption; the caption is 304 wide; the picture grows by the largest whole factor that
+# keeps it within 336, or shrinks to 640: 56 * 6 = 336, 168 * 2 = 336, 200 * 1, 600 * 1, 1280 / 2.
+@pytest.mark.parametrize(("side", "shown"), [(56, 336), (168, 336), (200, 200), (600, 600), (1280, 640)])
+def test_frame_enlarges_by_whole_factors(side: int, shown: int):
+    frame = captioned_frame(make_turn(shade=255, side=side), 0)
+    assert frame.size == (shown + 304 + 3 * 16, max(shown, 224) + 2 * 16)
+    assert sum(count for count, colour in frame.getcolors(1 << 16) or [] if colour == (0, 255, 0)) == shown * shown
+
+
+@pytest.mark.parametrize("side", [56, 168])
+def test_frame_is_red_only_without_an_action(side: int):
+    def colours(turn: Turn) -> set:
+        return {colour for _, colour in captioned_frame(turn, 0).getcolors(1 << 16) or []}
+
+    fine, broken = colours(make_turn(side=side)), colours(unparsable_turn(HOSTILE, side))
+    assert BLUE in fine
+    assert RED not in fine
+    assert RED in broken
+    assert BLUE not in broken
+
+
+@pytest.mark.parametrize("thought", ["", "x" * 3000, "many words " * 300, HOSTILE])
+def test_caption_of_any_text_stays_inside_its_canvas(thought: str):
+    frame = captioned_frame(make_turn(thought=thought), 0)
+    assert frame.size == captioned_frame(make_turn(), 0).size
+    # White are the gap between picture (ends at 16 + 336) and caption, the right margin, and the lower one; a glyph may
+    # lean out of its line by 2 pixels.
+    for box in ((352, 0, 366, 368), (674, 0, 688, 368), (352, 354, 688, 368)):
+        assert {colour for _, colour in frame.crop(box).getcolors(1 << 16) or []} == {(255, 255, 255)}
+
+
+def test_frame_without_images_shows_the_text():
+    turn = replace(make_turn(), observation=Observation("You are in a kitchen."))
+    blank = replace(turn, observation=Observation(""))
+    assert captioned_frame(turn, 0).size == captioned_frame(blank, 0).size
+    assert captioned_frame(turn, 0).tobytes() != captioned_frame(blank, 0).tobytes()
+
+
+def test_gif_has_a_frame_per_turn_and_the_outcome(tmp_path: Path):
+    # Identical turns count too; the largest picture (600) makes the canvas of all: 600 + 304 + 3 * 16, 600 + 2 * 16.
+    turns = make_turn(), make_turn(), unparsable_turn(HOSTILE), make_turn(side=600), make_turn(side=30)
+    episode_gif(episode(*turns), tmp_path / "episode.gif")
+    with Image.open(tmp_path / "episode.gif") as gif:
+        assert gif.size == (952, 632)
+        durations = [frame.info["duration"] for frame in ImageSequence.Iterator(gif)]
+    assert durations == [500] * 5 + [2000]
+    assert (tmp_path / "episode.gif").stat().st_size < 60_000
+
+
+def test_gif_of_an_episode_without_turns(tmp_path: Path):
+    died = replace(episode(), stop="env_error", error="the worker died")
+    episode_gif(died, tmp_path / "episode.gif")
+    with Image.open(tmp_path / "episode.gif") as gif:
+        assert getattr(gif, "n_frames", 1) == 1
+
+
+# ---- the page ------------------------------------------------------------------------------------------------------
+def test_page_needs_nothing_else(tmp_path: Path):
+    page = Page(report(tmp_path, episode(make_turn())))
+    for tag, attributes in page.elements:
+        assert not {"src", "href", "srcset", "action"} & attributes.keys(), tag
+        assert tag not in {"link", "iframe", "object", "embed", "base"}
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert set(re.findall(r"https?://[^\"' )]+", text)) == {"http://www.w3.org/2000/svg"}  # a namespace, never fetched
+    assert "@import" not in text
+    assert "url(" not in text
+    policy = [a["content"] for tag, a in page.elements if tag == "meta" and a.get("http-equiv")]
+    assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"]
+
+
+def test_model_text_can_not_leave_its_block(tmp_path: Path):
+    clean = Page(report(tmp_path, episode(make_turn())))
+    hostile = replace(episode(unparsable_turn(HOSTILE), make_turn(thought=HOSTILE)), policy=HOSTILE, error=HOSTILE)
+    told = {
+        "title": HOSTILE,
+        "subtitle": "{{data}} {{script}}",
+        "metrics": {HOSTILE: 1.0},
+        "table": [{HOSTILE: HOSTILE}],
+    }
+    page = Page(report(tmp_path, hostile, **told, curves={HOSTILE: [(0, 1.0)]}))
+    assert page.elements == clean.elements
+    assert "<" not in page.block
+    assert page.block.isascii()
+    assert (page.data["title"], page.data["subtitle"]) == (HOSTILE, "{{data}} {{script}}")
+    assert "".join(text for _, text in page.data["episodes"][0]["turns"][0]["reply"]) == HOSTILE
+
+
+def test_each_distinct_frame_and_message_is_embedded_once(tmp_path: Path):
+    # Turns see shades 0, 1, 0 and after them 1: two pictures; messages: one system, "turn 0" and "turn 1".
+    turns = make_turn(0), make_turn(1), make_turn(0)
+    page = report(tmp_path, episode(*turns), episode(*turns))
+    data = Page(page).data
+    assert page.count("data:image/png;base64,") == len(data["images"]) == 2
+    assert len({url for url, _, _ in data["images"]}) == 2
+    assert [images for images, _ in data["episodes"][1]["seen"]] == [[0], [1], [0], [1]]
+    assert data["messages"] == [["system", "Play.", []], ["user", "turn 0", [0]], ["user", "turn 1", [1]]]
+    assert [turn["prompt"] for turn in data["episodes"][0]["turns"]] == [[0, 1], [0, 2], [0, 1]]
+
+
+def test_reply_is_cut_at_its_spans(tmp_path: Path):
+    silent = replace(make_turn(), reply=Reply("forward"), parsed=Parsed("forward", None, (0, 7)))
+    turns = make_turn(thought="🙂 é"), make_turn(thought=""), silent, unparsable_turn("")
+    told = Page(report(tmp_path, episode(*turns))).data["episodes"][0]["turns"]
+    head, middle, tail = ["", '{"thoughts": "'], ["", '", "action": "'], ["", '"}']
+    assert told[0]["reply"] == [head, ["thought", "🙂 é"], middle, ["action", "forward"], tail]
+    assert told[1]["reply"] == [head, middle, ["action", "forward"], tail]
+    assert told[2]["reply"] == [["action", "forward"]]
+    assert told[3]["reply"] == []
+    assert told[3]["error"] == "no JSON object in the reply"
+
+
+def test_numbers_reach_the_page(tmp_path: Path):
+    nan, inf = float("nan"), float("inf")
+    data = Page(
+        report(
+            tmp_path,
+            episode(make_turn(value=nan), make_turn(value=None), make_turn(value=0.5)),
+            metrics={"eval/success": 0.75, "eval/return": nan},
+            curves={"eval/success": [(0, 0.5), (1, nan), (2, inf), (3, 0.75)]},
+            table=[{"policy": "random", "success": "0.10"}, {"policy": "expert", "steps": "7"}],
+        )
+    ).data
+    assert data["metrics"] == [["eval/success", 0.75], ["eval/return", None]]
+    assert data["curves"] == [["eval/success", [[0, 0.5], [3, 0.75]]]]
+    assert data["columns"] == ["policy", "success", "steps"]
+    assert data["rows"] == [["random", "0.10", ""], ["expert", "", "7"]]
+    shown = data["episodes"][0]
+    assert [turn["value"] for turn in shown["turns"]] == [None, None, 0.5]
+    assert shown["return"] == 0.75  # 3 * 0.25
+    assert shown["seed"] == "9223372036854775809"  # 2**63 + 1, beyond what a double holds
+
+
+def test_page_without_episodes_and_curves(tmp_path: Path):
+    data = Page(report(tmp_path)).data
+    assert data["episodes"] == data["curves"] == data["rows"] == data["images"] == []
+
+
+# ---- curves --------------------------------------------------------------------------------------------------------
+def test_curves_are_read_in_order_and_by_key(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "a": 1.0, "c": 9}\n{"step": 5, "b": 2.0}\n{"step": 10, "a": 3.0}\n')
+    assert read_curves(path, ["b", "a", "never"]) == {"b": [(5, 2.0)], "a": [(0, 1.0), (10, 3.0)]}
+
+
+@pytest.mark.parametrize("line", ['{"step": 1, "a"', '{"a": 1.0}', "[1]"])
+def test_broken_metrics_line_is_named(tmp_path: Path, line: str):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 0, "a": 1.0}}\n{line}\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl, line 2"):
+        read_curves(path, ["a"])
+
+
+def test_missing_metrics_file_is_named(tmp_path: Path):
+    with pytest.raises(DataError, match="nowhere"):
+        read_curves(tmp_path / "nowhere.jsonl", ["a"])

@@ -1,0 +1,366 @@
+"""The loop: who is asked when, what a turn costs, why episodes end; and the pool: envs that raise, die or hang."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import cloudpickle
+import numpy as np
+import pytest
+
+from vlm_agents.config import MiniGridConfig, PromptConfig
+from vlm_agents.envs import make_env
+from vlm_agents.envs.base import Env, check_contract, out_of_turn
+from vlm_agents.errors import EnvError, TrainingError
+from vlm_agents.policies import NoisyPolicy, RandomPolicy
+from vlm_agents.prompting import make_format
+from vlm_agents.rollout import EnvPool, collect, summarise
+from vlm_agents.types import Observation, Parsed, Query, Reply, Step, Stop, Trajectory, Turn
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import a test file by name
+
+FORMAT = make_format(PromptConfig("cot_json"))
+PENALTY = 0.25
+BAD_SEED = 3
+Fault = Literal["raise", "kill", "hang", "never starts"]
+
+
+class Walk:
+    """A corridor with a pit at -1 and an exit at `seed`; every step right is worth 1. Four turns at most.
+
+    In the episode of BAD_SEED, a `fault` strikes at the second step; "never starts" strikes at every reset.
+    """
+
+    name = "Walk"
+    instructions = "Walk to the exit. Actions: left, right."
+
+    def __init__(self, fault: Fault | None = None) -> None:
+        self.fault = fault
+        self.running = False
+
+    def reset(self, seed: int) -> Observation:
+        if self.fault == "never starts":
+            raise ValueError("no corridor")
+        self.seed, self.place, self.turn, self.running = seed, 0, 0, True
+        return self.look()
+
+    def step(self, action: str | None) -> Step:
+        if not self.running:
+            raise out_of_turn(self.name)
+        self.turn += 1
+        if self.seed == BAD_SEED and self.turn == 2:
+            self.strike()
+        move = {"left": -1, "right": 1}.get(action or "", 0)
+        self.place += move
+        success = self.place == self.seed
+        terminated = success or self.place < 0
+        truncated = not terminated and self.turn == 4
+        self.running = not (terminated or truncated)
+        metrics = {"success": float(success), "legal": float(move != 0), "changed": float(move != 0)}
+        return Step(self.look(), float(move > 0), terminated, truncated, metrics)
+
+    def close(self) -> None:
+        self.running = False
+
+    def look(self) -> Observation:
+        return Observation(f"at {self.place}", legal_actions=("left", "right"), state_key=str(self.place))
+
+    def strike(self) -> None:
+        match self.fault:
+            case "raise":
+                raise ValueError("boom")
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "hang":
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                time.sleep(60)
+
+
+class Tidy(Walk):
+    """Leaves a file behind for each env that is closed."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def close(self) -> None:
+        tempfile.mkstemp(dir=self.folder)
+
+
+class Says:
+    """Says the same words whenever asked; remembers the batches."""
+
+    name = "parrot"
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.batches: list[int] = []
+        self.valued: list[Query] = []
+
+    def reply(self, queries: Sequence[Query]) -> list[Reply]:
+        self.batches.append(len(queries))
+        return [Reply(self.text)] * len(queries)
+
+    def value(self, queries: Sequence[Query]) -> list[float]:
+        assert queries, "nobody asks for nothing"
+        self.valued += queries
+        return [10.0 + len(self.valued)] * len(queries)
+
+
+RIGHT, LEFT = FORMAT.write("go", "right", None), FORMAT.write("go", "left", None)
+
+
+def play(
+    policy: Says | RandomPolicy | NoisyPolicy,
+    seeds: Sequence[int],
+    make: Callable[[], Env] = Walk,
+    num_envs: int = 2,
+    workers: bool = False,
+    timeout_s: float = 30.0,
+    on_episode: Callable[[Trajectory], None] | None = None,
+) -> list[Trajectory]:
+    with EnvPool(make, num_envs, workers, timeout_s) as envs:
+        return list(collect(envs, policy, FORMAT, seeds, invalid_penalty=PENALTY, run_seed=7, on_episode=on_episode))
+
+
+def minigrid() -> Env:
+    return make_env(MiniGridConfig(id="MiniGrid-Empty-Random-5x5-v0", max_steps=8, tile_size=8))
+
+
+# ---- the loop --------------------------------------------------------------------------------------------------------
+def test_the_test_env_keeps_the_contract():
+    check_contract(Walk)
+
+
+def test_an_episode_records_what_was_seen_said_and_done():
+    (episode,) = play(Says(RIGHT), [2])
+    assert (episode.env, episode.seed, episode.policy, episode.stop) == ("Walk", 2, "parrot", "success")
+    assert [turn.observation.text for turn in episode.turns] == ["at 0", "at 1"]
+    assert [turn.step.observation.text for turn in episode.turns] == ["at 1", "at 2"]
+    assert [turn.prompt[-1].text for turn in episode.turns] == ["at 0", "at 1\nBefore: right"]
+    assert [turn.parsed.action for turn in episode.turns] == ["right", "right"]
+    assert episode.total_reward == 2.0
+
+
+def test_trajectories_come_in_the_order_of_seeds_and_are_announced_as_they_end():
+    ended: list[int] = []
+    seeds = [4, 1, 2, 1]
+    episodes = play(Says(RIGHT), seeds, on_episode=lambda episode: ended.append(episode.seed))
+    assert [episode.seed for episode in episodes] == seeds
+    # two slots: 4 takes turns 1-4; beside it 1 takes turn 1, 2 takes turns 2-3, 1 takes turn 4
+    assert ended == [1, 2, 4, 1]
+
+
+def test_nothing_is_decoded_for_episodes_that_are_over():
+    policy = Says(RIGHT)
+    play(policy, [3, 1], num_envs=5)
+    assert policy.batches == [2, 1, 1]
+
+
+def test_an_invalid_reply_costs_its_penalty_and_moves_nothing():
+    (episode,) = play(Says("I can't decide"), [2])
+    assert [turn.step.observation.text for turn in episode.turns] == ["at 0"] * 4
+    assert [turn.parsed.error for turn in episode.turns] == ["no JSON"] * 4
+    assert [turn.step.reward for turn in episode.turns] == [-PENALTY] * 4
+    assert [turn.step.metrics["legal"] for turn in episode.turns] == [0.0] * 4
+    assert episode.stop == "invalid"
+
+
+@pytest.mark.parametrize(
+    ("text", "seed", "stop"),
+    [(RIGHT, 4, "success"), (LEFT, 4, "failure"), (RIGHT, 9, "time_limit"), ("", 9, "invalid")],
+)
+def test_why_an_episode_stops_and_that_only_truncation_bootstraps(text: str, seed: int, stop: Stop):
+    policy = Says(text)
+    (episode,) = play(policy, [seed])
+    truncated = stop in ("time_limit", "invalid")
+    assert episode.stop == stop
+    assert episode.bootstrap == (11.0 if truncated else 0.0)  # Says values its first query at 11
+    assert len(policy.valued) == truncated
+    if truncated:
+        assert policy.valued[0].prompt[-1].text.startswith(episode.turns[-1].step.observation.text)
+        assert policy.valued[0].prompt[-1].text.count(";") == 3  # four past turns
+
+
+def test_one_reply_in_the_format_makes_a_time_limit_of_it():
+    class Mumbles(Says):
+        def reply(self, queries: Sequence[Query]) -> list[Reply]:
+            return [Reply(RIGHT if query.observation.text == "at 0" else "mumble") for query in queries]
+
+    (episode,) = play(Mumbles(""), [9])
+    assert episode.stop == "time_limit"
+    assert episode.total_reward == 1.0 - 3 * PENALTY
+
+
+def test_the_bootstraps_of_a_batch_are_one_call():
+    policy = Says(RIGHT)
+    episodes = play(policy, [8, 1, 9], num_envs=3)
+    assert [episode.bootstrap for episode in episodes] == [12.0, 0.0, 12.0]  # two queries in one batch: 10 + 2
+
+
+def test_outcomes_depend_neither_on_the_number_of_slots_nor_on_the_company():
+    policy = NoisyPolicy(RandomPolicy(FORMAT), 0.5, FORMAT)
+    seeds = list(range(100, 112))
+    alone = [play(policy, [seed], minigrid, num_envs=1)[0] for seed in seeds]
+    assert play(policy, seeds, minigrid, num_envs=5) == alone
+    assert play(policy, seeds[::-1], minigrid, num_envs=20) == alone[::-1]
+    assert len({tuple(turn.parsed.action for turn in episode.turns) for episode in alone}) > 6
+
+
+def test_the_run_seed_decides_what_chance_does():
+    with EnvPool(minigrid, 2) as envs:
+        runs = [
+            list(collect(envs, RandomPolicy(FORMAT), FORMAT, [5, 6], invalid_penalty=0.1, run_seed=run_seed))
+            for run_seed in (0, 0, 1)
+        ]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_errors_of_the_policy_propagate():
+    class Broken(Says):
+        def reply(self, queries: Sequence[Query]) -> list[Reply]:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        play(Broken(""), [1])
+
+
+def test_a_wrong_id_fails_at_once_and_in_plain_words():
+    with pytest.raises(EnvError, match=r"MiniGrid-Emty-5x5-v0.*Did you mean"):
+        EnvPool(partial(make_env, MiniGridConfig(id="MiniGrid-Emty-5x5-v0")), 2, workers=True)
+
+
+# ---- the summary -----------------------------------------------------------------------------------------------------
+def turn(state: str, action: str | None, reward: float = 0.0, reply: Reply | None = None, **flags: bool) -> Turn:
+    seen = Observation(state, state_key=state)
+    step = Step(
+        Observation("A", state_key="A"),
+        reward,
+        flags.get("terminated", False),
+        flags.get("truncated", False),
+        {"success": 0.0},
+    )
+    return Turn(seen, (), reply or Reply(""), Parsed(action), step)
+
+
+def episode(*turns: Turn, stop: Stop) -> Trajectory:
+    return Trajectory("hand", 0, "hand", turns, stop)
+
+
+def test_the_summary_worked_by_hand():
+    sampled = Reply("x", token_ids=(1, 2, 3), logprobs=(-1.0,) * 3, entropy=0.5, finish="length")
+    drawn = Reply("x", entropy=0.7)
+    circling = [turn("A", "l"), turn("B", "r"), turn("A", "l"), turn("A", None), turn("A", None, truncated=True)]
+    straight = [turn("A", "l", 0.5, sampled), turn("B", "l", reply=drawn), turn("C", "l", 1.0, terminated=True)]
+    died = Trajectory("hand", 0, "hand", (turn("A", "l", 99.0),), "env_error", error="boom")
+    metrics = summarise([episode(*circling, stop="time_limit"), died, episode(*straight, stop="success")], "eval")
+    assert metrics == pytest.approx(
+        {
+            "eval/success": 1 / 2,
+            "eval/return": (0.0 + 1.5) / 2,
+            "eval/episode_length": (5 + 3) / 2,
+            "eval/time_limit_rate": 1 / 2,
+            "eval/env_errors": 1,
+            "eval/invalid_rate": 2 / 8,
+            "eval/loop_rate": 2 / 8,  # the second (A, l) and the second (A, None); A, B, C with l are three states
+            "eval/random_rate": 1 / 8,
+            "eval/truncated_rate": 1 / 8,
+            "eval/reply_tokens": 3,
+            "eval/entropy": 0.5,
+        },
+        rel=1e-12,
+    )
+
+
+def test_the_summary_of_scripted_replies_has_no_token_metrics():
+    metrics = summarise(play(Says(RIGHT), [1, 2]))
+    assert {"rollout/entropy", "rollout/reply_tokens"}.isdisjoint(metrics)
+    assert all(np.isfinite(list(metrics.values())))
+
+
+@pytest.mark.parametrize("errors", [[], ["boom"]])
+def test_a_summary_of_nothing_is_refused(errors: list[str]):
+    died = [replace(episode(stop="env_error"), error=error) for error in errors]
+    with pytest.raises(TrainingError, match=rf"none of {len(errors)} episodes.*{'boom' if errors else 'none'}"):
+        summarise(died)
+
+
+# ---- the pool --------------------------------------------------------------------------------------------------------
+def test_workers_and_this_process_play_the_same_episodes():
+    seeds = list(range(8))
+    policy = RandomPolicy(FORMAT)
+    here = play(policy, seeds, minigrid, num_envs=3)
+    assert play(policy, seeds, minigrid, num_envs=3, workers=True) == here
+    assert not multiprocessing.active_children()
+
+
+FAULTS = [
+    ("raise", False, "ValueError: boom"),
+    ("raise", True, "ValueError: boom"),
+    ("kill", True, "its worker process died (exit code -9)"),
+    ("hang", True, "no answer within 1 s"),
+]
+
+
+@pytest.mark.parametrize(("fault", "workers", "error"), FAULTS)
+def test_a_broken_env_costs_its_own_episode_only(fault: Fault, workers: bool, error: str):
+    seeds = [4, BAD_SEED, 2, 4, 9, BAD_SEED, 1]
+    sound = play(Says(RIGHT), seeds)
+    begun = time.monotonic()
+    harmed = play(Says(RIGHT), seeds, partial(Walk, fault), workers=workers, timeout_s=1.0 if fault == "hang" else 30.0)
+    for expected, found in zip(sound, harmed, strict=True):
+        if expected.seed == BAD_SEED:
+            expected = replace(expected, turns=expected.turns[:1], stop="env_error", error=error)
+        assert found == replace(expected, bootstrap=found.bootstrap)  # Says numbers its values
+    assert time.monotonic() - begun < 15.0
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [False, True])
+def test_envs_are_closed_at_the_end(tmp_path: Path, workers: bool):
+    with EnvPool(partial(Tidy, tmp_path), 3, workers) as envs:
+        envs.reset({0: 5, 1: 6, 2: 7})
+        envs.step({1: "right"})
+    assert len(list(tmp_path.iterdir())) == 1 + 3  # the one that told its name, and the three of the slots
+
+
+def test_the_traceback_of_an_env_is_logged_once(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING):
+        play(Says(RIGHT), [BAD_SEED, BAD_SEED], partial(Walk, "raise"))
+    assert [record.getMessage() for record in caplog.records] == [f"Walk, slot {n}: ValueError: boom" for n in (0, 1)]
+    assert caplog.text.count('raise ValueError("boom")') == 1
+
+
+@pytest.mark.parametrize("workers", [False, True])
+def test_the_pool_gives_up_on_a_slot_that_fails_four_times_in_a_row(workers: bool):
+    ended: list[Trajectory] = []
+    with pytest.raises(EnvError, match=r"slot 0 failed 4 times in a row .* ValueError: no corridor"):
+        play(Says(RIGHT), range(9), partial(Walk, "never starts"), 1, workers, on_episode=ended.append)
+    assert [(episode.stop, episode.turns) for episode in ended] == [("env_error", ())] * 3
+    assert not multiprocessing.active_children()
+
+
+def test_failures_with_finished_steps_between_them_never_end_the_run():
+    episodes = play(Says(RIGHT), [BAD_SEED] * 6, partial(Walk, "raise"), num_envs=1)
+    assert [episode.stop for episode in episodes] == ["env_error"] * 6
+
+
+def test_a_worker_that_dies_between_two_calls_is_found_out():
+    with EnvPool(Walk, 1, workers=True) as envs:
+        envs.reset({0: 5})
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid or 0, signal.SIGKILL)
+        worker.join()
+        answer = envs.step({0: "right"})[0]
+        assert isinstance(answer, EnvError)
+        assert str(answer) == "its worker process died (exit code -9)"
+        assert isinstance(envs.reset({0: 5})[0], Observation)

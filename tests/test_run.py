@@ -1,0 +1,325 @@
+"""Run directories: refusal and resume, atomic checkpoints, files cut back, seeds, summary."""
+
+import errno
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from vlm_agents import files
+from vlm_agents.config import RunConfig
+from vlm_agents.errors import ConfigError, DataError
+from vlm_agents.files import append_line, atomic_write
+from vlm_agents.run import Checkpoint, Run, commit, panel_seeds, training_seed
+
+
+@pytest.fixture
+def cfg(compose_run) -> RunConfig:
+    return compose_run("stage=ppo")
+
+
+def weights(text: str):
+    return lambda folder: (folder / "weights.txt").write_text(text)
+
+
+def newest(run: Run) -> Checkpoint:
+    found = run.latest_checkpoint()
+    assert found is not None
+    return found
+
+
+def lines(run: Run, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in run.path(name).read_text().splitlines()]
+
+
+# ---- opening ---------------------------------------------------------------------------------------------------------
+def test_a_new_run_leaves_its_snapshot(cfg: RunConfig) -> None:
+    with Run.open(cfg, ["stage=ppo", "seed=0"]) as run:
+        settings = yaml.safe_load(run.path("config.yaml").read_text())
+        assert settings["env"]["id"] == "MiniGrid-DoorKey-6x6-v0"
+        assert settings["algo"]["lr"] == 1e-4
+        assert run.path("overrides").read_text() == "stage=ppo\nseed=0\n"
+        assert run.path("commit").read_text().strip() == commit()
+
+
+def test_a_finished_run_refuses(cfg: RunConfig) -> None:
+    with Run.open(cfg, []) as run:
+        run.finish({})
+    with pytest.raises(ConfigError, match=r"is finished: choose another name=, or delete that directory"):
+        Run.open(cfg, [])
+
+
+def test_other_settings_refuse_once_something_was_done(cfg: RunConfig, compose_run) -> None:
+    other = compose_run("stage=ppo", "algo.clip=0.3")
+    with Run.open(cfg, []):
+        pass
+    with Run.open(other, []) as run:  # nothing was done before
+        run.log(1, {"a": 1})
+    with Run.open(other, []):
+        pass
+    with pytest.raises(ConfigError, match=r"with algo\.clip=0\.3, not 0\.2: give the old value to continue"):
+        Run.open(cfg, [])
+
+
+def test_tracking_may_change_on_resume(cfg: RunConfig, compose_run) -> None:
+    with Run.open(cfg, []) as run:
+        run.log(1, {"a": 1})
+    with Run.open(compose_run("stage=ppo", "tracking.experiment=other"), []):
+        pass
+
+
+def test_two_processes_never_share_a_run(cfg: RunConfig, tmp_path: Path) -> None:
+    code = """
+import sys
+from hydra import compose, initialize_config_dir
+from vlm_agents.config import conf_dir, parse, register
+from vlm_agents.run import Run
+register()
+with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+    cfg = parse(compose("config", ["stage=ppo", "name=test", "tracking=jsonl", f"run_dir={sys.argv[1]}"]))
+Run.open(cfg, [])
+"""
+    command = [sys.executable, "-c", code, cfg.run_dir]
+    with Run.open(cfg, []):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert "ConfigError" in done.stderr
+        assert "is in use by another process" in done.stderr
+    assert subprocess.run(command, check=False).returncode == 0
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------------
+def test_metrics_are_strict_json(cfg: RunConfig) -> None:
+    numbers: Any = {"loss": 0.1, "bad": float("nan"), "worse": -np.inf, "n": np.int64(3), "x": np.float32(0.5)}
+    with Run.open(cfg, []) as run:
+        run.log(1, numbers)
+        assert lines(run) == [{"step": 1, "loss": 0.1, "bad": None, "worse": None, "n": 3, "x": 0.5}]
+
+
+def test_pictures_are_kept(cfg: RunConfig) -> None:
+    with Run.open(cfg, []) as run:
+        run.image("eval/frame", Image.new("RGB", (2, 3)), step=4)
+        assert Image.open(run.path("pictures/eval_frame_000004.png")).size == (2, 3)
+
+
+def test_summary_is_for_machines(cfg: RunConfig) -> None:
+    with Run.open(cfg, []) as run:
+        run.path("report.html").touch()
+        assert run.finish({"eval/success": np.float64(0.75)}, {"report": run.path("report.html")}) == {
+            "eval/success": 0.75
+        }
+        summary = json.loads(run.path("summary.json").read_text())
+        assert summary.pop("wall_seconds") >= 0
+        assert summary == {
+            "stage": "ppo",
+            "env": "MiniGrid-DoorKey-6x6-v0",
+            "model": "tiny",
+            "algo": "ppo",
+            "seed": 0,
+            "metrics": {"eval/success": 0.75},
+            "artifacts": {"report": "report.html"},
+        }
+        assert run.path("DONE").exists()
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+def test_newest_checkpoints_are_kept(cfg: RunConfig) -> None:
+    with Run.open(cfg, []) as run:
+        for step in (1, 2, 10):
+            run.save_checkpoint(step, weights(str(step)), {"lr": 0.1 * step}, keep=2)
+        assert sorted(os.listdir(run.path("checkpoints"))) == ["step_000002", "step_000010"]
+        found = newest(run)
+        assert (found.step, found.state, (found.path / "weights.txt").read_text()) == (10, {"lr": 1.0}, "10")
+
+
+def test_no_checkpoint_is_none(cfg: RunConfig) -> None:
+    with Run.open(cfg, []) as run:
+        assert run.latest_checkpoint() is None
+
+
+def test_a_crash_while_writing_leaves_the_last_one(cfg: RunConfig) -> None:
+    def crash(folder: Path) -> None:
+        weights("half")(folder)
+        raise KeyboardInterrupt
+
+    with Run.open(cfg, []) as run:
+        run.save_checkpoint(1, weights("one"), {})
+        with pytest.raises(KeyboardInterrupt):
+            run.save_checkpoint(2, crash, {})
+        assert newest(run).step == 1
+        run.save_checkpoint(2, weights("two"), {})
+        assert newest(run).step == 2
+
+
+def truncate_weights(folder: Path) -> None:
+    os.truncate(folder / "weights.txt", 1)
+
+
+def flip_a_byte(folder: Path) -> None:
+    (folder / "weights.txt").write_text("twO")
+
+
+def lose_weights(folder: Path) -> None:
+    (folder / "weights.txt").unlink()
+
+
+def truncate_state(folder: Path) -> None:
+    os.truncate(folder / "state.json", 10)
+
+
+@pytest.mark.parametrize("damage", [truncate_weights, flip_a_byte, lose_weights, truncate_state])
+def test_a_damaged_checkpoint_is_passed_over(cfg: RunConfig, caplog: pytest.LogCaptureFixture, damage) -> None:
+    with Run.open(cfg, []) as run:
+        run.save_checkpoint(1, weights("one"), {})
+        run.save_checkpoint(2, weights("two"), {})
+        damage(run.path("checkpoints/step_000002"))
+        with caplog.at_level(logging.WARNING):
+            assert newest(run).step == 1
+        assert "checkpoints/step_000002 is damaged" in caplog.text
+        run.save_checkpoint(2, weights("again"), {})
+        assert (newest(run).path / "weights.txt").read_text() == "again"
+
+
+def test_none_whole_is_an_error(cfg: RunConfig) -> None:
+    with Run.open(cfg, []) as run:
+        run.save_checkpoint(1, weights("one"), {})
+        truncate_state(run.path("checkpoints/step_000001"))
+        with pytest.raises(DataError, match=r"every checkpoint under .*checkpoints is damaged: delete"):
+            run.latest_checkpoint()
+
+
+# ---- resume ----------------------------------------------------------------------------------------------------------
+def train(cfg: RunConfig, stop_after: int | None = None) -> Run:
+    """Six iterations with a checkpoint every second one; perhaps killed between two checkpoints."""
+    with Run.open(cfg, []) as run:
+        episodes = run.append_only("episodes.jsonl")
+        checkpoint = run.restore()
+        total = 0 if checkpoint is None else checkpoint.state["total"]
+        for step in range(1 if checkpoint is None else checkpoint.step + 1, 7):
+            total += step
+            append_line(episodes, json.dumps({"episode": step}))
+            run.log(step, {"total": total})
+            if step == stop_after:
+                return run
+            if step % 2 == 0:
+                run.save_checkpoint(step, weights(str(total)), {"total": total})
+        run.finish({"total": total})
+    return run
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 4, 5, 6])
+def test_a_killed_run_ends_like_an_unbroken_one(compose_run, tmp_path: Path, stop_after: int) -> None:
+    unbroken = train(compose_run("stage=ppo", f"run_dir={tmp_path / 'unbroken'}"))
+    cfg = compose_run("stage=ppo")
+    train(cfg, stop_after)
+    resumed = train(cfg)
+    assert [line["total"] for line in lines(resumed)] == [1, 3, 6, 10, 15, 21]
+    for name in ("metrics.jsonl", "episodes.jsonl", "checkpoints/step_000006/weights.txt"):
+        assert resumed.path(name).read_bytes() == unbroken.path(name).read_bytes()
+
+
+def test_lost_lines_are_noticed(cfg: RunConfig) -> None:
+    with Run.open(cfg, []) as run:
+        run.log(1, {"a": 1})
+        run.save_checkpoint(1, weights(""), {})
+        os.truncate(run.path("metrics.jsonl"), 3)
+        with pytest.raises(DataError, match=r"metrics\.jsonl lost lines"):
+            run.restore()
+
+
+def test_wall_seconds_add_up_over_a_resume(cfg: RunConfig) -> None:
+    with Run.open(cfg, []) as run:
+        run._started -= 100  # a run that began 100 s ago
+        run.save_checkpoint(1, weights(""), {})
+    with Run.open(cfg, []) as run:
+        run.restore()
+        run.finish({})
+        assert 100 <= json.loads(run.path("summary.json").read_text())["wall_seconds"] < 110
+
+
+# ---- a full disk -----------------------------------------------------------------------------------------------------
+def test_atomic_write_replaces(tmp_path: Path) -> None:
+    atomic_write(tmp_path / "a", "old")
+    atomic_write(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_text() == "new"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_leaves_the_file_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    atomic_write(tmp_path / "a", "old")
+    monkeypatch.setattr(files.os, "fsync", no_space)
+    with pytest.raises(DataError, match=r"can't write .*/a: No space left on device"):
+        atomic_write(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
+    """A real limit on the file's size, in a process of its own: 10 bytes fit, the second line would end at 12."""
+    code = """
+import resource, signal, sys
+from pathlib import Path
+from typing import Any
+from vlm_agents.errors import DataError
+from vlm_agents.files import append_line
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+path = Path(sys.argv[1])
+append_line(path, "first")
+try:
+    append_line(path, "other")
+except DataError as error:
+    print(error)
+"""
+    path = tmp_path / "lines"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    assert f"can't write {path}" in done.stdout
+    assert path.read_text() == "first\n"
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(cfg: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Run.open(cfg, []) as run:
+        run.save_checkpoint(1, weights("one"), {})
+        with pytest.raises(DataError, match=r"can't write .*step_000002"):
+            run.save_checkpoint(2, no_space, {})
+        assert newest(run).step == 1
+
+
+# ---- seeds -----------------------------------------------------------------------------------------------------------
+def test_seeds_are_the_same_everywhere(cfg: RunConfig) -> None:
+    """Panels are part of published figures: these numbers must never change."""
+    assert panel_seeds("MiniGrid-DoorKey-6x6-v0", 3) == [2145963788, 1606605208, 1239217993]
+    assert training_seed(0, 1, 2) == 507423221
+
+
+def test_panels_and_training_never_meet() -> None:
+    training = {
+        training_seed(run, iteration, episode) for run in range(3) for iteration in range(20) for episode in range(20)
+    }
+    panel = panel_seeds("a", 1000)
+    assert len(training) == 1200
+    assert len(set(panel)) == 1000
+    assert max(training) < 2**30 <= min(panel)
+    assert max(panel) < 2**31
+    assert panel_seeds("a", 10) == panel[:10]
+    assert not set(panel_seeds("b", 1000)) & set(panel)
+
+
+def test_seeds_of_a_run_depend_on_its_seed_and_purpose(cfg: RunConfig, compose_run, tmp_path: Path) -> None:
+    with (
+        Run.open(cfg, []) as run,
+        Run.open(compose_run("stage=ppo", "seed=1", f"run_dir={tmp_path / 'b'}"), []) as other,
+    ):
+        assert run.seed_for("model") == run.seed_for("model")
+        assert len({run.seed_for("model"), run.seed_for("data"), run.seed_for("data", 1), other.seed_for("model")}) == 4
