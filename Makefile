@@ -1,7 +1,6 @@
 # Everything runs from .venv, which `setup` makes and renews when pyproject.toml changes.
 PYTHON ?= python3
-# What pip is asked for first. Without a GPU, the CPU build saves gigabytes:
-#   make setup TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+# What pip is asked for first; any other build of torch can be named here, such as a CPU wheel without CUDA.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 AGENTS := $(BIN)/python -m vlm_agents
@@ -9,10 +8,10 @@ NAME := demo_$(shell date +%Y-%m-%d_%H-%M-%S)
 DEMO := name=$(NAME) env.id=MiniGrid-Empty-Random-5x5-v0 model.weights=random
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ppo demo ui test check format clean
+.PHONY: help setup ppo demo ui tiny-weights test check format clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.installed ## make .venv and install the package with its tools
 
@@ -35,6 +34,26 @@ demo: setup ## the whole chain from random weights: collect, preprocess, sft, pp
 ui: setup ## MLflow in the browser, on this machine only
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --backend-store-uri sqlite:///$(CURDIR)/mlflow.db \
 		--host 127.0.0.1 --port 5000 --workers 1
+
+# The shipped weights: the expert cloned on four ids, then DoorKey as a demonstrator plays it whose hand slips.
+TINY := $(AGENTS) tracking=jsonl
+TINY_IDS := DoorKey-6x6 DoorKey-5x5 Empty-Random-5x5 Empty-Random-6x6
+COMMA := ,
+EMPTY :=
+SPACE := $(EMPTY) $(EMPTY)
+tiny-weights: setup ## rebuild the weights of the tiny model (about 30 minutes); runs are kept under outputs/tiny*
+	$(TINY) stage=collect name=tiny_DoorKey-6x6 env.id=MiniGrid-DoorKey-6x6-v0 env.max_steps=null stage.episodes=4000
+	for id in $(wordlist 2,4,$(TINY_IDS)); do \
+		$(TINY) stage=collect name=tiny_$$id env.id=MiniGrid-$$id-v0 env.max_steps=null stage.episodes=500 || exit; done
+	$(TINY) stage=preprocess name=tiny \
+		stage.data=[$(subst $(SPACE),$(COMMA),$(TINY_IDS:%=outputs/tiny_%/collect))]
+	$(BIN)/python -m vlm_agents.models.tiny outputs/tiny/skeleton outputs/tiny/preprocess/train.parquet
+	$(TINY) stage=sft name=tiny model.path=outputs/tiny/skeleton
+	$(TINY) stage=collect name=tiny_slips seed=1 stage.episodes=1200 stage.noise=0.6
+	$(TINY) stage=preprocess name=tiny_slips stage.label=played stage.success_only=false
+	$(TINY) stage=sft name=tiny_slips stage.init=outputs/tiny/sft
+	cp outputs/tiny_slips/sft/model/* src/vlm_agents/models/tiny_weights/
+	sha256sum src/vlm_agents/models/tiny_weights/model.safetensors
 
 test: setup ## the tests
 	$(BIN)/python -m pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile

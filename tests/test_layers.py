@@ -19,7 +19,7 @@ __main__ worker
 stages run
 rollout
 policies episodes report
-envs experts | prompting | models | learn | tracking | checkpoints | judge | sandbox
+envs experts | prompting | models | learn | tracking | checkpoints | judge remote | sandbox
 config tensors
 types errors files progress
 """
@@ -37,6 +37,7 @@ DOORS = {
     "datasets": ["stages"],
     "minigrid": ["envs", "experts"],
     "gymnasium": ["envs", "rollout.py"],
+    "httpx2": ["remote.py"],
 }
 
 

@@ -5,6 +5,7 @@ Each holds what its writer wrote and a state.json with the state, and the checks
 
 import json
 import logging
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Mapping
@@ -12,12 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from vlm_agents.errors import DataError
 from vlm_agents.files import sync, writing
 
 log = logging.getLogger(__name__)
 
 STATE = "state.json"
+# How torch's and safetensors' own writers tell that a file can't be written, where Python has an OSError.
+FULL_DISK = re.compile(r"inline_container|PytorchStreamWriter|I/O error")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,22 +39,38 @@ class Checkpoint:
 
 def save(folder: Path, step: int, write: Callable[[Path], None], record: Mapping[str, Any], keep: int) -> Path:
     """Have `write` fill a new checkpoint, and keep the newest `keep`. A crash leaves those that were there before."""
-    final, temporary = folder / f"step_{step:06d}", folder / f".step_{step:06d}"
-    with writing(final):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+
+    def write_all(temporary: Path) -> None:
         write(temporary)
         checksums = {str(path.relative_to(temporary)): checksum(path) for path in files_in(temporary)}
         (temporary / STATE).write_text(json.dumps({"step": step, **record, "files": checksums}))
+
+    final = folder / f"step_{step:06d}"
+    write_folder(final, write_all)
+    mine = [path for path in newest_first(folder) if step_of(path) <= step]  # a later one is damaged: we went back
+    for old in set(newest_first(folder)) - set(mine[:keep]):
+        shutil.rmtree(old)
+    return final
+
+
+def write_folder(final: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` fill a folder that replaces `final` once it is whole and on the disk."""
+    temporary = final.with_name(f".{final.name}")
+    with writing(final):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            write(temporary)
+        except (RuntimeError, SafetensorError) as error:
+            if not FULL_DISK.search(str(error)):
+                raise
+            raise OSError(str(error)) from error
         for path in (*files_in(temporary), temporary):
             sync(path)
         if final.exists():  # left by a run that went back to an older checkpoint
             shutil.rmtree(final)
         temporary.rename(final)
-        sync(folder)
-        for old in newest_first(folder)[keep:]:
-            shutil.rmtree(old)
-    return final
+        sync(final.parent)
 
 
 def latest(folder: Path) -> Checkpoint | None:
@@ -77,7 +98,11 @@ def read(folder: Path) -> Checkpoint | None:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
+    return sorted(folder.glob("step_*"), key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def files_in(folder: Path) -> list[Path]:

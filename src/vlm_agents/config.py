@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
+from urllib.parse import urlsplit
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -189,9 +190,9 @@ class AlgoConfig:
     gamma: float = 0.98
     gae_lambda: float = 0.95
     clip: float = 0.2
-    epochs: int = 2
+    epochs: int = 1
     minibatch_turns: int = 128
-    thought_coef: float = 0.5  # weight of a thought token's log-prob beside an action token's 1
+    thought_coef: float = 0.2  # weight of a thought token's log-prob beside an action token's 1
     value_coef: float = 0.5
     entropy_coef: float = 0.0
     kl_coef: float = 0.0  # k3 penalty towards the policy that training started from; needs model.lora
@@ -224,6 +225,22 @@ class RemoteConfig:
     concurrency: int = 8
     timeout_s: float = 60.0
     retries: int = 4
+
+    def __post_init__(self) -> None:
+        try:
+            parts = urlsplit(self.url)
+            plain = parts.scheme in ("http", "https") and parts.hostname and not (parts.username or parts.query)
+        except ValueError:
+            plain = False
+        if not plain:  # refused before it is written anywhere: an address may hold a secret
+            raise ConfigError(
+                "stage.remote.url must be http(s)://<host>[:<port>]/<path>, without user, key or query: "
+                "a key belongs into the environment variable that stage.remote.key_env names"
+            )
+        at_least("stage.remote.concurrency", self.concurrency, 1)
+        at_least("stage.remote.retries", self.retries, 0)
+        if self.timeout_s <= 0:
+            raise ConfigError(f"stage.remote.timeout_s={self.timeout_s} must be positive")
 
 
 @dataclass
@@ -266,7 +283,7 @@ class PreprocessConfig(StageConfig):
     val_fraction: float = 0.02  # share of episodes held out for validation
 
     def __post_init__(self) -> None:
-        one_of("stage.label", self.label, Literal["reply", "advice"])
+        one_of("stage.label", self.label, Literal["reply", "advice", "played"])
         in_unit("stage.val_fraction", self.val_fraction)
         if not 0 <= self.min_score <= 10:
             raise ConfigError(f"stage.min_score={self.min_score} must lie between 0 and 10")

@@ -1,4 +1,4 @@
-"""Who answers: the scripted expert, chance, a model, or one of them with random moves mixed in.
+"""Who answers: the scripted expert, chance, a model, a server, or one of them with random moves mixed in.
 
 A policy sees queries and gives replies in the prompt format's own words; it never touches an env. A reply drawn by
 chance carries no tokens but the entropy of the draw, which is how its record tells it from what somebody meant
@@ -10,12 +10,15 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from vlm_agents.errors import ConfigError
 from vlm_agents.prompting import PromptFormat
 from vlm_agents.types import Query, Reply
 
 if TYPE_CHECKING:  # env workers import this module and need no torch
     from vlm_agents.models import Sampler
+    from vlm_agents.remote import ChatClient
 
 NO_PLAN = "no plan"
 
@@ -130,3 +133,45 @@ class ModelPolicy:
 
     def value(self, queries: Sequence[Query]) -> list[float]:
         return self._sampler.values([query.prompt for query in queries])
+
+
+class RemotePolicy:
+    """Samples from a chat model on a server, and has no critic.
+
+    A reply without a legal action is asked for again, `samples` in all; the last one stands, whatever it holds.
+    Each query's randomness seeds its samples: a continued run asks what it asked before.
+    """
+
+    name = "remote"
+
+    def __init__(
+        self,
+        client: "ChatClient",
+        prompt_format: PromptFormat,
+        max_reply_tokens: int,
+        temperature: float,
+        samples: int,
+    ) -> None:
+        self._client = client
+        self._format = prompt_format
+        self._max_reply_tokens = max_reply_tokens
+        self._temperature = temperature
+        self._samples = samples
+
+    def reply(self, queries: Sequence[Query]) -> list[Reply]:
+        def readable(index: int, text: str) -> bool:
+            any_rng = np.random.default_rng(0)  # which action is drawn doesn't matter here
+            return self._format.parse(text, queries[index].observation.legal_actions, any_rng).action is not None
+
+        answers = self._client.complete(
+            [query.prompt for query in queries],
+            self._max_reply_tokens,
+            self._temperature,
+            seeds=[int(query.rng.integers(2**31)) for query in queries],
+            readable=readable,
+            samples=self._samples,
+        )
+        return [Reply(answer.text, finish=answer.finish) for answer in answers]
+
+    def value(self, queries: Sequence[Query]) -> list[float]:
+        return [0.0] * len(queries)

@@ -91,7 +91,7 @@ class Run:
         if (folder / "DONE").exists():
             raise ConfigError(f"{folder} is finished: choose another name=, or delete that directory")
         settings = settings_of(cfg)
-        if any(entry.name not in BOOKKEEPING for entry in folder.iterdir()):
+        if any(entry.name not in BOOKKEEPING and not entry.name.startswith(".") for entry in folder.iterdir()):
             refuse_other_settings(folder / "config.yaml", settings)
         atomic_write(folder / "config.yaml", settings)
         atomic_write(folder / "overrides", "".join(f"{word}\n" for word in overrides))
@@ -127,6 +127,11 @@ class Run:
             path.parent.mkdir(exist_ok=True)
             image.save(path)
         self._tracker.image(key, image, step)
+
+    def save_folder(self, name: str, write: Callable[[Path], None]) -> Path:
+        """Have `write` fill a folder of the run directory, which is there whole or not at all."""
+        checkpoints.write_folder(self.path(name), write)
+        return self.path(name)
 
     def artifact(self, path: Path) -> None:
         """Name a file or folder of the run directory in summary.json, and copy a file to the tracker."""

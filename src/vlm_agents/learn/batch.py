@@ -51,7 +51,7 @@ def rows(trajectories: Sequence[Trajectory], renderer: Renderer, algo: AlgoConfi
 def token_weights(reply: Reply, parsed: Parsed, renderer: Renderer, thought_coef: float) -> np.ndarray:
     """[L] weight of each reply token's log-prob in its turn's: `thought_coef` wholly inside the thought, 1 elsewhere.
 
-    Keys, quotes, braces and the end of turn weigh 1, and so does a token that straddles the end of the thought: they
+    Keys, quotes, braces and the end of turn weigh 1, and so does a token that straddles an end of the thought: they
     are how the reply stays legible, and where it does not, every token weighs 1, so that keeping the format is
     rewarded as strongly as breaking it is punished. A token that touches the action belongs to the action.
     """

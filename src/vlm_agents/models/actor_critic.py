@@ -46,6 +46,8 @@ class ValueHead(nn.Module):
 class Agent(nn.Module):
     """Implements tensors.ActorCritic over one transformers model (`model` may be its PeftModel)."""
 
+    banned: Tensor  # [V] bool
+
     def __init__(
         self,
         model: Any,

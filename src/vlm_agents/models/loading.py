@@ -1,10 +1,12 @@
 """Folders and hub ids to agents."""
 
-import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -50,7 +52,11 @@ def load_agent(
     else:
         from vlm_agents.models import lora  # peft imports bitsandbytes: seconds that a run without an adapter saves
 
-        model = lora.load(model, str(folder), family, train) if adapter else lora.add(model, family, cfg.lora, train)
+        if adapter:
+            with refusing(f"adapter {folder}", "Set stage.init to a whole adapter of the model that model.path names"):
+                model = lora.load(model, str(folder), family, train)
+        else:
+            model = lora.add(model, family, cfg.lora, train)
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     width = model.config.get_text_config().hidden_size
@@ -84,19 +90,39 @@ def load_parts(source: str, random: bool, hardware: HardwareConfig, attention: s
     The processor class is not used: those of the Qwen families need torchvision for videos.
     """
     dtype = getattr(torch, hardware.dtype)
-    try:
+    with refusing(f"model {source}", "Set model.path or stage.init to a whole HF folder"):
+        if (Path(source).is_absolute() or source.count("/") > 1) and not Path(source).is_dir():
+            raise OSError("there is no such folder")  # a hub id has one slash at most
         if random:
             config = AutoConfig.from_pretrained(source)
             model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
         else:
-            model = AutoModelForImageTextToText.from_pretrained(
-                source, dtype=dtype, attn_implementation=attention, use_safetensors=True
-            )
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        image_processor = AutoImageProcessor.from_pretrained(source)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError, json.JSONDecodeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"model {source} can't be loaded: {reason}. Set model.path or stage.init to a whole HF folder"
-        ) from error
-    return model, tokenizer, image_processor
+            model = load_whole(source, dtype, attention)
+        return model, AutoTokenizer.from_pretrained(source), AutoImageProcessor.from_pretrained(source)
+
+
+def load_whole(source: str, dtype: torch.dtype, attention: str) -> Any:
+    """A model with all of its weights: transformers draws at random what a file lacks, and only warns."""
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        source,
+        dtype=dtype,
+        attn_implementation=attention,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    model, report = loaded
+    absent = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
+    if absent:
+        raise ValueError(f"its weights lack {len(absent)} tensors, or have them in other shapes: {min(absent)}")
+    return model
+
+
+@contextmanager
+def refusing(what: str, remedy: str) -> Iterator[None]:
+    """Turn whatever the libraries raise over bad files into one line that says what can't be loaded."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = shorten(str(error).rstrip(". ") or type(error).__name__, 300, placeholder=" ...")
+        raise ModelError(f"{what} can't be loaded: {reason}. {remedy}") from error

@@ -47,6 +47,11 @@ class HFRenderer:
         messages = [_message(index, message) for index, message in enumerate(prompt)]
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         images = tuple(image for message in prompt for image in message.images)
+        if (places := text.count(self.image_token)) != len(images):
+            raise DataError(
+                f"a prompt with {len(images)} pictures has {places} placeholders {self.image_token}: its chat template "
+                "leaves pictures out, or one of its texts spells the placeholder"
+            )
         remaining = iter(images)
         ids: list[int] = []
         # even parts are text, odd parts the index of the message whose sampled ids stand there
@@ -85,13 +90,12 @@ class HFRenderer:
 
         Bytes of an unfinished character decode to U+FFFD, which is not counted until the character is whole.
         """
-        ends, whole = [], len(self.decode(token_ids))
+        ends = [0]
         for count in range(1, len(token_ids) + 1):
             length = len(self.decode(token_ids[:count]).rstrip("\ufffd"))
-            ends.append(max(length, ends[-1] if ends else 0))
-        if ends:
-            ends[-1] = whole
-        return np.array(list(zip([0, *ends[:-1]], ends, strict=True)), dtype=np.int64).reshape(-1, 2)
+            ends.append(max(length, ends[-1]))
+        ends[-1] = len(self.decode(token_ids))
+        return np.array([ends[:-1], ends[1:]], dtype=np.int64).T
 
     def collate(self, rows: Sequence[Row]) -> Tokens:
         """Right-padded rows. Raises DataError where a row's placeholder tokens don't match its pictures."""

@@ -1,21 +1,26 @@
 """Play episodes and label them: episodes.jsonl with the pictures, each step rated 0-10. Resumes where it was killed."""
 
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from dataclasses import replace
 
 from vlm_agents.config import CollectConfig, RunConfig
 from vlm_agents.episodes import EpisodeWriter, read_episodes
 from vlm_agents.errors import ConfigError
+from vlm_agents.judge import Judge
 from vlm_agents.models import load_agent
 from vlm_agents.policies import NoisyPolicy, Policy
 from vlm_agents.progress import track
 from vlm_agents.prompting import PromptFormat, make_format
+from vlm_agents.remote import ChatClient
 from vlm_agents.report import write_report
 from vlm_agents.rollout import collect, summarise
 from vlm_agents.run import Run, training_seed
-from vlm_agents.stages.playing import has_expert, model_policy, open_envs, scripted_policy
+from vlm_agents.stages.playing import has_expert, model_policy, open_envs, remote_policy, scripted_policy
 from vlm_agents.types import Trajectory, Turn
 
 REPORTED = 12  # episodes in report.html
+SAMPLES = 3  # of a remote policy's reply, until one holds a legal action: what is sought here is data, not a grade
 
 
 def main(cfg: RunConfig, run: Run) -> dict[str, float]:
@@ -25,19 +30,25 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     if not advised and "expert" in (stage.policy, stage.rater):
         raise ConfigError(f"{cfg.env.id} has no expert: set stage.policy and stage.rater to something else")
     prompt_format = make_format(cfg.prompt)
-    policy = make_policy(cfg, stage, prompt_format)
+    client = ChatClient(stage.remote, run.path("remote")) if "remote" in (stage.policy, stage.rater) else None
+    policy = make_policy(cfg, stage, prompt_format, client)
     run.restore()
     writer = EpisodeWriter(run.dir)
     done = sum(1 for _ in read_episodes(run.dir))
     seeds = [training_seed(cfg.seed, -1, episode) for episode in range(done, stage.episodes)]
-    with open_envs(cfg.env, stage.num_envs, advised) as envs:
+    with open_envs(cfg.env, stage.num_envs, advised) as envs, closing(client) if client else nullcontext():
         playing = collect(
             envs, policy, prompt_format, seeds, invalid_penalty=cfg.env.invalid_penalty, run_seed=cfg.seed
         )
         for trajectory in track(playing, "collect", len(seeds)):
-            writer.append(rated(trajectory) if stage.rater == "expert" else trajectory)
+            writer.append(rated(trajectory, ratings(trajectory.turns, stage, client)))
     trajectories = list(read_episodes(run.dir))
     metrics = summarise(trajectories, "collect")
+    if client:
+        metrics |= {f"collect/{name}": count for name, count in client.counts().items()}
+    if stage.rater == "remote":
+        turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+        metrics["collect/unrated"] = float(sum("quality" not in turn.step.metrics for turn in turns))
     run.log(0, metrics)
     report = run.path("report.html")
     write_report(
@@ -51,21 +62,34 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     return run.finish(metrics, {"report": report, "episodes": run.path("episodes.jsonl")})
 
 
-def make_policy(cfg: RunConfig, stage: CollectConfig, prompt_format: PromptFormat) -> Policy:
+def make_policy(cfg: RunConfig, stage: CollectConfig, prompt_format: PromptFormat, client: ChatClient | None) -> Policy:
     if stage.policy == "remote":
-        raise ConfigError("stage.policy=remote: labelling over a server is not here yet; use expert, model or random")
-    if stage.policy == "model":
+        assert client is not None
+        policy = remote_policy(cfg, client, SAMPLES)
+    elif stage.policy == "model":
         policy = model_policy(cfg, load_agent(cfg.model, cfg.hardware, stage.init))
     else:
         policy = scripted_policy(stage.policy, prompt_format)
     return NoisyPolicy(policy, stage.noise, prompt_format) if stage.noise else policy
 
 
-def rated(trajectory: Trajectory) -> Trajectory:
-    """The episode with each step's `quality` in its metrics."""
+def ratings(turns: Sequence[Turn], stage: CollectConfig, client: ChatClient | None) -> Sequence[float | None]:
+    """What the rater gives each step, 0-10, or None."""
+    if stage.rater == "expert":
+        return [quality(turn) for turn in turns]
+    if stage.rater == "remote":
+        assert client is not None
+        return Judge(client).rate(turns)
+    return [None] * len(turns)
+
+
+def rated(trajectory: Trajectory, ratings: Sequence[float | None]) -> Trajectory:
+    """The episode with each step's rating as `quality` in its metrics, where it has one."""
     turns = [
-        replace(turn, step=replace(turn.step, metrics={**turn.step.metrics, "quality": quality(turn)}))
-        for turn in trajectory.turns
+        turn
+        if rating is None
+        else replace(turn, step=replace(turn.step, metrics={**turn.step.metrics, "quality": rating}))
+        for turn, rating in zip(trajectory.turns, ratings, strict=True)
     ]
     return replace(trajectory, turns=tuple(turns))
 

@@ -1,14 +1,17 @@
 """Play the held-out panel: the policy sampled and greedy, beside chance and the scripted expert. Trains nothing."""
 
+from contextlib import closing
+
 from vlm_agents.config import EvalConfig, RunConfig
 from vlm_agents.episodes import EpisodeWriter
 from vlm_agents.errors import ConfigError
 from vlm_agents.models import load_agent
 from vlm_agents.progress import say
 from vlm_agents.prompting import make_format
+from vlm_agents.remote import ChatClient
 from vlm_agents.report import episode_gif, write_report
 from vlm_agents.run import Run
-from vlm_agents.stages.playing import has_expert, open_envs, play_model, play_panel, scripted_policy
+from vlm_agents.stages.playing import has_expert, open_envs, play_model, play_panel, remote_policy, scripted_policy
 
 NAMES = {"": "model, sampled", "_greedy": "model, greedy", "_random": "random", "_expert": "expert"}
 
@@ -24,10 +27,16 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         if stage.policy == "model":
             agent = load_agent(cfg.model, cfg.hardware, stage.init)
             metrics, trajectories = play_model(cfg, envs, agent, stage.episodes)
+        elif stage.policy == "remote":
+            with closing(ChatClient(stage.remote, run.path("remote"))) as client:
+                policy = remote_policy(cfg, client, samples=1)  # like the model, it has one try a turn
+                metrics, trajectories = play_panel(cfg, envs, policy, stage.episodes)
+                metrics |= {f"eval/{name}": count for name, count in client.counts().items()}
         else:
             policy = scripted_policy(stage.policy, prompt_format)
             metrics, trajectories = play_panel(cfg, envs, policy, stage.episodes)
-        baselines = ["random", *(["expert"] if advised else [])] if stage.baselines and stage.policy == "model" else []
+        compared = stage.baselines and stage.policy in ("model", "remote")
+        baselines = ["random", *(["expert"] if advised else [])] if compared else []
         for name in baselines:
             metrics |= play_panel(cfg, envs, scripted_policy(name, prompt_format), stage.episodes, f"_{name}")[0]
     run.restore()  # an interrupted evaluation starts anew

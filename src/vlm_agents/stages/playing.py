@@ -13,9 +13,10 @@ from vlm_agents.envs.base import Env
 from vlm_agents.errors import ConfigError
 from vlm_agents.experts import with_expert
 from vlm_agents.models import Agent, Sampler
-from vlm_agents.policies import ExpertPolicy, ModelPolicy, Policy, RandomPolicy
+from vlm_agents.policies import ExpertPolicy, ModelPolicy, Policy, RandomPolicy, RemotePolicy
 from vlm_agents.progress import track
 from vlm_agents.prompting import PromptFormat, make_format
+from vlm_agents.remote import ChatClient
 from vlm_agents.rollout import EnvPool, collect, summarise
 from vlm_agents.run import panel_seeds
 from vlm_agents.types import Trajectory
@@ -48,6 +49,11 @@ def scripted_policy(name: str, prompt_format: PromptFormat) -> Policy:
 
 def model_policy(cfg: RunConfig, agent: Agent, greedy: bool = False) -> Policy:
     return ModelPolicy(Sampler(agent), cfg.prompt.max_reply_tokens, greedy)
+
+
+def remote_policy(cfg: RunConfig, client: ChatClient, samples: int) -> Policy:
+    """Samples at the temperature of `model`, as the model itself would; `samples` are drawn until one is legal."""
+    return RemotePolicy(client, make_format(cfg.prompt), cfg.prompt.max_reply_tokens, cfg.model.temperature, samples)
 
 
 def play_panel(

@@ -71,7 +71,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
             if done % stage.checkpoint_every == 0 or done == stage.iterations:
                 save(done)
         after, shown = evaluate(cfg, run, envs, agent, stage.iterations) if stage.eval_episodes else ({}, [])
-    agent.save(run.path(RUN_MODEL))
+    run.save_folder(RUN_MODEL, agent.save)
     return finish(cfg, run, state, after, shown or list(read_episodes(run.dir))[-RECORDED:])
 
 

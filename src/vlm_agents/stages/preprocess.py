@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 from PIL.Image import Image
 
 from vlm_agents.config import PreprocessConfig, RunConfig
 from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import DataError
-from vlm_agents.files import writing
+from vlm_agents.files import atomic_write
 from vlm_agents.policies import is_random
 from vlm_agents.progress import say
 from vlm_agents.prompting import PromptFormat, make_format
@@ -33,13 +35,13 @@ FEATURES = datasets.Features(
     }
 )
 IMAGE_MARK = "<image>"
-datasets.disable_progress_bars()
 SPLITS = ("train", "validation")
 
 
 def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     stage = cfg.stage
     assert isinstance(stage, PreprocessConfig)
+    run.restore()  # an interrupted one starts anew
     prompt_format = make_format(cfg.prompt)
     counts: Counter[str] = Counter()
     rows: dict[str, list[dict]] = {split: [] for split in SPLITS}
@@ -50,7 +52,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
             split = SPLITS[stable_hash("split", trajectory.env, trajectory.seed) % 10_000 < stage.val_fraction * 10_000]
             for row in chats(trajectory, stage, prompt_format, counts, pngs):
                 key = stable_hash(row["messages"], [image["bytes"] for image in row["images"]])
-                if key in seen:
+                if key in seen and stage.label != "played":  # how often a move was played is what is learned there
                     counts["duplicates"] += 1
                     continue
                 seen.add(key)
@@ -61,13 +63,12 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
             "or loosen stage.success_only and stage.min_score"
         )
     for split, content in rows.items():
-        path = run.path(f"{split}.parquet")
-        with writing(path):
-            # a dictionary page as large as needed stores each distinct picture of a row group once
-            columns = {name: [row[name] for row in content] for name in FEATURES}
-            datasets.Dataset.from_dict(columns, features=FEATURES).to_parquet(
-                path, batch_size=100_000, dictionary_pagesize_limit=1 << 30
-            )
+        parquet = io.BytesIO()
+        # Not through `datasets`: it stores a picture anew in every row, and where the disk is full the process dies.
+        # A dictionary page as large as needed stores each distinct picture of a row group once.
+        table = pyarrow.Table.from_pylist(content, schema=FEATURES.arrow_schema)
+        pyarrow.parquet.write_table(table, parquet, dictionary_pagesize_limit=1 << 30)
+        atomic_write(run.path(f"{split}.parquet"), parquet.getvalue())
     metrics = {f"preprocess/{name}": float(count) for name, count in counts.items()}
     metrics |= {f"preprocess/{split}": float(len(content)) for split, content in rows.items()}
     metrics["preprocess/pictures"] = float(len(pngs))
@@ -113,9 +114,10 @@ def label(turn: Turn, stage: PreprocessConfig, prompt_format: PromptFormat) -> s
     if meant and turn.parsed.error is None and turn.step.metrics.get("quality", 10.0) >= stage.min_score:
         return turn.reply.text
     advice = turn.observation.advice
-    if meant or advice is None:
+    action = turn.parsed.action if stage.label == "played" or advice is None else advice.action
+    if meant or advice is None or action is None:
         return None
-    return prompt_format.write(advice.thought, advice.action, turn.observation.legal_actions)
+    return prompt_format.write(advice.thought, action, turn.observation.legal_actions)
 
 
 def png(image: Image, made: dict[bytes, bytes]) -> bytes:

@@ -26,6 +26,7 @@ from vlm_agents.tensors import Row
 from vlm_agents.types import Message
 
 GROUPED = 8  # batches that are drawn together, then sorted by length
+NAMES = {"grad_norm": "grad_norm", "learning_rate": "lr"}  # the Trainer's, ours
 
 
 def main(cfg: RunConfig, run: Run) -> dict[str, float]:
@@ -39,12 +40,15 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         Chats(Path(stage.data) / f"{split}.parquet", agent.renderer) for split in ("train", "validation")
     )
     trainer = SftTrainer(run, agent, cfg.hardware, stage, train, cfg.seed)
-    trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
-    metrics = {"sft/loss": trainer.last_loss, "sft/rows": float(len(train))}
+    if checkpoint:
+        trainer.progress |= checkpoint.state
+    if not trainer.progress["done"]:  # where epochs is no whole number, the Trainer would take one more step
+        trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+    metrics = {"sft/loss": trainer.progress["loss"], "sft/rows": float(len(train))}
     if len(validation):
         metrics |= validate(agent.eval(), validation, stage.batch_size, cfg.hardware)
-    run.log(trainer.state.global_step, metrics)
-    agent.save(run.path(RUN_MODEL))
+    run.log(trainer.progress["step"], metrics)
+    run.save_folder(RUN_MODEL, agent.save)
     return run.finish(metrics, {"model": run.path(RUN_MODEL)})
 
 
@@ -129,7 +133,8 @@ class SftTrainer(Trainer):
         self, run: Run, agent: Agent, hardware: HardwareConfig, stage: SftConfig, train: Chats, seed: int
     ) -> None:
         self.run, self.agent, self.hardware, self.stage = run, agent, hardware, stage
-        self.last_loss = float("nan")
+        # what a checkpoint keeps: the steps done, the mean loss on the last line of the curves, each step's since then
+        self.progress: dict[str, Any] = {"step": 0, "done": False, "loss": float("nan"), "since": []}
         self.order = GroupedSampler(train.lengths(), stage.batch_size, seed)
         arguments = TrainingArguments(
             output_dir=str(run.dir),
@@ -174,11 +179,13 @@ class SftTrainer(Trainer):
                 )
             self.accelerator.backward(loss)
             total += loss.detach()
+        self.progress["since"].append(float(total))
         return total
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Through the run, which makes it atomic and keeps the curves in step with it."""
-        self.run.save_checkpoint(self.state.global_step, self._write_checkpoint, {}, self.stage.keep_checkpoints)
+        step, keep = self.state.global_step, self.stage.keep_checkpoints
+        self.run.save_checkpoint(step, self._write_checkpoint, self.progress, keep)
 
     def _write_checkpoint(self, folder: Path) -> None:
         self.agent.save(folder / RUN_MODEL)
@@ -191,16 +198,22 @@ class SftTrainer(Trainer):
 
 
 class Curves(TrainerCallback):
-    """The Trainer's log lines, into the run."""
+    """The Trainer's log lines, into the run. The mean loss is our own: the Trainer's begins anew at a resume."""
 
     def __init__(self, run: Run, trainer: SftTrainer) -> None:
         self.run, self.trainer = run, trainer
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        done = state.global_step == state.max_steps
+        control.should_log |= done  # the last steps too, be they fewer
+        self.trainer.progress |= {"step": state.global_step, "done": done}
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
-            self.trainer.last_loss = float(logs["loss"])
-            names = {"loss": "sft/loss", "grad_norm": "sft/grad_norm", "learning_rate": "sft/lr"}
-            self.run.log(state.global_step, {ours: float(logs[name]) for name, ours in names.items() if name in logs})
+            loss = float(np.mean(self.trainer.progress["since"]))
+            self.trainer.progress |= {"loss": loss, "since": []}
+            rest = {f"sft/{ours}": float(logs[name]) for name, ours in NAMES.items() if name in logs}
+            self.run.log(state.global_step, {"sft/loss": loss, **rest})
 
 
 @torch.no_grad()

@@ -1,0 +1,217 @@
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from vlm_agents.config import HardwareConfig, ModelConfig, ValueHeadConfig
+from vlm_agents.errors import ModelError
+from vlm_agents.models import Agent, load_agent
+from vlm_agents.models.actor_critic import shared_prefix
+from vlm_agents.tensors import Row, Scores, Tokens
+from vlm_agents.types import Prompt
+
+Load = Callable[..., Agent]
+MakeRow = Callable[..., Row]
+REPLIES = [[30, 31, 32, 2], [40], [50, 51, 2], [60, 61, 62, 63, 64, 2], [70, 71]]
+
+
+@pytest.fixture(scope="module")
+def rows(agent: Agent, chats: list[Prompt], make_row: MakeRow) -> list[Row]:
+    """Mixed lengths and pictures; the first and the fourth hold two replies."""
+    built = [make_row(agent, chat, reply) for chat, reply in zip(chats, REPLIES, strict=True)]
+    built[0] = make_row(agent, chats[0], REPLIES[0], [33, 34])
+    built[3] = make_row(agent, chats[3], REPLIES[3], [65, 2])
+    return built
+
+
+def plain_scores(agent: Agent, row: Row) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs, entropies and values of one row out of transformers' own forward pass over all of it."""
+    ids = torch.from_numpy(row.input_ids)[None]
+    pixels = agent.image_processor(images=list(row.images), return_tensors="pt") if row.images else {}
+    kinds = (ids == agent.family.image_token_id).int()
+    output = agent.model(input_ids=ids, mm_token_type_ids=kinds, output_hidden_states=True, **pixels)
+    logits = output.logits[0] / agent.temperature
+    logits[:, agent.banned] = -torch.inf
+    logprobs = logits.log_softmax(-1)
+    before = [place - 1 for start, end in row.spans for place in range(start, end)]
+    entropies = torch.distributions.Categorical(logits=logits[before][:, ~agent.banned]).entropy()
+    starts = [start - 1 for start, _ in row.spans]
+    values = agent.value_head(output.hidden_states[-1][0, starts])
+    return logprobs[before, ids[0, [place + 1 for place in before]]], entropies, values
+
+
+def close(one: Tensor, other: Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def score(agent: Agent, rows: Sequence[Row]) -> Scores:
+    with torch.no_grad():
+        return agent.score(agent.renderer.collate(rows))
+
+
+def without_sharing(tokens: Tokens) -> Tokens:
+    """The same rows, and one more that has nothing in common with them."""
+    other = torch.full_like(tokens.input_ids[:1], 9)
+    zeros = torch.zeros_like(other)
+    positions = tokens.mm["position_ids"]
+    return Tokens(
+        torch.cat([tokens.input_ids, other]),
+        torch.cat([tokens.attention_mask, zeros + 1]),
+        torch.cat([tokens.reply_mask, zeros.bool()]),
+        {**tokens.mm, "position_ids": torch.cat([positions, torch.zeros_like(positions[:, :1])], dim=1)},
+    )
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_scores_are_those_of_a_plain_forward_pass(load: Load, rows: list[Row], temperature: float):
+    agent = load(temperature=temperature)
+    with torch.no_grad():
+        plain = [plain_scores(agent, row) for row in rows]
+    scores = score(agent, rows)
+    for one, parts in zip((scores.logprobs, scores.entropy, scores.values), zip(*plain, strict=True), strict=True):
+        close(one, torch.cat(parts))
+    assert scores.logprobs.shape == scores.entropy.shape == (6 + 1 + 3 + 8 + 2,)
+    assert scores.values.shape == (7,)  # two of the rows hold two replies
+    assert scores.values.unique().shape == (7,)
+
+
+def test_scores_depend_on_the_picture(agent: Agent, rows: list[Row], chats: list[Prompt], make_row: MakeRow):
+    other = make_row(agent, chats[0][:1] + (replace(chats[0][1], images=chats[3][1].images),), REPLIES[0])
+    assert (score(agent, [other]).logprobs - score(agent, rows[:1]).logprobs[:4]).abs().max() > 1e-2
+
+
+def test_neither_padding_nor_the_rest_of_the_batch_matters(agent: Agent, rows: list[Row]):
+    together, backwards = score(agent, rows), score(agent, rows[::-1])
+    alone = [score(agent, [row]) for row in rows]
+    for name in ("logprobs", "entropy", "values"):
+        parts = [getattr(scores, name) for scores in alone]
+        close(getattr(together, name), torch.cat(parts))
+        close(getattr(backwards, name), torch.cat(parts[::-1]))
+
+
+def test_a_shared_prefix_changes_neither_scores_nor_gradients(load: Load, rows: list[Row]):
+    agent = load(value_head=ValueHeadConfig(stop_gradient=False))
+    tokens = agent.renderer.collate(rows)
+    assert shared_prefix(tokens, agent.family.image_token_id) > 20
+    assert shared_prefix(without_sharing(tokens), agent.family.image_token_id) == 0
+    found = []
+    for batch in (tokens, without_sharing(tokens)):
+        agent.zero_grad()
+        scores = agent.score(batch)
+        (scores.logprobs.sum() + scores.entropy.sum() + scores.values.sum()).backward()
+        parameters = dict(agent.named_parameters())
+        gradients = {name: one.grad.clone() for name, one in parameters.items() if one.grad is not None}
+        found.append((scores, gradients))
+    (scores, gradients), (plain, plain_gradients) = found
+    for name in ("logprobs", "entropy", "values"):
+        close(getattr(scores, name), getattr(plain, name))
+    assert gradients.keys() == plain_gradients.keys() == dict(agent.named_parameters()).keys()
+    for name, gradient in gradients.items():
+        # relative to the parameter's largest gradient: sums in another order
+        close(gradient / plain_gradients[name].abs().max(), plain_gradients[name] / plain_gradients[name].abs().max())
+
+
+def test_the_shared_prefix_ends_before_pictures_and_leaves_each_row_a_token(
+    agent: Agent, chats: list[Prompt], make_row: MakeRow
+):
+    image = agent.family.image_token_id
+    same = [make_row(agent, chats[0], [30]), make_row(agent, chats[0], [31, 32])]
+    tokens = agent.renderer.collate(same)
+    assert shared_prefix(tokens, image) == int((tokens.input_ids[0] == image).long().argmax())
+    words = agent.renderer.collate([make_row(agent, chats[1], [30]), make_row(agent, chats[1], [31, 32])])
+    prompt_length = int(words.reply_mask[0].long().argmax())
+    assert shared_prefix(words, image) == prompt_length - 1
+
+
+def test_checkpointing_changes_no_score(load: Load, rows: list[Row]):
+    agent = load(gradient_checkpointing=True)
+    plain = score(agent, rows)
+    scores = agent.train().score(agent.renderer.collate(rows))
+    close(scores.logprobs, plain.logprobs)
+    scores.logprobs.sum().backward()
+    assert all(parameter.grad is not None for parameter in agent.model.parameters())
+
+
+# ---- banned tokens ---------------------------------------------------------------------------------------------------
+def test_reserved_tokens_and_spare_rows_are_banned_and_nothing_else(agent: Agent):
+    vocabulary = agent.tokenizer.get_vocab()
+    spare = set(range(len(agent.tokenizer), len(agent.banned)))
+    assert len(spare) == 16
+    reserved = ["endoftext", "im_start", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"]
+    assert set(agent.banned.nonzero().squeeze().tolist()) == spare | {vocabulary[f"<|{name}|>"] for name in reserved}
+    assert not agent.banned[vocabulary["<|im_end|>"]]
+
+
+def test_banned_tokens_have_no_probability_and_harm_no_gradient(load: Load, rows: list[Row]):
+    agent = load()
+    hidden = torch.randn(3, 128, requires_grad=True)
+    distribution = agent.log_distribution(hidden)
+    assert (distribution.exp()[:, agent.banned] == 0).all()
+    close(distribution.exp().sum(-1), torch.ones(3))
+    agent.score(agent.renderer.collate(rows)).entropy.sum().backward()
+    gradients = [parameter.grad for parameter in agent.model.parameters() if parameter.grad is not None]
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert any(gradient.abs().max() > 1e-3 for gradient in gradients)
+
+
+# ---- the critic ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("stop", [True, False])
+def test_the_critic_moves_the_backbone_only_if_told_to(load: Load, rows: list[Row], stop: bool):
+    agent = load(value_head=ValueHeadConfig(stop_gradient=stop))
+    agent.score(agent.renderer.collate(rows)).values.sum().backward()
+    moved = [parameter.grad is not None and bool(parameter.grad.any()) for parameter in agent.model.parameters()]
+    assert any(moved) is not stop
+    assert all(parameter.grad is not None for parameter in agent.parameters_by_role()["value"])
+
+
+def test_a_fresh_critic_expects_nothing(tiny_folder: Path, rows: list[Row]):
+    fresh = load_agent(ModelConfig(name="tiny", path=str(tiny_folder)), HardwareConfig(name="cpu"))
+    assert score(fresh, rows).values.tolist() == [0.0] * 7
+
+
+# ---- a frozen vision part --------------------------------------------------------------------------------------------
+def test_frozen_pictures_are_encoded_once_until_cleared(load: Load, rows: list[Row]):
+    agent, frozen = load(), load(freeze_vision=True)
+    assert not agent.images.frozen
+    assert frozen.images.frozen
+    tokens = frozen.renderer.collate(rows)
+    # 84x56, twice; 56x56 and 100x75; 75x100: tokens of a merged 28x28
+    assert tokens.mm["image_features"].shape == (6 + 4 + 12 + 6 + 12, 128)
+    before = score(agent, rows)
+    close(score(frozen, rows).logprobs, before.logprobs)
+    close(score(frozen, rows).values, before.values)
+    with torch.no_grad():
+        frozen.model.model.visual.merger.ln_q.weight.mul_(2)
+    assert torch.equal(frozen.renderer.collate(rows).mm["image_features"], tokens.mm["image_features"])
+    frozen.images.clear()
+    assert not torch.equal(frozen.renderer.collate(rows).mm["image_features"], tokens.mm["image_features"])
+
+
+def test_what_doesnt_fit_is_encoded_anew(load: Load, rows: list[Row], monkeypatch: pytest.MonkeyPatch):
+    agent = load(freeze_vision=True)
+    monkeypatch.setattr("vlm_agents.models.images.KEEP_BYTES", 12 * 128 * 4)  # fp32 features of the last picture
+    before = agent.renderer.collate(rows).mm["image_features"]
+    with torch.no_grad():
+        agent.model.model.visual.merger.ln_q.weight.mul_(2)
+    after = agent.renderer.collate(rows).mm["image_features"]
+    assert (before != after).any(-1).tolist() == [True] * 28 + [False] * 12
+
+
+def test_training_with_a_frozen_vision_part_moves_the_language_part_alone(load: Load, rows: list[Row]):
+    agent = load(freeze_vision=True)
+    before = {name: parameter.clone() for name, parameter in agent.model.named_parameters()}
+    optimizer = torch.optim.SGD(agent.parameters_by_role()["policy"], lr=0.1)
+    agent.score(agent.renderer.collate(rows)).logprobs.mean().backward()
+    optimizer.step()
+    for name, parameter in agent.model.named_parameters():
+        assert torch.equal(parameter, before[name]) is (agent.family.part_of(name) != "language"), name
+
+
+# ---- reference -------------------------------------------------------------------------------------------------------
+def test_without_an_adapter_there_is_no_reference(agent: Agent, rows: list[Row]):
+    with pytest.raises(ModelError, match=r"needs model\.lora"):
+        agent.reference_logprobs(agent.renderer.collate(rows))

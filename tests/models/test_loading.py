@@ -1,0 +1,147 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vlm_agents.config import LoraConfig, ValueHeadConfig
+from vlm_agents.errors import DataError, ModelError
+from vlm_agents.models import Agent
+from vlm_agents.tensors import Row
+from vlm_agents.types import Prompt
+
+Load = Callable[..., Agent]
+
+
+@pytest.fixture
+def broken(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model to break."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "broken"))
+
+
+def refusal(load: Load, error: type[Exception] = ModelError, **arguments: object) -> str:
+    """The message of the error, which must be one line."""
+    with pytest.raises(error) as caught:
+        load(**arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# ---- round trips -----------------------------------------------------------------------------------------------------
+def test_a_saved_agent_is_the_same_bit_for_bit(
+    load: Load, agent: Agent, chats: list[Prompt], make_row: Callable[..., Row], tmp_path: Path
+):
+    agent.save(tmp_path / "model")
+    again = load(init=tmp_path)  # a finished run keeps its model in the folder `model`
+    state, loaded = agent.state_dict(), again.state_dict()
+    assert state.keys() == loaded.keys()
+    assert [name for name in state if not torch.equal(state[name], loaded[name])] == []
+    row = make_row(agent, chats[2], [30, 31, 2])
+    tokens = again.renderer.collate([row])
+    assert torch.equal(tokens.input_ids, agent.renderer.collate([row]).input_ids)
+    with torch.no_grad():
+        before, after = agent.score(tokens), again.score(tokens)
+    assert torch.equal(before.logprobs, after.logprobs)
+    assert torch.equal(before.values, after.values)
+
+
+def test_random_weights_need_no_weights(load: Load, agent: Agent, broken: Path):
+    (broken / "model.safetensors").unlink()
+    fresh = load(path=str(broken), weights="random")
+    name = "model.language_model.layers.0.self_attn.q_proj.weight"
+    drawn, stored = (dict(one.model.named_parameters())[name] for one in (fresh, agent))
+    assert drawn.shape == stored.shape
+    assert not torch.equal(drawn, stored)
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+def test_a_missing_folder(load: Load, tmp_path: Path):
+    path = str(tmp_path / "nowhere")
+    assert f"model {path} can't be loaded: there is no such folder" in refusal(load, path=path)
+
+
+def test_a_hub_id_that_isnt_here(load: Load):
+    message = refusal(load, path="nobody/no-such-model")
+    assert "model nobody/no-such-model can't be loaded" in message
+    assert "model.path" in message
+
+
+def test_a_folder_without_weights(load: Load, broken: Path):
+    (broken / "model.safetensors").unlink()
+    message = refusal(load, path=str(broken))
+    assert f"model {broken} can't be loaded" in message
+    assert "model.safetensors" in message
+
+
+def test_truncated_weights(load: Load, broken: Path):
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert f"model {broken} can't be loaded" in refusal(load, path=str(broken))
+
+
+def test_weights_that_lack_a_tensor(load: Load, broken: Path):
+    weights = load_file(broken / "model.safetensors")
+    del weights["model.layers.0.self_attn.q_proj.weight"]
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    message = refusal(load, path=str(broken))
+    assert f"model {broken} can't be loaded" in message
+    assert "layers.0.self_attn.q_proj.weight" in message
+
+
+def test_weights_of_another_shape(load: Load, broken: Path):
+    config = json.loads((broken / "config.json").read_text())
+    config["text_config"]["intermediate_size"] = 256
+    (broken / "config.json").write_text(json.dumps(config))
+    message = refusal(load, path=str(broken))
+    assert f"model {broken} can't be loaded" in message
+    assert "mlp.down_proj.weight" in message
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "preprocessor_config.json", "config.json"])
+def test_a_folder_without_a_part(load: Load, broken: Path, name: str):
+    (broken / name).unlink()
+    assert f"model {broken} can't be loaded" in refusal(load, path=str(broken))
+
+
+def test_a_config_that_is_no_json(load: Load, broken: Path):
+    (broken / "config.json").write_text('{"model_type": "qwen2_5_vl",')
+    assert f"model {broken} can't be loaded" in refusal(load, path=str(broken))
+
+
+def test_init_that_holds_no_model(load: Load, tmp_path: Path):
+    message = refusal(load, DataError, init=tmp_path)
+    assert f"stage.init={tmp_path} holds no model" in message
+    assert "stage=sft" in message
+
+
+def test_a_value_head_of_another_size(load: Load, agent: Agent, tmp_path: Path):
+    agent.save(tmp_path)
+    message = refusal(load, init=tmp_path, value_head=ValueHeadConfig(hidden=32))
+    assert f"{tmp_path / 'value_head.safetensors'}: its shapes differ from model.value_head" in message
+
+
+def test_an_adapter_without_lora(load: Load, tmp_path: Path):
+    load(lora=LoraConfig(rank=4)).save(tmp_path)
+    message = refusal(load, init=tmp_path)
+    assert f"{tmp_path} holds a LoRA adapter: set model.lora" in message
+
+
+def test_a_truncated_adapter(load: Load, tmp_path: Path):
+    load(lora=LoraConfig(rank=4)).save(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert f"adapter {tmp_path} can't be loaded" in refusal(load, init=tmp_path, lora=LoraConfig(rank=4))
+
+
+def test_an_adapter_of_another_model(load: Load, broken: Path, tmp_path: Path):
+    load(lora=LoraConfig(rank=4)).save(tmp_path / "adapter")
+    config = json.loads((broken / "config.json").read_text())
+    config["text_config"]["intermediate_size"] = 256
+    (broken / "config.json").write_text(json.dumps(config))
+    arguments = {"path": str(broken), "weights": "random", "lora": LoraConfig(rank=4)}
+    message = refusal(load, init=tmp_path / "adapter", **arguments)
+    assert f"adapter {tmp_path / 'adapter'} can't be loaded" in message

@@ -1,0 +1,94 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from vlm_agents.config import LoraConfig, TrainableConfig
+from vlm_agents.errors import ConfigError
+from vlm_agents.models import Agent
+from vlm_agents.tensors import Row
+from vlm_agents.types import Prompt
+
+Load = Callable[..., Agent]
+SMALL = LoraConfig(rank=4, alpha=8)
+
+
+@pytest.fixture(scope="module")
+def rows(agent: Agent, chats: list[Prompt], make_row: Callable[..., Row]) -> list[Row]:
+    return [make_row(agent, chat, [30 + index, 31, 2]) for index, chat in enumerate(chats)]
+
+
+def stir(agent: Agent) -> None:
+    """Give the adapters something to say: fresh ones leave the model as it is."""
+    torch.manual_seed(1)
+    for name, parameter in agent.model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+
+
+@pytest.mark.parametrize("part", ["vision", "projector", "language"])
+def test_only_adapters_of_the_chosen_part_train(load: Load, rows: list[Row], part: str):
+    chosen = TrainableConfig(**{name: name == part for name in ("vision", "projector", "language")})
+    agent = load(lora=SMALL, train=chosen)
+    stir(agent)
+    agent.score(agent.renderer.collate(rows)).logprobs.sum().backward()
+    trained = {name for name, parameter in agent.model.named_parameters() if parameter.grad is not None}
+    assert trained == {name for name, parameter in agent.model.named_parameters() if parameter.requires_grad}
+    assert all("lora_" in name and agent.family.part_of(name) == part for name in trained)
+    # two matrices for each linear layer: 4 layers of 7; 2 of 5 (qkv, proj, gate, up, down); 2 in the merger
+    assert len(trained) == {"language": 2 * 28, "vision": 2 * 10, "projector": 2 * 2}[part]
+    assert len(agent.parameters_by_role()["policy"]) == len(trained)
+    assert agent.images.frozen is (part == "language")
+
+
+def test_the_head_and_the_embeddings_have_no_adapter(load: Load):
+    agent = load(lora=SMALL)
+    adapted = [name for name, parameter in agent.model.named_parameters() if parameter.requires_grad]
+    assert len(adapted) == 2 * (28 + 10 + 2)
+    assert not any("lm_head" in name or "embed_tokens" in name for name in adapted)
+
+
+def test_nothing_to_adapt_is_an_error(load: Load):
+    with pytest.raises(ConfigError, match=r"model\.lora has nothing to adapt"):
+        load(lora=SMALL, train=TrainableConfig(vision=False, projector=False, language=False))
+
+
+def test_the_reference_is_the_base_model(load: Load, agent: Agent, rows: list[Row]):
+    adapted = load(lora=SMALL)
+    tokens = adapted.renderer.collate(rows)
+    with torch.no_grad():
+        base = agent.score(tokens)
+        assert torch.equal(adapted.score(tokens).logprobs, base.logprobs)  # a fresh adapter is silent
+        stir(adapted)
+        assert (adapted.score(tokens).logprobs - base.logprobs).abs().max() > 1e-2
+    reference = adapted.reference_logprobs(tokens)
+    torch.testing.assert_close(reference, base.logprobs, rtol=1e-6, atol=1e-6)
+    assert not reference.requires_grad
+    with torch.no_grad():
+        assert (adapted.score(tokens).logprobs - base.logprobs).abs().max() > 1e-2  # on again
+
+
+def test_an_adapter_and_its_value_head_survive_the_disk(load: Load, rows: list[Row], tmp_path: Path):
+    trained = load(lora=SMALL)
+    stir(trained)
+    trained.save(tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()  # the adapter alone
+    again = load(init=tmp_path, lora=SMALL)
+    tokens = trained.renderer.collate(rows)
+    with torch.no_grad():
+        before, after = trained.score(tokens), again.score(tokens)
+    for name in ("logprobs", "entropy", "values"):
+        assert torch.equal(getattr(before, name), getattr(after, name)), name
+    assert torch.equal(again.reference_logprobs(tokens), trained.reference_logprobs(tokens))
+    before, after = ({name for name, p in one.named_parameters() if p.requires_grad} for one in (trained, again))
+    assert before == after
+
+
+def test_a_loaded_adapter_trains_in_the_chosen_parts(load: Load, tmp_path: Path):
+    load(lora=SMALL).save(tmp_path)
+    again = load(init=tmp_path, freeze_vision=True, lora=SMALL)
+    trained = [name for name, parameter in again.model.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 2 * 28
+    assert {again.family.part_of(name) for name in trained} == {"language"}

@@ -1,0 +1,244 @@
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from vlm_agents.errors import DataError
+from vlm_agents.models import Agent
+from vlm_agents.models.rendering import HFRenderer
+from vlm_agents.models.tiny import SPECIAL
+from vlm_agents.tensors import Row
+from vlm_agents.types import Message, Prompt
+
+MakeRow = Callable[..., Row]
+
+
+def template_ids(agent: Agent, prompt: Prompt) -> list[int]:
+    """What transformers makes of a chat: its template, tokenised at once, each placeholder repeated per picture."""
+    chat = [
+        {
+            "role": message.role,
+            "content": [*({"type": "image"} for _ in message.images), {"type": "text", "text": message.text}],
+        }
+        for message in prompt
+    ]
+    counts = [agent.family.image_tokens(image.size) for message in prompt for image in message.images]
+    ids = agent.tokenizer.apply_chat_template(chat, tokenize=True, add_generation_prompt=True, return_dict=False)
+    repeats = iter(counts)
+    return [token for i in ids for token in [i] * (next(repeats) if i == agent.family.image_token_id else 1)]
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------------
+def test_a_prompt_is_what_the_chat_template_says(agent: Agent, chats: list[Prompt]):
+    for chat in chats:
+        rendered = agent.renderer.render(chat)
+        assert rendered.ids.tolist() == template_ids(agent, chat)
+        assert rendered.images == tuple(image for message in chat for image in message.images)
+
+
+def test_a_long_chat_with_pictures_is_what_the_chat_template_says(agent: Agent, chats: list[Prompt]):
+    system, first = chats[0]
+    (_, second), (_, third) = chats[2], chats[4]
+    said = (Message("assistant", '{"action": "turn left"}'), Message("assistant", "日本 🙂"))
+    chat = (system, first, said[0], second, said[1], third)
+    assert agent.renderer.render(chat).ids.tolist() == template_ids(agent, chat)
+    assert template_ids(agent, chat).count(agent.family.image_token_id) == 6 + 4 + 12 + 12
+
+
+@pytest.mark.parametrize("ended", [True, False], ids=["stop", "length"])
+def test_sampled_replies_keep_their_ids_and_each_prompt_extends_the_last(
+    agent: Agent, chats: list[Prompt], ended: bool
+):
+    vocabulary, end = agent.tokenizer.get_vocab(), agent.renderer.end_of_turn
+    spelled = tuple(vocabulary[letter] for letter in "turn")  # one token, had the text been tokenised
+    assert len(agent.tokenizer.encode("turn")) == 1
+    sampled = spelled + (end,) * ended
+    prompt, seen = chats[0], []
+    for turn in range(3):
+        ids = tuple(agent.renderer.render(prompt).ids.tolist())
+        seen.append((ids, ids + sampled))
+        user = replace(chats[2][1], text=f"then {turn}")
+        prompt = (*prompt, Message("assistant", "turn", token_ids=sampled), user)
+    for (_, said), (following, _) in pairwise(seen):
+        assert following[: len(said)] == said
+        assert len(following) > len(said)
+        assert following[len(said) - ended] == end  # the template ends what was cut; what was ended, only once
+        assert following.count(end) == following.count(vocabulary["<|im_start|>"]) - 1
+    # but for the spelling this is the chat that the template writes
+    retold = tuple(replace(message, token_ids=None) for message in prompt)
+    text = agent.tokenizer.decode(agent.renderer.render(prompt).ids)
+    assert text == agent.tokenizer.decode(template_ids(agent, retold))
+
+
+def test_a_picture_that_the_template_leaves_out_is_an_error(agent: Agent, chats: list[Prompt]):
+    words_only = "{% for message in messages %}{{ message['role'] }}{% endfor %}"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=agent.tokenizer.backend_tokenizer, eos_token="<|im_end|>", chat_template=words_only
+    )
+    with pytest.raises(DataError, match=r"with 1 pictures has 0 placeholders <\|image_pad\|>"):
+        HFRenderer(tokenizer, agent.family, agent.images).render(chats[0])
+
+
+def test_a_placeholder_in_the_text_is_an_error(agent: Agent, chats: list[Prompt]):
+    chat = (*chats[0], Message("user", "<|image_pad|>"))
+    with pytest.raises(DataError, match=r"with 1 pictures has 2 placeholders"):
+        agent.renderer.render(chat)
+
+
+def test_a_demonstration_ends_its_turn(agent: Agent):
+    ids = agent.renderer.encode_reply('{"action": "turn left"}')
+    assert ids[-1] == agent.renderer.end_of_turn
+    assert agent.renderer.decode(ids) == '{"action": "turn left"}'
+
+
+# ---- offsets ---------------------------------------------------------------------------------------------------------
+END, PAD = "<|im_end|>", "<|endoftext|>"
+LETTERS = [chr(code) for code in range(33, 127)]
+
+
+def wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
+
+
+def byte_level(texts: list[str]) -> PreTrainedTokenizerFast:
+    """GPT-2's kind: byte-level BPE with the stock pre-tokenizer."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return wrapped(tokenizer)
+
+
+def metaspace(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Llama's and Mistral's kind: ▁ for spaces, the first one dropped; what has no token is spelled in bytes."""
+    pieces = [f"<0x{byte:02X}>" for byte in range(256)]
+    scores = [(piece, 0.0) for piece in [*SPECIAL, *pieces]]
+    words = {word for text in texts for word in text.split()}
+    scores += [(f"▁{word}", -5.0) for word in sorted(words)] + [(letter, -9.0) for letter in ["▁", *LETTERS]]
+    tokenizer = Tokenizer(models.Unigram(scores, unk_id=0, byte_fallback=True))
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return wrapped(tokenizer)
+
+
+def word_piece(texts: list[str]) -> PreTrainedTokenizerFast:
+    """BERT's kind: words, and pieces that begin with ##; a space stands before every word but not before every mark."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token=PAD))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|[^\w\s]"), "removed", invert=True)
+    tokenizer.decoder = decoders.WordPiece()
+    alphabet = [*LETTERS, *"éüñ日本語🙂👩‍🚀"]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return wrapped(tokenizer)
+
+
+REPLIES = [
+    '{"thoughts": "key (3,2), door (2,3)", "action": "turn left"}',
+    "  two  spaces, don't  stop.  ",
+    "café über mañana",
+    "日本語 to 日本",
+    "🙂🙂 and 👩‍🚀!",
+    "ends in 🙂",
+    "",
+]
+
+
+@pytest.mark.parametrize("text", REPLIES, ids=["json", "spaces", "accents", "kanji", "emoji", "end", "empty"])
+@pytest.mark.parametrize("make", [None, byte_level, metaspace, word_piece])
+def test_offsets_cover_the_reply_without_overlap(
+    agent: Agent,
+    texts: list[str],
+    make: Callable[[list[str]], PreTrainedTokenizerFast] | None,
+    text: str,
+):
+    tokenizer = make(texts) if make else agent.tokenizer
+    renderer = HFRenderer(tokenizer, agent.family, agent.images)
+    ids = renderer.encode_reply(text)
+    said = renderer.decode(ids)
+    if make is not word_piece:  # which doesn't keep spaces
+        assert said.lstrip() == text.lstrip()  # metaspace drops the first space
+    offsets = renderer.offsets(ids)
+    assert offsets.shape == (len(ids), 2)
+    starts, ends = offsets.T.tolist()
+    assert starts == [0, *ends[:-1]]
+    assert all(start <= end for start, end in offsets)
+    assert ends[-1] == len(said)
+    assert starts[-1] == ends[-1]  # the end of turn is no text
+    # a token of whole characters reads as its range says, spaces aside
+    for token, (start, end) in zip(ids[:-1], offsets[:-1].tolist(), strict=True):
+        alone = renderer.decode([token]).strip().removeprefix("##")
+        if "\ufffd" not in alone:
+            assert said[start:end].strip() == alone
+
+
+def test_the_token_that_completes_a_character_gets_it(agent: Agent, texts: list[str]):
+    vocabulary = agent.tokenizer.get_vocab()
+    # 🙂 is F0 9F 99 82, in the byte-level alphabet ð Ł Ļ Ĥ
+    ids = [vocabulary[letter] for letter in "aðŁĻĤb"]
+    assert agent.renderer.decode(ids) == "a🙂b"
+    assert agent.renderer.offsets(ids).tolist() == [[0, 1], [1, 1], [1, 1], [1, 1], [1, 2], [2, 3]]
+    # cut inside: what is left reads as one U+FFFD, and the last token has it
+    assert agent.renderer.decode(ids[:3]) == "a\ufffd"
+    assert agent.renderer.offsets(ids[:3]).tolist() == [[0, 1], [1, 1], [1, 2]]
+    # broken off by a letter: the U+FFFD goes with what shows that it stays broken
+    ids = [vocabulary[letter] for letter in "ðŁb"]
+    assert agent.renderer.decode(ids) == "\ufffdb"
+    assert agent.renderer.offsets(ids).tolist() == [[0, 0], [0, 0], [0, 2]]
+
+
+def test_offsets_of_nothing(agent: Agent):
+    assert agent.renderer.offsets([]).shape == (0, 2)
+    assert agent.renderer.offsets([agent.renderer.end_of_turn]).tolist() == [[0, 0]]
+
+
+# ---- rows to tensors -------------------------------------------------------------------------------------------------
+def test_collate_pads_on_the_right_and_marks_replies(agent: Agent, chats: list[Prompt], make_row: MakeRow):
+    end = agent.renderer.end_of_turn
+    rows = [make_row(agent, chats[1], [10, 11, end], [12, end]), make_row(agent, chats[3], [13])]
+    tokens = agent.renderer.collate(rows)
+    assert tokens.input_ids.shape == (2, max(len(row.input_ids) for row in rows))
+    for index, row in enumerate(rows):
+        length = len(row.input_ids)
+        assert tokens.input_ids[index, :length].tolist() == row.input_ids.tolist()
+        assert set(tokens.input_ids[index, length:].tolist()) <= {agent.tokenizer.pad_token_id}
+        assert tokens.attention_mask[index].tolist() == [1] * length + [0] * (tokens.input_ids.shape[1] - length)
+    assert tokens.input_ids[tokens.reply_mask].tolist() == [10, 11, end, 12, end, 13]
+    assert tokens.reply_mask[0].nonzero().squeeze().tolist() == [t for span in rows[0].spans for t in range(*span)]
+
+
+def test_collate_carries_each_distinct_picture_once(
+    agent: Agent, chats: list[Prompt], make_row: MakeRow, picture: Callable[..., Image.Image]
+):
+    system, user = chats[0]
+    other = (system, replace(user, images=(picture(84, 56, 9),)))
+    again = (system, replace(user, images=(user.images[0].copy(),)))  # equal pixels, another object
+    tokens = agent.renderer.collate([make_row(agent, chat, [10]) for chat in (chats[0], other, again)])
+    assert tokens.mm["image_index"].tolist() == [0, 1, 0]
+    assert len(tokens.mm["image_grid_thw"]) == 2
+    assert set(agent.renderer.collate([make_row(agent, chats[1], [10])]).mm) == {"position_ids"}
+
+
+def test_collate_refuses_a_row_whose_pictures_dont_match(agent: Agent, chats: list[Prompt], make_row: MakeRow):
+    good = make_row(agent, chats[2], [10], ident="good/seed 1/turn 0")
+    missing = replace(good, ident="game/seed 7/turn 3", images=good.images[:1])
+    with pytest.raises(DataError, match=r"game/seed 7/turn 3: 16 .* for 1 pictures that make 4"):
+        agent.renderer.collate([good, missing])
+    where = int(np.flatnonzero(good.input_ids == agent.family.image_token_id)[-1])
+    cut = replace(good, ident="game/seed 8/turn 0", input_ids=good.input_ids[:where], spans=((where - 1, where),))
+    with pytest.raises(DataError, match=r"game/seed 8/turn 0: 15 .* for 2 pictures that make 16"):
+        agent.renderer.collate([good, cut])

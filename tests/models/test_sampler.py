@@ -1,0 +1,223 @@
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from vlm_agents.models import Agent, Sampler
+from vlm_agents.models.sampler import draw
+from vlm_agents.tensors import Row
+from vlm_agents.types import Message, Prompt, Reply
+
+Load = Callable[..., Agent]
+EndSoon = Callable[[Agent], Agent]
+MakeRow = Callable[..., Row]
+RowOf = Callable[[Prompt, Reply], Row]
+ROOM = 24  # tokens a reply
+
+
+def generators(count: int, seed: int = 0) -> list[np.random.Generator]:
+    return [np.random.default_rng([seed, index]) for index in range(count)]
+
+
+def sample(agent: Agent, prompts: Sequence[Prompt], seed: int = 0, greedy: bool = False) -> list[Reply]:
+    return Sampler(agent).generate(prompts, generators(len(prompts), seed), ROOM, greedy)
+
+
+def generated(agent: Agent, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Greedy replies of transformers' own `generate`, up to and including the end of turn."""
+    rendered = [agent.renderer.render(prompt) for prompt in prompts]
+    width = max(len(row.ids) for row in rendered)
+    ids = torch.full((len(rendered), width), agent.tokenizer.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rendered):
+        ids[index, width - len(row.ids) :] = torch.from_numpy(row.ids)
+        mask[index, width - len(row.ids) :] = 1
+    pictures = [image for row in rendered for image in row.images]
+    inputs: dict[str, Any] = dict(agent.image_processor(images=pictures, return_tensors="pt")) if pictures else {}
+    output = agent.model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        mm_token_type_ids=(ids == agent.family.image_token_id).int(),
+        **inputs,
+        do_sample=False,
+        max_new_tokens=ROOM,
+        suppress_tokens=agent.banned.nonzero().squeeze().tolist(),
+        eos_token_id=agent.renderer.end_of_turn,
+        pad_token_id=agent.tokenizer.pad_token_id,
+    )
+    replies = output[:, width:].tolist()
+    end = agent.renderer.end_of_turn
+    return [reply[: reply.index(end) + 1] if end in reply else reply for reply in replies]
+
+
+@pytest.fixture(params=["shared prefix", "nothing shared", "equal lengths", "one"])
+def prompts(request: pytest.FixtureRequest, chats: list[Prompt]) -> list[Prompt]:
+    """Batches that take each of the ways through prefill."""
+    match request.param:
+        case "shared prefix":
+            return [*chats, *chats]
+        case "nothing shared":  # and so left-padded as a whole
+            return [(Message("system", f"{index} games."), *chat[1:]) for index, chat in enumerate([*chats, *chats])]
+        case "equal lengths":
+            return [chats[0], chats[3]] * 4
+        case _:
+            return [chats[2]]
+
+
+# ---- what is sampled -------------------------------------------------------------------------------------------------
+def test_greedy_replies_are_those_of_transformers(agent: Agent, brief_agent: Agent, prompts: list[Prompt]):
+    replies = sample(agent, prompts, greedy=True)
+    assert [list(reply.token_ids) for reply in replies] == generated(agent, prompts)
+    brief = sample(brief_agent, prompts, greedy=True)
+    assert [list(reply.token_ids) for reply in brief] == generated(brief_agent, prompts)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("greedy", [False, True], ids=["sampled", "greedy"])
+def test_the_ratio_is_one(
+    load: Load, end_soon: EndSoon, prompts: list[Prompt], row_of: RowOf, temperature: float, greedy: bool
+):
+    agent = end_soon(load(temperature=temperature))
+    replies = sample(agent, prompts, greedy=greedy)
+    if len(prompts) > 1 and not greedy:  # rows leave the batch at different times
+        assert len({len(reply.token_ids) for reply in replies}) > 3
+    with torch.no_grad():
+        scores = agent.score(agent.renderer.collate([row_of(*pair) for pair in zip(prompts, replies, strict=True)]))
+    sampled = torch.tensor([logprob for reply in replies for logprob in reply.logprobs])
+    torch.testing.assert_close(sampled, scores.logprobs, rtol=0, atol=1e-5)
+    values = torch.tensor([reply.value for reply in replies])
+    torch.testing.assert_close(values, scores.values, rtol=0, atol=1e-5)
+    lengths = [len(reply.token_ids) for reply in replies]
+    entropies = torch.stack([part.mean() for part in scores.entropy.split(lengths)])
+    torch.testing.assert_close(torch.tensor([reply.entropy for reply in replies]), entropies, rtol=0, atol=1e-5)
+
+
+def test_a_reply_is_what_its_tokens_say(brief_agent: Agent, chats: list[Prompt]):
+    end = brief_agent.renderer.end_of_turn
+    finishes = set()
+    for prompt, reply in zip(chats * 4, sample(brief_agent, chats * 4), strict=True):
+        assert reply.prompt_token_ids == tuple(brief_agent.renderer.render(prompt).ids.tolist())
+        assert reply.text == brief_agent.renderer.decode(reply.token_ids)
+        assert len(reply.logprobs) == len(reply.token_ids)
+        if reply.finish == "stop":
+            assert reply.token_ids.index(end) == len(reply.token_ids) - 1
+        else:
+            assert len(reply.token_ids) == ROOM
+            assert end not in reply.token_ids
+        finishes.add(reply.finish)
+    assert finishes == {"stop", "length"}
+
+
+def test_a_reply_doesnt_depend_on_who_shares_the_batch(brief_agent: Agent, chats: list[Prompt]):
+    together = sample(brief_agent, chats * 3)
+    order = np.random.default_rng(0).permutation(len(together)).tolist()
+    rngs = generators(len(together))
+    shuffled = Sampler(brief_agent).generate([(chats * 3)[i] for i in order], [rngs[i] for i in order], ROOM)
+    assert [reply.token_ids for reply in shuffled] == [together[i].token_ids for i in order]
+    rngs = generators(len(together))
+    for index, prompt in enumerate(chats * 3):
+        (alone,) = Sampler(brief_agent).generate([prompt], [rngs[index]], ROOM)
+        assert alone.token_ids == together[index].token_ids
+        torch.testing.assert_close(alone.logprobs, together[index].logprobs, rtol=0, atol=1e-5)
+
+
+def test_a_generator_is_used_equally_by_short_and_long_replies(brief_agent: Agent, chats: list[Prompt]):
+    rngs = generators(20)
+    replies = Sampler(brief_agent).generate(chats * 4, rngs, ROOM)
+    assert len({len(reply.token_ids) for reply in replies}) > 3
+    fresh = generators(20)
+    for rng in fresh:
+        rng.random(ROOM)
+    assert [rng.random() for rng in rngs] == [rng.random() for rng in fresh]
+
+
+def test_no_banned_token_is_ever_sampled(load: Load, chats: list[Prompt]):
+    agent = load(temperature=3.0)  # nearly uniform: 23 of some 400 tokens are banned
+    replies = sample(agent, chats * 6)
+    sampled = [token for reply in replies for token in reply.token_ids]
+    assert len(sampled) > 500
+    assert not agent.banned[sampled].any()
+    assert len(set(sampled)) > 150
+
+
+def test_a_reply_of_one_token(brief_agent: Agent, chats: list[Prompt], row_of: RowOf):
+    replies = Sampler(brief_agent).generate(chats * 8, generators(40), max_new_tokens=1)
+    assert {len(reply.token_ids) for reply in replies} == {1}
+    ends = [reply.token_ids[0] == brief_agent.renderer.end_of_turn for reply in replies]
+    assert [reply.finish == "stop" for reply in replies] == ends
+    assert 0 < sum(ends) < 40
+    rows = [row_of(*pair) for pair in zip(chats * 8, replies, strict=True)]
+    with torch.no_grad():
+        scores = brief_agent.score(brief_agent.renderer.collate(rows))
+    torch.testing.assert_close(torch.tensor([r.logprobs[0] for r in replies]), scores.logprobs, rtol=0, atol=1e-5)
+
+
+def test_values_are_those_of_the_replies(agent: Agent, prompts: list[Prompt]):
+    expected = [reply.value for reply in sample(agent, prompts)]
+    torch.testing.assert_close(Sampler(agent).values(prompts), expected, rtol=0, atol=1e-5)
+    assert Sampler(agent).values([]) == []
+
+
+def test_replies_of_a_long_chat_keep_the_ratio_at_one(brief_agent: Agent, chats: list[Prompt], make_row: MakeRow):
+    prompt, said = chats[0], []
+    for turn in range(3):
+        (reply,) = Sampler(brief_agent).generate([prompt], generators(1, turn), ROOM)
+        said.append(reply)
+        prompt = (*prompt, Message("assistant", reply.text, token_ids=reply.token_ids), Message("user", "on"))
+    row = make_row(brief_agent, chats[0], *(reply.token_ids for reply in said))
+    assert len(row.spans) == 3
+    with torch.no_grad():
+        scores = brief_agent.score(brief_agent.renderer.collate([row]))
+    sampled = torch.tensor([logprob for reply in said for logprob in reply.logprobs])
+    torch.testing.assert_close(sampled, scores.logprobs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.tensor([reply.value for reply in said]), scores.values, rtol=0, atol=1e-5)
+
+
+def test_a_frozen_vision_part_samples_the_same(load: Load, chats: list[Prompt]):
+    plain, frozen = (sample(load(freeze_vision=freeze), chats) for freeze in (False, True))
+    assert [reply.token_ids for reply in plain] == [reply.token_ids for reply in frozen]
+
+
+# ---- the draw --------------------------------------------------------------------------------------------------------
+LAST = 1 - 2**-53  # the largest number that Generator.random gives
+
+
+def log(*probabilities: float) -> Tensor:
+    return torch.tensor([probabilities]).log()
+
+
+@pytest.mark.parametrize(
+    ("uniform", "token"),
+    [(0.0, 1), (0.2499, 1), (0.2501, 2), (0.4999, 2), (0.5001, 4), (0.7499, 4), (0.7501, 5), (LAST, 5)],
+)
+def test_a_draw_inverts_the_cumulative_distribution(uniform: float, token: int):
+    # cumulative: 0, 0.25, 0.5, 0.5, 0.75, 1, 1. Tokens 0, 3 and 6 are impossible
+    chosen = draw(log(0, 0.25, 0.25, 0, 0.25, 0.25, 0), torch.tensor([uniform], dtype=torch.float64))
+    assert chosen.tolist() == [token]
+
+
+def test_the_ends_of_a_draw_are_possible_tokens():
+    torch.manual_seed(0)
+    for _ in range(200):
+        logits = torch.randn(2, 50) * 20  # many probabilities are too small to move the sum
+        logits[:, [0, 1, -2, -1]] = -torch.inf
+        distribution = logits.log_softmax(-1)
+        chosen = draw(distribution, torch.tensor([0.0, LAST], dtype=torch.float64))
+        assert (distribution.gather(-1, chosen[:, None]) > -torch.inf).all()
+
+
+def test_even_draws_give_each_token_its_share():
+    torch.manual_seed(0)
+    distribution = torch.randn(1, 30).log_softmax(-1)
+    points = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    counts = draw(distribution.expand(10_000, -1), points).bincount(minlength=30)
+    # a token of probability p covers an interval of 10000 p points: one more or less at its ends
+    assert (counts - 10_000 * distribution[0].exp()).abs().max() < 1.01
+
+
+def test_certainty_is_always_drawn():
+    points = torch.tensor([0.0, 0.5, LAST], dtype=torch.float64)
+    assert draw(log(0, 1, 0).expand(3, -1), points).tolist() == [1, 1, 1]

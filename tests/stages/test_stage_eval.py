@@ -1,0 +1,138 @@
+"""Evaluation: the panel, the intervals, the baselines, and what a reader finds in the folder."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vlm_agents.episodes import read_episodes
+from vlm_agents.run import panel_seeds
+from vlm_agents.stages.playing import steps_over_expert, wilson_interval
+from vlm_agents.types import Advice, Observation, Parsed, Reply, Step, Stop, Trajectory, Turn
+
+RunStage = Callable[..., Path]
+SMALL = ("stage=eval", "stage.episodes=30", "stage.num_envs=16")
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def played(run_stage: RunStage, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_stage(tmp_path_factory.mktemp("eval"), *SMALL)
+
+
+def test_the_panel_is_fixed_and_apart_from_what_is_trained_on(played: Path, echo_episodes: Path):
+    seeds = [episode.seed for episode in read_episodes(played)]
+    assert seeds == panel_seeds("vlm_agents/Echo-v0", 30)
+    assert min(seeds) >= 2**30 > max(episode.seed for episode in read_episodes(echo_episodes))
+
+
+def test_the_run_seed_changes_nothing(run_stage: RunStage, played: Path, tmp_path: Path):
+    other = run_stage(tmp_path, *SMALL, "seed=5", "stage.num_envs=30")
+    assert [episode.seed for episode in read_episodes(other)] == [episode.seed for episode in read_episodes(played)]
+    before, after = (
+        [turn.reply.token_ids for episode in read_episodes(folder) for turn in episode.turns]
+        for folder in (played, other)
+    )
+    assert before == after
+
+
+def test_model_greedy_random_and_expert_play_the_same_panel(played: Path):
+    metrics = summary(played)["metrics"]
+    for variant in ("", "_greedy", "_random", "_expert"):
+        for name in ("success", "success_low", "success_high", "return", "episode_length", "loop_rate", "invalid_rate"):
+            assert f"eval/{name}{variant}" in metrics
+        low, high = wilson_interval(round(metrics[f"eval/success{variant}"] * 30), 30)
+        assert (metrics[f"eval/success_low{variant}"], metrics[f"eval/success_high{variant}"]) == (low, high)
+    assert metrics["eval/success_expert"] == metrics["eval/return_expert"] == 1.0
+    assert metrics["eval/steps_over_expert_expert"] == 1.0
+    # chance names one of four colours: 90 turns, mean return 1/4, standard deviation sqrt(3/16 / 90) = 0.046
+    assert abs(metrics["eval/return_random"] - 0.25) < 4 * 0.046
+    # the model of random weights says nothing legal: 3 turns at -0.1
+    assert metrics["eval/return"] == pytest.approx(-0.3)
+    episodes = list(read_episodes(played))
+    assert metrics["eval/success"] == sum(episode.success for episode in episodes) / 30
+    (line,) = (played / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"step": 0, **metrics}
+
+
+def test_what_the_folder_holds(played: Path):
+    page = (played / "report.html").read_text()
+    assert "eval: vlm_agents/Echo-v0" in page
+    for policy in ("model, sampled", "model, greedy", "random", "expert"):
+        assert policy in page
+    with Image.open(played / "episode.gif") as gif:
+        assert getattr(gif, "n_frames", 1) >= 3
+    found = summary(played)
+    assert found.pop("wall_seconds") > 0
+    assert found.pop("metrics")
+    assert found == {
+        "stage": "eval",
+        "env": "vlm_agents/Echo-v0",
+        "model": "tiny",
+        "algo": None,
+        "seed": 0,
+        "artifacts": {"report": "report.html", "episodes": "episodes.jsonl"},
+    }
+    assert (played / "DONE").is_file()
+
+
+def test_an_interrupted_evaluation_starts_anew(run_stage: RunStage, tmp_path: Path):
+    words = ["stage=eval", "stage.episodes=4", "stage.num_envs=4"]
+    run_stage(tmp_path, *words)
+    names = ("episodes.jsonl", "metrics.jsonl")
+    before = [(tmp_path / name).read_bytes() for name in names]
+    (tmp_path / "DONE").unlink()
+    with open(tmp_path / "episodes.jsonl", "ab") as file:
+        file.write(b'{"env": "half an epi')
+    run_stage(tmp_path, *words)
+    assert [(tmp_path / name).read_bytes() for name in names] == before
+
+
+@pytest.mark.parametrize("policy", ["expert", "random"])
+def test_a_scripted_policy_is_played_alone(run_stage: RunStage, played: Path, tmp_path: Path, policy: str):
+    metrics = summary(run_stage(tmp_path, *SMALL, f"stage.policy={policy}"))["metrics"]
+    assert "eval/success_greedy" not in metrics
+    reference = summary(played)["metrics"]
+    assert metrics == {name: reference[f"{name}_{policy}"] for name in metrics}
+
+
+def test_baselines_may_be_left_out(run_stage: RunStage, tmp_path: Path):
+    folder = run_stage(tmp_path, "stage=eval", "stage.episodes=2", "stage.baselines=false", "stage.report_episodes=0")
+    metrics = summary(folder)["metrics"]
+    assert "eval/success_greedy" in metrics
+    assert not {"eval/success_random", "eval/success_expert"} & set(metrics)
+
+
+# ---- numbers by hand -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [
+        # z^2 = 3.841459, p = 0.95: centre (0.95 + z^2/400) / (1 + z^2/200) = 0.9415196,
+        # spread z sqrt(0.95 * 0.05/200 + z^2/160000) / (1 + z^2/200) = 0.0310978
+        (190, 200, 0.910422, 0.972617),
+        (0, 10, 0.0, 0.277533),  # z^2 / (n + z^2) = 3.8415 / 13.8415
+        (10, 10, 0.722467, 1.0),
+        (1, 2, 0.094531, 0.905469),  # 1/2 +- z sqrt(1/8 + z^2/16) / (1 + z^2/2)
+    ],
+)
+def test_wilsons_interval(successes: int, n: int, low: float, high: float):
+    assert wilson_interval(successes, n) == pytest.approx((low, high), abs=2e-6)
+
+
+def episode(turns: int, distance: int | None, stop: Stop = "success") -> Trajectory:
+    advice = None if distance is None else Advice("there", "go", distance)
+    step = Step(Observation("next"), 0.0, False, False, {"success": 0.0})
+    turn = Turn(Observation("now", advice=advice), (), Reply("go"), Parsed("go"), step)
+    return Trajectory("hand", 0, "hand", (turn,) * turns, stop)
+
+
+def test_steps_over_the_experts_count_solved_episodes_only():
+    # 6/4 and 3/3; the failure, the one without a distance and the one that began at the goal don't count
+    episodes = [episode(6, 4), episode(3, 3), episode(90, 3, "failure"), episode(9, None), episode(5, 0)]
+    assert steps_over_expert(episodes) == pytest.approx((1.5 + 1.0) / 2)
+    assert steps_over_expert(episodes[2:]) is None

@@ -1,0 +1,115 @@
+"""PPO as a stage: what a run leaves behind, what is logged when, and which weights move."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vlm_agents.episodes import read_episodes
+from vlm_agents.run import panel_seeds, training_seed
+
+RunStage = Callable[..., Path]
+SMALL = ("stage=ppo", "stage.episodes=6", "stage.num_envs=6", "stage.eval_episodes=5")
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def trained(run_stage: RunStage, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ppo")
+    return run_stage(folder, *SMALL, "stage.iterations=3", "stage.eval_every=2", "stage.checkpoint_every=2")
+
+
+def test_every_iteration_and_every_evaluation_is_a_line(trained: Path):
+    assert [(line["step"], "eval/success" in line) for line in lines(trained)] == [
+        (0, True), (1, False), (2, False), (2, True), (3, False), (3, True)
+    ]  # fmt: skip
+    for line in lines(trained):
+        if "eval/success" not in line:
+            assert line["ppo/ratio_at_start"] == pytest.approx(1.0, abs=1e-4)
+            assert line["ppo/updates"] == 2  # 18 turns, less than one mini-batch of 128, and two epochs
+
+
+def test_the_learning_rate_falls_as_a_cosine_over_the_iterations(trained: Path):
+    rates = [line["ppo/lr"] for line in lines(trained) if "ppo/lr" in line]
+    # 1e-4 * (0.1 + 0.9 * 0.5 * (1 + cos(pi * t))) at t = 0, 1/2, 1
+    assert rates == pytest.approx([1e-4, 0.55e-4, 0.1e-4], rel=1e-6)
+
+
+def test_the_summary_has_before_and_after(trained: Path):
+    metrics = summary(trained)["metrics"]
+    first, last = lines(trained)[0], lines(trained)[-1]
+    assert metrics["eval/success_before"] == first["eval/success"]
+    assert metrics["eval/success_greedy_before"] == first["eval/success_greedy"]
+    assert {name: metrics[name] for name in last if name != "step"} == {n: v for n, v in last.items() if n != "step"}
+    assert metrics["rollout/return"] == lines(trained)[-2]["rollout/return"]
+    assert metrics["time/training"] == pytest.approx(
+        sum(line[name] for line in lines(trained) for name in ("time/rollout", "time/update") if name in line)
+    )
+
+
+def test_the_run_directory_is_complete(trained: Path):
+    assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
+    assert (trained / "report.html").is_file()
+    assert len(list((trained / "pictures").glob("*.png"))) == 3
+    assert (trained / "model/model.safetensors").read_bytes() == (
+        trained / "checkpoints/step_000003/model/model.safetensors"
+    ).read_bytes()
+    assert summary(trained)["artifacts"] == {
+        "model": "model", "report": "report.html", "episodes": "episodes.jsonl"
+    }  # fmt: skip
+
+
+def test_four_episodes_of_each_iteration_are_kept_and_none_is_of_the_panel(trained: Path):
+    seeds = [episode.seed for episode in read_episodes(trained)]
+    assert seeds == [training_seed(0, iteration, index) for iteration in range(3) for index in range(4)]
+    assert not set(seeds) & set(panel_seeds("vlm_agents/Echo-v0", 200))
+
+
+def test_the_vision_part_stays_unless_it_is_trained(trained: Path, run_stage: RunStage, tiny_model: Path, tmp_path):
+    words = [*SMALL, "stage.iterations=1", "stage.eval_episodes=0"]
+    thawed = run_stage(tmp_path, *words, "stage.freeze_vision=false")
+    start = load_file(tiny_model / "model.safetensors")
+    for folder, vision_moves in ((trained, False), (thawed, True)):
+        end = load_file(folder / "model/model.safetensors")
+        moved = {name: not torch.equal(end[name], start[name]) for name in start}
+        assert all(moved[name] for name in moved if name.startswith("model.layers") and name.endswith("proj.weight"))
+        assert {moved[name] for name in moved if name.startswith("visual.") and name.endswith("weight")} == {
+            vision_moves
+        }
+
+
+def test_without_a_panel_nothing_is_evaluated(run_stage: RunStage, tmp_path: Path):
+    folder = run_stage(tmp_path, *SMALL, "stage.iterations=1", "stage.eval_episodes=0")
+    assert not any(name.startswith("eval/") for line in lines(folder) for name in line)
+    assert not any(name.startswith("eval/") for name in summary(folder)["metrics"])
+    assert (folder / "report.html").is_file()
+
+
+def test_an_adapter_is_trained_towards_the_reward_and_held_to_its_base(run_stage: RunStage, tmp_path: Path):
+    words = [*SMALL, "stage.iterations=2", "stage.eval_episodes=0", "model/lora=adapter", "model.lora.rank=2"]
+    folder = run_stage(tmp_path / "moves", *words, "algo.kl_coef=0.1", "algo.lr=1e-3")
+    assert (folder / "model/adapter_config.json").is_file()
+    assert not (folder / "model/model.safetensors").exists()
+    # a fresh adapter is its base: nothing apart in the first pass over the rows, but in the second
+    assert all(line["ppo/kl_reference"] > 1e-4 for line in lines(folder))
+    still = run_stage(tmp_path / "still", *words, "algo.kl_coef=0.1", "algo.lr=0")
+    assert all(abs(line["ppo/kl_reference"]) < 1e-9 for line in lines(still))
+
+
+def test_the_next_stage_starts_from_the_weights_that_are_left(trained: Path, run_stage: RunStage, tmp_path: Path):
+    """A learning rate of 0 and the same panel: what was measured after is what is measured before."""
+    again = run_stage(tmp_path, *SMALL, "stage.iterations=1", f"stage.init={trained}", "algo.lr=0", "algo.value_lr=0")
+    then, now = lines(trained)[-1], lines(again)[0]
+    assert {name: now[name] for name in now if name != "step"} == {name: then[name] for name in then if name != "step"}
+    end, start = (load_file(folder / "model/model.safetensors") for folder in (again, trained))
+    assert all(torch.equal(end[name], start[name]) for name in start)

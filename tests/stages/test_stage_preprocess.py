@@ -1,0 +1,193 @@
+"""Preprocessing: which turns are kept and what is learned to be said there; and that others can read the Parquet."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm_agents.envs.echo import COLORS
+from vlm_agents.episodes import EpisodeWriter, read_episodes
+from vlm_agents.errors import DataError
+from vlm_agents.policies import is_random
+from vlm_agents.types import Advice, Message, Observation, Parsed, Reply, Step, Stop, Trajectory, Turn
+
+RunStage = Callable[..., Path]
+
+
+def metrics_of(folder: Path) -> dict[str, float]:
+    return json.loads((folder / "summary.json").read_text())["metrics"]
+
+
+def table(folder: Path, split: str = "train") -> datasets.Dataset:
+    """As a user opens it, outside this package's own reader."""
+    opened = datasets.Dataset.from_parquet(str(folder / f"{split}.parquet"), cache_dir=str(folder / "cache"))
+    assert isinstance(opened, datasets.Dataset)
+    return opened
+
+
+def answers(folder: Path) -> list[str]:
+    return [messages[-1]["content"] for messages in table(folder)["messages"]]
+
+
+# ---- what Echo's expert said -----------------------------------------------------------------------------------------
+def test_every_row_is_a_chat_about_its_picture(echo_chats: Path):
+    for split in ("train", "validation"):
+        rows = table(echo_chats, split)
+        for row in rows:
+            assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
+            assert [message["content"].count("<image>") for message in row["messages"]] == [0, 1, 0]
+            assert row["messages"][1]["content"].startswith(f"<image>Turn {row['turn'] + 1} of 3.")
+            (image,) = row["images"]
+            assert image.size == (56, 56)
+            assert image.getcolors() == [(56 * 56, COLORS[row["messages"][2]["content"]])]  # the label is its colour
+
+
+def test_load_dataset_reads_both_splits(echo_chats: Path, tmp_path: Path):
+    files = {split: str(echo_chats / f"{split}.parquet") for split in ("train", "validation")}
+    both = datasets.load_dataset("parquet", data_files=files, cache_dir=str(tmp_path))
+    assert isinstance(both, datasets.DatasetDict)
+    metrics = metrics_of(echo_chats)
+    for split in files:
+        assert len(both[split]) == metrics[f"preprocess/{split}"] > 0
+    assert isinstance(both["train"].features["images"], datasets.List)
+    assert isinstance(both["train"].features["images"].feature, datasets.Image)
+
+
+def test_no_episode_is_in_both_splits(echo_chats: Path, echo_episodes: Path):
+    train, validation = (set(table(echo_chats, split)["seed"]) for split in ("train", "validation"))
+    assert train
+    assert validation
+    assert not train & validation
+    assert train | validation <= {episode.seed for episode in read_episodes(echo_episodes)}
+
+
+def test_every_turn_is_kept_or_counted_and_no_chat_is_kept_twice(echo_chats: Path):
+    rows = [row for split in ("train", "validation") for row in table(echo_chats, split)]
+    chats = {(str(row["messages"]), row["images"][0].tobytes()) for row in rows}
+    metrics = metrics_of(echo_chats)
+    assert len(chats) == len(rows)
+    assert metrics["preprocess/episodes"] == 40
+    assert metrics["preprocess/duplicates"] == 40 * 3 - len(rows)
+    assert metrics["preprocess/duplicates"] > 0
+    assert metrics["preprocess/pictures"] == 4
+    (line,) = (echo_chats / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"step": 0, **metrics}
+
+
+def test_only_solved_episodes_by_default(run_stage: RunStage, echo_episodes: Path, tmp_path: Path):
+    folder = run_stage(tmp_path, "stage=preprocess", f"stage.data=[{echo_episodes}]", "stage.val_fraction=0")
+    solved = {episode.seed for episode in read_episodes(echo_episodes) if episode.success}
+    assert 0 < len(solved) < 40
+    assert set(table(folder)["seed"]) <= solved
+    assert metrics_of(folder)["preprocess/episodes_left_out"] == 40 - len(solved)
+    assert metrics_of(folder)["preprocess/validation"] == 0
+
+
+def test_an_interrupted_run_starts_anew(run_stage: RunStage, echo_episodes: Path, tmp_path: Path):
+    words = ["stage=preprocess", f"stage.data=[{echo_episodes}]"]
+    folder = run_stage(tmp_path, *words)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".jsonl", ".parquet")}
+    (folder / "DONE").unlink()
+    run_stage(tmp_path, *words)
+    assert {name: (folder / name).read_bytes() for name in before} == before
+
+
+# ---- episodes written by hand ----------------------------------------------------------------------------------------
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (56, 56, 3), dtype=np.uint8))  # no PNG makes it small
+
+
+def turn(said: str, quality: float = 10.0, *, text: str = "a door", drawn: bool = False, knows: bool = True) -> Turn:
+    """A turn in which `said` was said, and the expert would have said `knock`, if it `knows`."""
+    now = Observation(text, (NOISE,), ("knock", "open", "wait"), advice=Advice("shut", "knock", 2) if knows else None)
+    prompt = (Message("system", "rules"), Message("user", text, (NOISE,)))
+    step = Step(Observation("after"), 0.0, False, False, {"success": 0.0, "quality": quality})
+    parsed = Parsed(said) if said in ("knock", "open", "wait") else Parsed(None, error="illegal action")
+    return Turn(now, prompt, Reply(said, entropy=1.1 if drawn else None), parsed, step)
+
+
+@pytest.fixture
+def preprocess(run_stage: RunStage, tmp_path: Path):
+    """`preprocess(episodes, ...)`: the folder of a finished stage=preprocess over these turns, nothing held out."""
+
+    def run(episodes: Sequence[Sequence[Turn]], *words: str, stop: Stop = "success", name: str = "a") -> Path:
+        source = tmp_path / f"{name}_collect"
+        source.mkdir()
+        writer = EpisodeWriter(source)
+        for seed, turns in enumerate(episodes):
+            writer.append(Trajectory("hand", seed, "hand", tuple(turns), stop))
+        return run_stage(tmp_path / name, "stage=preprocess", f"stage.data=[{source}]", "stage.val_fraction=0", *words)
+
+    return run
+
+
+TURNS = [
+    turn("open", 10.0, text="one"),
+    turn("wait", 4.0, text="two"),
+    turn("fly", 8.0, text="three"),  # no legal action
+    turn("open", 0.0, text="four", drawn=True),
+    turn("open", 0.0, text="five", drawn=True, knows=False),
+]
+
+
+def test_a_reply_is_learned_if_it_was_meant_and_legal_and_chance_gives_way_to_advice(preprocess):
+    folder = preprocess([TURNS])
+    assert answers(folder) == ["open", "wait", "knock"]
+    assert table(folder)["turn"][:] == [0, 1, 3]
+    assert metrics_of(folder)["preprocess/turns_left_out"] == 2
+
+
+def test_replies_below_the_score_are_left_out(preprocess):
+    folder = preprocess([TURNS], "stage.min_score=5")
+    assert answers(folder) == ["open", "knock"]
+    assert metrics_of(folder)["preprocess/turns_left_out"] == 3
+    assert answers(preprocess([TURNS], "stage.min_score=4", name="b")) == ["open", "wait", "knock"]
+
+
+def test_advice_labels_every_turn_where_there_is_any(preprocess):
+    assert answers(preprocess([TURNS], "stage.label=advice", "stage.min_score=5")) == ["knock"] * 4
+
+
+def test_the_thought_of_the_advice_is_learned_in_the_words_of_the_format(preprocess):
+    folder = preprocess([TURNS[:1]], "stage.label=advice", "prompt=cot_json")
+    assert json.loads(answers(folder)[0]) == {"thoughts": "shut", "action": "knock"}
+
+
+def test_the_same_chat_is_kept_once_whoever_had_it(preprocess):
+    folder = preprocess([[TURNS[0], TURNS[1]], [TURNS[1], replace(TURNS[0], reply=Reply("wait"))]])
+    assert answers(folder) == ["open", "wait", "wait"]  # the last one says something else where `open` was said
+    assert metrics_of(folder)["preprocess/duplicates"] == 1
+
+
+def test_a_picture_that_comes_again_takes_no_room(preprocess):
+    one, many = (
+        preprocess([[turn("open", text=f"door {index}") for index in range(count)]], name=str(count))
+        for count in (1, 60)
+    )
+    assert len(table(many)) == 60
+    sizes = [(folder / "train.parquet").stat().st_size for folder in (one, many)]
+    # 56 * 56 * 3 random bytes are one PNG of more than 9,408; 59 more of them would be 555 kB
+    assert sizes[0] > 9_408
+    assert sizes[1] - sizes[0] < 9_408
+
+
+def test_episodes_of_several_runs_are_one_dataset(run_stage: RunStage, preprocess, echo_episodes: Path, tmp_path: Path):
+    preprocess([TURNS])
+    data = f"stage.data=[{tmp_path / 'a_collect'},{echo_episodes}]"
+    folder = run_stage(tmp_path / "both", "stage=preprocess", data, "stage.val_fraction=0")
+    assert set(table(folder)["env"]) == {"hand", "vlm_agents/Echo-v0"}
+
+
+def test_broken_episodes_teach_nothing_and_nothing_left_is_an_error(preprocess):
+    with pytest.raises(DataError, match=r"no turn of .* is left to learn from .*'episodes_left_out': 1.*collect more"):
+        preprocess([TURNS], "stage.success_only=false", stop="env_error")
+    with pytest.raises(DataError, match=r"'turns_left_out': 1.*loosen stage.success_only and stage.min_score"):
+        preprocess([TURNS[1:2]], "stage.min_score=9", name="b")
+
+
+def test_chance_is_told_from_meaning():
+    assert [is_random(turn.reply) for turn in TURNS] == [False, False, False, True, True]

@@ -1,0 +1,147 @@
+"""Supervised fine-tuning: it learns, however the batch is cut and whichever weights are trained."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vlm_agents.config import HardwareConfig, LoraConfig, ModelConfig
+from vlm_agents.models import load_agent
+from vlm_agents.stages.sft import Chats, GroupedSampler
+
+RunStage = Callable[..., Path]
+SHORT = ("stage=sft", "stage.batch_size=8", "stage.warmup_steps=0", "stage.lr=3e-4")
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def metrics_of(folder: Path) -> dict[str, float]:
+    return json.loads((folder / "summary.json").read_text())["metrics"]
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model/model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def trained(run_stage: RunStage, echo_chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three epochs of the chats' rows in batches of 8."""
+    folder = tmp_path_factory.mktemp("sft")
+    return run_stage(folder, *SHORT, f"stage.data={echo_chats}", "stage.epochs=3")
+
+
+def test_the_loss_falls(trained: Path, tiny_model: Path):
+    curve = [line for line in lines(trained) if "sft/lr" in line]
+    rows = metrics_of(trained)["sft/rows"]
+    steps = 3 * math.ceil(rows / 8)
+    assert [line["step"] for line in curve] == [*range(10, steps, 10), steps]
+    assert curve[-1]["sft/loss"] < curve[0]["sft/loss"] - 1
+    assert metrics_of(trained)["sft/loss"] == curve[-1]["sft/loss"]
+    # random weights say every token with about equal probability, so the loss starts near log(vocabulary)
+    agent = load_agent(ModelConfig("tiny", path=str(tiny_model)), HardwareConfig("cpu"))
+    assert metrics_of(trained)["sft/val_loss"] < math.log(len(agent.tokenizer)) - 2
+
+
+def test_each_line_is_the_mean_over_its_steps(run_stage: RunStage, echo_chats: Path, tmp_path: Path, trained: Path):
+    """Fewer than ten steps are a line too; the first ten of the same run have the same first batch."""
+    rows = int(metrics_of(trained)["sft/rows"])
+    words = ["stage=sft", f"stage.batch_size={rows}", f"stage.data={echo_chats}", "stage.lr=0", "stage.epochs=2"]
+    folder = run_stage(tmp_path, *words)
+    curve = [line for line in lines(folder) if "sft/lr" in line]
+    assert [line["step"] for line in curve] == [2]
+    agent = load_agent(ModelConfig("tiny", path=str(folder / "model")), HardwareConfig("cpu"))
+    chats = Chats(echo_chats / "train.parquet", agent.renderer)
+    with torch.no_grad():  # no weight moved, and both batches held all rows
+        scores = agent.score(agent.renderer.collate([chats[index] for index in range(len(chats))]))
+    assert curve[0]["sft/loss"] == pytest.approx(-float(scores.logprobs.mean()), rel=1e-5)
+
+
+def test_what_is_trained_is_the_reply_and_nothing_else(echo_chats: Path, tiny_model: Path):
+    agent = load_agent(ModelConfig("tiny", path=str(tiny_model)), HardwareConfig("cpu"))
+    row = Chats(echo_chats / "train.parquet", agent.renderer)[0]
+    ((start, end),) = row.spans
+    said = agent.tokenizer.decode(row.input_ids[start:end])
+    assert said in ("red<|im_end|>", "green<|im_end|>", "blue<|im_end|>", "yellow<|im_end|>")
+    assert agent.tokenizer.decode(row.input_ids[:start]).endswith("Name the colour.<|im_end|>\n<|im_start|>assistant\n")
+    # 56 pixels are 4 patches of 14 each way, merged two by two
+    assert (row.input_ids == agent.family.image_token_id).sum() == 4
+
+
+def test_micro_batches_change_nothing(run_stage: RunStage, echo_chats: Path, tiny_model: Path, tmp_path: Path):
+    """Batches of 8 at once, row by row, and as 3 + 3 + 2 (rows are some 60 tokens), which a mean of means gets wrong."""
+    words = ["stage=sft", "stage.batch_size=8", "stage.warmup_steps=0", "stage.lr=3e-5", f"stage.data={echo_chats}"]
+    whole, *cut = (
+        run_stage(tmp_path / str(tokens), *words, f"hardware.tokens_per_microbatch={tokens}")
+        for tokens in (10_000, 1, 200)
+    )
+    expected, start = weights(whole), load_file(tiny_model / "model.safetensors")
+    assert max(float((expected[name] - start[name]).abs().max()) for name in start) > 5e-5
+    for folder in cut:
+        found = weights(folder)
+        assert max(float((expected[name] - found[name]).abs().max()) for name in start) < 1e-6
+        for line, other in zip(lines(whole), lines(folder), strict=True):
+            assert line == pytest.approx(other, rel=1e-5)  # gradient norms too, which Adam's steps don't depend on
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+def test_an_adapter_is_all_that_a_lora_run_leaves(
+    run_stage: RunStage, echo_chats: Path, tiny_model: Path, tmp_path: Path
+):
+    words = [*SHORT, "model/lora=adapter", "model.lora.rank=2", f"stage.data={echo_chats}", "stage.checkpoint_every=4"]
+    folder = run_stage(tmp_path, *words)
+    (checkpoint, *_) = (folder / "checkpoints").iterdir()
+    for place in (folder / "model", checkpoint / "model"):
+        assert (place / "adapter_model.safetensors").is_file()
+        assert not (place / "model.safetensors").exists()
+    adapter = load_file(folder / "model/adapter_model.safetensors")
+    assert any(tensor.abs().max() > 0 for name, tensor in adapter.items() if "lora_B" in name)  # they start at zero
+    cfg = ModelConfig("tiny", path=str(tiny_model), lora=LoraConfig(rank=2))
+    adapted = dict(load_agent(cfg, HardwareConfig("cpu"), str(folder)).model.get_base_model().named_parameters())
+    base = {name.replace(".base_layer", ""): tensor for name, tensor in adapted.items() if ".lora_" not in name}
+    start = dict(load_agent(replace(cfg, lora=None), HardwareConfig("cpu")).model.named_parameters())
+    assert base.keys() == start.keys()
+    assert all(torch.equal(base[name], start[name]) for name in start)
+
+
+# ---- the order of the rows -------------------------------------------------------------------------------------------
+LENGTHS = [(1 + index % 2, 100 + index % 7) for index in range(150)]  # two kinds of rows, as one and two pictures
+
+
+def test_the_order_is_a_permutation_that_depends_on_seed_and_epoch_alone():
+    orders = []
+    for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0)):
+        sampler = GroupedSampler(LENGTHS, batch_size=8, seed=seed)
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+        assert sorted(orders[-1]) == list(range(150))
+        assert len(sampler) == 150
+    assert orders[0] == orders[1]
+    assert orders[0] != orders[2]
+    assert orders[0] != orders[3]
+
+
+def test_a_batch_has_rows_of_one_kind():
+    sampler = GroupedSampler(LENGTHS, batch_size=8, seed=0)
+    order = list(sampler)
+    batches = [order[start : start + 8] for start in range(0, 150, 8)]
+    kinds = [{LENGTHS[index][0] for index in batch} for batch in batches]
+    # 150 rows are drawn in windows of 64, 64 and 22; sorted, each has one border, which at most one batch straddles
+    assert sum(len(kind) > 1 for kind in kinds) <= 3
+    assert len(batches[-1]) == 150 % 8  # the short batch is the last one, or the ones behind it would be out of step
+    # kinds don't stand in one block each: batches are shuffled too
+    assert 1 < sum(one != other for one, other in zip(kinds, kinds[1:], strict=False))
+
+
+def test_rows_of_like_length_share_a_batch():
+    order = list(GroupedSampler([(1, index) for index in range(64)], batch_size=8, seed=0))
+    assert [{index // 8 for index in order[start : start + 8]} for start in range(0, 64, 8)] == [
+        {order[start] // 8} for start in range(0, 64, 8)
+    ]

@@ -1,0 +1,282 @@
+"""What must hold whatever the settings: what is trained is what was sampled, how work is cut up changes nothing, and a
+run that was killed ends like one that was not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vlm_agents.config import AlgoConfig, RunConfig
+from vlm_agents.envs import make_env
+from vlm_agents.learn.batch import microbatches, rows
+from vlm_agents.learn.engine import TorchEngine
+from vlm_agents.learn.update import objective, update
+from vlm_agents.models import Agent, Sampler, load_agent
+from vlm_agents.policies import ModelPolicy
+from vlm_agents.prompting import make_format
+from vlm_agents.rollout import EnvPool, collect
+from vlm_agents.tensors import Row
+from vlm_agents.types import Trajectory
+
+ComposeRun = Callable[..., RunConfig]
+RunStage = Callable[..., Path]
+ALGO = AlgoConfig("ppo", lr=1e-4, minibatch_turns=8)
+
+
+def load(cfg: RunConfig) -> Agent:
+    torch.manual_seed(0)  # the value head is drawn
+    return load_agent(cfg.model, cfg.hardware)
+
+
+def play(
+    cfg: RunConfig, agent: Agent, seeds: Sequence[int], num_envs: int = 8, workers: bool = False
+) -> list[Trajectory]:
+    policy = ModelPolicy(Sampler(agent), cfg.prompt.max_reply_tokens)
+    with EnvPool(partial(make_env, cfg.env), num_envs, workers) as envs:
+        return list(collect(envs, policy, make_format(cfg.prompt), seeds, invalid_penalty=0.1, run_seed=0))
+
+
+# ---- what is trained is what was sampled -----------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["env=echo"],
+        ["env=echo", "prompt.history=full", "prompt=cot_json"],
+        ["env=echo", "prompt.history=full", "stage.freeze_vision=false", "hardware.tokens_per_microbatch=400"],
+        ["env=echo", "model.temperature=0.7", "model/lora=adapter"],
+        ["env=minigrid", "env.id=MiniGrid-Empty-Random-5x5-v0", "env.max_steps=4", "prompt=cot_json"],
+    ],
+    ids=["echo", "echo, whole chat", "echo, vision trained", "echo, adapter", "minigrid"],
+)
+def test_every_ratio_is_one_before_the_first_update(run_stage: RunStage, tmp_path: Path, words: list[str]):
+    """On envs whose prompt changes each turn, and in every iteration, for the weights move in between."""
+    folder = run_stage(
+        tmp_path,
+        *("stage=ppo", "stage.iterations=3", "stage.episodes=5", "stage.num_envs=3", "stage.eval_episodes=0"),
+        *("algo.lr=1e-3", "prompt.max_reply_tokens=6", *words),
+    )
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 3
+    for line in lines:
+        assert line["ppo/ratio_at_start"] == pytest.approx(1.0, abs=1e-4)
+        assert line["ppo/approx_kl"] > 1e-4  # the second epoch's ratios are others
+
+
+def alone(row: Row) -> Iterator[Row]:
+    """The turns of a row as rows of their own. In Echo each turn brings one picture."""
+    lengths = [end - start for start, end in row.spans]
+    ends = np.cumsum(lengths)
+    for turn, (start, end) in enumerate(row.spans):
+        of_tokens, of_turns = slice(ends[turn] - lengths[turn], ends[turn]), slice(turn, turn + 1)
+        yield replace(
+            row,
+            input_ids=row.input_ids[:end],
+            images=row.images[: turn + 1],
+            spans=((start, end),),
+            token_weight=row.token_weight[of_tokens],
+            old_logprobs=row.old_logprobs[of_tokens],
+            old_values=row.old_values[of_turns],
+            advantages=row.advantages[of_turns],
+            returns=row.returns[of_turns],
+        )
+
+
+def test_merged_rows_have_the_loss_and_gradients_of_single_ones(echo_run: ComposeRun, tmp_path: Path):
+    cfg = echo_run(tmp_path, "stage=ppo", "prompt.history=full", "prompt.max_reply_tokens=6")
+    agent = load(cfg)
+    merged = rows(play(cfg, agent, range(4)), agent.renderer, ALGO)
+    assert [len(row.spans) for row in merged] == [3, 3, 3, 3]
+    single = [part for row in merged for part in alone(row)]
+    with torch.no_grad():  # away from where it was sampled: ratios differ from 1, some are clipped
+        for parameter in agent.parameters():
+            parameter += 0.003 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    found = []
+    for batch in (merged, single):
+        agent.zero_grad()
+        loss, terms = objective(agent, agent.renderer, batch, ALGO, None)
+        loss.mean().backward()
+        gradients = torch.cat(
+            [parameter.grad.flatten() for parameter in agent.parameters() if parameter.grad is not None]
+        )
+        found.append((loss.detach(), terms, gradients))
+    (loss, terms, gradients), (other_loss, other_terms, other_gradients) = found
+    assert 0 < terms["clip_fraction"].mean() < 1
+    torch.testing.assert_close(loss, other_loss, rtol=1e-5, atol=1e-5)
+    for name, values in terms.items():
+        torch.testing.assert_close(values, other_terms[name], rtol=1e-5, atol=1e-5)
+    assert float((gradients - other_gradients).norm() / gradients.norm()) < 1e-5
+
+
+# ---- how work is cut up changes nothing ------------------------------------------------------------------------------
+def test_four_micro_batches_of_two_are_one_of_eight(echo_run: ComposeRun, tmp_path: Path):
+    cfg = echo_run(tmp_path, "stage=ppo", "env.turns=2", "prompt.max_reply_tokens=6")
+    episodes = play(cfg, load(cfg), range(4))
+    found = []
+    for in_one in (8, 2, 3):
+        agent = load(cfg)
+        batch = rows(episodes, agent.renderer, ALGO)
+        tokens = in_one * max(len(row.input_ids) for row in batch)
+        sizes = [len(part) for part in microbatches(batch, tokens)]
+        assert sizes == {8: [8], 2: [2, 2, 2, 2], 3: [3, 3, 2]}[in_one]
+        engine = TorchEngine(agent.parameters_by_role(), ALGO, iterations=2)
+        metrics = update(agent, agent.renderer, engine, batch, ALGO, np.random.default_rng(0), tokens)
+        found.append((metrics, torch.cat([parameter.detach().flatten() for parameter in agent.parameters()])))
+    (metrics, weights), *cut = found
+    start = torch.cat([parameter.detach().flatten() for parameter in load(cfg).parameters()])
+    assert float((weights - start).abs().max()) > 1e-4
+    for other_metrics, other_weights in cut:
+        assert other_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-6)
+        assert float((weights - other_weights).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("history", ["last_k", "full"])
+def test_the_number_of_envs_changes_no_episode(echo_run: ComposeRun, tmp_path: Path, history: str):
+    cfg = echo_run(tmp_path, "stage=ppo", f"prompt.history={history}", "prompt.max_reply_tokens=6")
+    agent = load(cfg)
+    alone, together = (play(cfg, agent, range(10), num_envs) for num_envs in (1, 8))
+    for one, other in zip(alone, together, strict=True):
+        assert one.seed == other.seed
+        assert [turn.observation for turn in one.turns] == [turn.observation for turn in other.turns]
+        for turn, same in zip(one.turns, other.turns, strict=True):
+            assert turn.reply.token_ids == same.reply.token_ids
+            np.testing.assert_allclose(turn.reply.logprobs, same.reply.logprobs, rtol=1e-5, atol=1e-5)
+    assert len({turn.reply.token_ids for episode in alone for turn in episode.turns}) > 20
+
+
+def test_worker_processes_change_nothing_at_all(echo_run: ComposeRun, tmp_path: Path):
+    cfg = echo_run(tmp_path, "stage=ppo")
+    agent = load(cfg)
+    assert play(cfg, agent, range(5), num_envs=2, workers=True) == play(cfg, agent, range(5), num_envs=2)
+
+
+# ---- a killed run ends like one that was not -------------------------------------------------------------------------
+# Runs command lines in processes forked from one that has imported everything: a restart then costs no ten seconds.
+# The first word says when to die: `step=n` by SIGKILL in front of the n-th step towards the disk, where a crash hurts
+# most; `cpu=s` wherever it is after s seconds of work, by a signal that nothing catches, so like SIGKILL.
+SERVER = """
+import itertools, os, signal, sys
+import vlm_agents.stages.collect, vlm_agents.stages.ppo, vlm_agents.stages.sft
+from vlm_agents.__main__ import main
+
+def die_before_step(number):
+    steps = itertools.count(1)
+    def counted(real):
+        def step(*args, **kwargs):
+            if next(steps) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+        return step
+    for name in ("fsync", "replace", "rename", "truncate", "rmdir", "unlink"):
+        setattr(os, name, counted(getattr(os, name)))
+
+for line in sys.stdin:
+    moment, *words = line.split()
+    pid = os.fork()
+    if not pid:
+        log = os.open("log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.dup2(log, 1), os.dup2(log, 2)
+        kind, number = moment.split("=")
+        if kind == "step":
+            die_before_step(int(number))
+        else:
+            signal.setitimer(signal.ITIMER_PROF, float(number))
+        sys.argv = ["vlm-agents", *words]
+        os._exit(main())
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+NEVER = "step=0"
+KILLED = (-signal.SIGKILL, -signal.SIGPROF)
+
+
+class Launcher:
+    """Runs command lines in a folder; the runs are in `outputs/<name>/<stage>` there."""
+
+    def __init__(self, folder: Path, settings: Sequence[str]) -> None:
+        self.folder, self.settings = folder, settings
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", SERVER], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def run(self, moment: str, *words: str) -> int:
+        """The exit status of one command line that was to die at this moment."""
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        self.server.stdin.write(" ".join([moment, *words, *self.settings]) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def unbroken(self, *words: str) -> Path:
+        """The folder of a run that nobody disturbed."""
+        assert self.run(NEVER, "name=unbroken", *words) == 0, (self.folder / "log").read_text()
+        return self.folder / "outputs/unbroken" / words[0].removeprefix("stage=")
+
+    def killed(self, moments: Sequence[str], *words: str) -> Path:
+        """The folder of a run that was killed at each of these moments and started again, until it was done."""
+        for moment in moments:
+            status = self.run(moment, "name=killed", *words)
+            if status == 0 and moment.startswith("cpu="):
+                break  # a fast machine was done before that
+            assert status in KILLED, (moment, (self.folder / "log").read_text())
+        else:
+            assert self.run(NEVER, "name=killed", *words) == 0, (self.folder / "log").read_text()
+        return self.folder / "outputs/killed" / words[0].removeprefix("stage=")
+
+
+@pytest.fixture(scope="module")
+def launcher(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    settings = ["env=echo", "prompt=action_only", "prompt.max_reply_tokens=4", "tracking=jsonl"]
+    launcher = Launcher(tmp_path_factory.mktemp("lives"), [*settings, f"model.path={tiny_model}", "hardware.threads=1"])
+    yield launcher
+    assert launcher.server.stdin is not None
+    launcher.server.stdin.close()
+    assert launcher.server.wait(timeout=10) == 0
+
+
+def timeless(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if not name.startswith(("time/", "speed/"))}
+
+
+def assert_same(killed: Path, unbroken: Path) -> None:
+    """Metrics but for the clock's, weights and episodes are equal bit for bit."""
+    for folder in (killed, unbroken):
+        assert (folder / "DONE").is_file()
+    lines = [
+        [timeless(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (killed, unbroken)
+    ]
+    assert lines[0] == lines[1]
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (killed, unbroken)]
+    assert timeless(summaries[0]["metrics"]) == timeless(summaries[1]["metrics"])
+    for name in ("episodes.jsonl", "model/model.safetensors", "model/value_head.safetensors"):
+        if (unbroken / name).exists():
+            assert (killed / name).read_bytes() == (unbroken / name).read_bytes()
+
+
+def test_a_killed_ppo_run_ends_like_an_unbroken_one(launcher: Launcher):
+    words = ["stage=ppo", "stage.iterations=4", "stage.episodes=4", "stage.num_envs=4", "stage.eval_episodes=4"]
+    # the snapshot of the settings; the first checkpoint; anywhere; an iteration's episodes or checkpoint; the end
+    moments = ["step=1", "step=20", "cpu=0.9", "step=32", "step=50", "step=60"]
+    assert_same(launcher.killed(moments, *words), launcher.unbroken(*words))
+
+
+def test_a_killed_sft_run_ends_like_an_unbroken_one(launcher: Launcher, echo_chats: Path):
+    """With checkpoints between two lines of the curves, in the second of two and a half epochs, and at the end."""
+    words = ["stage=sft", f"stage.data={echo_chats}", "stage.batch_size=8", "stage.epochs=2.5"]
+    words += ["stage.warmup_steps=2", "stage.checkpoint_every=4"]
+    moments = ["step=22", "step=40", "cpu=0.9", "step=45"]
+    assert_same(launcher.killed(moments, *words), launcher.unbroken(*words))
+
+
+def test_a_killed_collect_run_ends_like_an_unbroken_one(launcher: Launcher):
+    words = ["stage=collect", "stage.episodes=100", "stage.num_envs=4"]
+    moments = ["step=5", "step=14", "cpu=0.5", "cpu=0.6"]
+    assert_same(launcher.killed(moments, *words), launcher.unbroken(*words))

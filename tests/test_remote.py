@@ -1,0 +1,609 @@
+"""A server that speaks OpenAI's chat API: what it is asked, what it may answer, and the stages that ask it."""
+
+import base64
+import importlib
+import io
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm_agents.config import PromptConfig, RemoteConfig
+from vlm_agents.envs.echo import COLORS, OVER
+from vlm_agents.episodes import read_episodes
+from vlm_agents.errors import ConfigError, ModelError
+from vlm_agents.judge import Judge, read_score
+from vlm_agents.policies import RemotePolicy, is_random
+from vlm_agents.prompting import make_format
+from vlm_agents.remote import ChatClient, retry_after
+from vlm_agents.run import Run
+from vlm_agents.types import Message, Observation, Parsed, Prompt, Query, Reply, Step, Turn
+
+Play = Callable[..., dict[str, float]]
+
+
+@dataclass
+class Answer:
+    """One HTTP answer as it stands; status 0: hang up."""
+
+    status: int = 200
+    body: bytes = b""
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+class Server:
+    """Answers each chat request with what `answer` makes of it, and notes what it was asked."""
+
+    def __init__(self) -> None:
+        self.answer: Callable[[dict[str, Any]], str | Answer] = lambda request: "yes"
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.times: list[float] = []
+        self.models: list[str] | None = None
+        self.most_at_once = 0
+        self._at_once = 0
+        self._lock = threading.Lock()
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler(self))
+        self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,))
+        self._thread.start()
+
+    def close(self) -> None:
+        self._http.shutdown()
+        self._thread.join()
+        self._http.server_close()
+
+    def post(self, path: str, headers: dict[str, str], body: bytes) -> Answer:
+        if path != "/v1/chat/completions":
+            return Answer(404, b"no such page")
+        request = json.loads(body)
+        with self._lock:
+            self.requests.append(request)
+            self.headers.append(headers)
+            self.times.append(time.monotonic())
+            self._at_once += 1
+            self.most_at_once = max(self.most_at_once, self._at_once)
+        try:
+            answer = self.answer(request)
+        finally:
+            with self._lock:
+                self._at_once -= 1
+        return chat_completion(answer) if isinstance(answer, str) else answer
+
+
+def handler(server: Server) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        wbufsize = -1  # an answer in one piece: in two, TCP waits 40 ms for the second
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            self._send(server.post(self.path, dict(self.headers), body))
+
+        def do_GET(self) -> None:
+            listed = self.path == "/v1/models" and server.models is not None
+            models = json.dumps({"data": [{"id": name} for name in server.models or ()]}).encode()
+            self._send(Answer(200, models) if listed else Answer(404, b"no such page"))
+
+        def _send(self, answer: Answer) -> None:
+            if answer.status == 0:
+                self.close_connection = True
+                return
+            self.send_response(answer.status)
+            for key, value in {"Content-Length": str(len(answer.body)), **answer.headers}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            self.wfile.write(answer.body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    return Handler
+
+
+def chat_completion(text: str | None, finish: str = "stop") -> Answer:
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
+    usage = {"prompt_tokens": 11, "completion_tokens": 3, "total_tokens": 14}
+    return Answer(200, json.dumps({"id": "x", "choices": [choice], "usage": usage}).encode())
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    running = Server()
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def client(server: Server, tmp_path: Path) -> Iterator[Callable[..., ChatClient]]:
+    """`client(retries=1, ...)`: a client of the server; all of a test share their kept answers."""
+    made: list[ChatClient] = []
+
+    def make(**settings: Any) -> ChatClient:
+        made.append(ChatClient(RemoteConfig(**{"url": server.url, "retries": 1, **settings}), tmp_path / "kept"))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def say(text: str) -> Prompt:
+    return (Message("user", text),)
+
+
+def complete(client: ChatClient, *texts: str, **settings: Any) -> list[str]:
+    answers = client.complete([say(text) for text in texts], max_tokens=8, temperature=0.7, **settings)
+    return [answer.text for answer in answers]
+
+
+def text_of(request: dict[str, Any]) -> str:
+    """What the last message of a request says."""
+    content = request["messages"][-1]["content"]
+    return content if isinstance(content, str) else content[-1]["text"]
+
+
+def pictures_of(request: dict[str, Any]) -> list[Image.Image]:
+    found = []
+    for message in request["messages"]:
+        for part in message["content"] if isinstance(message["content"], list) else ():
+            if part["type"] == "image_url":
+                kind, data = part["image_url"]["url"].split(",")
+                assert kind == "data:image/png;base64"
+                found.append(Image.open(io.BytesIO(base64.b64decode(data, validate=True))))
+    return found
+
+
+def color_of(picture: Image.Image) -> tuple[int, ...]:
+    color = picture.convert("RGB").getpixel((0, 0))
+    assert isinstance(color, tuple)
+    return color
+
+
+# ---- what is asked ---------------------------------------------------------------------------------------------------
+def test_answers_come_in_order_from_as_many_threads_as_allowed(server: Server, client):
+    together = threading.Barrier(3)
+
+    def answer(request: dict[str, Any]) -> str:
+        together.wait(timeout=5)  # breaks, and fails the test, unless three are asked at once
+        time.sleep(0.02 * (9 - int(text_of(request))))  # the last one asked is the first one answered
+        return "answer " + text_of(request)
+
+    server.answer = answer
+    assert complete(client(concurrency=3), *map(str, range(9))) == [f"answer {index}" for index in range(9)]
+    assert server.most_at_once == 3
+
+
+def test_a_request_is_openais_and_its_pictures_are_pngs(server: Server, client):
+    rng = np.random.default_rng(0)
+    pixels = [rng.integers(256, size=(7, 9, 3), dtype=np.uint8) for _ in range(2)]
+    pictures = tuple(Image.fromarray(array) for array in pixels)
+    prompt = (Message("system", "rules"), Message("user", "look", pictures), Message("assistant", "a", token_ids=(1,)))
+    (answer,) = client(model="some/vlm").complete([prompt], max_tokens=8, temperature=0.7, seeds=[5])
+    assert (answer.text, answer.finish, answer.prompt_tokens, answer.completion_tokens) == ("yes", "stop", 11, 3)
+    (request,) = server.requests
+    system, user, assistant = request.pop("messages")
+    assert request == {"model": "some/vlm", "max_tokens": 8, "temperature": 0.7, "seed": 5}
+    assert system == {"role": "system", "content": "rules"}
+    assert assistant == {"role": "assistant", "content": "a"}
+    assert [part["type"] for part in user["content"]] == ["image_url", "image_url", "text"]
+    assert user["content"][-1] == {"type": "text", "text": "look"}
+    received = pictures_of({"messages": [user]})
+    assert all(np.array_equal(np.asarray(image), array) for image, array in zip(received, pixels, strict=True))
+
+
+def test_a_proxy_is_not_asked_for_this_machine(server: Server, client, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # nobody is there
+    assert complete(client(), "a") == ["yes"]
+
+
+def test_the_key_goes_into_the_header_only(server: Server, client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SOME_KEY", "sk-secret\n")
+    complete(client(key_env="SOME_KEY"), "a")
+    monkeypatch.delenv("SOME_KEY")
+    complete(client(key_env="SOME_KEY"), "b")
+    assert server.headers[0]["Authorization"] == "Bearer sk-secret"
+    assert "Authorization" not in server.headers[1]
+    kept = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(kept) == 2
+    assert not any("sk-secret" in text for text in kept)
+
+
+# ---- what is answered ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("content", "finish", "text", "read"),
+    [("left", "length", "left", "length"), (None, "stop", "", "stop"), ("a\ud800b", "content_filter", "a?b", "stop")],
+    ids=["cut", "silent", "half a character"],
+)
+def test_odd_answers_are_data(
+    server: Server, client, content: str | None, finish: str, text: str, read: Literal["stop", "length"]
+):
+    server.answer = lambda request: chat_completion(content, finish)
+    (answer,) = client().complete([say("a")], 8, 1.0)
+    assert (answer.text, answer.finish) == (text, read)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"<html>Welcome</html>", b"{}", b"[]", b'{"choices": []}', b'{"choices": [{"message": {"content": 3}}]}', b"\xff"],
+)
+def test_what_is_no_chat_completion_is_an_error(server: Server, client, tmp_path: Path, body: bytes):
+    server.answer = lambda request: Answer(200, body)
+    with pytest.raises(ModelError, match=r"no chat completion \(.*\): is stage\.remote\.url the part before"):
+        complete(client(), "a")
+    assert len(server.requests) == 1
+    assert not list((tmp_path / "kept").iterdir())
+
+
+# ---- trying again ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("status", [408, 409, 429, 500, 503, 0])
+def test_what_may_pass_is_tried_again(server: Server, client, status: int):
+    server.answer = lambda request: "yes" if len(server.requests) > 1 else Answer(status, b"", {"Retry-After": "0.01"})
+    assert complete(client(), "a") == ["yes"]
+    assert len(server.requests) == 2
+
+
+def test_the_wait_is_what_the_server_asks_for(server: Server, client):
+    answers = [Answer(429, b"", {"Retry-After": "0.6"}), Answer(429), "yes"]
+    server.answer = lambda request: answers[len(server.requests) - 1]
+    assert complete(client(retries=2), "a") == ["yes"]
+    first, second = np.diff(server.times)
+    assert first >= 0.6  # our own would last 0.25 to 0.5 s
+    assert 0.5 <= second < 2.0  # the second wait of our own lasts 0.5 to 1 s
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"), [("7", 7.0), ("0.5", 0.5), ("", 0.0), ("soon", 0.0), ("nan", 0.0), ("-3", 0.0)]
+)
+def test_retry_after_in_seconds(header: str, seconds: float):
+    assert retry_after(header) == seconds
+
+
+def test_retry_after_as_a_date():
+    later = datetime.now(UTC) + timedelta(seconds=60)
+    assert 58.0 < retry_after(format_datetime(later, usegmt=True)) <= 60.0  # the header's date has whole seconds
+    assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+
+
+def test_a_server_that_wants_hours_is_given_up(server: Server, client):
+    server.answer = lambda request: Answer(429, b"quota", {"Retry-After": "3600"})
+    with pytest.raises(
+        ModelError, match=r"status 429, 1 times \(quota\): wait for 3600 s\. Then give the same command"
+    ):
+        complete(client(retries=9), "a")
+
+
+def test_a_server_that_keeps_failing_is_given_up(server: Server, client):
+    server.answer = lambda request: Answer(500, b"out of\n memory")
+    with pytest.raises(
+        ModelError, match=r"/v1/chat/completions: status 500, 2 times \(out of memory\): wait and lower"
+    ):
+        complete(client(), "a")
+    assert len(server.requests) == 2
+
+
+def test_a_server_that_is_not_there(tmp_path: Path):
+    gone = Server()
+    gone.close()
+    with pytest.raises(ModelError, match=r"can't be reached \(.*refused\), 2 times: is the server running there"):
+        complete(ChatClient(RemoteConfig(gone.url, retries=1), tmp_path), "a")
+
+
+def test_a_server_that_does_not_answer(server: Server, client):
+    awake = threading.Event()
+    server.answer = lambda request: str(awake.wait(5))
+    with pytest.raises(ModelError, match=r"no answer within 0\.2 s, 1 times: raise stage\.remote\.timeout_s or lower"):
+        complete(client(timeout_s=0.2, retries=0), "a")
+    awake.set()
+
+
+def test_after_an_error_nothing_more_is_asked(server: Server, client):
+    def answer(request: dict[str, Any]) -> Answer:
+        time.sleep(0.02)
+        return Answer(503, b"", {"Retry-After": "60"}) if text_of(request) == "1" else Answer(400)
+
+    server.answer = answer
+    start = time.monotonic()
+    with pytest.raises(ModelError, match="status 400"):
+        complete(client(concurrency=2), *map(str, range(100)))
+    assert len(server.requests) < 50
+    assert time.monotonic() - start < 5  # the one that waited was woken
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+def test_a_missing_and_a_wrong_key(server: Server, client, monkeypatch: pytest.MonkeyPatch):
+    server.answer = lambda request: Answer(401, b"no such key: sk-secret")
+    monkeypatch.delenv("SOME_KEY", raising=False)
+    with pytest.raises(ModelError, match=r"status 401 .*: \$SOME_KEY is empty: set it to a key"):
+        complete(client(key_env="SOME_KEY"), "a")
+    monkeypatch.setenv("SOME_KEY", "sk-secret")
+    with pytest.raises(
+        ModelError, match=r"status 401 \(no such key: \$SOME_KEY\): \$SOME_KEY holds a key that is refu"
+    ):
+        complete(client(key_env="SOME_KEY"), "a")
+    assert len(server.requests) == 2
+
+
+def test_a_key_that_no_header_can_hold_is_not_shown(client, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SOME_KEY", "sk-sec\nret")
+    with pytest.raises(ConfigError, match=r"\$SOME_KEY holds characters that no key has") as caught:
+        client(key_env="SOME_KEY")
+    assert "sec" not in str(caught.value).replace("SOME_KEY", "")
+
+
+def test_an_unknown_model_is_answered_with_those_there_are(server: Server, client):
+    server.answer = lambda request: Answer(404, b'{"error": {"message": "no such model"}}')
+    server.models = ["qwen-vl", "llava"]
+    with pytest.raises(ModelError, match=r"set stage\.remote\.model to one of qwen-vl, llava\. Did you mean 'qwen-vl'"):
+        complete(client(model="qwen_vl"), "a")
+
+
+def test_a_wrong_path(server: Server, client):
+    with pytest.raises(ModelError, match=r"/api/chat/completions: status 404 \(no such page\): stage\.remote\.url is"):
+        complete(client(url=server.url.replace("v1", "api")), "a")
+    moved = Answer(308, b"", {"Location": "https://elsewhere/v1/chat/completions"})
+    server.answer = lambda request: moved
+    with pytest.raises(ModelError, match=r"it moved to https://elsewhere/v1/chat/completions"):
+        complete(client(), "a")
+
+
+def test_a_request_that_is_refused_is_not_asked_again(server: Server, client):
+    server.answer = lambda request: Answer(400, b"too many pictures")
+    with pytest.raises(ModelError, match=r"status 400 \(too many pictures\)"):
+        complete(client(), "a")
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "url", ["", "127.0.0.1:8000", "file:///etc/passwd", "http://", "http://me:sk-1@host/v1", "https://h/v1?key=sk-1"]
+)
+def test_only_plain_web_addresses(client, url: str):
+    with pytest.raises(ConfigError, match=r"stage\.remote\.url must be http") as caught:
+        client(url=url)
+    assert "sk-1" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "value"), [("concurrency", 0), ("retries", -1), ("timeout_s", 0.0)])
+def test_settings_that_can_not_work(client, name: str, value: float):
+    with pytest.raises(ConfigError, match=f"stage.remote.{name}="):
+        client(**{name: value})
+
+
+# ---- what is kept ----------------------------------------------------------------------------------------------------
+def test_nothing_is_asked_twice(server: Server, client):
+    server.answer = lambda request: f"{text_of(request)} {request['seed']}"
+    first = client()
+    assert complete(first, "a", "a", "b", seeds=[0, 1, 0]) == ["a 0", "a 1", "b 0"]
+    assert complete(first, "c", "c", "c") == ["c 0"] * 3
+    assert len(server.requests) == 4
+    second = client()
+    assert complete(second, "b", "c", "a", seeds=[0, 0, 1]) == ["b 0", "c 0", "a 1"]
+    assert len(server.requests) == 4
+    # four answers of 11 and 3 tokens
+    assert second.counts() == first.counts() == {"unparsable": 0.0, "prompt_tokens": 44.0, "completion_tokens": 12.0}
+
+
+def test_an_unreadable_answer_is_sampled_anew(server: Server, client):
+    server.answer = lambda request: str(request["seed"])
+
+    def ask(client: ChatClient) -> list[str]:
+        # "a" is fine at once; "b" with the third sample, of seed 12; "c" never
+        return complete(
+            client,
+            *"abc",
+            seeds=[0, 10, 20],
+            readable=lambda index, text: index == 0 or text == "12",
+            samples=3,
+        )
+
+    assert ask(client()) == ["0", "12", "22"]
+    assert len(server.requests) == 1 + 3 + 3
+    hot = {request["seed"]: request["temperature"] for request in server.requests}
+    assert hot == {0: 0.7, 10: 0.7, 11: 1.0, 12: 1.0, 20: 0.7, 21: 1.0, 22: 1.0}
+    again = client()
+    assert ask(again) == ["0", "12", "22"]
+    assert len(server.requests) == 7
+    assert again.counts()["unparsable"] == 2 + 3
+
+
+# ---- the policy ------------------------------------------------------------------------------------------------------
+def test_a_remote_reply_is_meant_and_seeded_by_its_query(server: Server, client):
+    server.answer = lambda request: "left" if text_of(request) == "0" else "bananas"
+    observation = Observation("", legal_actions=("left", "right"))
+
+    def queries() -> list[Query]:
+        return [Query(say(str(n)), observation, np.random.default_rng(n)) for n in range(2)]
+
+    policy = RemotePolicy(client(), make_format(PromptConfig("action_only")), 8, 0.7, samples=2)
+    replies = policy.reply(queries())
+    assert [reply.text for reply in replies] == ["left", "bananas"]
+    assert not any(map(is_random, replies))
+    assert not any(reply.token_ids for reply in replies)
+    assert policy.value(queries()) == [0.0, 0.0]
+    seeds = sorted(request["seed"] for request in server.requests)
+    first, second = (int(np.random.default_rng(n).integers(2**31)) for n in range(2))
+    assert seeds == sorted([first, second, second + 1])  # only the illegal reply was asked for again
+
+
+def looks(request: dict[str, Any]) -> str:
+    """Plays Echo by what the last picture shows."""
+    names = {color: name for name, color in COLORS.items()}
+    return names[color_of(pictures_of(request)[-1])]  # pyright: ignore[reportArgumentType]
+
+
+def distracted(request: dict[str, Any]) -> str:
+    """Half of the time talks of something else."""
+    return "bananas" if request["seed"] % 7 < 4 else looks(request)
+
+
+@pytest.fixture
+def play(compose_run, server: Server) -> Play:
+    """`play(folder, "stage=collect", ...)`: runs a stage on Echo, with the server as what is remote; the metrics."""
+
+    def run(folder: Path, *words: str) -> dict[str, float]:
+        remote = [f"stage.remote.url={server.url}", "stage.remote.retries=0", "stage.remote.concurrency=4"]
+        cfg = compose_run("env=echo", "prompt=action_only", "prompt.max_reply_tokens=4", *remote, *words)
+        cfg.run_dir = str(folder)
+        with Run.open(cfg, words) as opened:
+            return importlib.import_module(f"vlm_agents.stages.{cfg.stage.name}").main(cfg, opened)
+
+    return run
+
+
+COLLECT = ("stage=collect", "stage.episodes=6", "stage.num_envs=4", "stage.noise=0")
+
+
+def test_collect_from_a_server_that_sees(play: Play, server: Server, tmp_path: Path):
+    server.answer = looks
+    metrics = play(tmp_path, *COLLECT, "stage.policy=remote")
+    assert metrics["collect/success"] == 1.0
+    assert metrics["collect/unparsable"] == 0.0
+    assert len(server.requests) == 18  # 6 episodes of 3 turns
+    assert {request["max_tokens"] for request in server.requests} == {4}
+    assert {request["temperature"] for request in server.requests} == {1.0}
+    assert metrics["collect/prompt_tokens"] == 18 * 11
+    assert metrics["collect/completion_tokens"] == 18 * 3
+    assert "collect/unrated" not in metrics
+    episodes = list(read_episodes(tmp_path))
+    assert {episode.policy for episode in episodes} == {"remote"}
+    assert {turn.step.metrics["quality"] for episode in episodes for turn in episode.turns} == {10.0}  # the expert's
+
+
+def test_collect_from_a_server_that_talks_garbage(play: Play, server: Server, tmp_path: Path):
+    server.answer = lambda request: "bananas"
+    metrics = play(tmp_path, *COLLECT, "stage.policy=remote")
+    assert metrics["collect/success"] == 0.0
+    assert metrics["collect/invalid_rate"] == 1.0
+    assert metrics["collect/unparsable"] == len(server.requests) == 54  # 6 episodes of 3 turns of 3 samples
+    assert {episode.stop for episode in read_episodes(tmp_path)} == {"invalid"}
+
+
+def test_an_interrupted_collect_ends_like_one_that_was_not(play: Play, server: Server, tmp_path: Path):
+    words = [*COLLECT[:-1], "stage.policy=remote", "stage.rater=remote", "stage.noise=0.2"]
+
+    def answer(request: dict[str, Any]) -> str:
+        before, *after = map(color_of, pictures_of(request))
+        if not after:
+            return distracted(request)
+        sound = before != COLORS["green"] and (before != COLORS["red"] or request["seed"] == 2)
+        return '{"score": 4}' if sound else "hm"  # of red the third sample is sound, of green none
+
+    server.answer = answer
+    whole = play(tmp_path / "whole", *words)
+    asked = sorted(json.dumps(request) for request in server.requests)
+    assert whole["collect/unparsable"] > 0
+    assert 0 < whole["collect/unrated"] < 18  # of 6 episodes of 3 turns
+
+    answered: list[str] = []
+
+    def until(limit: int) -> Callable[[dict[str, Any]], str | Answer]:
+        def dying(request: dict[str, Any]) -> str | Answer:
+            if len(answered) >= limit:
+                return Answer(400, b"dead")
+            answered.append(json.dumps(request))
+            return answer(request)
+
+        return dying
+
+    for limit in (15, 40):
+        server.answer = until(limit)
+        with pytest.raises(ModelError, match="dead"):
+            play(tmp_path / "parts", *words)
+    server.answer = until(1000)
+    assert play(tmp_path / "parts", *words) == whole
+    assert sorted(answered) == asked
+    files = [(tmp_path / name / "episodes.jsonl").read_bytes() for name in ("whole", "parts")]
+    assert files[0] == files[1]
+
+
+# ---- the rater -------------------------------------------------------------------------------------------------------
+def test_a_remote_rater_sees_before_and_after(play: Play, server: Server, tmp_path: Path):
+    """It gives 9 where the last picture is the black one after the end, says nothing sound of red, and 0 elsewhere."""
+
+    def rate(request: dict[str, Any]) -> str:
+        before, after = map(color_of, pictures_of(request))
+        if before == COLORS["red"]:
+            return "I can't say"
+        return '{"score": 9}' if after == OVER else '```json\n{"score": 0.0}\n```'
+
+    server.answer = rate
+    metrics = play(tmp_path, *COLLECT[:-1], "stage.rater=remote", "stage.noise=0.3")
+    turns = [turn for episode in read_episodes(tmp_path) for turn in episode.turns]
+    expected = [
+        None if color_of(turn.observation.images[0]) == COLORS["red"] else 9.0 if turn.step.terminated else 0.0
+        for turn in turns
+    ]
+    assert [turn.step.metrics.get("quality") for turn in turns] == expected
+    assert set(expected) == {None, 0.0, 9.0}  # no rating is no bad one
+    assert metrics["collect/unrated"] == expected.count(None)
+    unsound = sum(rate(request) == "I can't say" for request in server.requests)
+    assert metrics["collect/unparsable"] == unsound >= 3
+
+
+def test_a_rater_is_told_what_was_thought_and_done(server: Server, client):
+    server.answer = lambda request: '{"score": 5}'
+    white, grey = (Image.new("RGB", (4, 4), color) for color in ("white", "grey"))
+    reply = '{"thoughts": "to the door", "action": "go"}'
+    turn = Turn(
+        Observation("a room", (white,)),
+        (Message("system", "You play."), Message("user", "a room", (white,))),
+        Reply(reply),
+        Parsed("go", thought_span=(14, 25)),
+        Step(Observation("a hall", (grey,)), 0.625, False, False),
+    )
+    assert Judge(client()).rate([turn]) == [5.0]
+    (request,) = server.requests
+    assert [message["role"] for message in request["messages"]] == ["system", "user"]
+    assert [color_of(picture) for picture in pictures_of(request)] == [(255, 255, 255), (128, 128, 128)]
+    lines = text_of(request).splitlines()
+    for line in ("You play.", "Before the step: a room", "The agent thought: to the door", "The agent did: go"):
+        assert line in lines
+    assert lines[-1] == "After the step: a hall"
+    assert "0.625" not in json.dumps(request)  # it doesn't know the reward
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ('{"score": 0}', 0.0),
+        ('{"score": 10}', 10.0),
+        ('I think {"reason": "good", "score": 7.5} it is', 7.5),
+        ('{"score": 3} so {"score": 3.0}', 3.0),
+        ('{"score": 3} or {"score": 4}', None),
+        ('{"score": 11}', None),
+        ('{"score": -1}', None),
+        ('{"score": NaN}', None),
+        ('{"score": "7"}', None),
+        ('{"score": true}', None),
+        ('{"scores": 7}', None),
+        ("{score: 7}", None),
+        ("7", None),
+        ("", None),
+    ],
+)
+def test_only_a_sound_score_counts(text: str, score: float | None):
+    assert read_score(text) == score
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+def test_eval_plays_the_panel_on_a_server(play: Play, server: Server, tmp_path: Path):
+    server.answer = distracted
+    metrics = play(tmp_path, "stage=eval", "stage.policy=remote", "stage.episodes=8", "stage.num_envs=8")
+    assert len(server.requests) == 24  # 8 episodes of 3 turns, one try each: bad replies are part of the result
+    babbled = sum(distracted(request) == "bananas" for request in server.requests)
+    assert 0 < babbled < 24
+    assert metrics["eval/unparsable"] == babbled
+    assert metrics["eval/invalid_rate"] == pytest.approx(babbled / 24, rel=1e-9)
+    assert metrics["eval/success_expert"] == 1.0
+    assert 0.0 <= metrics["eval/success_random"] <= 0.5
+    assert not any("greedy" in name for name in metrics)
