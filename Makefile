@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 AGENTS := $(BIN)/python -m vlm_agents
 NAME := demo_$(shell date +%Y-%m-%d_%H-%M-%S)
-DEMO := name=$(NAME) env.id=MiniGrid-Empty-Random-5x5-v0 model.weights=random
+DEMO := env.id=MiniGrid-Empty-Random-5x5-v0 model.weights=random
 
 .DEFAULT_GOAL := help
 .PHONY: help setup ppo demo ui tiny-weights test check format clean
@@ -25,11 +25,15 @@ ppo: setup ## watch a tiny agent get better at MiniGrid within minutes
 	$(AGENTS) stage=ppo env=minigrid
 
 demo: setup ## the whole chain from random weights: collect, preprocess, sft, ppo, eval
-	$(AGENTS) stage=collect $(DEMO)
-	$(AGENTS) stage=preprocess $(DEMO)
-	$(AGENTS) stage=sft $(DEMO)
-	$(AGENTS) stage=ppo $(DEMO) stage.init=outputs/$(NAME)/sft
-	$(AGENTS) stage=eval $(DEMO) stage.init=outputs/$(NAME)/ppo
+	$(AGENTS) stage=collect $(DEMO) name=$(NAME) stage.episodes=400
+	$(AGENTS) stage=preprocess $(DEMO) name=$(NAME)
+	$(AGENTS) stage=sft $(DEMO) name=$(NAME) stage.epochs=15 stage.batch_size=32
+	$(AGENTS) stage=ppo $(DEMO) name=$(NAME) stage.init=outputs/$(NAME)/sft stage.iterations=6 stage.eval_episodes=0
+	$(AGENTS) stage=eval $(DEMO) name=$(NAME) stage.init=outputs/$(NAME)/ppo
+	$(AGENTS) stage=eval $(DEMO) name=$(NAME)_sft stage.init=outputs/$(NAME)/sft stage.baselines=false
+	$(AGENTS) stage=eval $(DEMO) name=$(NAME)_base stage.episodes=40 stage.baselines=false
+	$(BIN)/python benchmarks/table.py base=outputs/$(NAME)_base/eval after_SFT=outputs/$(NAME)_sft/eval \
+		after_PPO=outputs/$(NAME)/eval
 
 ui: setup ## MLflow in the browser, on this machine only
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --backend-store-uri sqlite:///$(CURDIR)/mlflow.db \
@@ -52,7 +56,9 @@ tiny-weights: setup ## rebuild the weights of the tiny model (about 30 minutes);
 	$(TINY) stage=collect name=tiny_slips seed=1 stage.episodes=1200 stage.noise=0.6
 	$(TINY) stage=preprocess name=tiny_slips stage.label=played stage.success_only=false
 	$(TINY) stage=sft name=tiny_slips stage.init=outputs/tiny/sft
-	cp outputs/tiny_slips/sft/model/* src/vlm_agents/models/tiny_weights/
+	$(TINY) stage=sft name=tiny_final stage.init=outputs/tiny_slips/sft stage.data=outputs/tiny_slips/preprocess \
+		seed=1 stage.epochs=0.6 stage.batch_size=32 stage.lr=7e-4
+	cp outputs/tiny_final/sft/model/* src/vlm_agents/models/tiny_weights/
 	sha256sum src/vlm_agents/models/tiny_weights/model.safetensors
 
 test: setup ## the tests

@@ -1,9 +1,9 @@
 """How fast are replies sampled? `Sampler` against transformers' own `generate`, on the packaged tiny model.
 
 Both sides answer the same MiniGrid prompts at temperature 1 and may not say the same tokens. The Sampler is timed with
-all that it does: rendering, picture processing, log-probs, entropies, values. `generate` gets its inputs as ready
-tensors and gives tokens alone. Reply tokens count up to and including the end of turn. No correctness is checked here;
-tests/models/test_sampler.py does that.
+all that it does: rendering, picture processing, log-probs, entropies, values. `generate`, on transformers' model as it
+comes, gets its inputs as ready tensors and gives tokens alone. Reply tokens count up to and including the end of turn.
+No correctness is checked here; tests/models/test_sampler.py does that.
 """
 
 import argparse
@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoModelForImageTextToText
 
 from vlm_agents.config import HardwareConfig, MiniGridConfig, ModelConfig, PromptConfig
 from vlm_agents.models import Agent, Sampler, load_agent
+from vlm_agents.models.loading import TINY
 from vlm_agents.policies import ExpertPolicy, NoisyPolicy
 from vlm_agents.prompting import make_format
 from vlm_agents.rollout import collect
@@ -28,7 +30,7 @@ Inputs = dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="How fast are replies sampled?")
     parser.add_argument("--rows", type=int, default=64, help="prompts in a batch")
     parser.add_argument("--repeats", type=int, default=3, help="timed passes of each side, interleaved")
     parser.add_argument("--new-tokens", type=int, default=64, help="longest reply")
@@ -37,22 +39,24 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    agent = load_agent(ModelConfig(name="tiny"), HardwareConfig(name="cpu"))
+    agent, frozen = (load_agent(ModelConfig(name="tiny"), HardwareConfig(name="cpu"), None, f) for f in (False, True))
     prompts = minigrid_prompts(args.rows)
     few = prompts[: args.single_rows]
-    batch, singles = prepare(agent, prompts), [prepare(agent, [prompt]) for prompt in few]
+    stock = AutoModelForImageTextToText.from_pretrained(TINY).eval()
+    batch, singles = [prepare(agent, prompts)], [prepare(agent, [prompt]) for prompt in few]
     sides: dict[str, Callable[[], int]] = {
         "Sampler": partial(sample, agent, [prompts], args.new_tokens),
-        "generate": partial(generate, agent, [batch], args.new_tokens),
-        "generate, then a forward pass for log-probs": partial(generate, agent, [batch], args.new_tokens, score=True),
+        "Sampler, pictures encoded before": partial(sample, frozen, [prompts], args.new_tokens),
+        "generate": partial(generate, stock, agent, batch, args.new_tokens),
+        "generate, then log-probs": partial(generate, stock, agent, batch, args.new_tokens, score=True),
         "Sampler, one row at a time": partial(sample, agent, [[prompt] for prompt in few], args.new_tokens),
-        "generate, one row at a time": partial(generate, agent, singles, args.new_tokens),
+        "generate, one row at a time": partial(generate, stock, agent, singles, args.new_tokens),
     }
     speeds = measure(sides, args.repeats)
     print(f"{args.rows} rows ({len(few)} one at a time), {args.new_tokens} new tokens, {args.threads} threads")
-    print(f"{'medians of ' + str(args.repeats):<45}{'reply tokens/s':>16}{'Sampler is faster by':>22}")
+    print(f"{'medians of ' + str(args.repeats):<34}{'reply tokens/s':>16}{'Sampler / this':>16}")
     for name, speed in speeds.items():
-        print(f"{name:<45}{speed:>16.0f}{speeds['Sampler'] / speed:>21.1f}x")
+        print(f"{name:<34}{speed:>16.0f}{speeds['Sampler'] / speed:>16.1f}")
 
 
 def minigrid_prompts(count: int) -> list[Prompt]:
@@ -89,11 +93,11 @@ def sample(agent: Agent, batches: Sequence[Sequence[Prompt]], new_tokens: int) -
 
 
 @torch.inference_mode()
-def generate(agent: Agent, batches: Sequence[Inputs], new_tokens: int, score: bool = False) -> int:
+def generate(model: Any, agent: Agent, batches: Sequence[Inputs], new_tokens: int, score: bool = False) -> int:
     """The same of transformers. `score` adds the pass that PPO would need for log-probs, over the replies alone."""
     end, count = agent.renderer.end_of_turn, 0
     for inputs in batches:
-        output = agent.model.generate(
+        output = model.generate(
             **inputs,
             do_sample=True,
             temperature=1.0,
@@ -117,7 +121,7 @@ def generate(agent: Agent, batches: Sequence[Inputs], new_tokens: int, score: bo
                 "attention_mask": torch.cat([inputs["attention_mask"], inside.long()], dim=1),
                 "mm_token_type_ids": torch.cat([inputs["mm_token_type_ids"], added], dim=1),
             }
-            logits = agent.model(**whole, logits_to_keep=replies.shape[1] + 1, use_cache=False).logits[:, :-1]
+            logits = model(**whole, logits_to_keep=replies.shape[1] + 1, use_cache=False).logits[:, :-1]
             logits.masked_fill(agent.banned, -torch.inf).log_softmax(-1).gather(-1, replies[..., None])
     return count
 

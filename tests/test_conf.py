@@ -133,7 +133,7 @@ def test_only_ppo_brings_an_algo(compose_run) -> None:
 
 def test_lora_is_an_option_of_its_own(compose_run) -> None:
     lora = compose_run("stage=ppo", "model/lora=adapter", "model.lora.rank=4").model.lora
-    assert lora == LoraConfig(rank=4, alpha=32.0)
+    assert lora == LoraConfig(rank=4, alpha=32)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 run that was killed ends like one that was not."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from vlm_agents.types import Trajectory
 
 ComposeRun = Callable[..., RunConfig]
 RunStage = Callable[..., Path]
-ALGO = AlgoConfig("ppo", lr=1e-4, minibatch_turns=8)
+ALGO = AlgoConfig("ppo", epochs=2, minibatch_turns=8)
 
 
 def load(cfg: RunConfig) -> Agent:
@@ -62,7 +61,7 @@ def test_every_ratio_is_one_before_the_first_update(run_stage: RunStage, tmp_pat
     folder = run_stage(
         tmp_path,
         *("stage=ppo", "stage.iterations=3", "stage.episodes=5", "stage.num_envs=3", "stage.eval_episodes=0"),
-        *("algo.lr=1e-3", "prompt.max_reply_tokens=6", *words),
+        *("algo.lr=1e-3", "algo.epochs=2", "algo.epochs=2", "prompt.max_reply_tokens=6", *words),
     )
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 3
@@ -127,12 +126,14 @@ def test_four_micro_batches_of_two_are_one_of_eight(echo_run: ComposeRun, tmp_pa
         tokens = in_one * max(len(row.input_ids) for row in batch)
         sizes = [len(part) for part in microbatches(batch, tokens)]
         assert sizes == {8: [8], 2: [2, 2, 2, 2], 3: [3, 3, 2]}[in_one]
-        engine = TorchEngine(agent.parameters_by_role(), ALGO, iterations=2)
+        engine = TorchEngine(agent.parameters_by_role(), ALGO, iterations=1)
+        # plain descent: where a gradient is nothing but rounding, Adam would make a whole step of it all the same
+        engine.optimizer = torch.optim.SGD([{"params": part} for part in agent.parameters_by_role().values()], lr=0.1)  # type: ignore[assignment]
         metrics = update(agent, agent.renderer, engine, batch, ALGO, np.random.default_rng(0), tokens)
         found.append((metrics, torch.cat([parameter.detach().flatten() for parameter in agent.parameters()])))
     (metrics, weights), *cut = found
     start = torch.cat([parameter.detach().flatten() for parameter in load(cfg).parameters()])
-    assert float((weights - start).abs().max()) > 1e-4
+    assert float((weights - start).abs().max()) > 1e-3
     for other_metrics, other_weights in cut:
         assert other_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-6)
         assert float((weights - other_weights).abs().max()) < 1e-6
@@ -262,7 +263,7 @@ def assert_same(killed: Path, unbroken: Path) -> None:
 
 
 def test_a_killed_ppo_run_ends_like_an_unbroken_one(launcher: Launcher):
-    words = ["stage=ppo", "stage.iterations=4", "stage.episodes=4", "stage.num_envs=4", "stage.eval_episodes=4"]
+    words = ["stage=ppo", "env.turns=2", "stage.iterations=4", "stage.episodes=3", "stage.eval_episodes=3"]
     # the snapshot of the settings; the first checkpoint; anywhere; an iteration's episodes or checkpoint; the end
     moments = ["step=1", "step=20", "cpu=0.9", "step=32", "step=50", "step=60"]
     assert_same(launcher.killed(moments, *words), launcher.unbroken(*words))

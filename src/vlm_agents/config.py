@@ -318,7 +318,7 @@ class PpoConfig(StageConfig):
 
     name: str = "ppo"
     init: str | None = None
-    iterations: int = 20
+    iterations: int = 16
     episodes: int = 64  # whole episodes collected per iteration
     num_envs: int = 64
     freeze_vision: bool = True  # pictures are then encoded once and reused by every pass of an iteration

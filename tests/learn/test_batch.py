@@ -14,7 +14,7 @@ from vlm_agents.types import Message, Parsed, Reply, Trajectory, Turn
 
 MakeTurn = Callable[..., Turn]
 MakeEpisode = Callable[..., Trajectory]
-ALGO = AlgoConfig(name="ppo", gamma=0.9, gae_lambda=0.8)
+ALGO = AlgoConfig(name="ppo", gamma=0.9, gae_lambda=0.8, thought_coef=0.5)
 RED, BLUE = Image.new("RGB", (2, 2), "red"), Image.new("RGB", (2, 2), "blue")
 
 

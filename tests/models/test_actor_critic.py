@@ -80,7 +80,7 @@ def test_scores_are_those_of_a_plain_forward_pass(load: Load, rows: list[Row], t
 
 
 def test_scores_depend_on_the_picture(agent: Agent, rows: list[Row], chats: list[Prompt], make_row: MakeRow):
-    other = make_row(agent, chats[0][:1] + (replace(chats[0][1], images=chats[3][1].images),), REPLIES[0])
+    other = make_row(agent, (chats[0][0], replace(chats[0][1], images=chats[3][1].images)), REPLIES[0])
     assert (score(agent, [other]).logprobs - score(agent, rows[:1]).logprobs[:4]).abs().max() > 1e-2
 
 

@@ -1,9 +1,12 @@
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoModelForImageTextToText
 
 from vlm_agents.models import Agent
 from vlm_agents.tensors import Row
@@ -46,6 +49,16 @@ def test_each_picture_is_encoded_as_if_alone(agent: Agent, picture: Picture):
         alone = [agent.family.encode(agent.family.pixels([image]))[0] for image in images]
     assert [len(features) for features in together] == [6, 12, 4]
     for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_pictures_are_encoded_as_transformers_does(agent: Agent, tiny_folder: Path, picture: Picture):
+    stock: Any = AutoModelForImageTextToText.from_pretrained(tiny_folder)
+    inputs = agent.image_processor(images=[picture(84, 56, 1), picture(100, 75, 2)], return_tensors="pt")
+    with torch.no_grad():
+        expected = stock.model.get_image_features(**inputs, return_dict=True).pooler_output
+        found = agent.family.encode(dict(inputs))
+    for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 

@@ -12,7 +12,7 @@ from vlm_agents.episodes import read_episodes
 from vlm_agents.run import panel_seeds, training_seed
 
 RunStage = Callable[..., Path]
-SMALL = ("stage=ppo", "stage.episodes=6", "stage.num_envs=6", "stage.eval_episodes=5")
+SMALL = ("stage=ppo", "algo.epochs=2", "stage.episodes=6", "stage.num_envs=6", "stage.eval_episodes=5", "algo.epochs=2")
 
 
 def lines(folder: Path) -> list[dict]:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -23,7 +24,7 @@ def metrics_of(folder: Path) -> dict[str, float]:
     return json.loads((folder / "summary.json").read_text())["metrics"]
 
 
-def table(folder: Path, split: str = "train") -> datasets.Dataset:
+def table(folder: Path, split: str = "train") -> Any:
     """As a user opens it, outside this package's own reader."""
     opened = datasets.Dataset.from_parquet(str(folder / f"{split}.parquet"), cache_dir=str(folder / "cache"))
     assert isinstance(opened, datasets.Dataset)
@@ -150,6 +151,13 @@ def test_replies_below_the_score_are_left_out(preprocess):
 
 def test_advice_labels_every_turn_where_there_is_any(preprocess):
     assert answers(preprocess([TURNS], "stage.label=advice", "stage.min_score=5")) == ["knock"] * 4
+
+
+def test_what_was_played_is_learned_as_often_as_it_was_played(preprocess):
+    """With the expert's thought, whether it was meant or chance; but not where there is no thought or no action."""
+    folder = preprocess([TURNS, TURNS[:1]], "stage.label=played", "prompt=cot_json")
+    learned = [json.loads(answer) for answer in answers(folder)]
+    assert learned == [{"thoughts": "shut", "action": action} for action in ("open", "wait", "open", "open")]
 
 
 def test_the_thought_of_the_advice_is_learned_in_the_words_of_the_format(preprocess):

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -76,14 +77,14 @@ def test_what_is_trained_is_the_reply_and_nothing_else(echo_chats: Path, tiny_mo
 
 
 def test_micro_batches_change_nothing(run_stage: RunStage, echo_chats: Path, tiny_model: Path, tmp_path: Path):
-    """Batches of 8 at once, row by row, and as 3 + 3 + 2 (rows are some 60 tokens), which a mean of means gets wrong."""
-    words = ["stage=sft", "stage.batch_size=8", "stage.warmup_steps=0", "stage.lr=3e-5", f"stage.data={echo_chats}"]
+    """Batches of 8 at once, row by row, and as 3 + 3 + 2 (rows have some 60 tokens), where a mean of means is wrong."""
+    words = ["stage=sft", "stage.batch_size=8", "stage.warmup_steps=0", "stage.lr=1e-5", f"stage.data={echo_chats}"]
     whole, *cut = (
         run_stage(tmp_path / str(tokens), *words, f"hardware.tokens_per_microbatch={tokens}")
         for tokens in (10_000, 1, 200)
     )
     expected, start = weights(whole), load_file(tiny_model / "model.safetensors")
-    assert max(float((expected[name] - start[name]).abs().max()) for name in start) > 5e-5
+    assert max(float((expected[name] - start[name]).abs().max()) for name in start) > 2e-5
     for folder in cut:
         found = weights(folder)
         assert max(float((expected[name] - found[name]).abs().max()) for name in start) < 1e-6
@@ -137,7 +138,7 @@ def test_a_batch_has_rows_of_one_kind():
     assert sum(len(kind) > 1 for kind in kinds) <= 3
     assert len(batches[-1]) == 150 % 8  # the short batch is the last one, or the ones behind it would be out of step
     # kinds don't stand in one block each: batches are shuffled too
-    assert 1 < sum(one != other for one, other in zip(kinds, kinds[1:], strict=False))
+    assert sum(one != other for one, other in pairwise(kinds)) > 1
 
 
 def test_rows_of_like_length_share_a_batch():

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlm_agents.errors import ModelError
 
@@ -53,6 +53,13 @@ class Family(Protocol):
         ...
 
 
+class PatchEmbedding(nn.Conv3d):
+    """A convolution whose kernel covers its whole input: the matrix product that it is, at a quarter of the time."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input.flatten(1), self.weight.flatten(1), self.bias)
+
+
 class QwenVL:
     """Qwen2-VL and Qwen2.5-VL: dynamic resolution, merged patches, three rotary axes (time, height, width)."""
 
@@ -62,6 +69,7 @@ class QwenVL:
         self.image_token_id: int = model.config.image_token_id
         self.merge: int = image_processor.merge_size
         self._grids: dict[tuple[int, int], tuple[int, int]] = {}
+        model.model.visual.patch_embed.proj.__class__ = PatchEmbedding  # parameters and their names stay as they are
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) in patches of a picture of (width, height) pixels, as the processor itself resizes it."""
