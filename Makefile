@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 AGENTS := $(BIN)/python -m vlm_agents
 NAME := demo_$(shell date +%Y-%m-%d_%H-%M-%S)
-DEMO := env.id=MiniGrid-Empty-Random-5x5-v0 model.weights=random
+DEMO = $(AGENTS) name=$(NAME) experiment=empty_room
 
 .DEFAULT_GOAL := help
 .PHONY: help setup ppo demo ui tiny-weights test check format clean
@@ -25,13 +25,13 @@ ppo: setup ## watch a tiny agent get better at MiniGrid within minutes
 	$(AGENTS) stage=ppo env=minigrid
 
 demo: setup ## the whole chain from random weights: collect, preprocess, sft, ppo, eval
-	$(AGENTS) stage=collect $(DEMO) name=$(NAME) stage.episodes=400
-	$(AGENTS) stage=preprocess $(DEMO) name=$(NAME)
-	$(AGENTS) stage=sft $(DEMO) name=$(NAME) stage.epochs=15 stage.batch_size=32
-	$(AGENTS) stage=ppo $(DEMO) name=$(NAME) stage.init=outputs/$(NAME)/sft stage.iterations=6 stage.eval_episodes=0
-	$(AGENTS) stage=eval $(DEMO) name=$(NAME) stage.init=outputs/$(NAME)/ppo
-	$(AGENTS) stage=eval $(DEMO) name=$(NAME)_sft stage.init=outputs/$(NAME)/sft stage.baselines=false
-	$(AGENTS) stage=eval $(DEMO) name=$(NAME)_base stage.episodes=40 stage.baselines=false
+	$(DEMO)/collect
+	$(DEMO)/preprocess
+	$(DEMO)/sft
+	$(DEMO)/ppo
+	$(DEMO)/eval
+	$(DEMO)/eval name=$(NAME)_sft stage.init=outputs/$(NAME)/sft stage.baselines=false
+	$(DEMO)/eval name=$(NAME)_base stage.init=null stage.episodes=40 stage.baselines=false
 	$(BIN)/python benchmarks/table.py base=outputs/$(NAME)_base/eval after_SFT=outputs/$(NAME)_sft/eval \
 		after_PPO=outputs/$(NAME)/eval
 

@@ -163,8 +163,12 @@ def explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
         case MissingMandatoryValue():
             text = f"{cause.full_key} has no value: give {cause.full_key}=..."
         case MissingConfigException():
-            group, _, option = str(cause.missing_cfg_file).rpartition("/")
-            options = sorted(cause.options or ())
+            missing = str(cause.missing_cfg_file)
+            given = (word.split("=", 1) for word in overrides if "=" in word)  # an option may hold a slash itself
+            group, option = next((pair for pair in given if "/".join(pair) == missing), missing.rsplit("/", 1))
+            nested = conf_dir().glob("experiment/*/*.yaml") if group == "experiment" else ()
+            names = (path.relative_to(conf_dir() / group).with_suffix("").as_posix() for path in nested)
+            options = sorted({*(cause.options or ()), *names})
             hint = f"{did_you_mean(option, options)} Options: {', '.join(options) or 'none'}"
             text = f"{group}={option}: no such option.{hint}"
         case OverrideParseException():

@@ -177,7 +177,7 @@ def test_replies_of_a_long_chat_keep_the_ratio_at_one(brief_agent: Agent, chats:
 
 
 def test_a_frozen_vision_part_samples_the_same(load: Load, chats: list[Prompt]):
-    plain, frozen = (sample(load(freeze_vision=freeze), chats) for freeze in (False, True))
+    plain, frozen = (sample(load(freeze_vision=freeze), [*chats, *chats]) for freeze in (False, True))
     assert [reply.token_ids for reply in plain] == [reply.token_ids for reply in frozen]
 
 

@@ -217,11 +217,10 @@ class Sampler:
 
 
 def draw(distribution: Tensor, uniform: Tensor) -> Tensor:
-    """[n] tokens by inverting the cumulative distribution of [n V] log-probs at `uniform` [n] in [0, 1)."""
+    """[n] tokens by inverting the cumulative distribution of [n V] log-probs at `uniform` [n], doubles in [0, 1)."""
     cumulative = distribution.double().exp().cumsum(-1)
-    total = cumulative[:, -1:]
-    point = torch.minimum(uniform[:, None] * total, total * (1 - 2**-52))  # rounding must not pass the last token
-    return torch.searchsorted(cumulative, point, right=True).squeeze(-1)
+    # the largest double under 1 times the total is under the total after rounding too: no point is past the last token
+    return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
 
 
 def _shared(rows: Sequence[np.ndarray], image_token_id: int) -> int:
