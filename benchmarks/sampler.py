@@ -1,7 +1,8 @@
 """How fast are replies sampled? `Sampler` against transformers' own `generate`, on the packaged tiny model.
 
-Both sides answer the same MiniGrid prompts at temperature 1 and may not say the same tokens. The Sampler is timed with
-all that it does: rendering, picture processing, log-probs, entropies, values. `generate`, on transformers' model as it
+Both sides answer the same batches at temperature 1 (and may not say the same tokens): the turns of a rollout of
+MiniGrid, one prompt of every env a batch. The Sampler is timed as stage=ppo runs it, with all that it does: rendering, picture
+processing, encoding each distinct picture once, log-probs, entropies, values. `generate`, on transformers' model as it
 comes, gets its inputs as ready tensors and gives tokens alone. Reply tokens count up to and including the end of turn.
 No correctness is checked here; tests/models/test_sampler.py does that.
 """
@@ -31,42 +32,44 @@ Inputs = dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="How fast are replies sampled?")
-    parser.add_argument("--rows", type=int, default=64, help="prompts in a batch")
+    parser.add_argument("--envs", type=int, default=64, help="prompts in a batch")
+    parser.add_argument("--turns", type=int, default=6, help="batches")
     parser.add_argument("--repeats", type=int, default=3, help="timed passes of each side, interleaved")
     parser.add_argument("--new-tokens", type=int, default=64, help="longest reply")
+    parser.add_argument("--weights", choices=("shipped", "random"), default="shipped", help="random: replies run long")
     parser.add_argument("--threads", type=int, default=2, help="torch CPU threads")
-    parser.add_argument("--single-rows", type=int, default=8, help="prompts answered one at a time")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    agent, frozen = (load_agent(ModelConfig(name="tiny"), HardwareConfig(name="cpu"), None, f) for f in (False, True))
-    prompts = minigrid_prompts(args.rows)
-    few = prompts[: args.single_rows]
+    torch.manual_seed(0)
+    model = ModelConfig(name="tiny", weights="random" if args.weights == "random" else "pretrained")
+    agent = load_agent(model, HardwareConfig(name="cpu"), freeze_vision=True)
+    batches = rollout_prompts(args.envs, args.turns)
+    alone = [[batch[0]] for batch in batches]
     stock = AutoModelForImageTextToText.from_pretrained(TINY).eval()
-    batch, singles = [prepare(agent, prompts)], [prepare(agent, [prompt]) for prompt in few]
+    stock.load_state_dict(agent.model.state_dict())
+    tensors, tensors_alone = ([prepare(agent, prompts) for prompts in sequence] for sequence in (batches, alone))
     sides: dict[str, Callable[[], int]] = {
-        "Sampler": partial(sample, agent, [prompts], args.new_tokens),
-        "Sampler, pictures encoded before": partial(sample, frozen, [prompts], args.new_tokens),
-        "generate": partial(generate, stock, agent, batch, args.new_tokens),
-        "generate, then log-probs": partial(generate, stock, agent, batch, args.new_tokens, score=True),
-        "Sampler, one row at a time": partial(sample, agent, [[prompt] for prompt in few], args.new_tokens),
-        "generate, one row at a time": partial(generate, stock, agent, singles, args.new_tokens),
+        "Sampler": partial(sample, agent, batches, args.new_tokens),
+        "generate": partial(generate, stock, agent, tensors, args.new_tokens),
+        "generate, then log-probs": partial(generate, stock, agent, tensors, args.new_tokens, score=True),
+        "Sampler, one env": partial(sample, agent, alone, args.new_tokens),
+        "generate, one env": partial(generate, stock, agent, tensors_alone, args.new_tokens),
     }
     speeds = measure(sides, args.repeats)
-    print(f"{args.rows} rows ({len(few)} one at a time), {args.new_tokens} new tokens, {args.threads} threads")
-    print(f"{'medians of ' + str(args.repeats):<34}{'reply tokens/s':>16}{'Sampler / this':>16}")
+    print(f"{args.turns} turns of {args.envs} envs, at most {args.new_tokens} new tokens, {args.threads} threads")
+    print(f"{'medians of ' + str(args.repeats):<28}{'reply tokens/s':>16}{'Sampler / this':>16}")
     for name, speed in speeds.items():
-        print(f"{name:<34}{speed:>16.0f}{speeds['Sampler'] / speed:>16.1f}")
+        print(f"{name:<28}{speed:>16.0f}{speeds['Sampler'] / speed:>16.1f}")
 
 
-def minigrid_prompts(count: int) -> list[Prompt]:
-    """Prompts out of games in which an expert plays with 30 % random moves."""
+def rollout_prompts(envs: int, turns: int) -> list[list[Prompt]]:
+    """The first turns of games in which an expert plays with 30 % random moves: a batch a turn, a prompt an env."""
     prompt_format = make_format(PromptConfig("cot_json"))
     policy = NoisyPolicy(ExpertPolicy(prompt_format), 0.3, prompt_format)
-    with open_envs(MiniGridConfig(id="MiniGrid-DoorKey-6x6-v0"), 16, advised=True) as envs:
-        games = collect(envs, policy, prompt_format, range(count // 4 + 1), invalid_penalty=0.0, run_seed=0)
-        prompts = [turn.prompt for game in games for turn in game.turns]
-    return [prompts[index] for index in np.random.default_rng(0).permutation(len(prompts))[:count]]
+    with open_envs(MiniGridConfig(), envs, advised=True) as pool:
+        games = list(collect(pool, policy, prompt_format, range(envs), invalid_penalty=0.0, run_seed=0))
+    return [[game.turns[turn].prompt for game in games if turn < len(game.turns)] for turn in range(turns)]
 
 
 def prepare(agent: Agent, prompts: Sequence[Prompt]) -> Inputs:
@@ -85,6 +88,7 @@ def prepare(agent: Agent, prompts: Sequence[Prompt]) -> Inputs:
 
 def sample(agent: Agent, batches: Sequence[Sequence[Prompt]], new_tokens: int) -> int:
     """Reply tokens that the Sampler makes of the batches, one after the other."""
+    agent.images.clear()
     count = 0
     for prompts in batches:
         replies = Sampler(agent).generate(prompts, np.random.default_rng(0).spawn(len(prompts)), new_tokens)

@@ -38,6 +38,8 @@ def load_agent(
     part alone, whatever `cfg.train` says.
     """
     os.environ.setdefault("DS_ACCELERATOR", hardware.device.split(":")[0])  # else deepspeed, once imported, warns
+    if hardware.device == "cpu":  # there torch reads shared heads as they are; transformers copies them out for a mask
+        os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
     train = replace(cfg.train, vision=False, projector=False) if freeze_vision else cfg.train
     folder = init_folder(init) if init else None
     adapter = folder is not None and (folder / ADAPTER_FILE).is_file()
