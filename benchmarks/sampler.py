@@ -2,9 +2,9 @@
 
 Both sides answer the same batches at temperature 1 (and may not say the same tokens): the turns of a rollout of
 MiniGrid, one prompt of every env a batch. The Sampler is timed as stage=ppo runs it, with all that it does: rendering,
-picture processing, encoding each distinct picture once, log-probs, entropies, values. `generate`, on transformers' model
-as it comes, gets its inputs as ready tensors and gives tokens alone. Reply tokens count up to and including the end of
-turn. No correctness is checked here; tests/models/test_sampler.py does that.
+picture processing, encoding each distinct picture once, log-probs, entropies, values. `generate`, on transformers'
+model as it comes, gets its inputs as ready tensors and gives tokens alone. Reply tokens count up to and including the
+end of turn. No correctness is checked here; tests/models/test_sampler.py does that.
 """
 
 import argparse
