@@ -5,6 +5,7 @@ traceback. Nothing heavy is imported before the configuration is known to be goo
 """
 
 import importlib
+import logging
 import os
 import shlex
 import sys
@@ -37,6 +38,7 @@ FLAGS = (
     *("--version", "--shell-completion", "-sc", "--experimental-rerun"),
 )
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its CPU kernels are optional, and fetched from a hub
 
 OFF_BY_DEFAULT = {"algo": "stage=ppo brings it in", "model.lora": "add model/lora=adapter"}
 

@@ -1,6 +1,5 @@
 """Folders and hub ids to agents."""
 
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +25,6 @@ RUN_MODEL = "model"  # where a stage leaves its model inside its run directory
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its CPU kernels are optional, and fetched from a hub
 
 
 def load_agent(

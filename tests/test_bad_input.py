@@ -1,0 +1,145 @@
+"""What users meet: broken files, wrong names, a model that never answers, a full disk. Each is one clear line or a
+count, and nothing written before is lost. Wrong settings are in test_cli, single files in test_episodes and test_run.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vlm_agents.episodes import read_episodes
+from vlm_agents.errors import ConfigError, DataError, EnvError, ModelError
+
+RunStage = Callable[..., Path]
+
+
+def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """A command line in a process of its own, with `folder` as its working directory."""
+    line = [sys.executable, "-m", "vlm_agents", "env=echo", "tracking=jsonl", "name=mine", "hardware.threads=1", *words]
+    return subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], *said: str) -> None:
+    """Exit status 2, and one line on stderr that says all of `said`."""
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    for words in said:
+        assert words in done.stderr
+
+
+@pytest.fixture
+def collected(tmp_path: Path) -> Path:
+    """The run directory of five episodes, made by a command in tmp_path."""
+    assert command(tmp_path, "stage=collect", "stage.episodes=5", "stage.noise=0").returncode == 0
+    return tmp_path / "outputs/mine/collect"
+
+
+def test_a_corrupted_episode_line_is_named_and_stays_where_it_is(collected: Path, tmp_path: Path):
+    path = collected / "episodes.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], lines[1][:-40] + b"\n", *lines[2:]]))
+    broken = path.read_bytes()
+    assert_refused(command(tmp_path, "stage=preprocess"), "episodes.jsonl:2", "not an episode", "Delete this line")
+    assert path.read_bytes() == broken
+    path.write_bytes(b"".join([lines[0], *lines[2:]]))  # the fix that the message names
+    assert command(tmp_path, "stage=preprocess").returncode == 0
+
+
+def test_a_missing_picture_is_named_with_the_line_that_wants_it(collected: Path, tmp_path: Path):
+    for image in (collected / "images").iterdir():
+        image.unlink()
+    assert_refused(command(tmp_path, "stage=preprocess"), "episodes.jsonl:1", "can't read image", "Put it back")
+
+
+def test_data_that_nobody_wrote_names_its_stage(tmp_path: Path):
+    assert_refused(command(tmp_path, "stage=preprocess"), "outputs/mine/collect/episodes.jsonl", "stage=collect")
+    assert_refused(command(tmp_path, "stage=sft"), "outputs/mine/preprocess/train.parquet", "stage=preprocess")
+
+
+def test_a_torn_dataset_is_no_dataset(run_stage: RunStage, echo_chats: Path, tmp_path: Path):
+    (tmp_path / "torn").mkdir()
+    whole = (echo_chats / "train.parquet").read_bytes()
+    (tmp_path / "torn/train.parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"torn/train.parquet is no readable Parquet file.*run stage=preprocess again"):
+        run_stage(tmp_path / "run", "stage=sft", f"stage.data={tmp_path / 'torn'}")
+
+
+def test_names_that_nobody_knows(run_stage: RunStage, tmp_path: Path):
+    with pytest.raises(EnvError, match=r"MiniGrid-DorKey-6x6-v0 is not an id.*Did you mean 'MiniGrid-DoorKey-6x6-v0'"):
+        run_stage(tmp_path / "a", "stage=eval", "stage.policy=random", "env=minigrid", "env.id=MiniGrid-DorKey-6x6-v0")
+    with pytest.raises(ConfigError, match=r"MiniGrid-Dynamic-Obstacles-5x5-v0 has no expert: set stage.policy"):
+        run_stage(tmp_path / "b", "stage=collect", "env=minigrid", "env.id=MiniGrid-Dynamic-Obstacles-5x5-v0")
+
+
+def test_a_run_that_is_not_finished_has_no_weights_to_start_from(run_stage: RunStage, tmp_path: Path):
+    (tmp_path / "sft/checkpoints").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"stage.init=.*/sft holds no model: it needs a finished run"):
+        run_stage(tmp_path / "run", "stage=ppo", f"stage.init={tmp_path / 'sft'}")
+
+
+def test_torn_weights_are_no_weights(run_stage: RunStage, tiny_model: Path, tmp_path: Path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in tiny_model.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-1000])
+    with pytest.raises(ModelError, match=r"model .*/model can't be loaded: .*Set model.path or stage.init to a whole"):
+        run_stage(tmp_path / "run", "stage=ppo", f"stage.init={folder}")
+
+
+def test_a_torn_newest_checkpoint_gives_way_to_the_one_before(
+    run_stage: RunStage, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """The run that goes on from there ends like the one whose checkpoint was whole."""
+    words = ("stage=ppo", "stage.iterations=2", "stage.episodes=4", "stage.num_envs=4", "stage.eval_episodes=0")
+    unbroken = run_stage(tmp_path / "unbroken", *words)
+    torn = run_stage(tmp_path / "torn", *words)
+    for name in ("DONE", "summary.json", "report.html"):
+        (torn / name).unlink()
+    weights = next((torn / "checkpoints").glob("*2/model/model.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    run_stage(torn, *words)
+    assert "000002" in caplog.text  # which one was passed over
+    paths = [folder / "model/model.safetensors" for folder in (torn, unbroken)]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_a_model_that_never_answers_is_counted_and_costs(run_stage: RunStage, tmp_path: Path):
+    """Random weights write no JSON in four tokens: every turn is invalid and costs 0.1, and is trained on."""
+    words = ("stage.iterations=1", "stage.episodes=6", "stage.num_envs=6", "stage.eval_episodes=0")
+    folder = run_stage(tmp_path, "stage=ppo", *words)
+    metrics = json.loads((folder / "summary.json").read_text())["metrics"]
+    assert metrics["rollout/invalid_rate"] == 1.0
+    assert metrics["rollout/return"] == pytest.approx(-0.3)  # 3 turns
+    assert metrics["ppo/updates"] == 1
+    for episode in read_episodes(folder):
+        assert all(turn.parsed.action is None and turn.parsed.error for turn in episode.turns)
+
+
+def test_a_full_disk_ends_the_run_with_its_episodes_intact(tmp_path: Path):
+    """No file may grow past 20 kB (a real limit): some episodes fit. With room again, the same command goes on."""
+    code = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+from vlm_agents.__main__ import main
+sys.exit(main())
+"""
+    sizes = ("stage.episodes=30", "stage.num_envs=1")
+    words = ["env=echo", "tracking=jsonl", "name=mine", "stage=collect", "hardware.threads=1", *sizes]
+    line = [sys.executable, "-c", code, *words]
+    assert_refused(
+        subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False),
+        "can't write", "episodes.jsonl", "Make room there, then give the same command again",
+    )  # fmt: skip
+    kept = [episode.seed for episode in read_episodes(tmp_path / "outputs/mine/collect")]
+    assert 0 < len(kept) < 30
+    assert command(tmp_path, "stage=collect", *sizes).returncode == 0
+    after = [episode.seed for episode in read_episodes(tmp_path / "outputs/mine/collect")]
+    assert after[: len(kept)] == kept
+    assert len(set(after)) == 30
