@@ -18,7 +18,7 @@ LAYERS = """
 __main__ worker
 stages run
 rollout
-policies episodes report
+policies episodes llava_data report
 envs experts | prompting | models | learn | tracking | checkpoints | judge remote | sandbox
 config tensors
 types errors files progress

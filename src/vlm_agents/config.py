@@ -95,6 +95,74 @@ class MiniGridConfig(EnvConfig):
         at_least("env.tile_size", self.tile_size, 4)
 
 
+@dataclass
+class CardsConfig(EnvConfig):
+    """The card games of RL4VLM; each has a class of its own below."""
+
+    observation: str = "image"  # image; text: what the picture shows, in words; both
+    compat: str = "ours"  # rl4vlm: with the original's bugs, and a random action where none could be read
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("env.observation", self.observation, Literal["image", "text", "both"])
+        one_of("env.compat", self.compat, Literal["ours", "rl4vlm"])
+        if self.id != type(self).id:
+            raise ConfigError(f"env.id={self.id}: this game's id is {type(self).id}; choose another game by env=")
+
+
+@dataclass
+class NumberLineConfig(CardsConfig):
+    """Walk from a number to another one."""
+
+    family: str = "number_line"
+    id: str = "vlm_agents/NumberLine-v0"
+    highest: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 2 <= self.highest <= 99:
+            raise ConfigError(f"env.highest={self.highest} must lie between 2 and 99")
+
+
+@dataclass
+class BlackjackConfig(CardsConfig):
+    """Beat the dealer."""
+
+    family: str = "blackjack"
+    id: str = "vlm_agents/Blackjack-v0"
+    natural: bool = False  # a win with an ace and a ten earns 1.5
+
+
+@dataclass
+class PointsConfig(CardsConfig):
+    """Points24: make the target of all cards, with + - * / and brackets."""
+
+    family: str = "points24"
+    id: str = "vlm_agents/Points24-v0"
+    target: int = 24
+    cards: int = 4
+    faces: str = "ten"  # what J, Q and K count: ten, or their rank
+    solvable_only: bool = False  # deal no hand that can't make the target (27 of 100 can't make 24)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("env.faces", self.faces, Literal["ten", "rank"])
+        at_least("env.target", self.target, 1)
+        if not 2 <= self.cards <= 4:
+            raise ConfigError(f"env.cards={self.cards} must lie between 2 and 4")
+
+
+@dataclass
+class EZPointsConfig(PointsConfig):
+    """The same with + and * alone. Two cards that shall make 12 always can."""
+
+    family: str = "ezpoints"
+    id: str = "vlm_agents/EZPoints-v0"
+    target: int = 12
+    cards: int = 2
+    solvable_only: bool = True
+
+
 # ---- prompt ----------------------------------------------------------------------------------------------------------
 @dataclass
 class PromptConfig:
@@ -105,7 +173,7 @@ class PromptConfig:
     score_temperature: float = 0.5  # action_scores only: softmax temperature over the scores 1-5
 
     def __post_init__(self) -> None:
-        one_of("prompt.format", self.format, Literal["cot_json", "action_only", "action_scores"])
+        one_of("prompt.format", self.format, Literal["cot_json", "action_only", "action_scores", "rl4vlm"])
         one_of("prompt.history", self.history, Literal["none", "last_k", "full"])
         at_least("prompt.last_k", self.last_k, 1)
         at_least("prompt.max_reply_tokens", self.max_reply_tokens, 1)
@@ -274,7 +342,8 @@ class PreprocessConfig(StageConfig):
     """Trajectories to SFT data."""
 
     name: str = "preprocess"
-    data: list[str] = MISSING  # run directories of stage=collect
+    data: list[str] = MISSING  # run directories of stage=collect, and .json files in LLaVA's layout
+    images: str | None = None  # folder that the image paths of LLaVA files start from; null: where each file lies
     label: str = (
         "reply"  # reply: what the policy said, if it meant it | advice: what the expert would have said (DAgger)
     )
@@ -387,8 +456,8 @@ def register() -> None:
     """Tell Hydra the schemas. They live under `schema/` so that they never show up as options of a group."""
     store = ConfigStore.instance().store
     store(name="run", group="schema", node=RunConfig)
-    store(name="echo", group="schema/env", node=EchoConfig)
-    store(name="minigrid", group="schema/env", node=MiniGridConfig)
+    for env in (EchoConfig, MiniGridConfig, NumberLineConfig, BlackjackConfig, EZPointsConfig, PointsConfig):
+        store(name=env().family, group="schema/env", node=env)
     store(name="prompt", group="schema", node=PromptConfig)
     store(name="model", group="schema", node=ModelConfig)
     store(name="hardware", group="schema", node=HardwareConfig)

@@ -8,7 +8,7 @@ advice whose `distance` is None is good all the same; only its length isn't know
 from dataclasses import replace
 from typing import Protocol
 
-from vlm_agents.config import EchoConfig, EnvConfig, MiniGridConfig
+from vlm_agents.config import CardsConfig, EchoConfig, EnvConfig, MiniGridConfig
 from vlm_agents.envs.base import Env
 from vlm_agents.errors import ConfigError
 from vlm_agents.types import Advice, Observation, Step
@@ -63,5 +63,11 @@ def with_expert(env: Env, cfg: EnvConfig) -> Env:
 
             assert isinstance(env, MiniGrid)
             return Advised(env, BotExpert(env) if cfg.id.startswith("BabyAI-") else PlanExpert(env))
+        case CardsConfig():
+            from vlm_agents.envs.gym_cards import CardEnv
+            from vlm_agents.experts.gym_cards import card_expert
+
+            assert isinstance(env, CardEnv)
+            return Advised(env, card_expert(env))
         case _:
-            raise ConfigError(f"env.family={cfg.family} has no expert; echo and minigrid have one")
+            raise ConfigError(f"env.family={cfg.family} has no expert; echo, minigrid and the card games have one")

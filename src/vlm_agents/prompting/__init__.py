@@ -13,11 +13,13 @@ from vlm_agents.prompting.action_only import ActionOnly
 from vlm_agents.prompting.action_scores import ActionScores
 from vlm_agents.prompting.base import PromptFormat
 from vlm_agents.prompting.cot_json import CotJson
+from vlm_agents.prompting.rl4vlm import RL4VLM
 
 FORMATS: dict[str, Callable[[PromptConfig], PromptFormat]] = {
     "cot_json": CotJson,
     "action_only": ActionOnly,
     "action_scores": ActionScores,
+    "rl4vlm": RL4VLM,
 }
 
 

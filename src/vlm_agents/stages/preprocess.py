@@ -1,4 +1,4 @@
-"""Recorded episodes to SFT data: one chat a turn, as Parquet with `messages` and `images`.
+"""Recorded episodes and LLaVA files to SFT data: one chat a turn, as Parquet with `messages` and `images`.
 
 `messages` are role and content, a picture's place marked by `<image>`; `images` are PNGs, in order. That is what
 `datasets`, TRL and LLaMA-Factory read.
@@ -19,11 +19,12 @@ from vlm_agents.config import PreprocessConfig, RunConfig
 from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import DataError
 from vlm_agents.files import atomic_write
+from vlm_agents.llava_data import read_llava
 from vlm_agents.policies import is_random
 from vlm_agents.progress import say
 from vlm_agents.prompting import PromptFormat, make_format
 from vlm_agents.run import Run, stable_hash
-from vlm_agents.types import Trajectory, Turn
+from vlm_agents.types import Prompt, Trajectory, Turn
 
 FEATURES = datasets.Features(
     {
@@ -47,16 +48,15 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     rows: dict[str, list[dict]] = {split: [] for split in SPLITS}
     seen: set[int] = set()
     pngs: dict[bytes, bytes] = {}
-    for folder in stage.data:
-        for trajectory in read_episodes(Path(folder)):
-            split = SPLITS[stable_hash("split", trajectory.env, trajectory.seed) % 10_000 < stage.val_fraction * 10_000]
-            for row in chats(trajectory, stage, prompt_format, counts, pngs):
-                key = stable_hash(row["messages"], [image["bytes"] for image in row["images"]])
-                if key in seen and stage.label != "played":  # how often a move was played is what is learned there
-                    counts["duplicates"] += 1
-                    continue
-                seen.add(key)
-                rows[split].append(row)
+    for source in map(Path, stage.data):
+        for row in rows_of(source, stage, prompt_format, counts, pngs):
+            split = SPLITS[stable_hash("split", row["env"], row["seed"]) % 10_000 < stage.val_fraction * 10_000]
+            key = stable_hash(row["messages"], [image["bytes"] for image in row["images"]])
+            if key in seen and stage.label != "played":  # how often a move was played is what is learned there
+                counts["duplicates"] += 1
+                continue
+            seen.add(key)
+            rows[split].append(row)
     if not rows["train"]:
         raise DataError(
             f"no turn of {', '.join(stage.data)} is left to learn from ({dict(counts)}): collect more episodes, "
@@ -77,6 +77,19 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     return run.finish(metrics, {split: run.path(f"{split}.parquet") for split in SPLITS})
 
 
+def rows_of(
+    source: Path, stage: PreprocessConfig, prompt_format: PromptFormat, counts: Counter[str], pngs: dict[bytes, bytes]
+) -> Iterator[dict]:
+    """The rows of a run directory, or of a file in LLaVA's layout, which says itself what is to be learned."""
+    if source.suffix != ".json":
+        for trajectory in read_episodes(source):
+            yield from chats(trajectory, stage, prompt_format, counts, pngs)
+        return
+    for example in read_llava(source, Path(stage.images or source.parent), counts):
+        origin = {"env": source.name, "seed": example.record, "turn": example.turn}
+        yield chat(example.prompt, example.answer, pngs) | origin
+
+
 def chats(
     trajectory: Trajectory,
     stage: PreprocessConfig,
@@ -94,15 +107,17 @@ def chats(
         if text is None:
             counts["turns_left_out"] += 1
             continue
-        messages = [{"role": m.role, "content": IMAGE_MARK * len(m.images) + m.text} for m in turn.prompt]
-        images = [image for message in turn.prompt for image in message.images]
-        yield {
-            "messages": [*messages, {"role": "assistant", "content": text}],
-            "images": [{"bytes": png(image, pngs), "path": None} for image in images],
-            "env": trajectory.env,
-            "seed": trajectory.seed,
-            "turn": index,
-        }
+        yield chat(turn.prompt, text, pngs) | {"env": trajectory.env, "seed": trajectory.seed, "turn": index}
+
+
+def chat(prompt: Prompt, answer: str, pngs: dict[bytes, bytes]) -> dict:
+    """The columns of a row that sft reads."""
+    messages = [{"role": m.role, "content": IMAGE_MARK * len(m.images) + m.text} for m in prompt]
+    images = [image for message in prompt for image in message.images]
+    return {
+        "messages": [*messages, {"role": "assistant", "content": answer}],
+        "images": [{"bytes": png(image, pngs), "path": None} for image in images],
+    }
 
 
 def label(turn: Turn, stage: PreprocessConfig, prompt_format: PromptFormat) -> str | None:

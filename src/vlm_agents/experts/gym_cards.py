@@ -1,0 +1,89 @@
+"""The experts of the card games, and their thoughts: what is seen, then small steps to the action.
+
+All of a thought can be read off the picture and the prompt. The play itself is worked out in `points` and `blackjack`.
+"""
+
+from vlm_agents.envs.gym_cards import CardEnv
+from vlm_agents.envs.gym_cards.blackjack import BlackjackGame
+from vlm_agents.envs.gym_cards.formula import BLANK
+from vlm_agents.envs.gym_cards.number_line import NumberLineGame
+from vlm_agents.envs.gym_cards.points import PointsGame
+from vlm_agents.experts.blackjack import Hand, Objective, best, hand
+from vlm_agents.experts.points import complete
+from vlm_agents.types import Advice
+
+
+class NumberLineExpert:
+    """Walks straight to the target."""
+
+    def __init__(self, game: NumberLineGame) -> None:
+        self.game = game
+
+    def start(self) -> Advice | None:
+        return self.follow(None)
+
+    def follow(self, action: str | None) -> Advice | None:
+        target, current = self.game.target, self.game.current
+        side, action = ("more", "+") if target > current else ("less", "-")
+        return Advice(f"target {target}, current {current}, so {side}", action, abs(target - current))
+
+
+class BlackjackExpert:
+    """Plays for the most hands won, which is what success counts, or for the most expected reward."""
+
+    def __init__(self, game: BlackjackGame, objective: Objective = "win") -> None:
+        self.game = game
+        self.objective: Objective = objective
+
+    def start(self) -> Advice | None:
+        return self.follow(None)
+
+    def follow(self, action: str | None) -> Advice | None:
+        dealer, *mine = (card.points for card in (self.game.dealer[0], *self.game.player))
+        action, _ = best(hand(mine), dealer, self.objective)
+        totals = ", ".join(_total(hand(mine[:count])) for count in range(2, len(mine) + 1))
+        cards = " ".join(map(_rank, mine))
+        return Advice(f"dealer {_rank(dealer)}, mine {cards}, total {totals}: {action}", action)
+
+
+def _rank(points: int) -> str:
+    return "A" if points == 1 else str(points)
+
+
+def _total(mine: Hand) -> str:
+    return f"{'soft' if mine.soft else 'hard'} {mine.total}"
+
+
+class PointsExpert:
+    """Writes the canonical formula, or whatever completes what is written already.
+
+    None for a hand that can't make the target, and where it can't any more, or not before the formula gets too long.
+    """
+
+    def __init__(self, game: PointsGame) -> None:
+        self.game = game
+
+    def start(self) -> Advice | None:
+        return self.follow(None)
+
+    def follow(self, action: str | None) -> Advice | None:
+        game = self.game
+        done = [symbol for symbol in game.formula if symbol != BLANK]
+        room = game.longest - (len(game.formula) - len(done))
+        left = complete(done, game.numbers, game.target, game.symbols, room)
+        if left is None:
+            return None
+        symbol = left[0] if left else "="
+        cards, plan = " ".join(map(str, game.numbers)), " ".join((*done, *left))
+        thought = f"cards {cards}, plan {plan}, done {' '.join(done) or 'nothing'}, next {symbol}"
+        return Advice(thought, symbol, len(left) + 1)
+
+
+def card_expert(env: CardEnv) -> NumberLineExpert | BlackjackExpert | PointsExpert:
+    match env.game:
+        case NumberLineGame():
+            return NumberLineExpert(env.game)
+        case BlackjackGame():
+            return BlackjackExpert(env.game)
+        case PointsGame():
+            return PointsExpert(env.game)

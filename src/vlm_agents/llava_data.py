@@ -1,0 +1,130 @@
+"""Instruction data in LLaVA's layout, read into chats: a JSON list of records like
+
+    {"image": "7/0.png",
+     "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", "value": "..."}]}
+
+Only reading: records that aren't sound are skipped, named and counted; what becomes of the rest is decided elsewhere.
+"""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from vlm_agents.errors import DataError
+from vlm_agents.types import Message, Prompt, Role
+
+logger = logging.getLogger(__name__)
+
+MARK = "<image>"  # a picture's place in a text; in a Message pictures stand before the text, wherever their marks were
+ROLES: dict[str, Role] = {"system": "system", "human": "user", "gpt": "assistant"}
+
+
+class Example(NamedTuple):
+    """Something that gpt said, the `turn`-th time in the `record`-th record, and all that stood before it."""
+
+    record: int
+    turn: int
+    prompt: Prompt
+    answer: str
+
+
+class BrokenRecord(Exception):
+    """Says what is wrong with a record."""
+
+
+def read_llava(path: Path, folder: Path, counts: Counter[str]) -> Iterator[Example]:
+    """What gpt says in the records of a JSON file, one example each; the pictures lie under `folder`.
+
+    A broken record is logged, and counted in `counts`. DataError for a file that is no list, or has no sound record.
+    """
+    problems = []
+    records = _load(path)
+    counts["records_skipped"] += 0  # to be seen even where nothing was
+    for index, record in enumerate(records):
+        counts["records"] += 1
+        try:
+            messages = _messages(record, folder)
+        except BrokenRecord as problem:
+            counts["records_skipped"] += 1
+            problems.append(f"record {index}: {problem}")
+            logger.warning("%s, %s; skipped", path, problems[-1])
+            continue
+        answers = [place for place, message in enumerate(messages) if message.role == "assistant"]
+        for turn, place in enumerate(answers):
+            yield Example(index, turn, messages[:place], messages[place].text)
+    if len(problems) == len(records):
+        raise DataError(
+            f"{path} holds no sound record; {problems[0] if problems else 'it is empty'}. "
+            f"Set stage.images to the folder that its image paths start from (now {folder}), or mend the file"
+        )
+
+
+def _load(path: Path) -> list[Any]:
+    try:
+        records = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"can't read {path} ({error}): stage.data names run directories and LLaVA files") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON ({error})") from error
+    if not isinstance(records, list):
+        raise DataError(f"{path} is no list of records with image and conversations")
+    return records
+
+
+def _messages(record: Any, folder: Path) -> Prompt:
+    """The whole conversation, pictures and all."""
+    said = _field(record, "conversations", list)
+    texts = [_field(turn, "value", str) for turn in said]
+    roles: list[Role] = [_role(turn) for turn in said]
+    if "assistant" not in roles:
+        raise BrokenRecord("no gpt turn in conversations")
+    if roles[0] == "assistant":
+        raise BrokenRecord("conversations begin with a gpt turn")
+    if any(MARK in text for role, text in zip(roles, texts, strict=True) if role != "user"):
+        raise BrokenRecord(f"{MARK} outside of the human turns")
+    image = record.get("image")
+    names = image if isinstance(image, list) else [_field(record, "image", str)]
+    if (marks := sum(text.count(MARK) for text in texts)) != len(names):
+        raise BrokenRecord(f"{marks} {MARK} for {len(names)} pictures")
+    images = iter([_image(folder, name) for name in names])
+    return tuple(
+        Message(role, text.replace(MARK, "").strip(), tuple(next(images) for _ in range(text.count(MARK))))
+        for role, text in zip(roles, texts, strict=True)
+    )
+
+
+def _field(node: Any, key: str, kind: type) -> Any:
+    """`node[key]`, which must be of this kind and not empty."""
+    if not isinstance(node, dict) or key not in node:
+        raise BrokenRecord(f"no {key} in {_short(node)}")
+    if not isinstance(node[key], kind) or not node[key]:
+        raise BrokenRecord(f"{key} is {_short(node[key])}")
+    return node[key]
+
+
+def _role(turn: dict[str, Any]) -> Role:
+    speaker = _field(turn, "from", str)
+    if speaker not in ROLES:
+        raise BrokenRecord(f"from is {_short(speaker)}, not one of {', '.join(ROLES)}")
+    return ROLES[speaker]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
+def _image(folder: Path, name: Any) -> Image.Image:
+    try:
+        with Image.open(folder / name) as file:
+            return file.convert("RGB")
+    except FileNotFoundError as error:
+        raise BrokenRecord(f"no picture {folder / name}") from error
+    # SyntaxError is how Pillow calls a broken PNG; TypeError: a name that is no string
+    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
+        raise BrokenRecord(f"can't read picture {_short(name)} ({error})") from error

@@ -1,0 +1,163 @@
+"""LLaVA's layout: sound records become chats that sft reads; broken ones are skipped, named and counted."""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from vlm_agents.errors import DataError
+from vlm_agents.llava_data import read_llava
+from vlm_agents.types import Message
+
+RunStage = Callable[..., Path]
+
+
+def human(text: str) -> dict[str, str]:
+    return {"from": "human", "value": text}
+
+
+def gpt(text: str) -> dict[str, str]:
+    return {"from": "gpt", "value": text}
+
+
+def record(*said: Any, image: Any = "7/red.png") -> dict[str, Any]:
+    return {"id": "0", "image": image, "conversations": list(said)}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Pictures: 7/red.png, 7/blue.jpg, and cut.png, which ends too early."""
+    (tmp_path / "7").mkdir()
+    Image.new("RGBA", (28, 28), "red").save(tmp_path / "7" / "red.png")
+    Image.new("RGB", (28, 28), "blue").save(tmp_path / "7" / "blue.jpg")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "7" / "red.png").read_bytes()[:50])
+    return tmp_path
+
+
+def written(folder: Path, *records: Any) -> Path:
+    path = folder / "cards.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+def test_each_thing_that_gpt_said_is_an_example(folder: Path):
+    path = written(
+        folder,
+        record(human("<image>\nWhich colour?"), gpt("red")),
+        record(
+            {"from": "system", "value": "Be terse."},
+            human("Compare\n<image>\n<image>"),
+            gpt("red, blue"),
+            human("And mixed?"),
+            gpt("purple"),
+            image=["7/red.png", "7/blue.jpg"],
+        ),
+    )
+    counts = Counter()
+    one, two, three = read_llava(path, folder, counts)
+    (picture,) = one.prompt[0].images
+    assert (one.record, one.turn, one.answer) == (0, 0, "red")
+    assert one.prompt == (Message("user", "Which colour?", (picture,)),)
+    assert (picture.mode, picture.getpixel((0, 0))) == ("RGB", (255, 0, 0))
+    assert (two.record, two.turn, two.answer) == (1, 0, "red, blue")
+    assert [(m.role, m.text, len(m.images)) for m in two.prompt] == [("system", "Be terse.", 0), ("user", "Compare", 2)]
+    assert (three.record, three.turn, three.answer) == (1, 1, "purple")
+    assert three.prompt == (*two.prompt, Message("assistant", "red, blue"), Message("user", "And mixed?"))
+    assert counts == {"records": 2, "records_skipped": 0}
+
+
+SOUND = (human("<image>\nWhich colour?"), gpt("red"))
+BROKEN = [
+    ("a text", "no conversations in 'a text'"),
+    ({"image": "7/red.png"}, "no conversations in {'image': '7/red.png'}"),
+    (record(), "conversations is []"),
+    ({"conversations": list(SOUND)}, "no image in {'conversations': "),
+    (record(*SOUND, image=None), "image is None"),
+    (record(*SOUND, image=[5]), "can't read picture 5 "),
+    (record(*SOUND, image="7/green.png"), "no picture {folder}/7/green.png"),
+    (record(*SOUND, image="cut.png"), "can't read picture 'cut.png' "),
+    (record(*SOUND, image="7"), "can't read picture '7' "),
+    (record(SOUND[0]), "no gpt turn in conversations"),
+    (record(gpt("red"), SOUND[0]), "conversations begin with a gpt turn"),
+    (record({"from": "bot", "value": "red"}), "from is 'bot', not one of system, human, gpt"),
+    (record({"value": "red"}), "no from in {'value': 'red'}"),
+    (record(SOUND[0], {"from": "gpt"}), "no value in {'from': 'gpt'}"),
+    (record(SOUND[0], {"from": "gpt", "value": 3}), "value is 3"),
+    (record(human("Which colour?"), gpt("red")), "0 <image> for 1 pictures"),
+    (record(human("<image><image>"), gpt("red")), "2 <image> for 1 pictures"),
+    (record(human("Which colour?"), gpt("<image>red")), "<image> outside of the human turns"),
+]
+
+
+@pytest.mark.parametrize(("broken", "problem"), BROKEN, ids=[problem for _, problem in BROKEN])
+def test_a_broken_record_is_skipped_named_and_counted(
+    folder: Path, broken: Any, problem: str, caplog: pytest.LogCaptureFixture
+):
+    path = written(folder, record(*SOUND), broken, record(*SOUND))
+    counts = Counter()
+    with caplog.at_level(logging.WARNING):
+        assert [example.record for example in read_llava(path, folder, counts)] == [0, 2]
+    assert counts == {"records": 3, "records_skipped": 1}
+    (line,) = [logged.getMessage() for logged in caplog.records]
+    assert line.startswith(f"{path}, record 1: {problem.replace('{folder}', str(folder))}")
+    assert line.endswith("; skipped")
+
+
+def test_nothing_sound_is_an_error(folder: Path):
+    path = written(folder, record(SOUND[0]), record())
+    with pytest.raises(DataError, match=r"no sound record; record 0: no gpt turn .* stage\.images"):
+        list(read_llava(path, folder, Counter()))
+    with pytest.raises(DataError, match="no sound record; it is empty"):
+        list(read_llava(written(folder), folder, Counter()))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"[{", "is not JSON"), (b"\xff", "is not JSON"), (b"{}", "is no list of records")]
+)
+def test_a_file_of_another_kind_is_an_error(folder: Path, content: bytes, message: str):
+    path = folder / "cards.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        list(read_llava(path, folder, Counter()))
+    with pytest.raises(DataError, match=r"can't read .*nowhere\.json"):
+        list(read_llava(folder / "nowhere.json", folder, Counter()))
+
+
+# ---- as a source of stage=preprocess ---------------------------------------------------------------------------------
+def test_preprocess_takes_it_beside_episodes_and_sft_learns_from_it(
+    run_stage: RunStage, echo_episodes: Path, folder: Path, tmp_path: Path
+):
+    path = written(folder, record(*SOUND), record(SOUND[0]), record(*SOUND), record(*SOUND, image="7/blue.jpg"))
+    source = f"stage.data=[{path},{echo_episodes}]"
+    chats = run_stage(tmp_path / "chats", "stage=preprocess", source, "stage.val_fraction=0")
+    rows = pyarrow.parquet.read_table(chats / "train.parquet").to_pylist()
+    imported = [row for row in rows if row["env"] == "cards.json"]
+    assert [(row["seed"], row["turn"]) for row in imported] == [(0, 0), (3, 0)]  # record 2 says what record 0 says
+    assert imported[0]["messages"] == [
+        {"role": "user", "content": "<image>Which colour?"},
+        {"role": "assistant", "content": "red"},
+    ]
+    assert len(rows) > 2
+    metrics = json.loads((chats / "summary.json").read_text())["metrics"]
+    assert (metrics["preprocess/records"], metrics["preprocess/records_skipped"]) == (4, 1)
+
+    source = f"stage.data={chats}"
+    trained = run_stage(tmp_path / "sft", "stage=sft", source, "stage.batch_size=8", "stage.warmup_steps=1")
+    metrics = json.loads((trained / "summary.json").read_text())["metrics"]
+    assert metrics["sft/rows"] == len(rows)
+
+
+def test_pictures_may_lie_elsewhere(run_stage: RunStage, folder: Path, tmp_path: Path):
+    (tmp_path / "texts").mkdir()
+    path = written(tmp_path / "texts", record(*SOUND))
+    with pytest.raises(DataError, match=r"no picture .*texts/7/red\.png"):
+        run_stage(tmp_path / "a", "stage=preprocess", f"stage.data=[{path}]")
+    words = ["stage=preprocess", f"stage.data=[{path}]", f"stage.images={folder}", "stage.val_fraction=0"]
+    chats = run_stage(tmp_path / "b", *words)
+    assert pyarrow.parquet.read_table(chats / "train.parquet").num_rows == 1
