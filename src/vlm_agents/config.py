@@ -145,6 +145,9 @@ class ModelConfig:
     name: str = MISSING
     path: str | None = None  # folder or hub id with weights and processor; null: the tiny model of this package
     weights: str = "pretrained"  # pretrained | random: the same architecture, freshly drawn
+    seed: int = 0  # of random weights: an adapter trained on them finds the same ones again
+    architecture: dict[str, Any] | None = None  # for random weights without any file: what a config.json says
+    image_processor: dict[str, Any] = field(default_factory=dict)  # beside architecture: its preprocessor_config.json
     temperature: float = 1.0  # the policy's own sampling temperature, in rollouts, training and eval/success
     lora: LoraConfig | None = None
     train: TrainableConfig = field(default_factory=TrainableConfig)
@@ -154,6 +157,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         one_of("model.weights", self.weights, Literal["pretrained", "random"])
+        if self.architecture is not None and self.path is None and self.weights == "pretrained":
+            raise ConfigError(f"model={self.name} has no weights of its own: set model.path, or model.weights=random")
         if self.temperature <= 0:
             raise ConfigError(f"model.temperature={self.temperature} must be positive; greedy runs are eval's business")
 
