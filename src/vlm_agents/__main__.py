@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from textwrap import fill
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -222,7 +223,11 @@ def help_text() -> str:
     options = groups()
     first_lines = {name: (conf_dir() / f"stage/{name}.yaml").read_text().split("\n", 1)[0] for name in options["stage"]}
     stages = [f"  {name:<12}{line.lstrip('# ')}" for name, line in first_lines.items()]
-    chosen = [f"  {group:<16}{', '.join(names)}" for group, names in options.items() if group != "stage"]
+    chosen = [
+        fill(f"  {group:<16}{', '.join(names)}", width=120, subsequent_indent=" " * 18)
+        for group, names in options.items()
+        if group != "stage"
+    ]
     return HELP.format(stages="\n".join(stages), groups="\n".join(chosen)).rstrip()
 
 

@@ -100,11 +100,13 @@ class CardsConfig(EnvConfig):
     """The card games of RL4VLM; each has a class of its own below."""
 
     observation: str = "image"  # image; text: what the picture shows, in words; both
+    size: int = 300  # side of the picture in pixels; it is drawn at 300 and scaled
     compat: str = "ours"  # rl4vlm: with the original's bugs, and a random action where none could be read
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("env.observation", self.observation, Literal["image", "text", "both"])
+        at_least("env.size", self.size, 28)
         one_of("env.compat", self.compat, Literal["ours", "rl4vlm"])
         if self.id != type(self).id:
             raise ConfigError(f"env.id={self.id}: this game's id is {type(self).id}; choose another game by env=")
@@ -213,6 +215,9 @@ class ModelConfig:
     name: str = MISSING
     path: str | None = None  # folder or hub id with weights and processor; null: the tiny model of this package
     weights: str = "pretrained"  # pretrained | random: the same architecture, freshly drawn
+    seed: int = 0  # of random weights: an adapter trained on them finds the same ones again
+    architecture: dict[str, Any] | None = None  # for random weights without any file: what a config.json says
+    image_processor: dict[str, Any] = field(default_factory=dict)  # beside architecture: its preprocessor_config.json
     temperature: float = 1.0  # the policy's own sampling temperature, in rollouts, training and eval/success
     lora: LoraConfig | None = None
     train: TrainableConfig = field(default_factory=TrainableConfig)
@@ -222,6 +227,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         one_of("model.weights", self.weights, Literal["pretrained", "random"])
+        if self.architecture is not None and self.path is None and self.weights == "pretrained":
+            raise ConfigError(f"model={self.name} has no weights of its own: set model.path, or model.weights=random")
         if self.temperature <= 0:
             raise ConfigError(f"model.temperature={self.temperature} must be positive; greedy runs are eval's business")
 

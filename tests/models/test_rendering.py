@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -8,10 +8,10 @@ from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from vlm_agents.errors import DataError
+from vlm_agents.errors import DataError, ModelError
 from vlm_agents.models import Agent
 from vlm_agents.models.rendering import HFRenderer
-from vlm_agents.models.tiny import SPECIAL
+from vlm_agents.models.tiny import CHAT_TEMPLATE, SPECIAL
 from vlm_agents.tensors import Row
 from vlm_agents.types import Message, Prompt
 
@@ -102,7 +102,9 @@ LETTERS = [chr(code) for code in range(33, 127)]
 
 
 def wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, chat_template=CHAT_TEMPLATE
+    )
 
 
 def byte_level(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -133,6 +135,21 @@ def metaspace(texts: list[str]) -> PreTrainedTokenizerFast:
     return wrapped(tokenizer)
 
 
+def metaspace_bpe(texts: list[str]) -> PreTrainedTokenizerFast:
+    """The same as BPE, with the space put before the text by the normalizer, after special tokens too."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token=PAD))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    pieces = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=[*SPECIAL, *pieces], initial_alphabet=LETTERS, show_progress=False
+    )
+    tokenizer.train_from_iterator([text.replace(" ", "▁") for text in texts], trainer)
+    return wrapped(tokenizer)
+
+
 def word_piece(texts: list[str]) -> PreTrainedTokenizerFast:
     """BERT's kind: words, and pieces that begin with ##; a space stands before every word but not before every mark."""
     tokenizer = Tokenizer(models.WordPiece(unk_token=PAD))
@@ -155,11 +172,14 @@ REPLIES = [
     "🙂🙂 and 👩‍🚀!",
     "ends in 🙂",
     "",
+    '{"thoughts": "日本 café 🙂", "action": "turn left"}',
+    '{"thoughts": "ñ",\n"action": "turn left"}',
 ]
+MAKERS = [None, byte_level, metaspace, metaspace_bpe, word_piece]
 
 
-@pytest.mark.parametrize("text", REPLIES, ids=["json", "spaces", "accents", "kanji", "emoji", "end", "empty"])
-@pytest.mark.parametrize("make", [None, byte_level, metaspace, word_piece])
+@pytest.mark.parametrize("text", REPLIES, ids=["json", "spaces", "accents", "kanji", "emoji", "end", "empty", "a", "b"])
+@pytest.mark.parametrize("make", MAKERS)
 def test_offsets_cover_the_reply_without_overlap(
     agent: Agent,
     texts: list[str],
@@ -186,6 +206,28 @@ def test_offsets_cover_the_reply_without_overlap(
             assert said[start:end].strip() == alone
 
 
+@pytest.mark.parametrize("before", [" ", "\n", "日本🙂", ""], ids=["space", "newline", "beyond ASCII", "nothing"])
+@pytest.mark.parametrize("make", MAKERS)
+def test_the_tokens_of_a_span_hold_its_characters(
+    agent: Agent, texts: list[str], make: Callable[[list[str]], PreTrainedTokenizerFast] | None, before: str
+):
+    """As `learn` weighs them: a token belongs to the span that it shares a character with."""
+    renderer = HFRenderer(make(texts) if make else agent.tokenizer, agent.family, agent.images)
+    ids = renderer.encode_reply(f'{{"thoughts": "née 日本 (3,2)",{before}"action": "turn left"}}')
+    said = renderer.decode(ids)
+    start, end = said.rindex('"', 0, said.index("action")), said.index("turn")
+    assert said[start:end].replace(" ", "") == '"action":"'
+    starts, ends = renderer.offsets(ids).T
+    inside = np.flatnonzero((starts < end) & (ends > start))
+    assert inside.tolist() == list(range(inside[0], inside[-1] + 1))
+    assert starts[inside[0]] <= start
+    assert ends[inside[-1]] >= end
+    # no token more than needed
+    assert ends[inside[0]] > start
+    assert starts[inside[-1]] < end
+    assert said[starts[inside[0]] : ends[inside[-1]]] == "".join(said[starts[i] : ends[i]] for i in inside)
+
+
 def test_the_token_that_completes_a_character_gets_it(agent: Agent, texts: list[str]):
     vocabulary = agent.tokenizer.get_vocab()
     # 🙂 is F0 9F 99 82, in the byte-level alphabet ð Ł Ļ Ĥ
@@ -204,6 +246,65 @@ def test_the_token_that_completes_a_character_gets_it(agent: Agent, texts: list[
 def test_offsets_of_nothing(agent: Agent):
     assert agent.renderer.offsets([]).shape == (0, 2)
     assert agent.renderer.offsets([agent.renderer.end_of_turn]).tolist() == [[0, 0]]
+
+
+# ---- templates -------------------------------------------------------------------------------------------------------
+def with_template(agent: Agent, template: str | None, make: Callable | None = None, texts: Sequence[str] = ()):
+    tokenizer = make(list(texts)) if make else wrapped(agent.tokenizer.backend_tokenizer)
+    tokenizer.chat_template = template
+    return HFRenderer(tokenizer, agent.family, agent.images)
+
+
+BARE = (  # in the manner of Mistral's: no system role, and a space before each reply
+    "{% for message in messages %}{% if message['role'] == 'user' %}[INST] {% for part in message['content'] %}"
+    "{{ part['text'] if part['type'] == 'text' else '<|image_pad|>' }}{% endfor %} [/INST]"
+    "{% elif message['role'] == 'assistant' %} {{ message['content'][0]['text'] }}<|im_end|>"
+    "{% else %}SYSTEM{% endif %}{% endfor %}"
+)
+BARE_SYSTEMS = {"refuses": "{{ raise_exception('Only user and assistant roles') }}", "leaves out": "", "drops": "-"}
+
+
+@pytest.mark.parametrize("system", BARE_SYSTEMS.values(), ids=BARE_SYSTEMS.keys())
+def test_without_a_system_role_the_first_user_message_says_it(agent: Agent, chats: list[Prompt], system: str):
+    renderer = with_template(agent, BARE.replace("SYSTEM", system))
+    (_, user) = chats[0]
+    ids = renderer.render(
+        (Message("system", "You play."), user, Message("assistant", "left"), Message("user", "?"))
+    ).ids
+    picture = "<|image_pad|>" * 6
+    said = agent.tokenizer.decode(ids)
+    assert said == f"[INST] {picture}You play.\n\ngo [/INST] left<|im_end|>[INST] ? [/INST]"
+
+
+@pytest.mark.parametrize("make", [byte_level, metaspace, metaspace_bpe])
+def test_a_space_before_replies_is_no_part_of_them(agent: Agent, texts: list[str], make: Callable):
+    """Prompts end in [/INST], templates then write a space: it belongs to the reply's first token, not to its text."""
+    renderer = with_template(agent, BARE.replace("SYSTEM", ""), make, texts)
+    assert renderer.lead == " "
+    user = Message("user", "go")
+    for text in ('{"action": "turn left"}', "日本"):
+        ids = renderer.encode_reply(text)
+        assert renderer.decode(ids) == text
+        assert renderer.offsets(ids)[-1].tolist() == [len(text), len(text)]
+        before = [*renderer.render((user,)).ids.tolist(), *ids]
+        sampled = renderer.render((user, Message("assistant", text, token_ids=tuple(ids)), user)).ids.tolist()
+        assert sampled[: len(before)] == before
+        told = renderer.render((user, Message("assistant", text), user)).ids.tolist()
+        assert sampled == told  # what is sampled reads as what is told
+
+
+def test_a_template_that_thinks_is_refused(agent: Agent):
+    thinking = (
+        "{% for message in messages %}{{ message['role'] }}\n{{ message['content'][0]['text'] }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant\n<think>\n{% endif %}"
+    )
+    with pytest.raises(ModelError, match=r"'.*<think>.*' but tells one after '.*assistant.*'"):
+        with_template(agent, thinking)
+
+
+def test_without_a_template_there_is_no_rendering(agent: Agent):
+    with pytest.raises(ModelError, match="no chat template"):
+        with_template(agent, None)
 
 
 # ---- rows to tensors -------------------------------------------------------------------------------------------------

@@ -74,8 +74,9 @@ class PointsExpert:
         if left is None:
             return None
         symbol = left[0] if left else "="
-        cards, plan = " ".join(map(str, game.numbers)), " ".join((*done, *left))
-        thought = f"cards {cards}, plan {plan}, done {' '.join(done) or 'nothing'}, next {symbol}"
+        cards, falling = (" ".join(map(str, numbers)) for numbers in (game.numbers, sorted(game.numbers, reverse=True)))
+        plan = " ".join((*done, *left))
+        thought = f"cards {cards}, sorted {falling}, plan {plan}, done {' '.join(done) or 'nothing'}, next {symbol}"
         return Advice(thought, symbol, len(left) + 1)
 
 

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 
 from vlm_agents.config import ValueHeadConfig
 from vlm_agents.errors import ModelError
-from vlm_agents.models.families import Family
+from vlm_agents.models.families import Family, text_inputs
 from vlm_agents.models.images import ImageStore
 from vlm_agents.models.rendering import HFRenderer
 from vlm_agents.tensors import Scores, Tokens
@@ -104,29 +104,34 @@ class Agent(nn.Module):
     def hidden(self, tokens: Tokens) -> Tensor:
         """[N T H] last hidden states of right-padded rows.
 
-        No padding mask is needed: attention is causal and padding stands on the right.
+        No padding mask is needed: attention is causal and padding stands on the right. Text models take positions of
+        one rotary axis as [N T], of several as [P N T]: hence `squeeze(0)`.
         """
         input_ids = tokens.input_ids.to(self.device)
         positions = tokens.mm["position_ids"].to(self.device)
-        embeds = self.embed(input_ids, tokens.mm)
         shared = 0 if self.checkpointing else shared_prefix(tokens, self.family.image_token_id)
         if shared < WORTH_SHARING:
-            return self.family.text(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
+            inputs = self.embed(input_ids, tokens.mm)
+            return self.family.text(**inputs, position_ids=positions.squeeze(0), use_cache=False).last_hidden_state
         cache = DynamicCache()
-        prefix = self.run_prefix(embeds[:1, :shared], positions[..., :1, :shared], cache, len(input_ids))
+        prefix = self.run_prefix(input_ids[:1, :shared], positions[..., :1, :shared], cache, len(input_ids))
+        width = input_ids.shape[1]
         suffix = self.family.text(
-            inputs_embeds=embeds[:, shared:],
-            position_ids=positions[..., shared:],
-            attention_mask=causal_mask(embeds.shape[1] - shared, embeds.shape[1], self.device),
+            **self.embed(input_ids[:, shared:], tokens.mm),
+            position_ids=positions[..., shared:].squeeze(0),
+            attention_mask=causal_mask(width - shared, width, self.device),
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
         return torch.cat([prefix.expand(len(input_ids), -1, -1), suffix], dim=1)
 
-    def run_prefix(self, embeds: Tensor, positions: Tensor, cache: DynamicCache, rows: int) -> Tensor:
-        """Run one common prefix [1 P H] through the text model and lay its keys and values out for `rows` rows."""
+    def run_prefix(self, input_ids: Tensor, positions: Tensor, cache: DynamicCache, rows: int) -> Tensor:
+        """Run one common prefix [1 P] through the text model and lay its keys and values out for `rows` rows."""
         hidden = self.family.text(
-            inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True
+            inputs_embeds=self.family.embed_tokens(input_ids),
+            position_ids=positions.squeeze(0),
+            past_key_values=cache,
+            use_cache=True,
         ).last_hidden_state
         for layer in cache.layers:
             assert isinstance(layer, DynamicLayer)
@@ -135,8 +140,8 @@ class Agent(nn.Module):
             )
         return hidden
 
-    def embed(self, input_ids: Tensor, mm: Mapping[str, Tensor]) -> Tensor:
-        """[N T H] token embeddings with picture features in the place of their placeholder tokens."""
+    def embed(self, input_ids: Tensor, mm: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What the text model reads: [N T H] token embeddings, with picture features at their placeholder tokens."""
         embeds = self.family.embed_tokens(input_ids)
         if "image_features" in mm:
             features = mm["image_features"]
@@ -144,9 +149,8 @@ class Agent(nn.Module):
             distinct = self.family.encode(dict(mm))
             features = torch.cat([distinct[index] for index in mm["image_index"].tolist()])
         else:
-            return embeds
-        where = (input_ids == self.family.image_token_id).unsqueeze(-1)
-        return embeds.masked_scatter(where, features.to(embeds.device, embeds.dtype))
+            return {"inputs_embeds": embeds}
+        return text_inputs(embeds, input_ids == self.family.image_token_id, features)
 
     @property
     def checkpointing(self) -> bool:

@@ -4,13 +4,15 @@ A family speaks to one loaded transformers model. Everything else in this packag
 one by one, because a picture's features are cached and reused under its own key.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from vlm_agents.errors import ModelError
 
@@ -31,7 +33,7 @@ class Family(Protocol):
         ...
 
     def encode(self, mm: Mm) -> list[Tensor]:
-        """[n_i, H] features of each picture of `pixels`."""
+        """[n_i, F] features of each picture of `pixels`, as `text_inputs` takes them."""
         ...
 
     def positions(self, input_ids: np.ndarray, sizes: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -61,7 +63,11 @@ class PatchEmbedding(nn.Conv3d):
 
 
 class QwenVL:
-    """Qwen2-VL and Qwen2.5-VL: dynamic resolution, merged patches, three rotary axes (time, height, width)."""
+    """Qwen2-VL, 2.5 and 3: dynamic resolution, merged patches, three rotary axes (time, height, width).
+
+    Qwen3-VL looks at several depths of its vision part: a picture's features are then an embedding and, beside it,
+    what is added after the first decoder layers.
+    """
 
     def __init__(self, model: Any, image_processor: Any) -> None:
         self.model = model
@@ -115,7 +121,8 @@ class QwenVL:
         output = self.model.model.get_image_features(
             mm["pixel_values"].to(device), mm["image_grid_thw"].to(device), return_dict=True
         )
-        return list(output.pooler_output)
+        depths = [output.pooler_output, *getattr(output, "deepstack_features", [])]
+        return [torch.cat(features, dim=-1) for features in zip(*depths, strict=True)]
 
     def positions(self, input_ids: np.ndarray, sizes: Sequence[tuple[int, int]]) -> np.ndarray:
         positions = np.empty((3, len(input_ids)), dtype=np.int64)
@@ -150,12 +157,135 @@ class QwenVL:
     def part_of(self, name: str) -> str:
         if ".visual." not in f".{name}":
             return "language"
-        return "projector" if ".visual.merger." in f".{name}" else "vision"
+        return "projector" if ".visual.merger." in f".{name}" or ".deepstack_merger_list." in name else "vision"
+
+
+class LlavaNext:
+    """LLaVA-NeXT (1.6): a small view of the whole picture, then its tiles at the resolution that fits it best.
+
+    Tiles are cut back to the picture's own shape, and every row of patches ends in a learned newline.
+    """
+
+    def __init__(self, model: Any, image_processor: Any) -> None:
+        if model.config.text_config.sliding_window:
+            raise ModelError(
+                "this LLaVA's text model has sliding-window attention, which our cache lacks: use one with "
+                "text_config.sliding_window=null, as llava-v1.6-mistral-7b-hf"
+            )
+        self.model = model
+        self.image_processor = image_processor
+        self.image_token_id: int = model.config.image_token_id
+        self._counts: dict[tuple[int, int], int] = {}
+
+    def image_tokens(self, size: tuple[int, int]) -> int:
+        """By the model's own packing, of features one wide."""
+        if size not in self._counts:
+            config, (width, height) = self.model.config, size
+            tile = config.vision_config.image_size
+            tiles = image_size_to_num_patches([height, width], config.image_grid_pinpoints, tile)
+            patches = (tile // config.vision_config.patch_size) ** 2
+            _, lengths = self.model.model.pack_image_features(
+                [torch.zeros(tiles, patches, 1)],
+                [[height, width]],
+                vision_feature_select_strategy=config.vision_feature_select_strategy,
+                image_newline=torch.zeros(1),
+            )
+            self._counts[size] = int(lengths[0])
+        return self._counts[size]
+
+    def pixels(self, images: Sequence[Image.Image]) -> Mm:
+        out = self.image_processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+        return {"pixel_values": out["pixel_values"], "image_sizes": out["image_sizes"]}
+
+    def encode(self, mm: Mm) -> list[Tensor]:
+        pixels = mm["pixel_values"].to(self.embed_tokens.weight.device)
+        return list(self.model.model.get_image_features(pixels, mm["image_sizes"], return_dict=True).pooler_output)
+
+    def positions(self, input_ids: np.ndarray, sizes: Sequence[tuple[int, int]]) -> np.ndarray:
+        return np.arange(len(input_ids))[None]
+
+    @property
+    def text(self) -> Any:
+        return self.model.model.language_model
+
+    @property
+    def embed_tokens(self) -> Any:
+        return self.model.model.language_model.embed_tokens
+
+    @property
+    def lm_head(self) -> Any:
+        return self.model.lm_head
+
+    def part_of(self, name: str) -> str:
+        if ".vision_tower." in f".{name}":
+            return "vision"
+        return "projector" if ".multi_modal_projector." in f".{name}" or "image_newline" in name else "language"
+
+
+def text_inputs(embeds: Tensor, where: Tensor, features: Tensor) -> dict[str, Any]:
+    """What the text model reads: [N T H] `embeds` with `features` [sum of n_i, F] at the placeholders `where` [N T].
+
+    The first H of F stand in for the embeddings; each further H are added there after the first, second ... layer.
+    """
+    first, *deep = features.to(embeds.device, embeds.dtype).split(embeds.shape[-1], dim=-1)
+    inputs: dict[str, Any] = {"inputs_embeds": embeds.masked_scatter(where.unsqueeze(-1), first)}
+    return inputs | {"visual_pos_masks": where, "deepstack_visual_embeds": deep} if deep else inputs
+
+
+# ---- kinds -----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Kind:
+    """A family's class, and what a model of that family made from its dimensions alone needs."""
+
+    family: Callable[[Any, Any], Family]
+    image_processor: str  # class of transformers
+    token_ids: Mapping[str, str]  # entry of the config -> token
+    special_tokens: Mapping[str, str] = field(default_factory=dict)  # as tokenizers name them
+    chat_template: str | None = None  # None: that of the tiny model's tokenizer
+
+
+QWEN = Kind(
+    QwenVL,
+    "Qwen2VLImageProcessor",
+    {
+        "image_token_id": "<|image_pad|>",
+        "video_token_id": "<|video_pad|>",
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+    },
+)
+LLAVA_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% set text = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join %}"
+    "{% if message['role'] == 'system' %}<<SYS>>\n{{ text }}\n<</SYS>>\n\n"
+    "{% elif message['role'] == 'user' %}[INST] "
+    "{{ '<image>\n' * (message['content'] | selectattr('type', 'equalto', 'image') | list | length) }}"
+    "{{ text }} [/INST]"
+    "{% else %} {{ text }}</s> {% endif %}{% endfor %}"
+)
+KINDS = {
+    "qwen2_vl": QWEN,
+    "qwen2_5_vl": QWEN,
+    "qwen3_vl": QWEN,
+    "llava_next": Kind(
+        LlavaNext,
+        "LlavaNextImageProcessor",
+        {"image_token_index": "<image>"},
+        {"bos_token": "<s>", "eos_token": "</s>"},
+        LLAVA_TEMPLATE,
+    ),
+}
+
+
+def kind_of(model_type: str) -> Kind:
+    """ModelError where no family of ours speaks to this kind of model. To be asked before any weight is read."""
+    if model_type not in KINDS:
+        raise ModelError(
+            f"model_type={model_type} is no family known here ({', '.join(KINDS)}). What it lacks is a class in "
+            "models/families.py that says how many tokens a picture takes, what their features are and where they stand"
+        )
+    return KINDS[model_type]
 
 
 def family_of(model: Any, image_processor: Any) -> Family:
-    """The family of a loaded model; ModelError where there is none yet."""
-    kind = model.config.model_type
-    if kind in ("qwen2_vl", "qwen2_5_vl"):
-        return QwenVL(model, image_processor)
-    raise ModelError(f"no model family for model_type={kind}: known are qwen2_vl, qwen2_5_vl (models/families.py)")
+    return kind_of(model.config.model_type).family(model, image_processor)

@@ -32,8 +32,8 @@ class ImageStore:
         self._bytes = 0
 
     def batch(self, images: Sequence[Image]) -> dict[str, Tensor]:
-        """`image_features` [sum of tokens, H] in order when frozen; else `pixel_values` of the distinct pictures, their
-        grids, and `image_index` [len(images)] into them. Empty without pictures."""
+        """`image_features` [sum of tokens, F] in order when frozen; else `pixel_values` of the distinct pictures, their
+        grids or sizes, and `image_index` [len(images)] into them. Empty without pictures."""
         if not images:
             return {}
         keys = [key_of(image) for image in images]

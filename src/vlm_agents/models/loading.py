@@ -1,5 +1,6 @@
-"""Folders and hub ids to agents."""
+"""Folders, hub ids and bare dimensions to agents."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,15 +10,18 @@ from textwrap import shorten
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
 from vlm_agents.config import HardwareConfig, ModelConfig, TrainableConfig
 from vlm_agents.errors import DataError, ModelError
 from vlm_agents.models.actor_critic import Agent, ValueHead
-from vlm_agents.models.families import Family, family_of
+from vlm_agents.models.architectures import image_processor_of, tokenizer_for, whole_config
+from vlm_agents.models.families import Family, family_of, kind_of
 
 TINY = Path(__file__).parent / "tiny_weights"
 ADAPTER_FILE = "adapter_config.json"
@@ -45,7 +49,10 @@ def load_agent(
         raise ModelError(f"{folder} holds a LoRA adapter: set model.lora={{rank:...}} as in the run that made it")
     source = str(folder) if folder and not adapter else cfg.path or str(TINY)
     random = cfg.weights == "random" and (folder is None or adapter)
-    model, tokenizer, image_processor = load_parts(source, random, hardware, cfg.attention)
+    if random and cfg.architecture is not None:
+        model, tokenizer, image_processor = make_parts(cfg, hardware)
+    else:
+        model, tokenizer, image_processor = load_parts(source, random, hardware, cfg)
     family = family_of(model, image_processor)
     if cfg.lora is None:
         keep_gradients(model, family, train)
@@ -61,7 +68,8 @@ def load_agent(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     width = model.config.get_text_config().hidden_size
     agent = Agent(model, family, tokenizer, image_processor, ValueHead(width, cfg.value_head), cfg.temperature)
-    agent.load_value_head(folder or Path(source))
+    if folder or not random:
+        agent.load_value_head(folder or Path(source))
     return agent.to(hardware.device).eval()
 
 
@@ -84,21 +92,48 @@ def init_folder(init: str) -> Path:
     )
 
 
-def load_parts(source: str, random: bool, hardware: HardwareConfig, attention: str) -> tuple[Any, Any, Any]:
+def make_parts(cfg: ModelConfig, hardware: HardwareConfig) -> tuple[Any, Any, Any]:
+    """Model, tokenizer and image processor out of `cfg.architecture` alone, with the tiny model's vocabulary."""
+    architecture = cfg.architecture or {}
+    with refusing(f"model {cfg.name}", "See model.architecture and model.image_processor"):
+        kind = kind_of(str(architecture.get("model_type")))
+        tokenizer = tokenizer_for(kind, AutoTokenizer.from_pretrained(str(TINY)))
+        model = draw_weights(whole_config(architecture, kind, tokenizer), cfg, hardware)
+        return model, tokenizer, image_processor_of(kind, cfg.image_processor)
+
+
+def draw_weights(config: Any, cfg: ModelConfig, hardware: HardwareConfig) -> Any:
+    """A model with random weights, drawn where it will stay: on a CPU billions of them take minutes."""
+    with torch.random.fork_rng(), torch.device(hardware.device):
+        torch.manual_seed(cfg.seed)
+        dtype = getattr(torch, hardware.dtype)
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=cfg.attention)
+
+
+def load_parts(source: str, random: bool, hardware: HardwareConfig, cfg: ModelConfig) -> tuple[Any, Any, Any]:
     """Model, tokenizer and image processor. Random weights have the same architecture and need no weight files.
 
     The processor class is not used: those of the Qwen families need torchvision for videos.
     """
-    dtype = getattr(torch, hardware.dtype)
     with refusing(f"model {source}", "Set model.path or stage.init to a whole HF folder"):
         if (Path(source).is_absolute() or source.count("/") > 1) and not Path(source).is_dir():
             raise OSError("there is no such folder")  # a hub id has one slash at most
+        config = AutoConfig.from_pretrained(source)
+        kind_of(config.model_type)
         if random:
-            config = AutoConfig.from_pretrained(source)
-            model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
+            model = draw_weights(config, cfg, hardware)
         else:
-            model = load_whole(source, dtype, attention)
-        return model, AutoTokenizer.from_pretrained(source), AutoImageProcessor.from_pretrained(source)
+            model = load_whole(source, getattr(torch, hardware.dtype), cfg.attention)
+        return model, load_tokenizer(source), AutoImageProcessor.from_pretrained(source)
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer, with the chat template of the processor where that has its own, in its older file."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    older = cached_file(source, "chat_template.json", _raise_exceptions_for_missing_entries=False)
+    if older:
+        tokenizer.chat_template = json.loads(Path(older).read_text(encoding="utf-8"))["chat_template"]
+    return tokenizer
 
 
 def load_whole(source: str, dtype: torch.dtype, attention: str) -> Any:
@@ -123,6 +158,6 @@ def refusing(what: str, remedy: str) -> Iterator[None]:
     """Turn whatever the libraries raise over bad files into one line that says what can't be loaded."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         reason = shorten(str(error).rstrip(". ") or type(error).__name__, 300, placeholder=" ...")
         raise ModelError(f"{what} can't be loaded: {reason}. {remedy}") from error

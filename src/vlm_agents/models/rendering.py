@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from PIL.Image import Image
 
-from vlm_agents.errors import DataError
+from vlm_agents.errors import DataError, ModelError
 from vlm_agents.models.families import Family
 from vlm_agents.models.images import ImageStore
 from vlm_agents.tensors import Row, Tokens
-from vlm_agents.types import Message, Prompt
+from vlm_agents.types import Prompt
 
 # Stands for a sampled reply while the chat template is applied; a private-use character can't come from text of ours.
 REPLY_MARK = "\ue000reply{}\ue000"
@@ -36,16 +37,57 @@ class HFRenderer:
     """Renders for one tokenizer and one family."""
 
     def __init__(self, tokenizer: Any, family: Family, images: ImageStore) -> None:
+        if not tokenizer.chat_template:
+            raise ModelError("the model's tokenizer has no chat template: add its chat_template.jinja to the folder")
         self.tokenizer = tokenizer
         self.family = family
         self.images = images
         self.end_of_turn: int = tokenizer.eos_token_id
         self.image_token: str = tokenizer.convert_ids_to_tokens(family.image_token_id)
+        self._cuts = re.compile(f"(?={re.escape(self.image_token)})")  # before each picture
         self._pieces: dict[str, list[int]] = {}
+        self.start = [i for i in tokenizer.encode("") if i == tokenizer.bos_token_id]  # what it puts before any text
+        self.takes_system = self._takes_system()
+        self.lead = self._lead()
+        # tokenizers of sentencepiece's kind put that space there by themselves, and drop it in decoding
+        self.reply_lead = "" if tokenizer.tokenize("a")[0].startswith("\u2581") else self.lead
+
+    def _template(self, messages: list[dict[str, Any]], prompt: bool = True) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+
+    def _takes_system(self) -> bool:
+        """Does the chat template know system messages? Some refuse them, some leave them out."""
+        mark = REPLY_MARK.format(0)
+        try:
+            return mark in self._template([_message("system", mark), _message("user", "?")])
+        except TemplateError:
+            return False
+
+    def _lead(self) -> str:
+        """What the template writes after the prompt for a reply and before the reply: a space after [/INST]."""
+        user, mark = _message("user", "?"), REPLY_MARK.format(0)
+        prompt = self._template([user])
+        head, told, _ = self._template([user, _message("assistant", mark)], prompt=False).partition(mark)
+        if told and not head.startswith(prompt):
+            raise ModelError(
+                f"the chat template asks for a reply after {prompt[-40:]!r} but tells one after {head[-40:]!r}: "
+                "later prompts wouldn't begin with what was sampled. Use the template of a model that doesn't think"
+            )
+        return head.removeprefix(prompt) if told else ""
+
+    def _messages(self, prompt: Prompt) -> list[dict[str, Any]]:
+        messages = [
+            _message(m.role, m.text if m.token_ids is None else REPLY_MARK.format(index), len(m.images))
+            for index, m in enumerate(prompt)
+        ]
+        if self.takes_system or messages[0]["role"] != "system":
+            return messages
+        (system,), first = messages[0]["content"], messages[1]["content"]
+        first[-1]["text"] = f"{system['text']}\n\n{first[-1]['text']}"
+        return messages[1:]
 
     def render(self, prompt: Prompt) -> Rendered:
-        messages = [_message(index, message) for index, message in enumerate(prompt)]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = self._template(self._messages(prompt))
         images = tuple(image for message in prompt for image in message.images)
         if (places := text.count(self.image_token)) != len(images):
             raise DataError(
@@ -53,18 +95,22 @@ class HFRenderer:
                 "leaves pictures out, or one of its texts spells the placeholder"
             )
         remaining = iter(images)
-        ids: list[int] = []
+        bos = self.tokenizer.bos_token
+        ids = [] if bos and text.startswith(bos) else list(self.start)
         # even parts are text, odd parts the index of the message whose sampled ids stand there
         parts = REPLY_PATTERN.split(text)
         for position, part in enumerate(parts):
             if position % 2:
                 ids.extend(prompt[int(part)].token_ids or ())
                 continue
-            if position and ids and ids[-1] == self.end_of_turn:
-                part = part.removeprefix(self.tokenizer.eos_token)  # the sampled ids already end the turn
-            for place, piece in enumerate(part.split(self.image_token)):
-                if place:
-                    ids.extend([self.family.image_token_id] * self.family.image_tokens(next(remaining).size))
+            if position and ids[-1:] == [self.end_of_turn] and part.startswith(self.tokenizer.eos_token):
+                ids.pop()  # the sampled ids end the turn, and so does the template
+            if position + 1 < len(parts):
+                part = part.removesuffix(self.lead)  # the reply was sampled right after the prompt for it
+            for piece in self._cuts.split(part):
+                if piece.startswith(self.image_token):
+                    count = self.family.image_tokens(next(remaining).size)
+                    ids.extend([self.family.image_token_id] * (count - 1))  # the piece begins with the last of them
                 ids.extend(self._tokenise(piece))
         return Rendered(np.array(ids, dtype=np.int64), images)
 
@@ -78,12 +124,13 @@ class HFRenderer:
 
     def encode_reply(self, text: str) -> list[int]:
         """Ids of a reply that no model sampled (a demonstration), ended by the end-of-turn token."""
-        return [*self.tokenizer.encode(text, add_special_tokens=False), self.end_of_turn]
+        return [*self.tokenizer.encode(self.reply_lead + text, add_special_tokens=False), self.end_of_turn]
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """`Reply.text` of sampled ids: the end-of-turn token is no text."""
+        """`Reply.text` of sampled ids: neither the end-of-turn token nor the template's space is text."""
         ids = [token for token in token_ids if token != self.end_of_turn]
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text.removeprefix(self.reply_lead)
 
     def offsets(self, token_ids: Sequence[int]) -> np.ndarray:
         """[L 2] character range of each token, found by decoding growing prefixes: right for every tokenizer.
@@ -131,9 +178,6 @@ class HFRenderer:
             )
 
 
-def _message(index: int, message: Message) -> dict[str, Any]:
-    text = message.text if message.token_ids is None else REPLY_MARK.format(index)
-    if not message.images:
-        return {"role": message.role, "content": text}
-    content: list[dict[str, str]] = [{"type": "image"} for _ in message.images]
-    return {"role": message.role, "content": [*content, {"type": "text", "text": text}]}
+def _message(role: str, text: str, pictures: int = 0) -> dict[str, Any]:
+    """One message as chat templates take it. In parts even where it is text alone: some templates know nothing else."""
+    return {"role": role, "content": [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": text}]}

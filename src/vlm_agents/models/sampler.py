@@ -137,7 +137,7 @@ class Sampler:
         agent = self.agent
         output = agent.family.text(
             inputs_embeds=agent.family.embed_tokens(chosen[:, None]),
-            position_ids=positions[..., None],
+            position_ids=positions[..., None].squeeze(0),
             attention_mask=None if valid is None else valid[:, None, None, :],
             past_key_values=cache,
             use_cache=True,
@@ -168,7 +168,7 @@ class Sampler:
             head_positions = torch.from_numpy(positions[0][:, None, :shared]).to(agent.device)
             family.text(
                 inputs_embeds=family.embed_tokens(head),
-                position_ids=head_positions,
+                position_ids=head_positions.squeeze(0),
                 past_key_values=prefix,
                 use_cache=True,
             )
@@ -185,8 +185,8 @@ class Sampler:
             itself = torch.eye(shared + width, dtype=torch.bool, device=agent.device)[shared:]
             mask = (mask & valid[:, None, None, :]) | itself
         hidden = family.text(
-            inputs_embeds=agent.embed(ids, agent.images.batch([image for row in rendered for image in row.images])),
-            position_ids=own,
+            **agent.embed(ids, agent.images.batch([image for row in rendered for image in row.images])),
+            position_ids=own.squeeze(0),
             attention_mask=mask if padded or shared else None,
             past_key_values=cache,
             use_cache=True,

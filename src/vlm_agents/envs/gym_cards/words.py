@@ -74,7 +74,10 @@ class CardEnv:
     def _observe(self, pixels: np.ndarray) -> Observation:
         self._key = state_key(*self.game.state)
         parts = [self.game.text] if self.cfg.observation == "image" else [self.game.describe(), self.game.text]
-        images = () if self.cfg.observation == "text" else (Image.fromarray(pixels),)
+        picture = Image.fromarray(pixels)
+        if picture.width != self.cfg.size:
+            picture = picture.resize((self.cfg.size, self.cfg.size), Image.Resampling.BICUBIC)
+        images = () if self.cfg.observation == "text" else (picture,)
         return Observation("\n".join(filter(None, parts)), images, self.words, self._key)
 
 
