@@ -73,25 +73,26 @@ def test_the_other_objective():
     assert BlackjackExpert(game, "value").start() == Advice("dealer 10, mine 10 6, total hard 16: hit", "hit")
 
 
+EIGHTS, TENS = "cards 8 3 8 3, sorted 8 8 3 3", "cards 10 1 10 3, sorted 10 10 3 1"  # how such a thought begins
 FACES = (8, 3, 8, 3)
 
 
 @pytest.mark.parametrize(
     ("ranks", "formula", "advice"),
     [
-        (FACES, "", Advice("cards 8 3 8 3, plan 8 / ( 3 - 8 / 3 ), done nothing, next 8", "8", 10)),
-        (FACES, "8 /", Advice("cards 8 3 8 3, plan 8 / ( 3 - 8 / 3 ), done 8 /, next (", "(", 8)),
+        (FACES, "", Advice(f"{EIGHTS}, plan 8 / ( 3 - 8 / 3 ), done nothing, next 8", "8", 10)),
+        (FACES, "8 /", Advice(f"{EIGHTS}, plan 8 / ( 3 - 8 / 3 ), done 8 /, next (", "(", 8)),
         (
             FACES,
             "8 / ( 3 - 8 / 3 )",
-            Advice("cards 8 3 8 3, plan 8 / ( 3 - 8 / 3 ), done 8 / ( 3 - 8 / 3 ), next =", "=", 1),
+            Advice(f"{EIGHTS}, plan 8 / ( 3 - 8 / 3 ), done 8 / ( 3 - 8 / 3 ), next =", "=", 1),
         ),
-        ((11, 1, 13, 3), "", Advice("cards 10 1 10 3, plan 10 + 10 + 3 + 1, done nothing, next 10", "10", 8)),
-        ((11, 1, 13, 3), "3", Advice("cards 10 1 10 3, plan 3 + 10 + 10 + 1, done 3, next +", "+", 7)),
+        ((11, 1, 13, 3), "", Advice(f"{TENS}, plan 10 + 10 + 3 + 1, done nothing, next 10", "10", 8)),
+        ((11, 1, 13, 3), "3", Advice(f"{TENS}, plan 3 + 10 + 10 + 1, done 3, next +", "+", 7)),
         # a blank means nothing, and takes a place
-        ((11, 1, 13, 3), "10 _ +", Advice("cards 10 1 10 3, plan 10 + 10 + 3 + 1, done 10 +, next 10", "10", 6)),
+        ((11, 1, 13, 3), "10 _ +", Advice(f"{TENS}, plan 10 + 10 + 3 + 1, done 10 +, next 10", "10", 6)),
         ((11, 1, 13, 3), "10 + 10 + 3 + 1" + " _" * 13, Advice(
-            "cards 10 1 10 3, plan 10 + 10 + 3 + 1, done 10 + 10 + 3 + 1, next =", "=", 1
+            f"{TENS}, plan 10 + 10 + 3 + 1, done 10 + 10 + 3 + 1, next =", "=", 1
         )),
         ((11, 1, 13, 3), "10 + 10 + 3 + 1" + " _" * 14, None),
         (FACES, "3", None),  # dead
@@ -104,13 +105,17 @@ def test_points24(ranks: tuple[int, ...], formula: str, advice: Advice | None):
 
 def test_faces_by_their_rank():
     assert points(PointsConfig(faces="rank"), (13, 11, 1, 1), "") == Advice(
-        "cards 13 11 1 1, plan 13 + 11 + 1 - 1, done nothing, next 13", "13", 8
+        "cards 13 11 1 1, sorted 13 11 1 1, plan 13 + 11 + 1 - 1, done nothing, next 13", "13", 8
     )
 
 
 def test_ezpoints():
-    assert points(EZPointsConfig(), (4, 3), "") == Advice("cards 4 3, plan 4 * 3, done nothing, next 4", "4", 4)
-    assert points(EZPointsConfig(), (2, 10), "2 +") == Advice("cards 2 10, plan 2 + 10, done 2 +, next 10", "10", 2)
+    assert points(EZPointsConfig(), (4, 3), "") == Advice(
+        "cards 4 3, sorted 4 3, plan 4 * 3, done nothing, next 4", "4", 4
+    )
+    assert points(EZPointsConfig(), (2, 10), "2 +") == Advice(
+        "cards 2 10, sorted 10 2, plan 2 + 10, done 2 +, next 10", "10", 2
+    )
     assert points(EZPointsConfig(), (4, 3), "4 +") is None
 
 
