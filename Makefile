@@ -8,7 +8,7 @@ NAME := demo_$(shell date +%Y-%m-%d_%H-%M-%S)
 DEMO = $(AGENTS) name=$(NAME) experiment=empty_room
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ppo demo ui tiny-weights test check format clean
+.PHONY: help setup ppo demo reproduce ui tiny-weights test check format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,16 @@ demo: setup ## the whole chain from random weights: collect, preprocess, sft, pp
 	$(DEMO)/eval name=$(NAME)_base stage.init=null stage.episodes=40 stage.baselines=false
 	$(BIN)/python benchmarks/table.py base=outputs/$(NAME)_base/eval after_SFT=outputs/$(NAME)_sft/eval \
 		after_PPO=outputs/$(NAME)/eval
+
+GAME ?= number_line
+SEED ?= 0
+RUN = $(GAME)$(if $(filter-out 0,$(SEED)),_seed$(SEED))
+reproduce: setup ## a card game from collect to eval: GAME=number_line, blackjack, ez_points or points24; SEED=0
+	for stage in collect preprocess sft ppo eval; do test -f outputs/$(RUN)/$$stage/DONE || \
+		$(AGENTS) name=$(RUN) seed=$(SEED) experiment=$(GAME)/$$stage || exit; done
+	test -f outputs/$(RUN)_sft/eval/DONE || \
+		$(AGENTS) name=$(RUN)_sft seed=$(SEED) experiment=$(GAME)/eval stage.init=outputs/$(RUN)/sft stage.baselines=false
+	$(BIN)/python benchmarks/table.py after_SFT=outputs/$(RUN)_sft/eval after_PPO=outputs/$(RUN)/eval
 
 ui: setup ## MLflow in the browser, on this machine only
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --backend-store-uri sqlite:///$(CURDIR)/mlflow.db \

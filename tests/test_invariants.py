@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from vlm_agents.config import AlgoConfig, RunConfig
+from vlm_agents.env_pool import EnvPool
 from vlm_agents.envs import make_env
 from vlm_agents.learn.batch import microbatches, rows
 from vlm_agents.learn.engine import TorchEngine
@@ -22,7 +23,7 @@ from vlm_agents.learn.update import objective, update
 from vlm_agents.models import Agent, Sampler, load_agent
 from vlm_agents.policies import ModelPolicy
 from vlm_agents.prompting import make_format
-from vlm_agents.rollout import EnvPool, collect
+from vlm_agents.rollout import collect
 from vlm_agents.tensors import Row
 from vlm_agents.types import Trajectory
 

@@ -18,7 +18,7 @@ LAYERS = """
 __main__ worker
 stages run
 rollout
-policies episodes llava_data report
+policies episodes llava_data env_pool report
 envs experts | prompting | models | learn | tracking | checkpoints | judge remote | sandbox
 config tensors
 types errors files progress
@@ -36,7 +36,7 @@ DOORS = {
     "bitsandbytes": ["models"],
     "datasets": ["stages"],
     "minigrid": ["envs", "experts"],
-    "gymnasium": ["envs", "rollout.py"],
+    "gymnasium": ["envs", "env_pool.py"],
     "httpx2": ["remote.py"],
 }
 

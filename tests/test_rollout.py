@@ -18,12 +18,13 @@ import numpy as np
 import pytest
 
 from vlm_agents.config import MiniGridConfig, PromptConfig
+from vlm_agents.env_pool import EnvPool
 from vlm_agents.envs import make_env
 from vlm_agents.envs.base import Env, check_contract, out_of_turn
 from vlm_agents.errors import EnvError, TrainingError
 from vlm_agents.policies import NoisyPolicy, RandomPolicy
 from vlm_agents.prompting import make_format
-from vlm_agents.rollout import EnvPool, collect, summarise
+from vlm_agents.rollout import collect, summarise
 from vlm_agents.types import Observation, Parsed, Query, Reply, Step, Stop, Trajectory, Turn
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import a test file by name
@@ -267,6 +268,7 @@ def test_the_summary_worked_by_hand():
         {
             "eval/success": 1 / 2,
             "eval/return": (0.0 + 1.5) / 2,
+            "eval/positive_return": 1 / 2,
             "eval/episode_length": (5 + 3) / 2,
             "eval/time_limit_rate": 1 / 2,
             "eval/env_errors": 1,

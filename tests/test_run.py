@@ -76,6 +76,16 @@ def test_tracking_may_change_on_resume(cfg: RunConfig, compose_run) -> None:
         pass
 
 
+def test_the_server_of_a_remote_policy_may_move_on_resume_and_its_model_may_not(compose_run) -> None:
+    words = ("stage=collect", "stage.policy=remote", "stage.remote.model=big")
+    with Run.open(compose_run(*words), []) as run:
+        run.log(1, {"a": 1})
+    with Run.open(compose_run(*words, "stage.remote.url=http://127.0.0.1:9/v1", "stage.remote.retries=9"), []):
+        pass
+    with pytest.raises(ConfigError, match=r"with stage\.remote\.model=big, not small"):
+        Run.open(compose_run(*words[:2], "stage.remote.model=small"), [])
+
+
 def test_two_processes_never_share_a_run(cfg: RunConfig, tmp_path: Path) -> None:
     code = """
 import sys
@@ -127,6 +137,16 @@ def test_summary_is_for_machines(cfg: RunConfig) -> None:
             "artifacts": {"report": "report.html"},
         }
         assert run.path("DONE").exists()
+
+
+@pytest.mark.parametrize(
+    ("policy", "name"), [("model", "tiny"), ("expert", "expert"), ("random", "random"), ("remote", "big")]
+)
+def test_the_summary_names_who_played(compose_run, policy: str, name: str) -> None:
+    words = ("stage=collect", f"stage.policy={policy}", "stage.rater=none", "stage.remote.model=big")
+    with Run.open(compose_run(*words), []) as run:
+        run.finish({})
+        assert json.loads(run.path("summary.json").read_text())["model"] == name
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------

@@ -355,7 +355,7 @@ class PreprocessConfig(StageConfig):
         "reply"  # reply: what the policy said, if it meant it | advice: what the expert would have said (DAgger)
     )
     success_only: bool = True
-    min_score: float = 0.0  # keep steps rated at least this (0-10)
+    min_score: float = 0.0  # keep steps rated at least this (0-10); unrated steps count as 0
     val_fraction: float = 0.02  # share of episodes held out for validation
 
     def __post_init__(self) -> None:

@@ -1,39 +1,22 @@
-"""Playing episodes: the only place where policy and env meet, and the pool that envs live in.
+"""Playing episodes: the only place where policy and env meet.
 
 `collect` is the one loop behind collect, ppo and eval; what differs between them is the policy. It knows nothing of
 disks, gradients or tokens.
 """
 
-import logging
-import multiprocessing
-import sys
-import time
-import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
 
-import gymnasium
 import numpy as np
-from gymnasium.error import NoAsyncCallError
-from gymnasium.spaces import Discrete
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 
-from vlm_agents.envs.base import Env
+from vlm_agents.env_pool import EnvPool
 from vlm_agents.errors import EnvError, TrainingError
 from vlm_agents.policies import Policy, is_random
 from vlm_agents.prompting import PromptFormat
-from vlm_agents.types import Observation, Query, Step, Stop, Trajectory, Turn
-
-logger = logging.getLogger(__name__)
-
-RESTARTS = 3  # of one slot in a row, without a finished step between them, before the pool gives up
+from vlm_agents.types import Observation, Query, Stop, Trajectory, Turn
 
 
-# ---- episodes --------------------------------------------------------------------------------------------------------
 @dataclass(slots=True)
 class _Episode:
     """An episode that waits, is under way, or has its `result`."""
@@ -59,7 +42,7 @@ class _Episode:
 
 
 def collect(
-    envs: "EnvPool",
+    envs: EnvPool,
     policy: Policy,
     prompt_format: PromptFormat,
     seeds: Sequence[int],
@@ -89,7 +72,7 @@ def collect(
             yield result
 
 
-def _refill(envs: "EnvPool", active: dict[int, _Episode], waiting: deque[_Episode]) -> None:
+def _refill(envs: EnvPool, active: dict[int, _Episode], waiting: deque[_Episode]) -> None:
     """Start the next episodes in the slots that are free."""
     free = [slot for slot in range(envs.num_envs) if slot not in active]
     starting = {slot: waiting.popleft() for slot in free[: len(waiting)]}
@@ -103,7 +86,7 @@ def _refill(envs: "EnvPool", active: dict[int, _Episode], waiting: deque[_Episod
 
 
 def _play_turn(
-    envs: "EnvPool", active: dict[int, _Episode], policy: Policy, prompt_format: PromptFormat, invalid_penalty: float
+    envs: EnvPool, active: dict[int, _Episode], policy: Policy, prompt_format: PromptFormat, invalid_penalty: float
 ) -> None:
     """Ask, read and play one turn of every episode that could be started."""
     playing = {slot: episode for slot, episode in active.items() if not episode.over}
@@ -128,7 +111,7 @@ def _play_turn(
 
 
 def _settle(
-    envs: "EnvPool", active: dict[int, _Episode], policy: Policy, prompt_format: PromptFormat
+    envs: EnvPool, active: dict[int, _Episode], policy: Policy, prompt_format: PromptFormat
 ) -> Iterator[Trajectory]:
     """Take the episodes that are over out of their slots and write their results."""
     over = [slot for slot, episode in active.items() if episode.over]
@@ -177,6 +160,7 @@ def summarise(trajectories: Sequence[Trajectory], prefix: str = "rollout") -> di
     metrics = {
         "success": np.mean([trajectory.success for trajectory in played]),
         "return": np.mean([trajectory.total_reward for trajectory in played]),
+        "positive_return": np.mean([trajectory.total_reward > 0 for trajectory in played]),
         "episode_length": len(turns) / len(played),
         "time_limit_rate": np.mean([trajectory.turns[-1].step.truncated for trajectory in played]),
         "env_errors": len(trajectories) - len(played),
@@ -195,174 +179,3 @@ def _repeats(trajectory: Trajectory) -> int:
     """How many turns did in a state what had been done in that state before."""
     done = {(turn.observation.state_key, turn.parsed.action) for turn in trajectory.turns}
     return len(trajectory.turns) - len(done)
-
-
-# ---- envs ------------------------------------------------------------------------------------------------------------
-class EnvPool:
-    """Slots with an env each, in this process or each in a worker process of its own.
-
-    An env that raises, or a worker that dies or doesn't answer within `timeout_s`, answers with an EnvError; its slot
-    gets a new env, in a new process, at the next reset. An env in this process can't be timed out.
-    """
-
-    def __init__(self, make: Callable[[], Env], num_envs: int, workers: bool = False, timeout_s: float = 60.0) -> None:
-        with closing(make()) as env:  # here too, so that a wrong id fails at once and in plain words
-            self.name = env.name
-            self.instructions = env.instructions
-        self.num_envs = num_envs
-        self._timeout_s = timeout_s
-        self._start = partial(_Worker, make, timeout_s) if workers else partial(_Here, make)
-        self._slots: dict[int, _Here | _Worker] = {}
-        self._failures = [0] * num_envs  # of each slot, since its last finished step
-        self._seen: set[str] = set()
-
-    def __enter__(self) -> "EnvPool":
-        return self
-
-    def __exit__(self, raised: type[BaseException] | None, *_: object) -> None:
-        for slot in self._slots.values():
-            slot.close(kill=raised is not None)
-        self._slots.clear()
-
-    def reset(self, seeds: Mapping[int, int]) -> dict[int, Observation | EnvError]:
-        """Start an episode in each of these slots."""
-        for slot in seeds.keys() - self._slots.keys():
-            self._slots[slot] = self._start()
-        return self._ask("reset", seeds)
-
-    def step(self, actions: Mapping[int, str | None]) -> dict[int, Step | EnvError]:
-        """Play an action in each of these slots."""
-        steps = self._ask("step", actions)
-        for slot, step in steps.items():
-            if isinstance(step, Step):
-                self._failures[slot] = 0
-        return steps
-
-    def _ask(self, call: str, arguments: Mapping[int, Any]) -> dict[int, Any]:
-        for slot, argument in arguments.items():
-            self._slots[slot].send(call, argument)
-        deadline = time.monotonic() + self._timeout_s
-        answers = {slot: self._slots[slot].receive(deadline) for slot in arguments}
-        for slot, answer in answers.items():
-            if isinstance(answer, EnvError):
-                self._fail(slot, answer)
-        return answers
-
-    def _fail(self, slot: int, error: EnvError) -> None:
-        """Throw the env of this slot away; give up when this happens again and again."""
-        self._slots.pop(slot).close(kill=True)
-        self._failures[slot] += 1
-        first = str(error) not in self._seen
-        self._seen.add(str(error))
-        logger.warning("%s, slot %d: %s", self.name, slot, error, exc_info=error if first else None)
-        if self._failures[slot] > RESTARTS:
-            raise EnvError(
-                f"{self.name}: slot {slot} failed {self._failures[slot]} times in a row without finishing a step. "
-                f"Mend the env, or raise env.timeout_s if it is only slow. Last cause: {error}"
-            ) from error
-
-
-class _Bridge(gymnasium.Env):
-    """One of our envs as gymnasium's vector API wants it: our objects travel whole, in `info`.
-
-    The spaces are stand-ins: observations hold text and pictures of any size, actions are words or None, and no
-    space of gymnasium's says that. The env is made at the first reset, for the vector API also makes a bridge in the
-    parent only to look at its spaces.
-    """
-
-    observation_space = Discrete(1)
-    action_space = Discrete(1)
-
-    def __init__(self, make: Callable[[], Env]) -> None:
-        self._make = make
-        self._env: Env | None = None
-
-    def ask(self, call: str, argument: Any) -> Any:
-        """The env's answer; an EnvError if it raised. That is text only, for not every exception survives a pipe."""
-        try:
-            if self._env is None:
-                self._env = self._make()
-            return getattr(self._env, call)(argument)
-        except Exception as error:  # noqa: BLE001 (foreign code: whatever it raises costs its own episode only)
-            answer = EnvError(f"{type(error).__name__}: {error}")
-            answer.add_note(traceback.format_exc())
-            return answer
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
-        return 0, {"answer": self.ask("reset", seed)}
-
-    def step(self, action: str | None) -> tuple[int, float, bool, bool, dict[str, Any]]:
-        return 0, 0.0, False, False, {"answer": self.ask("step", action)}
-
-    def close(self) -> None:
-        if self._env is not None:
-            self._env.close()
-
-
-class _Here:
-    """An env in this process, spoken to as one in a worker: `send` a call, then `receive` what came of it."""
-
-    def __init__(self, make: Callable[[], Env]) -> None:
-        self._bridge = _Bridge(make)
-
-    def send(self, call: str, argument: Any) -> None:
-        self._asked = call, argument
-
-    def receive(self, deadline: float) -> Any:
-        return self._bridge.ask(*self._asked)
-
-    def close(self, kill: bool) -> None:
-        if not kill:  # an env that is to be killed can't be trusted to close itself
-            self._bridge.close()
-
-
-class _Worker:
-    """An env in a process of its own, behind a vector env of one so that each can fail and be replaced alone.
-
-    Workers are forked from a server that has imported the env's modules once: 16 are ready in a tenth of the time that
-    spawning each takes (1.4 s against 19 s on two busy cores). Forking this process, with torch's threads, isn't safe.
-    """
-
-    def __init__(self, make: Callable[[], Env], timeout_s: float) -> None:
-        self._timeout_s = timeout_s
-        loaded = [name for name in sys.modules if name.startswith(("vlm_agents.envs", "vlm_agents.experts"))]
-        multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, *loaded])
-        try:
-            self._vector = AsyncVectorEnv(
-                [partial(_Bridge, make)],
-                shared_memory=False,
-                context="forkserver",
-                autoreset_mode=AutoresetMode.DISABLED,
-            )
-        except (EOFError, OSError) as error:
-            raise EnvError(f"can't start a worker process ({error!r}); env.workers=false needs none") from error
-
-    def send(self, call: str, argument: Any) -> None:
-        self._call = call
-        with suppress(OSError):  # a worker that died in the meantime is found out by `receive`
-            if call == "reset":
-                self._vector.reset_async(seed=[argument])
-            else:
-                self._vector.step_async([argument])
-
-    def receive(self, deadline: float) -> Any:
-        wait = self._vector.reset_wait if self._call == "reset" else self._vector.step_wait
-        try:
-            return wait(timeout=max(deadline - time.monotonic(), 0.0))[-1]["answer"][0]
-        except multiprocessing.TimeoutError:
-            return EnvError(f"no answer within {self._timeout_s:g} s")
-        except (EOFError, OSError, NoAsyncCallError):
-            process = self._vector.processes[0]
-            process.join(timeout=1.0)
-            return EnvError(f"its worker process died (exit code {process.exitcode})")
-
-    def close(self, kill: bool) -> None:
-        if not kill:
-            with suppress(EOFError, OSError):
-                self._vector.close()
-        if not self._vector.closed:  # gymnasium's own close would first wait for the pending answer
-            for process, pipe in zip(self._vector.processes, self._vector.parent_pipes, strict=True):
-                process.kill()
-                process.join()
-                pipe.close()
-            self._vector.closed = True

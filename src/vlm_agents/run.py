@@ -28,14 +28,19 @@ from PIL.Image import Image
 
 from vlm_agents import checkpoints
 from vlm_agents.checkpoints import Checkpoint
-from vlm_agents.config import RunConfig, conf_dir, flat
+from vlm_agents.config import CollectConfig, EvalConfig, RunConfig, conf_dir, flat
 from vlm_agents.errors import ConfigError, DataError
 from vlm_agents.files import append_line, atomic_write, sync, writing
 from vlm_agents.tracking import Tracker
 
 METRICS = "metrics.jsonl"
 BOOKKEEPING = {"config.yaml", "overrides", "commit", "lock", "mlflow_run_id"}  # these alone are no progress
-MAY_CHANGE = ("run_dir", "tracking")  # settings that a resumed run may have different
+# Settings, or groups of them, that a resumed run may have different: they change nothing in what it does.
+MAY_CHANGE = {
+    "run_dir",
+    "tracking",
+    *(f"stage.remote.{name}" for name in ("url", "key_env", "concurrency", "timeout_s", "retries")),
+}
 TRAINING_SEEDS = 2**30  # training seeds lie below, held-out panels at or above it: disjoint by construction
 
 
@@ -191,7 +196,7 @@ class Run:
         summary = {
             "stage": cfg.stage.name,
             "env": cfg.env.id,
-            "model": cfg.model.name,
+            "model": played_by(cfg),
             "algo": None if cfg.algo is None else cfg.algo.name,
             "seed": cfg.seed,
             "metrics": dict(metrics),
@@ -227,11 +232,21 @@ def refuse_other_settings(snapshot: Path, settings: str) -> None:
         raise DataError(f"{snapshot} is unreadable: delete {snapshot.parent}, or choose another name=") from error
     old, new = dict(flat(before)), dict(flat(yaml.safe_load(settings)))
     for key in sorted(old.keys() | new.keys()):
-        if key.split(".")[0] not in MAY_CHANGE and old.get(key) != new.get(key):
+        if key not in MAY_CHANGE and key.split(".")[0] not in MAY_CHANGE and old.get(key) != new.get(key):
             raise ConfigError(
                 f"{snapshot.parent} holds a run with {key}={old.get(key)}, not {new.get(key)}: "
                 f"give the old value to continue it, choose another name=, or delete that directory"
             )
+
+
+def played_by(cfg: RunConfig) -> str:
+    """The model, or the name of the scripted policy that had its place."""
+    match cfg.stage:
+        case CollectConfig(policy="remote", remote=remote) | EvalConfig(policy="remote", remote=remote):
+            return remote.model
+        case CollectConfig(policy=policy) | EvalConfig(policy=policy) if policy != "model":
+            return policy
+    return cfg.model.name
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

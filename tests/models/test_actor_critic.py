@@ -1,3 +1,4 @@
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -127,13 +128,22 @@ def test_the_shared_prefix_ends_before_pictures_and_leaves_each_row_a_token(
     assert shared_prefix(words, image) == prompt_length - 1
 
 
-def test_checkpointing_changes_no_score(load: Load, rows: list[Row]):
-    agent = load(gradient_checkpointing=True)
-    plain = score(agent, rows)
-    scores = agent.train().score(agent.renderer.collate(rows))
-    close(scores.logprobs, plain.logprobs)
-    scores.logprobs.sum().backward()
-    assert all(parameter.grad is not None for parameter in agent.model.parameters())
+def test_checkpointed_layers_run_again_in_the_backward_pass_and_change_nothing(load: Load, rows: list[Row]):
+    """In the eval mode that PPO scores in: four text layers run twice, and nothing else differs."""
+    gradients, runs = [], []
+    for checkpointing in (False, True):
+        agent = load(gradient_checkpointing=checkpointing)
+        count = Counter()
+        for layer in agent.family.text.layers:
+            layer.mlp.register_forward_pre_hook(lambda *_, count=count: count.update(["mlp"]))
+        scores = agent.score(agent.renderer.collate(rows))
+        assert not any(module.training for module in agent.modules())
+        scores.logprobs.sum().backward()
+        runs.append(count["mlp"])
+        gradients.append([parameter.grad for parameter in agent.model.parameters()])
+    assert runs[1] == 2 * 4
+    for plain, again in zip(*gradients, strict=True):
+        close(again, plain)
 
 
 # ---- banned tokens ---------------------------------------------------------------------------------------------------

@@ -102,11 +102,14 @@ def test_an_interrupted_run_starts_anew(run_stage: RunStage, echo_episodes: Path
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (56, 56, 3), dtype=np.uint8))  # no PNG makes it small
 
 
-def turn(said: str, quality: float = 10.0, *, text: str = "a door", drawn: bool = False, knows: bool = True) -> Turn:
+def turn(
+    said: str, quality: float | None = 10.0, *, text: str = "a door", drawn: bool = False, knows: bool = True
+) -> Turn:
     """A turn in which `said` was said, and the expert would have said `knock`, if it `knows`."""
     now = Observation(text, (NOISE,), ("knock", "open", "wait"), advice=Advice("shut", "knock", 2) if knows else None)
     prompt = (Message("system", "rules"), Message("user", text, (NOISE,)))
-    step = Step(Observation("after"), 0.0, False, False, {"success": 0.0, "quality": quality})
+    metrics = {"success": 0.0} if quality is None else {"success": 0.0, "quality": quality}
+    step = Step(Observation("after"), 0.0, False, False, metrics)
     parsed = Parsed(said) if said in ("knock", "open", "wait") else Parsed(None, error="illegal action")
     return Turn(now, prompt, Reply(said, entropy=1.1 if drawn else None), parsed, step)
 
@@ -147,6 +150,12 @@ def test_replies_below_the_score_are_left_out(preprocess):
     assert answers(folder) == ["open", "knock"]
     assert metrics_of(folder)["preprocess/turns_left_out"] == 3
     assert answers(preprocess([TURNS], "stage.min_score=4", name="b")) == ["open", "wait", "knock"]
+
+
+def test_a_step_that_nobody_rated_passes_only_where_no_score_is_asked_for(preprocess):
+    turns = [turn("open", None), turn("knock", 5.0)]
+    assert answers(preprocess([turns])) == ["open", "knock"]
+    assert answers(preprocess([turns], "stage.min_score=0.1", name="b")) == ["knock"]
 
 
 def test_advice_labels_every_turn_where_there_is_any(preprocess):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlm_agents.config import ValueHeadConfig
 from vlm_agents.errors import ModelError
@@ -111,8 +112,9 @@ class Agent(nn.Module):
         positions = tokens.mm["position_ids"].to(self.device)
         shared = 0 if self.checkpointing else shared_prefix(tokens, self.family.image_token_id)
         if shared < WORTH_SHARING:
-            inputs = self.embed(input_ids, tokens.mm)
-            return self.family.text(**inputs, position_ids=positions.squeeze(0), use_cache=False).last_hidden_state
+            with self.recomputing():
+                inputs = self.embed(input_ids, tokens.mm)
+                return self.family.text(**inputs, position_ids=positions.squeeze(0), use_cache=False).last_hidden_state
         cache = DynamicCache()
         prefix = self.run_prefix(input_ids[:1, :shared], positions[..., :1, :shared], cache, len(input_ids))
         width = input_ids.shape[1]
@@ -154,7 +156,26 @@ class Agent(nn.Module):
 
     @property
     def checkpointing(self) -> bool:
-        return bool(getattr(self.family.text, "gradient_checkpointing", False)) and self.training
+        return bool(getattr(self.family.text, "gradient_checkpointing", False)) and torch.is_grad_enabled()
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Where checkpointing is on, have the layers run again in the backward pass instead of keeping activations.
+
+        transformers does so in train mode only. Here the layers alone are switched to it, and not the dropout inside
+        them: what is scored is what was sampled.
+        """
+        modules = self.model.modules() if self.checkpointing else ()
+        layers = [
+            module for module in modules if isinstance(module, GradientCheckpointingLayer) and not module.training
+        ]
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
 
     # ---- parameters and adapters -------------------------------------------------------------------------------------
     def parameters_by_role(self) -> dict[str, list[nn.Parameter]]:

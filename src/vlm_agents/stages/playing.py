@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 
 from vlm_agents.config import EnvConfig, RunConfig
+from vlm_agents.env_pool import EnvPool
 from vlm_agents.envs import make_env
 from vlm_agents.envs.base import Env
 from vlm_agents.errors import ConfigError
@@ -17,7 +18,7 @@ from vlm_agents.policies import ExpertPolicy, ModelPolicy, Policy, RandomPolicy,
 from vlm_agents.progress import track
 from vlm_agents.prompting import PromptFormat, make_format
 from vlm_agents.remote import ChatClient
-from vlm_agents.rollout import EnvPool, collect, summarise
+from vlm_agents.rollout import collect, summarise
 from vlm_agents.run import panel_seeds
 from vlm_agents.types import Trajectory
 

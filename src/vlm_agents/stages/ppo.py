@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from vlm_agents.config import PpoConfig, RunConfig
+from vlm_agents.env_pool import EnvPool
 from vlm_agents.episodes import EpisodeWriter, read_episodes
 from vlm_agents.learn.batch import rows as build_rows
 from vlm_agents.learn.engine import TorchEngine
@@ -21,7 +22,7 @@ from vlm_agents.models.loading import RUN_MODEL
 from vlm_agents.progress import say, track
 from vlm_agents.prompting import make_format
 from vlm_agents.report import captioned_frame, read_curves, write_report
-from vlm_agents.rollout import EnvPool, collect, summarise
+from vlm_agents.rollout import collect, summarise
 from vlm_agents.run import Run, seed_everything, training_seed
 from vlm_agents.stages.playing import has_expert, model_policy, open_envs, play_model
 from vlm_agents.types import Trajectory

@@ -126,7 +126,7 @@ def label(turn: Turn, stage: PreprocessConfig, prompt_format: PromptFormat) -> s
     Random moves are no label: there the expert's advice is taken, where it gave any.
     """
     meant = stage.label == "reply" and not is_random(turn.reply)
-    if meant and turn.parsed.error is None and turn.step.metrics.get("quality", 10.0) >= stage.min_score:
+    if meant and turn.parsed.error is None and turn.step.metrics.get("quality", 0.0) >= stage.min_score:
         return turn.reply.text
     advice = turn.observation.advice
     action = turn.parsed.action if stage.label == "played" or advice is None else advice.action
