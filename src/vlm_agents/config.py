@@ -171,7 +171,7 @@ class PromptConfig:
     format: str = MISSING
     history: str = "last_k"  # none | last_k: the last actions and what they did, as text | full: the whole chat
     last_k: int = 4
-    max_reply_tokens: int = 64
+    max_reply_tokens: int = 96
     score_temperature: float = 0.5  # action_scores only: softmax temperature over the scores 1-5
 
     def __post_init__(self) -> None:
