@@ -60,6 +60,24 @@ def test_a_run_is_told_in_full(compose_run, store: str, look, capfd: pytest.Capt
     assert capfd.readouterr().err == ""  # no tales of migrations
 
 
+def test_a_resumed_run_tells_no_point_twice(compose_run, store: str, look) -> None:
+    cfg = compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={store}")
+    with Run.open(cfg, []) as run:
+        for step in (1, 2):
+            run.log(step, {"ppo/entropy": 1 / step})
+    with Run.open(cfg, []) as run:
+        assert run.restore() is None  # no checkpoint: from the start
+        for step in (1, 2, 3):
+            run.log(step, {"ppo/entropy": 1 / step, "ppo/new": 0.5})
+        run.finish({"ppo/entropy": 1 / 3})
+    for name, expected in (
+        ("ppo/entropy", [(1, 1.0), (2, 0.5), (3, 1 / 3)]),
+        ("ppo/new", [(1, 0.5), (2, 0.5), (3, 0.5)]),
+    ):
+        assert [(point.step, point.value) for point in look().get_metric_history(run_id_of(run), name)] == expected
+    assert len(run.path("metrics.jsonl").read_text().splitlines()) == 3
+
+
 def test_a_crash_is_a_failed_run(compose_run, store: str, look) -> None:
     run = Run.open(compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={store}"), [])
     with pytest.raises(ZeroDivisionError), run:

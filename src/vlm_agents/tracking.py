@@ -30,6 +30,8 @@ class Tracker:
     def __init__(self, cfg: RunConfig, settings: str, sweep: Path | None) -> None:
         self._client: Any = None
         self._run_id = ""
+        self._goes_on = False
+        self._told: dict[str, set[int]] = {}  # the steps at which MLflow has a metric
         if cfg.tracking.name == "mlflow":
             try:
                 self._start(cfg, settings, sweep)
@@ -37,12 +39,21 @@ class Tracker:
                 self._give_up(error)
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """All of them in one call, at one step."""
+        """All of them in one call, at one step; but for those that MLflow has, as a resumed run repeats some steps."""
         if self._client is not None:
             from mlflow.entities import Metric
 
             now = int(time.time() * 1000)
-            self._call("log_batch", metrics=[Metric(key, float(value), now, step) for key, value in metrics.items()])
+            new = {key: value for key, value in metrics.items() if step not in self._steps_of(key)}
+            self._call("log_batch", metrics=[Metric(key, float(value), now, step) for key, value in new.items()])
+            for key in new:
+                self._told[key].add(step)
+
+    def _steps_of(self, key: str) -> set[int]:
+        if key not in self._told:
+            history = self._call("get_metric_history", key) if self._goes_on else None
+            self._told[key] = {point.step for point in history or ()}
+        return self._told[key]
 
     def image(self, key: str, image: Image, step: int) -> None:
         self._call("log_image", image, key=key, step=step)
@@ -54,12 +65,13 @@ class Tracker:
         """End the MLflow run as FINISHED, FAILED or KILLED."""
         self._call("set_terminated", status)
 
-    def _call(self, method: str, *args: Any, **kwargs: Any) -> None:
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         if self._client is not None:
             try:
-                getattr(self._client, method)(self._run_id, *args, **kwargs)
+                return getattr(self._client, method)(self._run_id, *args, **kwargs)
             except Exception as error:  # noqa: BLE001 - as above
                 self._give_up(error)
+        return None
 
     def _give_up(self, error: Exception) -> None:
         self._client = None
@@ -85,6 +97,7 @@ class Tracker:
         name = f"{cfg.name}/{cfg.stage.name}" + (f"/{Path(cfg.run_dir).name}" if sweep else "")
         self._run_id, fresh = open_run(client, experiment, Path(cfg.run_dir), name, tags)
         self._client = client
+        self._goes_on = not fresh
         if fresh:
             self._describe(cfg, settings)
 

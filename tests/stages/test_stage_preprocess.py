@@ -59,6 +59,17 @@ def test_load_dataset_reads_both_splits(echo_chats: Path, tmp_path: Path):
     assert isinstance(both["train"].features["images"].feature, datasets.Image)
 
 
+def test_the_readme_turns_a_row_into_what_trl_reads(echo_chats: Path):
+    readme = Path(__file__).parents[2] / "README.md"
+    found: dict[str, Any] = {}
+    exec(readme.read_text().split("```python\n")[1].split("```")[0], found)
+    row = table(echo_chats).map(found["typed"])[0]
+    parts = [[part["type"] for part in message["content"]] for message in row["messages"]]
+    assert parts == [["text"], ["image", "text"], ["text"]]
+    assert row["messages"][1]["content"][1]["text"].startswith("Turn ")
+    assert row["images"][0].size == (56, 56)
+
+
 def test_no_episode_is_in_both_splits(echo_chats: Path, echo_episodes: Path):
     train, validation = (set(table(echo_chats, split)["seed"]) for split in ("train", "validation"))
     assert train
@@ -156,6 +167,20 @@ def test_a_step_that_nobody_rated_passes_only_where_no_score_is_asked_for(prepro
     turns = [turn("open", None), turn("knock", 5.0)]
     assert answers(preprocess([turns])) == ["open", "knock"]
     assert answers(preprocess([turns], "stage.min_score=0.1", name="b")) == ["knock"]
+
+
+def test_steps_without_a_rating_are_counted_and_data_without_any_is_refused(preprocess):
+    turns = [turn("open", None), turn("knock", 5.0), turn("wait", None, drawn=True)]
+    metrics = metrics_of(preprocess([turns], "stage.min_score=4"))
+    assert (metrics["preprocess/turns_rated"], metrics["preprocess/turns_unrated"]) == (1, 2)
+    with pytest.raises(DataError, match=r"min_score=4 asks for ratings.*stage\.rater=expert or remote"):
+        preprocess([turns[::2]], "stage.min_score=4", name="b")
+
+
+def test_a_text_that_holds_the_mark_of_a_picture_is_left_out(preprocess):
+    folder = preprocess([[turn("open"), turn("wait", text="a sign: <image>")]])
+    assert answers(folder) == ["open"]
+    assert metrics_of(folder)["preprocess/mark_in_text"] == 1
 
 
 def test_advice_labels_every_turn_where_there_is_any(preprocess):

@@ -1,7 +1,7 @@
 """Recorded episodes and LLaVA files to SFT data: one chat a turn, as Parquet with `messages` and `images`.
 
 `messages` are role and content, a picture's place marked by `<image>`; `images` are PNGs, in order. That is what
-`datasets`, TRL and LLaMA-Factory read.
+`datasets` and LLaMA-Factory read; the README says what TRL wants.
 """
 
 import hashlib
@@ -50,6 +50,9 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     pngs: dict[bytes, bytes] = {}
     for source in map(Path, stage.data):
         for row in rows_of(source, stage, prompt_format, counts, pngs):
+            if sum(m["content"].count(IMAGE_MARK) for m in row["messages"]) != len(row["images"]):
+                counts["mark_in_text"] += 1  # every reader would look for a picture there
+                continue
             split = SPLITS[stable_hash("split", row["env"], row["seed"]) % 10_000 < stage.val_fraction * 10_000]
             key = stable_hash(row["messages"], [image["bytes"] for image in row["images"]])
             if key in seen and stage.label != "played":  # how often a move was played is what is learned there
@@ -57,6 +60,11 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
                 continue
             seen.add(key)
             rows[split].append(row)
+    if counts["turns_unrated"] and not counts["turns_rated"]:
+        raise DataError(
+            f"stage.min_score={stage.min_score:g} asks for ratings, and no step in {', '.join(stage.data)} has one: "
+            "run stage=collect with stage.rater=expert or remote, or set stage.min_score=0"
+        )
     if not rows["train"]:
         raise DataError(
             f"no turn of {', '.join(stage.data)} is left to learn from ({dict(counts)}): collect more episodes, "
@@ -103,6 +111,8 @@ def chats(
         counts["episodes_left_out"] += 1
         return
     for index, turn in enumerate(trajectory.turns):
+        if stage.label == "reply" and stage.min_score > 0:
+            counts["turns_rated" if "quality" in turn.step.metrics else "turns_unrated"] += 1
         text = label(turn, stage, prompt_format)
         if text is None:
             counts["turns_left_out"] += 1
