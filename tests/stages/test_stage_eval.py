@@ -46,14 +46,17 @@ def test_model_greedy_random_and_expert_play_the_same_panel(played: Path):
     for variant in ("", "_greedy", "_random", "_expert"):
         for name in ("success", "success_low", "success_high", "return", "episode_length", "loop_rate", "invalid_rate"):
             assert f"eval/{name}{variant}" in metrics
-        low, high = wilson_interval(round(metrics[f"eval/success{variant}"] * 30), 30)
-        assert (metrics[f"eval/success_low{variant}"], metrics[f"eval/success_high{variant}"]) == (low, high)
+        for share in ("success", "positive_return"):
+            low, high = wilson_interval(round(metrics[f"eval/{share}{variant}"] * 30), 30)
+            assert (metrics[f"eval/{share}_low{variant}"], metrics[f"eval/{share}_high{variant}"]) == (low, high)
     assert metrics["eval/success_expert"] == metrics["eval/return_expert"] == 1.0
     assert metrics["eval/steps_over_expert_expert"] == 1.0
     # chance names one of four colours: 90 turns, mean return 1/4, standard deviation sqrt(3/16 / 90) = 0.046
     assert abs(metrics["eval/return_random"] - 0.25) < 4 * 0.046
     # the model of random weights says nothing legal: 3 turns at -0.1
     assert metrics["eval/return"] == pytest.approx(-0.3)
+    assert metrics["eval/positive_return"] == 0.0 < metrics["eval/positive_return_random"] < 1.0
+    assert metrics["eval/positive_return_expert"] == 1.0
     episodes = list(read_episodes(played))
     assert metrics["eval/success"] == sum(episode.success for episode in episodes) / 30
     (line,) = (played / "metrics.jsonl").read_text().splitlines()

@@ -50,6 +50,7 @@ def test_the_summary_has_before_and_after(trained: Path):
     first, last = lines(trained)[0], lines(trained)[-1]
     assert metrics["eval/success_before"] == first["eval/success"]
     assert metrics["eval/success_greedy_before"] == first["eval/success_greedy"]
+    assert metrics["eval/positive_return_before"] == first["eval/positive_return"]
     assert {name: metrics[name] for name in last if name != "step"} == {n: v for n, v in last.items() if n != "step"}
     assert metrics["rollout/return"] == lines(trained)[-2]["rollout/return"]
     assert metrics["time/training"] == pytest.approx(

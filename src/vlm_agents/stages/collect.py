@@ -8,7 +8,6 @@ from vlm_agents.config import CollectConfig, RunConfig
 from vlm_agents.episodes import EpisodeWriter, read_episodes
 from vlm_agents.errors import ConfigError
 from vlm_agents.judge import Judge
-from vlm_agents.models import load_agent
 from vlm_agents.policies import NoisyPolicy, Policy
 from vlm_agents.progress import track
 from vlm_agents.prompting import PromptFormat, make_format
@@ -67,6 +66,8 @@ def make_policy(cfg: RunConfig, stage: CollectConfig, prompt_format: PromptForma
         assert client is not None
         policy = remote_policy(cfg, client, SAMPLES)
     elif stage.policy == "model":
+        from vlm_agents.models import load_agent  # brings torch along: seconds that the other policies save
+
         policy = model_policy(cfg, load_agent(cfg.model, cfg.hardware, stage.init))
     else:
         policy = scripted_policy(stage.policy, prompt_format)

@@ -5,7 +5,6 @@ from contextlib import closing
 from vlm_agents.config import EvalConfig, RunConfig
 from vlm_agents.episodes import EpisodeWriter
 from vlm_agents.errors import ConfigError
-from vlm_agents.models import load_agent
 from vlm_agents.progress import say
 from vlm_agents.prompting import make_format
 from vlm_agents.remote import ChatClient
@@ -25,6 +24,8 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         raise ConfigError(f"{cfg.env.id} has no expert: set stage.policy=model or random")
     with open_envs(cfg.env, stage.num_envs, advised) as envs:
         if stage.policy == "model":
+            from vlm_agents.models import load_agent  # brings torch along: seconds that the other policies save
+
             agent = load_agent(cfg.model, cfg.hardware, stage.init)
             metrics, trajectories = play_model(cfg, envs, agent, stage.episodes)
         elif stage.policy == "remote":

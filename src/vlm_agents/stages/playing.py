@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,7 +14,6 @@ from vlm_agents.envs import make_env
 from vlm_agents.envs.base import Env
 from vlm_agents.errors import ConfigError
 from vlm_agents.experts import with_expert
-from vlm_agents.models import Agent, Sampler
 from vlm_agents.policies import ExpertPolicy, ModelPolicy, Policy, RandomPolicy, RemotePolicy
 from vlm_agents.progress import track
 from vlm_agents.prompting import PromptFormat, make_format
@@ -22,6 +22,10 @@ from vlm_agents.rollout import collect, summarise
 from vlm_agents.run import panel_seeds
 from vlm_agents.types import Trajectory
 
+if TYPE_CHECKING:  # scripted and remote policies need no torch
+    from vlm_agents.models import Agent
+
+SHARES = ("eval/success", "eval/positive_return")  # of episodes; told with their 95 % intervals
 EVAL_SEED = 0  # of the randomness of a panel's policies: like its seeds, the same for every run
 
 
@@ -48,7 +52,9 @@ def scripted_policy(name: str, prompt_format: PromptFormat) -> Policy:
     return ExpertPolicy(prompt_format) if name == "expert" else RandomPolicy(prompt_format)
 
 
-def model_policy(cfg: RunConfig, agent: Agent, greedy: bool = False) -> Policy:
+def model_policy(cfg: RunConfig, agent: "Agent", greedy: bool = False) -> Policy:
+    from vlm_agents.models import Sampler
+
     return ModelPolicy(Sampler(agent), cfg.prompt.max_reply_tokens, greedy)
 
 
@@ -60,7 +66,7 @@ def remote_policy(cfg: RunConfig, client: ChatClient, samples: int) -> Policy:
 def play_panel(
     cfg: RunConfig, envs: EnvPool, policy: Policy, episodes: int, variant: str = ""
 ) -> tuple[dict[str, float], list[Trajectory]]:
-    """Play the first `episodes` held-out seeds. Metrics are `eval/<name><variant>`, success with its 95 % interval."""
+    """Play the first `episodes` held-out seeds. Metrics are `eval/<name><variant>`, SHARES with their intervals."""
     seeds = panel_seeds(envs.name, episodes)
     playing = collect(
         envs, policy, make_format(cfg.prompt), seeds, invalid_penalty=cfg.env.invalid_penalty, run_seed=EVAL_SEED
@@ -68,15 +74,16 @@ def play_panel(
     trajectories = list(track(playing, f"eval {policy.name}", episodes))
     metrics = summarise(trajectories, "eval")
     played = episodes - round(metrics["eval/env_errors"])
-    low, high = wilson_interval(round(metrics["eval/success"] * played), played)
-    metrics |= {"eval/success_low": low, "eval/success_high": high}
+    for share in SHARES:
+        low, high = wilson_interval(round(metrics[share] * played), played)
+        metrics |= {f"{share}_low": low, f"{share}_high": high}
     if (over := steps_over_expert(trajectories)) is not None:
         metrics["eval/steps_over_expert"] = over
     return {f"{name}{variant}": value for name, value in metrics.items()}, trajectories
 
 
 def play_model(
-    cfg: RunConfig, envs: EnvPool, agent: Agent, episodes: int, suffix: str = ""
+    cfg: RunConfig, envs: EnvPool, agent: "Agent", episodes: int, suffix: str = ""
 ) -> tuple[dict[str, float], list[Trajectory]]:
     """The panel twice: sampled at the policy's own temperature, and greedy. The trajectories are the sampled ones."""
     metrics, trajectories = play_panel(cfg, envs, model_policy(cfg, agent), episodes, suffix)

@@ -24,7 +24,7 @@ from vlm_agents.prompting import make_format
 from vlm_agents.report import captioned_frame, read_curves, write_report
 from vlm_agents.rollout import collect, summarise
 from vlm_agents.run import Run, seed_everything, training_seed
-from vlm_agents.stages.playing import has_expert, model_policy, open_envs, play_model
+from vlm_agents.stages.playing import SHARES, has_expert, model_policy, open_envs, play_model
 from vlm_agents.types import Trajectory
 
 RECORDED = 4  # episodes of each iteration kept in episodes.jsonl
@@ -80,7 +80,7 @@ def finish(
     cfg: RunConfig, run: Run, state: dict[str, Any], after: dict[str, float], shown: list[Trajectory]
 ) -> dict[str, float]:
     """Report and summary: the last iteration's metrics, and the held-out panel after and before."""
-    before = {f"{name}_before": value for name, value in state["before"].items() if name.startswith("eval/success")}
+    before = {f"{name}_before": value for name, value in state["before"].items() if name.startswith(SHARES)}
     metrics = {**state["last"], **after, **before, "time/training": state["training_seconds"]}
     report = run.path("report.html")
     write_report(
