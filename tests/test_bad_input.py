@@ -3,6 +3,8 @@ count, and nothing written before is lost. Wrong settings are in test_cli, singl
 """
 
 import json
+import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -49,6 +51,16 @@ def test_a_corrupted_episode_line_is_named_and_stays_where_it_is(collected: Path
     assert command(tmp_path, "stage=preprocess").returncode == 0
 
 
+def test_an_episode_cut_short_at_the_end_is_left_out_and_told(collected: Path, tmp_path: Path):
+    path = collected / "episodes.jsonl"
+    path.write_bytes(path.read_bytes()[:-40])
+    done = command(tmp_path, "stage=preprocess")
+    assert done.returncode == 0, done.stderr
+    assert "episodes.jsonl:5: skipped an unfinished last line" in done.stdout + done.stderr
+    metrics = json.loads((tmp_path / "outputs/mine/preprocess/summary.json").read_text())["metrics"]
+    assert metrics["preprocess/episodes"] == 4
+
+
 def test_a_missing_picture_is_named_with_the_line_that_wants_it(collected: Path, tmp_path: Path):
     for image in (collected / "images").iterdir():
         image.unlink()
@@ -92,27 +104,73 @@ def test_torn_weights_are_no_weights(run_stage: RunStage, tiny_model: Path, tmp_
         run_stage(tmp_path / "run", "stage=ppo", f"stage.init={folder}")
 
 
+PPO = ("stage=ppo", "stage.iterations=2", "stage.episodes=4", "stage.num_envs=4", "stage.eval_episodes=0")
+SFT = ("stage=sft", "stage.batch_size=8", "stage.checkpoint_every=3", "stage.epochs=1", "stage.warmup_steps=0")
+
+
+@pytest.fixture(scope="module", params=["ppo", "sft"])
+def training(
+    request: pytest.FixtureRequest, run_stage: RunStage, echo_chats: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[tuple[str, ...], Path]:
+    """The settings of a short training that leaves two checkpoints, and its folder when nothing went wrong."""
+    words = PPO if request.param == "ppo" else (*SFT, f"stage.data={echo_chats}")
+    return words, run_stage(tmp_path_factory.mktemp(request.param), *words)
+
+
+def unfinish(finished: Path, folder: Path) -> tuple[Path, Path]:
+    """A copy of a run as it was before its end; its newest checkpoint, and the one before."""
+    shutil.copytree(finished, folder)
+    for name in ("DONE", "summary.json"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "model")
+    before, newest = sorted((folder / "checkpoints").iterdir())
+    return newest, before
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model/model.safetensors").read_bytes()
+
+
 def test_a_torn_newest_checkpoint_gives_way_to_the_one_before(
-    run_stage: RunStage, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    run_stage: RunStage, training: tuple[tuple[str, ...], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     """The run that goes on from there ends like the one whose checkpoint was whole."""
-    words = ("stage=ppo", "stage.iterations=2", "stage.episodes=4", "stage.num_envs=4", "stage.eval_episodes=0")
-    unbroken = run_stage(tmp_path / "unbroken", *words)
-    torn = run_stage(tmp_path / "torn", *words)
-    for name in ("DONE", "summary.json", "report.html"):
-        (torn / name).unlink()
-    weights = next((torn / "checkpoints").glob("*2/model/model.safetensors"))
-    weights.write_bytes(weights.read_bytes()[:-1000])
+    (words, unbroken), torn = training, tmp_path / "torn"
+    newest, _ = unfinish(unbroken, torn)
+    path = newest / "model/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
     run_stage(torn, *words)
-    assert "000002" in caplog.text  # which one was passed over
-    paths = [folder / "model/model.safetensors" for folder in (torn, unbroken)]
-    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert f"{newest} is damaged: going on from the one before it" in caplog.text
+    assert weights(torn) == weights(unbroken)
+
+
+@pytest.mark.parametrize("name", ["model/model.safetensors", "optimizer.pt"])
+def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(
+    run_stage: RunStage, training: tuple[tuple[str, ...], Path], tmp_path: Path, name: str
+):
+    """A real limit on the size of a file, one byte too small for what safetensors' writer, or torch's, has to write."""
+    (words, unbroken), full = training, tmp_path / "full"
+    newest, before = unfinish(unbroken, full)
+    room = (newest / name).stat().st_size - 1  # the optimizer's file is the larger one
+    shutil.rmtree(newest)
+    kept = {path: path.read_bytes() for path in before.rglob("*") if path.is_file()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        with pytest.raises(DataError, match=rf"can't write {newest}: .*Make room there, then give the same command"):
+            run_stage(full, *words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert not newest.exists()
+    run_stage(full, *words)
+    assert weights(full) == weights(unbroken)
 
 
 def test_a_model_that_never_answers_is_counted_and_costs(run_stage: RunStage, tmp_path: Path):
-    """Random weights write no JSON in four tokens: every turn is invalid and costs 0.1, and is trained on."""
+    """Random weights write no JSON: every turn is invalid and costs 0.1, and is trained on."""
     words = ("stage.iterations=1", "stage.episodes=6", "stage.num_envs=6", "stage.eval_episodes=0")
-    folder = run_stage(tmp_path, "stage=ppo", *words)
+    folder = run_stage(tmp_path, "stage=ppo", "prompt=cot_json", *words)
     metrics = json.loads((folder / "summary.json").read_text())["metrics"]
     assert metrics["rollout/invalid_rate"] == 1.0
     assert metrics["rollout/return"] == pytest.approx(-0.3)  # 3 turns

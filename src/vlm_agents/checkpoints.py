@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 STATE = "state.json"
 # How torch's and safetensors' own writers tell that a file can't be written, where Python has an OSError.
-FULL_DISK = re.compile(r"inline_container|PytorchStreamWriter|I/O error")
+FULL_DISK = re.compile(r"inline_container|PytorchStreamWriter|iostream error|I/O error")
 
 
 @dataclass(frozen=True, slots=True)
