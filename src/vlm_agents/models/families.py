@@ -121,7 +121,9 @@ class QwenVL:
         output = self.model.model.get_image_features(
             mm["pixel_values"].to(device), mm["image_grid_thw"].to(device), return_dict=True
         )
-        depths = [output.pooler_output, *getattr(output, "deepstack_features", [])]
+        depths = [output.pooler_output]
+        for depth in getattr(output, "deepstack_features", []):  # in one piece in transformers 5.17, split since
+            depths.append(depth.split([len(part) for part in depths[0]]) if isinstance(depth, Tensor) else depth)
         return [torch.cat(features, dim=-1) for features in zip(*depths, strict=True)]
 
     def positions(self, input_ids: np.ndarray, sizes: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -246,7 +248,7 @@ class Kind:
 
 QWEN = Kind(
     QwenVL,
-    "Qwen2VLImageProcessor",
+    "Qwen2VLImageProcessorPil",
     {
         "image_token_id": "<|image_pad|>",
         "video_token_id": "<|video_pad|>",
@@ -269,7 +271,7 @@ KINDS = {
     "qwen3_vl": QWEN,
     "llava_next": Kind(
         LlavaNext,
-        "LlavaNextImageProcessor",
+        "LlavaNextImageProcessorPil",
         {"image_token_index": "<image>"},
         {"bos_token": "<s>", "eos_token": "</s>"},
         LLAVA_TEMPLATE,

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLImageProcessor,
+    Qwen2VLImageProcessorPil,
 )
 
 VOCABULARY = 1024
@@ -129,7 +129,7 @@ def build(folder: Path, texts: Iterable[str], seed: int = 0) -> None:
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[1])
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    Qwen2VLImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}).save_pretrained(folder)
+    Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}).save_pretrained(folder)
 
 
 def main() -> int:
