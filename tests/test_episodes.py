@@ -107,23 +107,11 @@ def test_an_unfinished_last_line_is_dropped_with_a_warning(run_dir: Path, caplog
     assert list(read_episodes(run_dir)) == [*EPISODES, EPISODES[1]]
 
 
-def test_a_writer_goes_back_to_a_checkpoint(tmp_path: Path):
-    writer = EpisodeWriter(tmp_path)
-    writer.append(EPISODES[0])
-    offset = writer.tell()
-    writer.append(EPISODES[1])
-    assert writer.tell() > offset > 0
-    again = EpisodeWriter(tmp_path, offset)
-    assert again.tell() == offset
-    again.append(EPISODES[2])
-    assert list(read_episodes(tmp_path)) == [EPISODES[0], EPISODES[2]]
-
-
-def test_a_checkpoint_beyond_the_file_is_refused(run_dir: Path):
-    size = (run_dir / "episodes.jsonl").stat().st_size
-    with pytest.raises(DataError, match=f"holds {size} bytes .* taken at {size + 1}"):
-        EpisodeWriter(run_dir, size + 1)
-    assert list(read_episodes(run_dir)) == EPISODES
+def test_a_writer_can_start_anew(run_dir: Path):
+    writer = EpisodeWriter(run_dir, anew=True)
+    writer.append(EPISODES[2])
+    writer.sync()
+    assert list(read_episodes(run_dir)) == [EPISODES[2]]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +148,7 @@ def test_a_folder_without_episodes_names_their_writers(tmp_path: Path):
 
 def test_a_full_disk_leaves_the_earlier_episodes_intact(run_dir: Path):
     writer = EpisodeWriter(run_dir)
-    size = writer.tell()
+    size = (run_dir / "episodes.jsonl").stat().st_size
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, hard))  # the line then fits only in part
     try:

@@ -31,42 +31,40 @@ IMAGES = "images"
 class EpisodeWriter:
     """Appends to the episodes of a run directory; one writer at a time.
 
-    Opening drops what a crash left of an unfinished line. With `offset`, an earlier `tell()`, it also drops every
-    episode written after it, which is how a run goes back to a checkpoint.
+    Opening drops what a crash left of an unfinished line, and, `anew`, every earlier episode. (A run that goes back to
+    a checkpoint cuts the file itself, see `Run.append_only`.)
     """
 
-    def __init__(self, run_dir: Path, offset: int | None = None) -> None:
+    def __init__(self, run_dir: Path, anew: bool = False) -> None:
         self._lines = run_dir / LINES
         self._images = run_dir / IMAGES
         with writing(self._images):
             self._images.mkdir(parents=True, exist_ok=True)
         with writing(self._lines):
             self._lines.touch()
-            self._cut(offset)
+            self._cut(anew)
         self._known = {path.stem for path in self._images.glob("*.png")}
+        self._waiting: list[Path] = []  # pictures that the disk may not hold yet
 
     def append(self, trajectory: Trajectory) -> None:
         """Write one episode, whole or not at all; DataError when the disk is full. It then survives this process."""
         encode = partial(self._encode, named={})
         append_line(self._lines, json.dumps(trajectory, default=encode, allow_nan=False))
 
-    def tell(self) -> int:
-        """The offset in bytes after the last episode, for a checkpoint: what stands before it is on the disk."""
+    def sync(self) -> None:
+        """Have the disk hold every episode written so far: they then survive a crash of the machine."""
+        while self._waiting:
+            sync(self._waiting.pop())
+        sync(self._images)
         sync(self._lines)
-        return self._lines.stat().st_size
 
-    def _cut(self, offset: int | None) -> None:
+    def _cut(self, anew: bool) -> None:
         with open(self._lines, "r+b") as file:
             whole = sum(len(line) for line in file if line.endswith(b"\n"))
             unfinished = file.tell() - whole
-            if offset is not None and offset > whole:
-                raise DataError(
-                    f"{self._lines} holds {whole} bytes of whole episodes, but the checkpoint was taken at {offset}: "
-                    "the file was changed since. Put it back, or start under another name="
-                )
             if unfinished:
                 logger.warning("%s: dropped %d bytes of an unfinished last line", self._lines, unfinished)
-            file.truncate(whole if offset is None else offset)
+            file.truncate(0 if anew else whole)
 
     def _encode(self, value: Any, named: dict[int, str]) -> Any:
         if isinstance(value, Image.Image):
@@ -81,8 +79,10 @@ class EpisodeWriter:
         if name not in self._known:
             png = io.BytesIO()
             image.save(png, "PNG", compress_level=1)
-            atomic_write(self._images / f"{name}.png", png.getvalue())
+            path = self._images / f"{name}.png"
+            atomic_write(path, png.getvalue(), durable=False)
             self._known.add(name)
+            self._waiting.append(path)
         return name
 
 

@@ -19,15 +19,19 @@ def writing(path: Path) -> Iterator[None]:
         raise DataError(f"can't write {path}: {reason}. Make room there, then give the same command again") from error
 
 
-def atomic_write(path: Path, content: bytes | str) -> None:
-    """Replace `path` by `content` in one step: after a crash it holds the old content or the new, never a part."""
+def atomic_write(path: Path, content: bytes | str, durable: bool = True) -> None:
+    """Replace `path` by `content` in one step: after a crash it holds the old content or the new, never a part.
+
+    After a crash of the whole machine too, where `durable`: that waits for the disk, some milliseconds.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         try:
             with open(temporary, "wb") as file:
                 file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -41,6 +41,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         )
         for trajectory in track(playing, "collect", len(seeds)):
             writer.append(rated(trajectory, ratings(trajectory.turns, stage, client)))
+    writer.sync()
     trajectories = list(read_episodes(run.dir))
     metrics = summarise(trajectories, "collect")
     if client:

@@ -41,9 +41,10 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         for name in baselines:
             metrics |= play_panel(cfg, envs, scripted_policy(name, prompt_format), stage.episodes, f"_{name}")[0]
     run.restore()  # an interrupted evaluation starts anew
-    writer = EpisodeWriter(run.dir, offset=0)
+    writer = EpisodeWriter(run.dir, anew=True)
     for trajectory in trajectories:
         writer.append(trajectory)
+    writer.sync()
     run.log(0, metrics)
     table = [
         {

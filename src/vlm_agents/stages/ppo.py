@@ -54,6 +54,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
             agent.save(folder / RUN_MODEL)
             torch.save(engine.state_dict(), folder / OPTIMIZER)
 
+        writer.sync()
         run.save_checkpoint(step, write, state, stage.keep_checkpoints)
 
     with open_envs(cfg.env, stage.num_envs, has_expert(cfg.env)) as envs:
