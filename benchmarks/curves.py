@@ -1,0 +1,48 @@
+"""Learning curves of PPO runs as one picture: `python benchmarks/curves.py OUT.png RUN_DIRECTORY ... [NAME=VALUE ...]`.
+
+Runs of the same settings and other seeds: a thin line each, and their mean. Left success, right return, per iteration,
+as sampled while training; a dashed line for every NAME=VALUE, such as "RL4VLM 7B=0.894".
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib import pyplot
+
+matplotlib.use("Agg")
+PANELS = ("success", "return")
+
+
+def curve(folder: Path, name: str) -> dict[int, float]:
+    """Iteration -> the metric; of a line that a resumed run wrote again, the last one counts."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record[name] for record in records if name in record}
+
+
+def main() -> int:
+    if len(sys.argv) < 3:
+        print(__doc__, file=sys.stderr)
+        return 2
+    folders = [Path(argument) for argument in sys.argv[2:] if "=" not in argument]
+    references = dict(argument.rsplit("=", 1) for argument in sys.argv[2:] if "=" in argument)
+    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(9, 3), layout="constrained")
+    for axis, panel in zip(axes, PANELS, strict=True):
+        curves = [curve(folder, f"rollout/{panel}") for folder in folders]
+        for single in curves:
+            axis.plot(list(single), list(single.values()), color="tab:blue", alpha=0.35, linewidth=0.8)
+        shared = sorted(set.intersection(*(set(single) for single in curves)))
+        mean = np.mean([[single[step] for step in shared] for single in curves], axis=0)
+        axis.plot(shared, mean, color="tab:blue", linewidth=2, label=f"mean of {len(folders)} runs")
+        axis.set(xlabel="iteration", ylabel=panel)
+    for (name, value), style in zip(references.items(), ("--", ":", "-.", (0, (1, 4))), strict=False):
+        axes[0].axhline(float(value), color="grey", linestyle=style, linewidth=1, label=name)
+    axes[0].legend(fontsize=8)
+    figure.savefig(sys.argv[1], dpi=110)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
