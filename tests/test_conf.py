@@ -85,7 +85,7 @@ def test_every_option_composes_into_its_type(compose_run, group: str, option: st
 
 
 def test_every_group_is_covered() -> None:
-    others = {"model/lora", "hydra/launcher", "sweep", "experiment"}
+    others = {"model/lora", "model/temperature_head", "hydra/launcher", "sweep", "experiment"}
     folders = {path.parent.relative_to(conf_dir()).as_posix() for path in FILES} - {"."}
     covered = others | set(GROUP_TYPES)
     assert {folder for folder in folders if folder.split("/")[0] != "experiment"} <= covered
@@ -157,6 +157,15 @@ def test_lora_is_an_option_of_its_own(compose_run) -> None:
 def test_checks_across_fields(compose_run, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         compose_run("stage=ppo", *overrides)
+
+
+def test_a_learned_temperature_starts_between_its_bounds(compose_run) -> None:
+    learned = ("stage=ppo", "model/temperature_head=learned")
+    assert compose_run(*learned, "algo.turn_entropy_coef=0.1").model.temperature_head.high == 1.5
+    with pytest.raises(ConfigError, match=r"model.temperature=2, where the temperature head starts"):
+        compose_run(*learned, "model.temperature=2")
+    with pytest.raises(ConfigError, match="add model/temperature_head=learned"):
+        compose_run("stage=ppo", "algo.turn_entropy_coef=0.1")
 
 
 def test_kl_with_lora_is_fine(compose_run) -> None:

@@ -41,7 +41,11 @@ FLAGS = (
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its CPU kernels are optional, and fetched from a hub
 
-OFF_BY_DEFAULT = {"algo": "stage=ppo brings it in", "model.lora": "add model/lora=adapter"}
+OFF_BY_DEFAULT = {
+    "algo": "stage=ppo brings it in",
+    "model.lora": "add model/lora=adapter",
+    "model.temperature_head": "add model/temperature_head=learned",
+}
 
 HELP = """\
 Train a vision-language model as an agent. One run is one stage (stage=...):

@@ -211,6 +211,20 @@ class ValueHeadConfig:
 
 
 @dataclass
+class TemperatureHeadConfig:
+    """A learned sampling temperature for every turn, within bounds; it starts at `model.temperature`."""
+
+    low: float = 0.3
+    high: float = 1.5
+    hidden: int = 64
+
+    def __post_init__(self) -> None:
+        at_least("model.temperature_head.hidden", self.hidden, 1)
+        if not 0 < self.low < self.high:
+            raise ConfigError(f"model.temperature_head needs 0 < low < high, not {self.low:g} and {self.high:g}")
+
+
+@dataclass
 class ModelConfig:
     name: str = MISSING
     path: str | None = None  # folder or hub id with weights and processor; null: the tiny model of this package
@@ -222,6 +236,7 @@ class ModelConfig:
     lora: LoraConfig | None = None
     train: TrainableConfig = field(default_factory=TrainableConfig)
     value_head: ValueHeadConfig = field(default_factory=ValueHeadConfig)
+    temperature_head: TemperatureHeadConfig | None = None
     gradient_checkpointing: bool = False
     attention: str = "sdpa"
 
@@ -231,6 +246,12 @@ class ModelConfig:
             raise ConfigError(f"model={self.name} has no weights of its own: set model.path, or model.weights=random")
         if self.temperature <= 0:
             raise ConfigError(f"model.temperature={self.temperature} must be positive; greedy runs are eval's business")
+        head = self.temperature_head
+        if head is not None and not head.low < self.temperature < head.high:
+            raise ConfigError(
+                f"model.temperature={self.temperature:g}, where the temperature head starts, must lie between "
+                f"model.temperature_head.low={head.low:g} and high={head.high:g}"
+            )
 
 
 # ---- hardware --------------------------------------------------------------------------------------------------------
@@ -270,6 +291,8 @@ class AlgoConfig:
     thought_coef: float = 0.2  # weight of a thought token's log-prob beside an action token's 1
     value_coef: float = 0.5
     entropy_coef: float = 0.0
+    turn_entropy: float = 0.1  # nats a token that a learned temperature is drawn towards; needs model.temperature_head
+    turn_entropy_coef: float = 0.0
     kl_coef: float = 0.0  # k3 penalty towards the policy that training started from; needs model.lora
     target_kl: float | None = None  # an iteration's remaining updates are skipped once approx_kl passes this
     lr: float = 1e-4
@@ -450,6 +473,11 @@ class RunConfig:
         if not re.fullmatch(r"\w[\w.+-]*", self.name):
             raise ConfigError(f"name={self.name!r} names a folder: use letters, digits and . _ + - only")
         at_least("seed", self.seed, 0)
+        if self.algo is not None and self.algo.turn_entropy_coef > 0 and self.model.temperature_head is None:
+            raise ConfigError(
+                "algo.turn_entropy_coef > 0 trains a learned temperature, and there is none: "
+                "add model/temperature_head=learned, or set algo.turn_entropy_coef=0"
+            )
         if self.algo is not None and self.algo.kl_coef > 0 and self.model.lora is None:
             raise ConfigError(
                 "algo.kl_coef > 0 needs a reference policy, which is the model with its adapter off: "

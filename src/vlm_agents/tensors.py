@@ -64,6 +64,8 @@ class Scores:
     logprobs: Tensor  # [K] of the reply tokens, under the sampling temperature and the banned-token mask
     entropy: Tensor  # [K] nats
     values: Tensor  # [M] read at the token before each reply
+    temperature: Tensor | None = None  # [M] where the model chooses it
+    tempered_entropy: Tensor | None = None  # [K] `entropy` as a function of the temperature alone
 
 
 class ActorCritic(Protocol):
@@ -76,7 +78,7 @@ class ActorCritic(Protocol):
         ...
 
     def parameters_by_role(self) -> Mapping[str, list[torch.nn.Parameter]]:
-        """Trainable parameters: `policy` and `value`."""
+        """Trainable parameters: `policy` and `value`, each with a learning rate of its own."""
         ...
 
 

@@ -159,7 +159,7 @@ def test_reserved_tokens_and_spare_rows_are_banned_and_nothing_else(agent: Agent
 def test_banned_tokens_have_no_probability_and_harm_no_gradient(load: Load, rows: list[Row]):
     agent = load()
     hidden = torch.randn(3, 128, requires_grad=True)
-    distribution = agent.log_distribution(hidden)
+    distribution = agent.log_distribution(agent.logits(hidden), torch.ones(3))
     assert (distribution.exp()[:, agent.banned] == 0).all()
     close(distribution.exp().sum(-1), torch.ones(3))
     agent.score(agent.renderer.collate(rows)).entropy.sum().backward()

@@ -68,3 +68,8 @@ def reference_kl(logprobs: Tensor, reference_logprobs: Tensor, turn_of_token: Te
     Its gradient in a log-prob is 1 - reference/policy: positive, so lowered by descent, where the policy is above.
     """
     return turn_mean(k3(reference_logprobs - logprobs), turn_of_token, turns)
+
+
+def turn_entropy_loss(entropy: Tensor, target: float) -> Tensor:
+    """[M] half the squared distance of a turn's mean token entropy, nats, from where it should be."""
+    return 0.5 * (entropy - target).square()

@@ -16,7 +16,7 @@ from vlm_agents.errors import TrainingError
 from vlm_agents.learn.advantages import explained_variance
 from vlm_agents.learn.batch import collate, microbatches, minibatches, to_device
 from vlm_agents.learn.engine import Engine
-from vlm_agents.learn.losses import ppo_policy_loss, reference_kl, turn_mean, value_loss
+from vlm_agents.learn.losses import ppo_policy_loss, reference_kl, turn_entropy_loss, turn_mean, value_loss
 from vlm_agents.tensors import ActorCritic, Renderer, Row
 
 # Keyed by the identity of a row: idents repeat where one seed is played twice, and rows hold arrays, so have no hash.
@@ -110,6 +110,10 @@ def objective(
         "approx_kl": policy.approx_kl,
         "clip_fraction": policy.clipped,
     }
+    if scores.tempered_entropy is not None and scores.temperature is not None:
+        spread = turn_mean(scores.tempered_entropy, batch.turn_of_token, len(value))
+        terms |= {"temperature": scores.temperature, "turn_entropy_loss": turn_entropy_loss(spread, algo.turn_entropy)}
+        loss = loss + algo.turn_entropy_coef * terms["turn_entropy_loss"]
     if reference is not None:
         reference_of_rows = torch.cat([reference[id(row)] for row in rows])
         terms["kl_reference"] = reference_kl(scores.logprobs, reference_of_rows, batch.turn_of_token, len(value))

@@ -6,8 +6,10 @@ that all rows begin with (the system message) go through the model once, not onc
 attention is causal.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vlm_agents.config import ValueHeadConfig
+from vlm_agents.config import TemperatureHeadConfig, ValueHeadConfig
 from vlm_agents.errors import ModelError
 from vlm_agents.models.families import Family, text_inputs
 from vlm_agents.models.images import ImageStore
@@ -26,6 +28,7 @@ from vlm_agents.models.rendering import HFRenderer
 from vlm_agents.tensors import Scores, Tokens
 
 VALUE_FILE = "value_head.safetensors"
+TEMPERATURE_FILE = "temperature_head.safetensors"
 WORTH_SHARING = 8  # tokens; a shorter common prefix costs more bookkeeping than it saves
 
 
@@ -44,6 +47,28 @@ class ValueHead(nn.Module):
         return self.net((hidden.detach() if self.stop_gradient else hidden).float()).squeeze(-1)
 
 
+class TemperatureHead(nn.Module):
+    """Hidden state of the last prompt token -> the temperature at which this turn's reply is sampled, fp32.
+
+    The policy is then softmax(logits / temperature(prompt)): the policy gradient reaches the head through the
+    log-probs, and makes replies sharper where that pays, and more varied where it doesn't. No gradient passes through
+    the head to the backbone.
+    """
+
+    def __init__(self, width: int, config: TemperatureHeadConfig, start: float) -> None:
+        super().__init__()
+        self.low, self.high = config.low, config.high
+        last = nn.Linear(config.hidden, 1)
+        share = math.log(start / self.low) / math.log(self.high / self.low)
+        nn.init.zeros_(last.weight)
+        nn.init.constant_(last.bias, math.log(share / (1 - share)))  # a fresh head says `start` everywhere
+        self.net = nn.Sequential(nn.Linear(width, config.hidden), nn.GELU(), last)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        share = torch.sigmoid(self.net(hidden.detach().float()).squeeze(-1))
+        return self.low * (self.high / self.low) ** share
+
+
 class Agent(nn.Module):
     """Implements tensors.ActorCritic over one transformers model (`model` may be its PeftModel)."""
 
@@ -57,6 +82,7 @@ class Agent(nn.Module):
         image_processor: Any,
         value_head: ValueHead,
         temperature: float,
+        temperature_head: TemperatureHead | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -65,6 +91,7 @@ class Agent(nn.Module):
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.temperature = temperature
+        self.temperature_head = temperature_head
         self.images = ImageStore(family)
         self.renderer = HFRenderer(tokenizer, family, self.images)
         self.register_buffer("banned", banned_tokens(tokenizer, family), persistent=False)
@@ -82,11 +109,19 @@ class Agent(nn.Module):
         reply_mask = tokens.reply_mask.to(self.device)
         hidden = self.hidden(tokens)
         states = hidden[:, :-1][reply_mask[:, 1:]]  # the state at t - 1 predicts the token at t
-        distribution = self.log_distribution(states)
+        starts = reply_mask[:, 1:] & ~reply_mask[:, :-1]
+        prompts = hidden[:, :-1][starts]
+        temperature = self.temperatures(prompts)
+        turn_of_token = (starts.flatten().cumsum(0) - 1)[reply_mask[:, 1:].flatten()]
+        logits = self.logits(states)
+        distribution = self.log_distribution(logits, temperature[turn_of_token])
         targets = tokens.input_ids.to(self.device)[reply_mask]
         logprobs = distribution.gather(-1, targets[:, None]).squeeze(-1)
-        starts = reply_mask[:, 1:] & ~reply_mask[:, :-1]
-        return Scores(logprobs, entropy_of(distribution), self.value_head(hidden[:, :-1][starts]))
+        scores = Scores(logprobs, entropy_of(distribution), self.value_head(prompts))
+        if self.temperature_head is None:
+            return scores
+        tempered = entropy_of(self.log_distribution(logits.detach(), temperature[turn_of_token]))
+        return replace(scores, temperature=temperature, tempered_entropy=tempered)
 
     @torch.no_grad()
     def reference_logprobs(self, tokens: Tokens) -> Tensor:
@@ -94,13 +129,22 @@ class Agent(nn.Module):
         with self.adapter_off():
             return self.score(tokens).logprobs
 
-    def log_distribution(self, states: Tensor) -> Tensor:
-        """[K V] log-probs over the vocabulary at the sampling temperature, fp32, banned tokens at minus infinity.
+    def logits(self, states: Tensor) -> Tensor:
+        """[K V] over the vocabulary, fp32."""
+        return self.family.lm_head(states).float()
+
+    def log_distribution(self, logits: Tensor, temperature: Tensor) -> Tensor:
+        """[K V] log-probs of [K V] logits at [K] temperatures, banned tokens at minus infinity.
 
         The sampler and the losses both come through here: what is trained is what was sampled.
         """
-        logits = self.family.lm_head(states).float() / self.temperature
-        return torch.log_softmax(logits.masked_fill(self.banned, -torch.inf), dim=-1)
+        return torch.log_softmax((logits / temperature[:, None]).masked_fill(self.banned, -torch.inf), dim=-1)
+
+    def temperatures(self, prompts: Tensor) -> Tensor:
+        """[M] sampling temperature of the turns whose last prompt tokens have the states [M H]."""
+        if self.temperature_head is None:
+            return torch.full(prompts.shape[:1], self.temperature, device=prompts.device)
+        return self.temperature_head(prompts)
 
     def hidden(self, tokens: Tokens) -> Tensor:
         """[N T H] last hidden states of right-padded rows.
@@ -179,9 +223,9 @@ class Agent(nn.Module):
 
     # ---- parameters and adapters -------------------------------------------------------------------------------------
     def parameters_by_role(self) -> dict[str, list[nn.Parameter]]:
-        """Trainable parameters of the policy and of the value head."""
+        """Trainable parameters of the policy, and of our own heads."""
         policy = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        return {"policy": policy, "value": list(self.value_head.parameters())}
+        return {"policy": policy, "value": [p for head in self.heads().values() for p in head.parameters()]}
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
@@ -193,23 +237,30 @@ class Agent(nn.Module):
 
     # ---- disk --------------------------------------------------------------------------------------------------------
     def save(self, folder: Path) -> None:
-        """An HF folder: weights (or the adapter), tokenizer, image processor; the value head beside them."""
+        """An HF folder: weights (or the adapter), tokenizer, image processor; our own heads beside them."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
-        save_file(self.value_head.state_dict(), folder / VALUE_FILE)
+        for name, head in self.heads().items():
+            save_file(head.state_dict(), folder / name)
 
-    def load_value_head(self, folder: Path) -> None:
-        """Take the value head saved in `folder`, if there is one of the same shape; else keep the fresh one."""
-        path = folder / VALUE_FILE
-        if not path.is_file():
-            return
-        state, own = load_file(path), self.value_head.state_dict()
-        if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in own.items()}:
-            raise ModelError(
-                f"{path}: its shapes differ from model.value_head; delete it, or use the hidden size it has"
-            )
-        self.value_head.load_state_dict(state)
+    def heads(self) -> dict[str, nn.Module]:
+        """The networks that are ours, by the file that holds them."""
+        heads: dict[str, nn.Module] = {VALUE_FILE: self.value_head}
+        return heads if self.temperature_head is None else heads | {TEMPERATURE_FILE: self.temperature_head}
+
+    def load_heads(self, folder: Path) -> None:
+        """Take the heads saved in `folder`; one that isn't there stays fresh, one of another shape is refused."""
+        for name, head in self.heads().items():
+            path = folder / name
+            if not path.is_file():
+                continue
+            state, own = load_file(path), head.state_dict()
+            if {key: value.shape for key, value in state.items()} != {key: value.shape for key, value in own.items()}:
+                raise ModelError(
+                    f"{path}: its shapes differ from model.{path.stem}; delete it, or use the hidden size it has"
+                )
+            head.load_state_dict(state)
 
 
 def entropy_of(log_distribution: Tensor) -> Tensor:

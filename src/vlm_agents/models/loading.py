@@ -20,7 +20,7 @@ from transformers.utils.hub import cached_file
 
 from vlm_agents.config import HardwareConfig, ModelConfig, TrainableConfig
 from vlm_agents.errors import DataError, ModelError
-from vlm_agents.models.actor_critic import Agent, ValueHead
+from vlm_agents.models.actor_critic import Agent, TemperatureHead, ValueHead
 from vlm_agents.models.architectures import image_processor_of, tokenizer_for, whole_config
 from vlm_agents.models.families import Family, family_of, kind_of
 
@@ -68,9 +68,10 @@ def load_agent(
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     width = model.config.get_text_config().hidden_size
-    agent = Agent(model, family, tokenizer, image_processor, ValueHead(width, cfg.value_head), cfg.temperature)
+    head = cfg.temperature_head and TemperatureHead(width, cfg.temperature_head, cfg.temperature)
+    agent = Agent(model, family, tokenizer, image_processor, ValueHead(width, cfg.value_head), cfg.temperature, head)
     if folder or not random:
-        agent.load_value_head(folder or Path(source))
+        agent.load_heads(folder or Path(source))
     return agent.to(hardware.device).eval()
 
 

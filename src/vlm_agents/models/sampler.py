@@ -92,6 +92,7 @@ class Sampler:
         agent = self.agent
         batch = self.prefill(prompts, max_new_tokens)
         values = agent.value_head(batch.hidden).tolist()
+        temperatures = agent.temperatures(batch.hidden)
         count = len(prompts)
         draws = torch.from_numpy(np.stack([rng.random(max_new_tokens) for rng in rngs])).to(agent.device)
         tokens = np.zeros((count, max_new_tokens), dtype=np.int64)
@@ -100,7 +101,7 @@ class Sampler:
         live = torch.arange(count, device=agent.device)  # which prompt each row of the cache belongs to
         hidden, valid, positions = batch.hidden, batch.valid, batch.positions
         for step in range(max_new_tokens):
-            distribution = agent.log_distribution(hidden)
+            distribution = agent.log_distribution(agent.logits(hidden), temperatures[live])
             chosen = distribution.argmax(-1) if greedy else draw(distribution, draws[live, step])
             rows = live.cpu().numpy()
             tokens[rows, step] = chosen.cpu().numpy()

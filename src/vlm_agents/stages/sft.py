@@ -36,6 +36,8 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     seed_everything(cfg.seed)
     init = str(checkpoint.path) if checkpoint else stage.init
     agent = load_agent(cfg.model, cfg.hardware, init)
+    if agent.temperature_head is not None:
+        agent.temperature_head.requires_grad_(False)  # learned from rewards alone
     train, validation = (
         Chats(Path(stage.data) / f"{split}.parquet", agent.renderer) for split in ("train", "validation")
     )
