@@ -49,26 +49,42 @@ ui: setup ## MLflow in the browser, on this machine only
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --backend-store-uri sqlite:///$(CURDIR)/mlflow.db \
 		--host 127.0.0.1 --port 5000 --workers 1
 
-# The shipped weights: the expert cloned on four ids, then DoorKey as a demonstrator plays it whose hand slips.
-TINY := $(AGENTS) tracking=jsonl
-TINY_IDS := DoorKey-6x6 DoorKey-5x5 Empty-Random-5x5 Empty-Random-6x6
+# The shipped weights: experts cloned on MiniGrid and the card games, then players of DoorKey whose hand slips, so that
+# PPO has something to do.
 COMMA := ,
 EMPTY :=
 SPACE := $(EMPTY) $(EMPTY)
-tiny-weights: setup ## rebuild the weights of the tiny model (about 30 minutes); runs are kept under outputs/tiny*
-	$(TINY) stage=collect name=tiny_DoorKey-6x6 env.id=MiniGrid-DoorKey-6x6-v0 env.max_steps=null stage.episodes=4000
-	for id in $(wordlist 2,4,$(TINY_IDS)); do \
-		$(TINY) stage=collect name=tiny_$$id env.id=MiniGrid-$$id-v0 env.max_steps=null stage.episodes=500 || exit; done
-	$(TINY) stage=preprocess name=tiny \
-		stage.data=[$(subst $(SPACE),$(COMMA),$(TINY_IDS:%=outputs/tiny_%/collect))]
-	$(BIN)/python -m vlm_agents.models.tiny outputs/tiny/skeleton outputs/tiny/preprocess/train.parquet
-	$(TINY) stage=sft name=tiny model.path=outputs/tiny/skeleton
-	$(TINY) stage=collect name=tiny_slips seed=1 stage.episodes=1200 stage.noise=0.6
-	$(TINY) stage=preprocess name=tiny_slips stage.label=played stage.success_only=false
-	$(TINY) stage=sft name=tiny_slips stage.init=outputs/tiny/sft
-	$(TINY) stage=sft name=tiny_final stage.init=outputs/tiny_slips/sft stage.data=outputs/tiny_slips/preprocess \
-		seed=1 stage.epochs=0.6 stage.batch_size=32 stage.lr=7e-4
-	cp outputs/tiny_final/sft/model/* src/vlm_agents/models/tiny_weights/
+TINY = $(AGENTS) tracking=jsonl stage=$(1) name=tiny_$(2)
+MINIGRID = $(call TINY,collect,$(1)) env.id=MiniGrid-$(1)-v0 env.max_steps=null
+ROOMS := DoorKey-5x5 Empty-Random-5x5 Empty-Random-6x6
+CLONED := DoorKey-6x6 $(ROOMS) number_line blackjack ezpoints points24
+SLIPS := slips number_line blackjack ezpoints points24
+FINAL := slips2 $(ROOMS) number_line2 blackjack2 ezpoints2 points24_2
+RUNS = stage.data=[$(subst $(SPACE),$(COMMA),$(1:%=outputs/tiny_%/collect))] stage.success_only=false
+CLONE = model.path=outputs/tiny_skeleton stage.batch_size=16
+tiny-weights: setup ## rebuild the weights of the tiny model (about 80 minutes); runs are kept under outputs/tiny_*
+	$(call MINIGRID,DoorKey-6x6) stage.episodes=2500
+	$(foreach id,$(ROOMS),$(call MINIGRID,$(id)) stage.episodes=250 &&) true
+	$(call TINY,collect,number_line) env=number_line stage.episodes=200
+	$(call TINY,collect,blackjack) env=blackjack stage.episodes=1500 stage.noise=0.1
+	$(call TINY,collect,ezpoints) env=ezpoints stage.episodes=400 stage.noise=0
+	$(call TINY,collect,points24) env=points24 env.solvable_only=true stage.episodes=1500 stage.noise=0
+	$(call TINY,collect,slips) seed=1 stage.episodes=800 stage.noise=0.6
+	$(call TINY,collect,slips2) seed=2 stage.episodes=1000 stage.noise=0.4
+	$(call TINY,collect,number_line2) seed=2 env=number_line stage.episodes=600
+	$(call TINY,collect,blackjack2) seed=2 env=blackjack stage.episodes=3000 stage.noise=0.1
+	$(call TINY,collect,ezpoints2) seed=2 env=ezpoints stage.episodes=600 stage.noise=0
+	$(call TINY,collect,points24_2) seed=2 env=points24 env.solvable_only=true stage.episodes=2000 stage.noise=0
+	$(call TINY,preprocess,cloned) $(call RUNS,$(CLONED))
+	$(call TINY,preprocess,slips) $(call RUNS,$(SLIPS)) stage.label=played
+	$(call TINY,preprocess,final) $(call RUNS,$(FINAL)) stage.label=played
+	$(BIN)/python -m vlm_agents.models.tiny outputs/tiny_skeleton outputs/tiny_cloned/preprocess/train.parquet
+	$(call TINY,sft,cloned) $(CLONE)
+	$(call TINY,sft,slips) $(CLONE) stage.init=outputs/tiny_cloned/sft
+	$(call TINY,sft,final) $(CLONE) stage.init=outputs/tiny_slips/sft
+	$(call TINY,sft,rough) $(CLONE) stage.init=outputs/tiny_final/sft stage.data=outputs/tiny_slips/preprocess \
+		stage.epochs=0.15 stage.lr=3e-4
+	cp outputs/tiny_rough/sft/model/* src/vlm_agents/models/tiny_weights/
 	sha256sum src/vlm_agents/models/tiny_weights/model.safetensors
 
 test: setup ## the tests

@@ -147,6 +147,7 @@ def test_lora_is_an_option_of_its_own(compose_run) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["algo.novelty.coef=0.1"], "algo.novelty.coef > 0 makes a second adapter.*model/lora=adapter"),
         (["algo.kl_coef=0.1"], "algo.kl_coef > 0 needs a reference policy.*model/lora=adapter"),
         (["seed=-1"], "seed=-1 must be at least 0"),
         (["name=a/b"], "name='a/b' names a folder"),

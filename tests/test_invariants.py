@@ -49,14 +49,20 @@ def play(
 @pytest.mark.parametrize(
     "words",
     [
-        ["env=echo"],
-        ["env=echo", "prompt.history=full", "prompt=cot_json"],
-        ["env=echo", "prompt.history=full", "stage.freeze_vision=false", "hardware.tokens_per_microbatch=400"],
-        ["env=echo", "model.temperature=0.7", "model/lora=adapter"],
-        ["env=echo", "model/temperature_head=learned", "algo.turn_entropy_coef=0.1"],
-        ["env=minigrid", "env.id=MiniGrid-Empty-Random-5x5-v0", "env.max_steps=4", "prompt=cot_json"],
+        pytest.param(["env=echo"], id="echo"),
+        pytest.param(["env=echo", "prompt.history=full", "prompt=cot_json"], id="whole chat"),
+        pytest.param(
+            ["env=echo", "prompt.history=full", "stage.freeze_vision=false", "hardware.tokens_per_microbatch=400"],
+            id="vision trained",
+        ),
+        pytest.param(["env=echo", "model.temperature=0.7", "model/lora=adapter"], id="adapter"),
+        pytest.param(["env=echo", "model/temperature_head=learned", "algo.turn_entropy_coef=0.1"], id="temperature"),
+        pytest.param(["env=echo", "model/lora=adapter", "algo.novelty.coef=0.1"], id="novelty"),
+        pytest.param(
+            ["env=minigrid", "env.id=MiniGrid-Empty-Random-5x5-v0", "env.max_steps=4", "prompt=cot_json"],
+            id="minigrid",
+        ),
     ],
-    ids=["echo", "echo, whole chat", "echo, vision trained", "echo, adapter", "echo, learned temperature", "minigrid"],
 )
 def test_every_ratio_is_one_before_the_first_update(run_stage: RunStage, tmp_path: Path, words: list[str]):
     """On envs whose prompt changes each turn, and in every iteration, for the weights move in between."""

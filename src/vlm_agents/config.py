@@ -281,6 +281,18 @@ class TrackingConfig:
 
 # ---- algo ------------------------------------------------------------------------------------------------------------
 @dataclass
+class NoveltyConfig:
+    """The temporal predictor: a second adapter foretells an episode's actions from its first picture."""
+
+    coef: float = 0.0  # reward for a nat of surprise; 0: no predictor
+    lr: float = 1e-3
+
+    def __post_init__(self) -> None:
+        at_least("algo.novelty.coef", self.coef, 0)
+        at_least("algo.novelty.lr", self.lr, 0)
+
+
+@dataclass
 class AlgoConfig:
     name: str = MISSING
     gamma: float = 0.98
@@ -295,6 +307,7 @@ class AlgoConfig:
     turn_entropy_coef: float = 0.0
     kl_coef: float = 0.0  # k3 penalty towards the policy that training started from; needs model.lora
     target_kl: float | None = None  # an iteration's remaining updates are skipped once approx_kl passes this
+    novelty: NoveltyConfig = field(default_factory=NoveltyConfig)  # needs model.lora
     lr: float = 1e-4
     value_lr: float = 1e-3
     warmup_updates: int = 0
@@ -477,6 +490,10 @@ class RunConfig:
             raise ConfigError(
                 "algo.turn_entropy_coef > 0 trains a learned temperature, and there is none: "
                 "add model/temperature_head=learned, or set algo.turn_entropy_coef=0"
+            )
+        if self.algo is not None and self.algo.novelty.coef > 0 and self.model.lora is None:
+            raise ConfigError(
+                "algo.novelty.coef > 0 makes a second adapter, and the model has no first: add model/lora=adapter"
             )
         if self.algo is not None and self.algo.kl_coef > 0 and self.model.lora is None:
             raise ConfigError(

@@ -46,10 +46,11 @@ class EpisodeWriter:
         self._known = {path.stem for path in self._images.glob("*.png")}
         self._waiting: list[Path] = []  # pictures that the disk may not hold yet
 
-    def append(self, trajectory: Trajectory) -> None:
-        """Write one episode, whole or not at all; DataError when the disk is full. It then survives this process."""
-        encode = partial(self._encode, named={})
-        append_line(self._lines, json.dumps(trajectory, default=encode, allow_nan=False))
+    def append(self, *trajectories: Trajectory) -> None:
+        """Write episodes, each whole or not at all; DataError when the disk is full. They then survive this process."""
+        for trajectory in trajectories:
+            encode = partial(self._encode, named={})
+            append_line(self._lines, json.dumps(trajectory, default=encode, allow_nan=False))
 
     def sync(self) -> None:
         """Have the disk hold every episode written so far: they then survive a crash of the machine."""

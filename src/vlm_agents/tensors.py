@@ -13,6 +13,8 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from vlm_agents.types import Prompt
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -31,6 +33,14 @@ class Row:
     old_values: np.ndarray
     advantages: np.ndarray
     returns: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A prompt as the model sees it, up to and including the assistant header."""
+
+    ids: np.ndarray
+    images: tuple[Image, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +94,12 @@ class ActorCritic(Protocol):
 
 class Renderer(Protocol):
     """Rows to tensors, one per model family."""
+
+    def render(self, prompt: Prompt) -> Rendered: ...
+
+    def encode_reply(self, text: str) -> list[int]:
+        """Ids of a reply that no model sampled, ended by the end-of-turn token."""
+        ...
 
     def collate(self, rows: Sequence[Row]) -> Tokens: ...
 

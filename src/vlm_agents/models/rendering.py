@@ -6,31 +6,21 @@ sampled earlier in the episode keep their exact ids and pictures keep their exac
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from jinja2 import TemplateError
-from PIL.Image import Image
 
 from vlm_agents.errors import DataError, ModelError
 from vlm_agents.models.families import Family
 from vlm_agents.models.images import ImageStore
-from vlm_agents.tensors import Row, Tokens
+from vlm_agents.tensors import Rendered, Row, Tokens
 from vlm_agents.types import Prompt
 
 # Stands for a sampled reply while the chat template is applied; a private-use character can't come from text of ours.
 REPLY_MARK = "\ue000reply{}\ue000"
 REPLY_PATTERN = re.compile("\ue000reply(\\d+)\ue000")
-
-
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """A prompt as the model sees it, up to and including the assistant header."""
-
-    ids: np.ndarray
-    images: tuple[Image, ...]
 
 
 class HFRenderer:

@@ -42,8 +42,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
             metrics |= play_panel(cfg, envs, scripted_policy(name, prompt_format), stage.episodes, f"_{name}")[0]
     run.restore()  # an interrupted evaluation starts anew
     writer = EpisodeWriter(run.dir, anew=True)
-    for trajectory in trajectories:
-        writer.append(trajectory)
+    writer.append(*trajectories)
     writer.sync()
     run.log(0, metrics)
     table = [

@@ -16,9 +16,10 @@ from vlm_agents.env_pool import EnvPool
 from vlm_agents.episodes import EpisodeWriter, read_episodes
 from vlm_agents.learn.batch import rows as build_rows
 from vlm_agents.learn.engine import TorchEngine
+from vlm_agents.learn.novelty import TemporalPredictor
 from vlm_agents.learn.update import update
 from vlm_agents.models import Agent, load_agent
-from vlm_agents.models.loading import RUN_MODEL
+from vlm_agents.models.loading import RUN_MODEL, init_folder
 from vlm_agents.progress import say, track
 from vlm_agents.prompting import make_format
 from vlm_agents.report import captioned_frame, read_curves, write_report
@@ -31,6 +32,7 @@ RECORDED = 4  # episodes of each iteration kept in episodes.jsonl
 REPORTED = 12  # episodes in report.html
 CURVES = ("rollout/success", "rollout/return", "ppo/approx_kl", "ppo/entropy", "ppo/explained_variance", "eval/success")
 OPTIMIZER = "optimizer.pt"
+PREDICTOR = "temporal_predictor.pt"
 
 
 def main(cfg: RunConfig, run: Run) -> dict[str, float]:
@@ -43,16 +45,20 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     init = str(checkpoint.path) if checkpoint else stage.init
     agent = load_agent(cfg.model, cfg.hardware, init, freeze_vision=stage.freeze_vision)
     engine = TorchEngine(agent.parameters_by_role(), algo, stage.iterations)
+    predictor = temporal_predictor(cfg, agent, init)
+    learners = {name: part for name, part in ((OPTIMIZER, engine), (PREDICTOR, predictor)) if part}
     writer = EpisodeWriter(run.dir)
     state: dict[str, Any] = {"before": {}, "last": {}, "training_seconds": 0.0}
     if checkpoint:
-        engine.load_state_dict(torch.load(checkpoint.path / OPTIMIZER, weights_only=True))
+        for name, learner in learners.items():
+            learner.load_state_dict(torch.load(checkpoint.path / name, weights_only=True))
         state |= checkpoint.state
 
     def save(step: int) -> None:
         def write(folder: Path) -> None:
             agent.save(folder / RUN_MODEL)
-            torch.save(engine.state_dict(), folder / OPTIMIZER)
+            for name, learner in learners.items():
+                torch.save(learner.state_dict(), folder / name)
 
         writer.sync()
         run.save_checkpoint(step, write, state, stage.keep_checkpoints)
@@ -62,11 +68,10 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
             state["before"], _ = evaluate(cfg, run, envs, agent, 0)
             save(0)
         for iteration in range(checkpoint.step if checkpoint else 0, stage.iterations):
-            state["last"], trajectories = iterate(cfg, run, envs, agent, engine, iteration)
+            state["last"], trajectories = iterate(cfg, run, envs, agent, engine, predictor, iteration)
             state["training_seconds"] += state["last"]["time/rollout"] + state["last"]["time/update"]
             tell(run, iteration, stage.iterations, state["last"], trajectories[0])
-            for trajectory in trajectories[:RECORDED]:
-                writer.append(trajectory)
+            writer.append(*trajectories[:RECORDED])
             done = iteration + 1
             if stage.eval_episodes and stage.eval_every and done % stage.eval_every == 0 and done < stage.iterations:
                 evaluate(cfg, run, envs, agent, done)
@@ -74,7 +79,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
                 save(done)
         after, shown = evaluate(cfg, run, envs, agent, stage.iterations) if stage.eval_episodes else ({}, [])
     run.save_folder(RUN_MODEL, agent.save)
-    return finish(cfg, run, state, after, shown or list(read_episodes(run.dir))[-RECORDED:])
+    return finish(cfg, run, state, after, shown)
 
 
 def finish(
@@ -90,13 +95,29 @@ def finish(
         subtitle=f"run {cfg.name}, seed {cfg.seed}",
         metrics={name: value for name, value in metrics.items() if name.startswith(("eval/", "time/"))},
         curves=read_curves(run.path("metrics.jsonl"), CURVES),
-        episodes=shown[:REPORTED],
+        episodes=(shown or list(read_episodes(run.dir))[-RECORDED:])[:REPORTED],
     )
     return run.finish(metrics, {"model": run.path(RUN_MODEL), "report": report, "episodes": run.path("episodes.jsonl")})
 
 
+def temporal_predictor(cfg: RunConfig, agent: Agent, init: str | None) -> TemporalPredictor | None:
+    """The maker of `algo.novelty`'s bonus; a run that goes on from another's model takes its predictor along."""
+    if cfg.algo is None or not cfg.algo.novelty.coef:
+        return None
+    from vlm_agents.models.foreteller import AdapterForeteller  # peft: seconds that a run without an adapter saves
+
+    model = AdapterForeteller(agent, init_folder(init) if init else None)
+    return TemporalPredictor(model, agent.renderer, cfg.algo.novelty, cfg.hardware.tokens_per_microbatch)
+
+
 def iterate(
-    cfg: RunConfig, run: Run, envs: EnvPool, agent: Agent, engine: TorchEngine, iteration: int
+    cfg: RunConfig,
+    run: Run,
+    envs: EnvPool,
+    agent: Agent,
+    engine: TorchEngine,
+    predictor: TemporalPredictor | None,
+    iteration: int,
 ) -> tuple[dict[str, float], list[Trajectory]]:
     """One iteration: whole episodes, rows, update."""
     stage, algo = cfg.stage, cfg.algo
@@ -115,14 +136,18 @@ def iterate(
     )
     trajectories = list(track(playing, f"rollout {iteration + 1}", len(seeds)))
     collected = time.monotonic()
-    rows = build_rows(trajectories, agent.renderer, algo)
     rng = np.random.default_rng(run.seed_for("update", iteration))
+    rewarded, foretold = predictor.reward(trajectories) if predictor else (trajectories, {})
+    rows = build_rows(rewarded, agent.renderer, algo)
     learned = update(agent, agent.renderer, engine, rows, algo, rng, cfg.hardware.tokens_per_microbatch)
+    if predictor:
+        foretold |= predictor.learn(trajectories, rng)
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     rollout_seconds = collected - start
     return {
         **summarise(trajectories),
         **learned,
+        **foretold,
         "time/rollout": rollout_seconds,
         "time/update": time.monotonic() - collected,
         "speed/env_steps_per_s": len(turns) / rollout_seconds,

@@ -1,0 +1,122 @@
+"""The temporal predictor: a second adapter foretells an episode's actions from its first picture.
+
+Its surprise, how unlikely it found what was then done, is a bonus for the agent: episodes that go as they always go
+earn none. It learns from every iteration's episodes after they were judged. Not a value of states, and not part of the
+policy: its adapter is off while the agent samples and learns.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlm_agents.config import NoveltyConfig
+from vlm_agents.learn.batch import microbatches, usable
+from vlm_agents.tensors import Renderer, Row, Scores, Tokens
+from vlm_agents.types import Message, Trajectory
+
+QUESTION = "Which actions will be taken here, from the first to the last?"
+SEPARATOR = "; "
+EPISODES_A_STEP = 8
+
+
+class Foreteller(Protocol):
+    """A model with a second adapter."""
+
+    def score(self, tokens: Tokens) -> Scores: ...
+
+    def foretelling(self) -> AbstractContextManager[None]:
+        """The second adapter instead of the policy's."""
+        ...
+
+    def foretelling_parameters(self) -> list[torch.nn.Parameter]: ...
+
+
+class TemporalPredictor:
+    """Judges episodes, then learns from them."""
+
+    def __init__(self, model: Foreteller, renderer: Renderer, config: NoveltyConfig, tokens_per_microbatch: int):
+        self.model, self.renderer, self.config = model, renderer, config
+        self.tokens_per_microbatch = tokens_per_microbatch
+        self.parameters = model.foretelling_parameters()
+        self.optimizer = torch.optim.AdamW(self.parameters, config.lr, weight_decay=0.0)
+
+    def reward(self, trajectories: Sequence[Trajectory]) -> tuple[list[Trajectory], dict[str, float]]:
+        """The episodes with `coef` times the surprise, in nats, added to each turn's reward; and its mean."""
+        judged, surprises = [], []
+        for trajectory, surprise in zip(trajectories, self.surprise(trajectories), strict=True):
+            turns = tuple(
+                replace(turn, step=replace(turn.step, reward=turn.step.reward + self.config.coef * float(bonus)))
+                for turn, bonus in zip(trajectory.turns, surprise, strict=True)
+            )
+            judged.append(replace(trajectory, turns=turns))
+            surprises.append(surprise)
+        return judged, {"novelty/surprise": float(np.concatenate(surprises).mean())}
+
+    @torch.no_grad()
+    def surprise(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
+        """Per episode, per turn: minus the log-probability of its action, nats, given those before it."""
+        rows = {index: self.row(trajectory) for index, trajectory in enumerate(trajectories) if trajectory.turns}
+        place = {row.ident: index for index, row in rows.items()}
+        found = [np.zeros(len(trajectory.turns)) for trajectory in trajectories]
+        for part in microbatches(list(rows.values()), self.tokens_per_microbatch):
+            for row, logprobs in zip(part, self.logprobs(part), strict=True):
+                trajectory = trajectories[place[row.ident]]
+                np.subtract.at(found[place[row.ident]], self.turns_of(row, trajectory), logprobs.cpu().numpy())
+        return found
+
+    def learn(self, trajectories: Sequence[Trajectory], rng: np.random.Generator) -> dict[str, float]:
+        """One pass over the episodes, a step of the optimizer every few; the mean loss, nats a token."""
+        rows = [self.row(trajectory) for trajectory in usable(trajectories)]
+        order = rng.permutation(len(rows))
+        total = count = 0.0
+        for start in range(0, len(rows), EPISODES_A_STEP):
+            batch = [rows[index] for index in order[start : start + EPISODES_A_STEP]]
+            tokens = sum(end - begin for row in batch for begin, end in row.spans)
+            for part in microbatches(batch, self.tokens_per_microbatch):
+                with self.model.foretelling():
+                    loss = -self.model.score(self.renderer.collate(part)).logprobs.sum()
+                    (loss / tokens).backward()
+                total += float(loss.detach())
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            count += tokens
+        return {"novelty/loss": total / count}
+
+    def logprobs(self, rows: Sequence[Row]) -> Iterator[Tensor]:
+        """[L] of the reply tokens of each row."""
+        with self.model.foretelling():
+            scores = self.model.score(self.renderer.collate(rows))
+        yield from scores.logprobs.split([end - begin for row in rows for begin, end in row.spans])
+
+    def row(self, trajectory: Trajectory) -> Row:
+        """The first picture and a question; the reply: every action, in order."""
+        prompt = (Message("user", QUESTION, trajectory.turns[0].observation.images[:1]),)
+        rendered = self.renderer.render(prompt)
+        reply = self.renderer.encode_reply(SEPARATOR.join(actions_of(trajectory)))
+        ids = np.concatenate([rendered.ids, np.array(reply, dtype=np.int64)])
+        span = (len(rendered.ids), len(ids))
+        nothing = np.zeros(0, dtype=np.float32)
+        return Row(f"{trajectory.env}/seed {trajectory.seed}", ids, rendered.images, (span,), *[nothing] * 5)
+
+    def turns_of(self, row: Row, trajectory: Trajectory) -> np.ndarray:
+        """[L] which turn's action each reply token writes; a separator belongs to the action before it."""
+        ((start, end),) = row.spans
+        begins = self.renderer.offsets(row.input_ids[start:end].tolist())[:, 0]
+        ends = np.cumsum([len(action) + len(SEPARATOR) for action in actions_of(trajectory)])
+        return np.minimum(np.searchsorted(ends, begins, side="right"), len(trajectory.turns) - 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.optimizer.load_state_dict(dict(state))
+
+
+def actions_of(trajectory: Trajectory) -> list[str]:
+    return [turn.parsed.action or "invalid" for turn in trajectory.turns]

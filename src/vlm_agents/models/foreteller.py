@@ -1,0 +1,68 @@
+"""The model of the temporal predictor: a second LoRA adapter beside the policy's. `learn.novelty` trains it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel
+from torch import nn
+
+from vlm_agents.errors import ConfigError
+from vlm_agents.models.actor_critic import Agent
+from vlm_agents.tensors import Scores, Tokens
+
+POLICY = "default"  # peft's name of the only adapter that most models have
+FORETELLER = "temporal"  # and its folder, inside that of the model
+
+
+class AdapterForeteller:
+    """Implements novelty.Foreteller. The adapter comes out of `folder` where that has one, and is saved with the agent.
+
+    It has the policy's shape, on the language part alone: what pictures look like is the same for both.
+    """
+
+    def __init__(self, agent: Agent, folder: Path | None) -> None:
+        assert isinstance(agent.model, PeftModel)
+        self.agent, self.model = agent, agent.model
+        with self._gradients_kept():
+            if folder is not None and (folder / FORETELLER).is_dir():
+                self.model.load_adapter(str(folder / FORETELLER), FORETELLER, is_trainable=True)
+            else:
+                self.model.add_adapter(FORETELLER, self._shape())
+            self.model.set_adapter(POLICY)
+
+    def score(self, tokens: Tokens) -> Scores:
+        return self.agent.score(tokens)
+
+    @contextmanager
+    def foretelling(self) -> Iterator[None]:
+        """The second adapter alone answers, and alone learns."""
+        with self._gradients_kept():
+            self.model.set_adapter(FORETELLER)
+            try:
+                yield
+            finally:
+                self.model.set_adapter(POLICY)
+
+    def foretelling_parameters(self) -> list[nn.Parameter]:
+        return [parameter for name, parameter in self.model.named_parameters() if f".{FORETELLER}." in name]
+
+    def _shape(self) -> LoraConfig:
+        policy = self.model.peft_config[POLICY]
+        assert isinstance(policy, LoraConfig)
+        targets = {name for name in policy.target_modules or () if self.agent.family.part_of(name) == "language"}
+        if not targets:
+            raise ConfigError("algo.novelty adapts the language part: set model.train.language=true")
+        return replace(policy, target_modules=targets)
+
+    @contextmanager
+    def _gradients_kept(self) -> Iterator[None]:
+        """peft makes all of an adapter trainable that it switches to, frozen parts too."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        try:
+            yield
+        finally:
+            self.model.requires_grad_(False)
+            for parameter in trained:
+                parameter.requires_grad_(True)

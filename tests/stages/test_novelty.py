@@ -1,0 +1,129 @@
+"""The temporal predictor over a real model: its surprise is what it says, it learns, and the policy doesn't notice."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vlm_agents.config import HardwareConfig, LoraConfig, ModelConfig, NoveltyConfig
+from vlm_agents.learn.novelty import QUESTION, TemporalPredictor
+from vlm_agents.models import Agent, load_agent
+from vlm_agents.models.foreteller import AdapterForeteller
+from vlm_agents.types import Message, Observation, Parsed, Reply, Step, Trajectory, Turn
+
+RunStage = Callable[..., Path]
+WORDS = ("stage=ppo", "model/lora=adapter", "algo.novelty.coef=0.1", "stage.iterations=2", "stage.episodes=4")
+
+
+def episode(seed: int, *actions: str | None) -> Trajectory:
+    """One colour of picture a seed."""
+    seen = Observation("go", (Image.new("RGB", (56, 56), (40 * seed, 90, 200)),))
+    turns = [Turn(seen, (), Reply(""), Parsed(action), Step(seen, 0.5, False, False)) for action in actions]
+    return Trajectory("room", seed, "model", tuple(turns), "success")
+
+
+EPISODES = [episode(0, "left", "left", "go"), episode(1, "go"), episode(2, "right", None, "right", "go")]
+
+
+@pytest.fixture
+def agent(tiny_model: Path) -> Agent:
+    torch.manual_seed(0)
+    cfg = ModelConfig(name="tiny", path=str(tiny_model), lora=LoraConfig(rank=8, alpha=16))
+    return load_agent(cfg, HardwareConfig(name="cpu"), freeze_vision=True)
+
+
+def predictor_of(agent: Agent, folder: Path | None = None, lr: float = 1e-2) -> TemporalPredictor:
+    return TemporalPredictor(AdapterForeteller(agent, folder), agent.renderer, NoveltyConfig(0.1, lr), 10_000)
+
+
+def test_surprise_is_the_negative_log_probability_of_each_action(agent: Agent):
+    """A fresh adapter changes nothing: what the bare model says of the text is its surprise, split over the turns."""
+    predictor = predictor_of(agent)
+    (surprise,) = predictor.surprise(EPISODES[2:])
+    head = agent.renderer.render((Message("user", QUESTION, EPISODES[2].turns[0].observation.images),)).ids
+    pieces = ["right; ", "invalid; ", "right; ", "go"]
+    ids = agent.renderer.encode_reply("".join(pieces))
+    row = replace(
+        predictor.row(EPISODES[2]), input_ids=np.concatenate([head, ids]), spans=((len(head), len(head) + len(ids)),)
+    )
+    with torch.no_grad():
+        logprobs = agent.score(agent.renderer.collate([row])).logprobs.numpy()
+    expected, place, written = np.zeros(4), 0, ""
+    for logprob, (start, _) in zip(logprobs, agent.renderer.offsets(ids), strict=True):
+        while place < 3 and start >= len(written) + len(pieces[place]):
+            written += pieces[place]
+            place += 1
+        expected[place] -= logprob
+    np.testing.assert_allclose(surprise, expected, rtol=1e-4)
+    assert (surprise > 0).all()
+
+
+def test_the_bonus_is_added_to_each_turn_and_nothing_else_changes(agent: Agent):
+    predictor = predictor_of(agent)
+    judged, metrics = predictor.reward(EPISODES)
+    surprises = np.concatenate(predictor.surprise(EPISODES))
+    rewards = [turn.step.reward for trajectory in judged for turn in trajectory.turns]
+    np.testing.assert_allclose(rewards, 0.5 + 0.1 * surprises, rtol=1e-5)
+    assert metrics["novelty/surprise"] == pytest.approx(surprises.mean())
+    assert EPISODES[0].turns[0].step.reward == 0.5
+    assert [trajectory.stop for trajectory in judged] == ["success"] * 3
+
+
+def test_what_it_saw_surprises_it_less_than_what_it_did_not(agent: Agent):
+    predictor = predictor_of(agent)
+    rng = np.random.default_rng(0)
+    first = predictor.learn(EPISODES, rng)["novelty/loss"]
+    losses = [predictor.learn(EPISODES, rng)["novelty/loss"] for _ in range(25)]
+    assert losses[-1] < 0.3 * first
+    usual, other = predictor.surprise([EPISODES[0], episode(0, "right", "right", "go")])
+    assert usual.sum() < 1 < other.sum() - 2
+
+
+def test_the_policy_does_not_notice(agent: Agent):
+    predictor = predictor_of(agent)
+    trained = {name for name, parameter in agent.named_parameters() if parameter.requires_grad}
+    before = {name: parameter.clone() for name, parameter in agent.named_parameters()}
+    predictor.learn(EPISODES, np.random.default_rng(0))
+    moved = {name for name, parameter in agent.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved
+    assert all(".temporal." in name for name in moved)
+    assert {name for name, parameter in agent.named_parameters() if parameter.requires_grad} == trained
+    assert not any(".temporal." in name or ".visual." in name for name in trained)
+    assert len(predictor.parameters) == sum(".temporal." in name for name in before)
+
+
+def test_it_is_saved_with_the_agent(agent: Agent, tiny_model: Path, tmp_path: Path):
+    predictor = predictor_of(agent)
+    predictor.learn(EPISODES, np.random.default_rng(0))
+    agent.save(tmp_path)
+    cfg = ModelConfig(name="tiny", path=str(tiny_model), lora=LoraConfig(rank=8, alpha=16))
+    again = load_agent(cfg, HardwareConfig(name="cpu"), str(tmp_path), freeze_vision=True)
+    for one, other in zip(predictor_of(again, tmp_path).surprise(EPISODES), predictor.surprise(EPISODES), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_run_with_it_resumes_bit_for_bit(run_stage: RunStage, tmp_path: Path):
+    words = (*WORDS, "stage.num_envs=4", "stage.eval_episodes=0")
+    whole = run_stage(tmp_path / "whole", *words)
+    half = tmp_path / "half"
+    shutil.copytree(whole, half)
+    for name in ("DONE", "summary.json"):
+        (half / name).unlink()
+    _, newest = sorted((half / "checkpoints").iterdir())
+    shutil.rmtree(newest)
+    shutil.rmtree(half / "model")
+    run_stage(half, *words)
+    weights = "model/temporal/adapter_model.safetensors"
+    assert (half / weights).read_bytes() == (whole / weights).read_bytes()
+    surprises = [
+        [json.loads(line)["novelty/surprise"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (whole, half)
+    ]
+    assert surprises[0] == surprises[1]
+    assert len(surprises[0]) == 2
