@@ -149,6 +149,11 @@ def test_lora_is_an_option_of_its_own(compose_run) -> None:
     [
         (["algo.novelty.coef=0.1"], "algo.novelty.coef > 0 makes a second adapter.*model/lora=adapter"),
         (["algo.kl_coef=0.1"], "algo.kl_coef > 0 needs a reference policy.*model/lora=adapter"),
+        (["algo.value_lr=-1"], "algo.value_lr=-1.0 must be at least 0"),
+        (["algo.lr=nan"], "algo.lr=nan must be at least 0"),
+        (["algo.clip=nan"], "algo.clip=nan and .* must be positive"),
+        (["env.invalid_penalty=-1"], "env.invalid_penalty=-1.0 must be at least 0"),
+        (["hardware.threads=0"], "hardware.threads=0 must be at least 1"),
         (["seed=-1"], "seed=-1 must be at least 0"),
         (["name=a/b"], "name='a/b' names a folder"),
         (["+stage.episdoes=3"], "stage.episdoes: no such setting"),

@@ -107,6 +107,13 @@ def test_an_unfinished_last_line_is_dropped_with_a_warning(run_dir: Path, caplog
     assert list(read_episodes(run_dir)) == [*EPISODES, EPISODES[1]]
 
 
+def test_a_picture_that_a_crash_left_empty_is_written_again(run_dir: Path):
+    for path in (run_dir / "images").iterdir():
+        path.write_bytes(b"")
+    EpisodeWriter(run_dir, anew=True).append(*EPISODES)
+    assert list(read_episodes(run_dir)) == EPISODES
+
+
 def test_a_writer_can_start_anew(run_dir: Path):
     writer = EpisodeWriter(run_dir, anew=True)
     writer.append(EPISODES[2])

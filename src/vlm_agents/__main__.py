@@ -227,8 +227,9 @@ def help_text() -> str:
     options = groups()
     first_lines = {name: (conf_dir() / f"stage/{name}.yaml").read_text().split("\n", 1)[0] for name in options["stage"]}
     stages = [f"  {name:<12}{line.lstrip('# ')}" for name, line in first_lines.items()]
+    width = max(map(len, options)) + 2
     chosen = [
-        fill(f"  {group:<16}{', '.join(names)}", width=120, subsequent_indent=" " * 18)
+        fill(f"  {group:<{width}}{', '.join(names)}", width=120, subsequent_indent=" " * (width + 2))
         for group, names in options.items()
         if group != "stage"
     ]

@@ -37,7 +37,7 @@ def one_of(what: str, value: str, allowed: Any) -> None:
 
 
 def at_least(what: str, value: float, bound: float) -> None:
-    if value < bound:
+    if not value >= bound:  # a value that is no number fails too
         raise ConfigError(f"{what}={value} must be at least {bound}")
 
 
@@ -57,6 +57,7 @@ class EnvConfig:
     timeout_s: float = 60.0  # a worker that answers later is restarted, its episode marked env_error
 
     def __post_init__(self) -> None:
+        at_least("env.invalid_penalty", self.invalid_penalty, 0)
         if self.max_steps is not None:
             at_least("env.max_steps", self.max_steps, 1)
         if self.timeout_s <= 0:
@@ -265,6 +266,8 @@ class HardwareConfig:
 
     def __post_init__(self) -> None:
         one_of("hardware.dtype", self.dtype, Literal["float32", "bfloat16"])
+        if self.threads is not None:
+            at_least("hardware.threads", self.threads, 1)
         at_least("hardware.tokens_per_microbatch", self.tokens_per_microbatch, 1)
 
 
@@ -319,9 +322,13 @@ class AlgoConfig:
         one_of("algo.name", self.name, Literal["ppo"])
         for name in ("gamma", "gae_lambda", "min_lr_ratio"):
             in_unit(f"algo.{name}", getattr(self, name))
-        for name, bound in (("epochs", 1), ("minibatch_turns", 1), ("thought_coef", 0), ("kl_coef", 0), ("lr", 0)):
-            at_least(f"algo.{name}", getattr(self, name), bound)
-        if self.clip <= 0 or self.max_grad_norm <= 0:
+        for name in ("epochs", "minibatch_turns"):
+            at_least(f"algo.{name}", getattr(self, name), 1)
+        for name in ("thought_coef", "value_coef", "entropy_coef", "turn_entropy_coef", "kl_coef", "target_kl"):
+            at_least(f"algo.{name}", getattr(self, name) or 0, 0)
+        for name in ("lr", "value_lr", "warmup_updates", "weight_decay"):
+            at_least(f"algo.{name}", getattr(self, name), 0)
+        if not (self.clip > 0 and self.max_grad_norm > 0):
             raise ConfigError(f"algo.clip={self.clip} and algo.max_grad_norm={self.max_grad_norm} must be positive")
 
 
@@ -387,9 +394,8 @@ class PreprocessConfig(StageConfig):
     name: str = "preprocess"
     data: list[str] = MISSING  # run directories of stage=collect, and .json files in LLaVA's layout
     images: str | None = None  # folder that the image paths of LLaVA files start from; null: where each file lies
-    label: str = (
-        "reply"  # reply: what the policy said, if it meant it | advice: what the expert would have said (DAgger)
-    )
+    label: str = "reply"  # what the policy said, if it meant it | advice: what the expert would have said (DAgger) |
+    # played: what was played, random moves too, with the expert's thought: it sees well and acts badly
     success_only: bool = True
     min_score: float = 0.0  # keep steps rated at least this (0-10); unrated steps count as 0
     val_fraction: float = 0.02  # share of episodes held out for validation
@@ -411,15 +417,17 @@ class SftConfig(StageConfig):
     epochs: float = 1.0
     batch_size: int = 64
     lr: float = 1e-3
-    warmup_steps: int = 50
+    warmup_steps: int = 50  # half of all steps at most
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     checkpoint_every: int = 200  # optimizer steps
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        if self.epochs <= 0:
+        if not self.epochs > 0:
             raise ConfigError(f"stage.epochs={self.epochs} must be positive")
+        for name in ("lr", "warmup_steps", "weight_decay", "max_grad_norm"):
+            at_least(f"stage.{name}", getattr(self, name), 0)
         for name in ("batch_size", "checkpoint_every", "keep_checkpoints"):
             at_least(f"stage.{name}", getattr(self, name), 1)
 

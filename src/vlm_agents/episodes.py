@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 LINES = "episodes.jsonl"
 IMAGES = "images"
+SYNC_EVERY = 1000  # pictures
 
 
 class EpisodeWriter:
@@ -43,7 +44,8 @@ class EpisodeWriter:
         with writing(self._lines):
             self._lines.touch()
             self._cut(anew)
-        self._known = {path.stem for path in self._images.glob("*.png")}
+        # one that a crash of the machine left empty is written again
+        self._known = {path.stem for path in self._images.glob("*.png") if path.stat().st_size}
         self._waiting: list[Path] = []  # pictures that the disk may not hold yet
 
     def append(self, *trajectories: Trajectory) -> None:
@@ -51,6 +53,8 @@ class EpisodeWriter:
         for trajectory in trajectories:
             encode = partial(self._encode, named={})
             append_line(self._lines, json.dumps(trajectory, default=encode, allow_nan=False))
+        if len(self._waiting) > SYNC_EVERY:
+            self.sync()
 
     def sync(self) -> None:
         """Have the disk hold every episode written so far: they then survive a crash of the machine."""

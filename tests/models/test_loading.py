@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vlm_agents.config import LoraConfig, ValueHeadConfig
-from vlm_agents.errors import DataError, ModelError
-from vlm_agents.models import Agent
+from vlm_agents.config import HardwareConfig, LoraConfig, ModelConfig, ValueHeadConfig
+from vlm_agents.errors import ConfigError, DataError, ModelError
+from vlm_agents.models import Agent, load_agent
 from vlm_agents.tensors import Row
 from vlm_agents.types import Prompt
 
@@ -139,9 +139,28 @@ def test_a_truncated_adapter(load: Load, tmp_path: Path):
 
 def test_an_adapter_of_another_model(load: Load, broken: Path, tmp_path: Path):
     load(lora=LoraConfig(rank=4)).save(tmp_path / "adapter")
+    named = tmp_path / "adapter/adapter_config.json"  # its base is then the model of the settings
+    named.write_text(json.dumps(json.loads(named.read_text()) | {"base_model_name_or_path": None}))
     config = json.loads((broken / "config.json").read_text())
     config["text_config"]["intermediate_size"] = 256
     (broken / "config.json").write_text(json.dumps(config))
     arguments = {"path": str(broken), "weights": "random", "lora": LoraConfig(rank=4)}
     message = refusal(load, init=tmp_path / "adapter", **arguments)
     assert f"adapter {tmp_path / 'adapter'} can't be loaded" in message
+
+
+def test_a_device_that_is_not_there(tiny_folder: Path):
+    for device, message in (("foo", "is no device of torch: set cpu"), ("cuda", "no GPU here; set hardware=cpu")):
+        if device == "cuda" and torch.cuda.is_available():
+            continue
+        with pytest.raises(ConfigError, match=f"hardware.device={device}.*{message}"):
+            load_agent(ModelConfig(name="tiny", path=str(tiny_folder)), HardwareConfig(name="x", device=device))
+
+
+def test_threads_are_those_that_were_asked_for(tiny_folder: Path):
+    before = torch.get_num_threads()
+    try:
+        load_agent(ModelConfig(name="tiny", path=str(tiny_folder)), HardwareConfig(name="cpu", threads=before + 1))
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)

@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -6,7 +7,7 @@ import torch
 from torch import nn
 
 from vlm_agents.config import LoraConfig, TrainableConfig
-from vlm_agents.errors import ConfigError
+from vlm_agents.errors import ConfigError, ModelError
 from vlm_agents.models import Agent
 from vlm_agents.tensors import Row
 from vlm_agents.types import Prompt
@@ -92,3 +93,27 @@ def test_a_loaded_adapter_trains_in_the_chosen_parts(load: Load, tmp_path: Path)
     trained = [name for name, parameter in again.model.named_parameters() if parameter.requires_grad]
     assert len(trained) == 2 * 28
     assert {again.family.part_of(name) for name in trained} == {"language"}
+
+
+def test_an_adapter_finds_the_weights_that_it_was_trained_on(load: Load, rows: list[Row], tmp_path: Path):
+    """Not the model of the settings, where it started from other weights: those of a cloning run, say."""
+    cloned = load()
+    with torch.no_grad():
+        for parameter in cloned.model.parameters():
+            parameter.mul_(1.05)
+    cloned.save(tmp_path / "cloned")
+    adapted = load(init=tmp_path / "cloned", lora=SMALL)
+    adapted.save(tmp_path / "adapted")
+    with torch.no_grad():
+        expected = adapted.score(adapted.renderer.collate(rows)).logprobs
+        again = load(init=tmp_path / "adapted", lora=SMALL)
+        torch.testing.assert_close(again.score(again.renderer.collate(rows)).logprobs, expected, rtol=0, atol=0)
+    shutil.rmtree(tmp_path / "cloned")
+    with pytest.raises(ModelError, match=r"was trained on .*cloned, which isn't there: put it back"):
+        load(init=tmp_path / "adapted", lora=SMALL)
+
+
+def test_another_shape_than_the_saved_one_is_refused(load: Load, tmp_path: Path):
+    load(lora=SMALL).save(tmp_path)
+    with pytest.raises(ConfigError, match=f"has rank {SMALL.rank} .*set model.lora.rank={SMALL.rank}"):
+        load(init=tmp_path, lora=LoraConfig(rank=SMALL.rank + 1, alpha=SMALL.alpha))

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from vlm_agents.episodes import read_episodes
+from vlm_agents.errors import ConfigError
 from vlm_agents.run import panel_seeds, training_seed
 
 RunStage = Callable[..., Path]
@@ -105,6 +106,14 @@ def test_an_adapter_is_trained_towards_the_reward_and_held_to_its_base(run_stage
     assert all(line["ppo/kl_reference"] > 1e-4 for line in lines(folder))
     still = run_stage(tmp_path / "still", *words, "algo.kl_coef=0.1", "algo.lr=0")
     assert all(abs(line["ppo/kl_reference"]) < 1e-9 for line in lines(still))
+
+
+def test_a_reference_that_is_not_the_start_is_refused(run_stage: RunStage, tmp_path: Path):
+    """An adapter to go on from: switched off, it leaves a policy from before it."""
+    words = ("stage=ppo", "stage.iterations=1", "stage.episodes=2", "stage.eval_episodes=0", "model/lora=adapter")
+    first = run_stage(tmp_path / "first", *words)
+    with pytest.raises(ConfigError, match=r"stage.init=.*first is an adapter that training would change: merge it"):
+        run_stage(tmp_path / "second", *words, f"stage.init={first}", "algo.kl_coef=0.1")
 
 
 def test_the_next_stage_starts_from_the_weights_that_are_left(trained: Path, run_stage: RunStage, tmp_path: Path):

@@ -65,6 +65,13 @@ def test_each_line_is_the_mean_over_its_steps(run_stage: RunStage, echo_chats: P
     assert curve[0]["sft/loss"] == pytest.approx(-float(scores.logprobs.mean()), rel=1e-5)
 
 
+def test_a_short_run_warms_up_for_half_of_its_steps(run_stage: RunStage, echo_chats: Path, tmp_path: Path):
+    """And so trains at all: of two steps the first has no learning rate, the second all of it."""
+    words = ["stage=sft", "stage.batch_size=1000", f"stage.data={echo_chats}", "stage.lr=3e-4", "stage.epochs=2"]
+    (line,) = [line for line in lines(run_stage(tmp_path, *words)) if "sft/lr" in line]
+    assert line["sft/lr"] == pytest.approx(3e-4)
+
+
 def test_what_is_trained_is_the_reply_and_nothing_else(echo_chats: Path, tiny_model: Path):
     agent = load_agent(ModelConfig("tiny", path=str(tiny_model)), HardwareConfig("cpu"))
     row = Chats(echo_chats / "train.parquet", agent.renderer)[0]

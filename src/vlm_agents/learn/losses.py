@@ -18,7 +18,7 @@ class PolicyLoss:
 
     loss: Tensor
     ratio: Tensor  # new over old probability of the turn's reply, its tokens weighted
-    approx_kl: Tensor  # k3 estimate of KL(old || new); never negative
+    approx_kl: Tensor  # k3 estimate of KL(old || new) over all tokens, unweighted; never negative
     clipped: Tensor  # 1 where the ratio has left [1 - clip, 1 + clip], else 0
 
 
@@ -54,7 +54,8 @@ def ppo_policy_loss(
     ratio = log_ratio.exp()
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     seen = ratio.detach()
-    return PolicyLoss(-surrogate, seen, k3(log_ratio.detach()), ((seen - 1).abs() > clip).to(ratio.dtype))
+    drift = turn_sum((logprobs - old_logprobs).detach(), turn_of_token, len(advantages))
+    return PolicyLoss(-surrogate, seen, k3(drift), ((seen - 1).abs() > clip).to(ratio.dtype))
 
 
 def value_loss(values: Tensor, returns: Tensor) -> Tensor:

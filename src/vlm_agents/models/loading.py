@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from vlm_agents.config import HardwareConfig, ModelConfig, TrainableConfig
-from vlm_agents.errors import DataError, ModelError
+from vlm_agents.errors import ConfigError, DataError, ModelError, VlmAgentsError
 from vlm_agents.models.actor_critic import Agent, TemperatureHead, ValueHead
 from vlm_agents.models.architectures import image_processor_of, tokenizer_for, whole_config
 from vlm_agents.models.families import Family, family_of, kind_of
@@ -40,6 +40,7 @@ def load_agent(
     `init` may hold an adapter (then its base is `cfg`'s model) or whole weights. `freeze_vision` trains the language
     part alone, whatever `cfg.train` says.
     """
+    use_hardware(hardware)
     os.environ.setdefault("DS_ACCELERATOR", hardware.device.split(":")[0])  # else deepspeed, once imported, warns
     if hardware.device == "cpu":  # there torch reads shared heads as they are; transformers copies them out for a mask
         os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
@@ -48,8 +49,9 @@ def load_agent(
     adapter = folder is not None and (folder / ADAPTER_FILE).is_file()
     if adapter and cfg.lora is None:
         raise ModelError(f"{folder} holds a LoRA adapter: set model.lora={{rank:...}} as in the run that made it")
-    source = str(folder) if folder and not adapter else cfg.path or str(TINY)
-    random = cfg.weights == "random" and (folder is None or adapter)
+    base = base_of(folder, cfg) if folder and adapter else folder
+    source = str(base or cfg.path or TINY)
+    random = cfg.weights == "random" and base is None
     if random and cfg.architecture is not None:
         model, tokenizer, image_processor = make_parts(cfg, hardware)
     else:
@@ -62,7 +64,7 @@ def load_agent(
 
         if adapter:
             with refusing(f"adapter {folder}", "Set stage.init to a whole adapter of the model that model.path names"):
-                model = lora.load(model, str(folder), family, train)
+                model = lora.load(model, str(folder), family, cfg.lora, train)
         else:
             model = lora.add(model, family, cfg.lora, train)
     if cfg.gradient_checkpointing:
@@ -73,6 +75,32 @@ def load_agent(
     if folder or not random:
         agent.load_heads(folder or Path(source))
     return agent.to(hardware.device).eval()
+
+
+def base_of(folder: Path, cfg: ModelConfig) -> Path | None:
+    """The folder of weights that the adapter in `folder` was trained on; None where that is the model of `cfg`."""
+    named = json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
+    shipped = cfg.path is None and Path(named).parts[-2:] == TINY.parts[-2:]  # where another machine has this package
+    if named in ("", cfg.path) or shipped:
+        return None
+    if Path(named).is_dir():
+        return Path(named)
+    raise ModelError(
+        f"the adapter in {folder} was trained on {named}, which isn't there: put it back, or write where it is now "
+        f"into {ADAPTER_FILE} as base_model_name_or_path"
+    )
+
+
+def use_hardware(hardware: HardwareConfig) -> None:
+    """ConfigError where torch knows no such device, or this machine has none."""
+    try:
+        kind = torch.device(hardware.device).type
+    except RuntimeError as error:
+        raise ConfigError(f"hardware.device={hardware.device} is no device of torch: set cpu or cuda") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"hardware.device={hardware.device}: torch sees no GPU here; set hardware=cpu")
+    if hardware.threads is not None:
+        torch.set_num_threads(hardware.threads)
 
 
 def keep_gradients(model: nn.Module, family: Family, train: TrainableConfig) -> None:
@@ -161,6 +189,8 @@ def refusing(what: str, remedy: str) -> Iterator[None]:
     """Turn whatever the libraries raise over bad files into one line that says what can't be loaded."""
     try:
         yield
+    except VlmAgentsError:
+        raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         reason = shorten(str(error).rstrip(". ") or type(error).__name__, 300, placeholder=" ...")
         raise ModelError(f"{what} can't be loaded: {reason}. {remedy}") from error

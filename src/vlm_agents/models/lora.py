@@ -30,9 +30,16 @@ def add(model: Any, family: Family, lora: LoraConfig, train: TrainableConfig) ->
     return get_peft_model(model, config)
 
 
-def load(model: Any, folder: str, family: Family, train: TrainableConfig) -> PeftModel:
-    """A saved adapter, trainable in the chosen parts."""
+def load(model: Any, folder: str, family: Family, lora: LoraConfig, train: TrainableConfig) -> PeftModel:
+    """A saved adapter, trainable in the chosen parts. ConfigError where `lora` asks for another shape."""
     adapted = PeftModel.from_pretrained(model, folder, is_trainable=True)
+    saved = adapted.peft_config["default"]
+    assert isinstance(saved, PeftLoraConfig)
+    if (saved.r, saved.lora_alpha) != (lora.rank, lora.alpha):
+        raise ConfigError(
+            f"the adapter in {folder} has rank {saved.r} and alpha {saved.lora_alpha}: set model.lora.rank={saved.r} "
+            f"model.lora.alpha={saved.lora_alpha}"
+        )
     for name, parameter in adapted.named_parameters():
         parameter.requires_grad_("lora_" in name and getattr(train, family.part_of(name)))
     return adapted

@@ -1,6 +1,7 @@
 """Supervised fine-tuning on chats: transformers' Trainer around the agent, renderer and log-probs that PPO uses too."""
 
 import io
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -138,12 +139,13 @@ class SftTrainer(Trainer):
         # what a checkpoint keeps: the steps done, the mean loss on the last line of the curves, each step's since then
         self.progress: dict[str, Any] = {"step": 0, "done": False, "loss": float("nan"), "since": []}
         self.order = GroupedSampler(train.lengths(), stage.batch_size, seed)
+        steps = math.ceil(math.ceil(len(train) / stage.batch_size) * stage.epochs)
         arguments = TrainingArguments(
             output_dir=str(run.dir),
             num_train_epochs=stage.epochs,
             per_device_train_batch_size=stage.batch_size,
             learning_rate=stage.lr,
-            warmup_steps=stage.warmup_steps,
+            warmup_steps=min(stage.warmup_steps, steps // 2),
             lr_scheduler_type="cosine",
             weight_decay=stage.weight_decay,
             max_grad_norm=stage.max_grad_norm,
