@@ -13,12 +13,14 @@ from vlm_agents.config import (
     AlgoConfig,
     BlackjackConfig,
     CollectConfig,
+    DoctorConfig,
     EchoConfig,
     EnvConfig,
     EvalConfig,
     EZPointsConfig,
     HardwareConfig,
     LoraConfig,
+    MergeConfig,
     MiniGridConfig,
     ModelConfig,
     NumberLineConfig,
@@ -56,6 +58,8 @@ EXACT_TYPES = {
     ("stage", "sft"): SftConfig,
     ("stage", "ppo"): PpoConfig,
     ("stage", "eval"): EvalConfig,
+    ("stage", "merge"): MergeConfig,
+    ("stage", "doctor"): DoctorConfig,
 }
 FILES = sorted(path for path in conf_dir().rglob("*.yaml") if "local" not in path.parts)
 OPTIONS = [(group, path.stem) for group in GROUP_TYPES for path in sorted((conf_dir() / group).glob("*.yaml"))]
@@ -132,10 +136,12 @@ def test_defaults_are_the_ones_of_the_readme(compose_run) -> None:
 def test_stages_find_each_other_by_name(compose_run) -> None:
     assert compose_run("stage=preprocess").stage.data == ["outputs/test/collect"]
     assert compose_run("stage=sft").stage.data == "outputs/test/preprocess"
+    assert compose_run("stage=merge").stage.init == "outputs/test/ppo"
 
 
 def test_only_ppo_brings_an_algo(compose_run) -> None:
-    with_algo = [name for name in ("collect", "preprocess", "sft", "ppo", "eval") if compose_run(f"stage={name}").algo]
+    stages = [option for group, option in OPTIONS if group == "stage"]
+    with_algo = [name for name in stages if compose_run(f"stage={name}").algo]
     assert with_algo == ["ppo"]
 
 

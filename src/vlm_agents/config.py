@@ -474,6 +474,34 @@ class EvalConfig(StageConfig):
         at_least("stage.report_episodes", self.report_episodes, 0)
 
 
+@dataclass
+class MergeConfig(StageConfig):
+    """Merge an adapter into its base, as a plain HF folder."""
+
+    name: str = "merge"
+    init: str = MISSING  # run directory or folder of the adapter
+    tolerance: float | None = None  # largest difference of a logit; null: 1e-3 in float32, 0.5 in bfloat16
+
+    def __post_init__(self) -> None:
+        if self.tolerance is not None:
+            at_least("stage.tolerance", self.tolerance, 0)
+
+
+@dataclass
+class DoctorConfig(StageConfig):
+    """Say what this machine can run, and what the chosen model would need."""
+
+    name: str = "doctor"
+    num_envs: int = 64  # prompts that are sampled for at once, as stage=ppo has it
+    freeze_vision: bool = True  # as stage=ppo has it; stage=sft trains what model.train says
+    prompt_tokens: int | None = None  # longest prompt; null: the longest of a few random episodes
+
+    def __post_init__(self) -> None:
+        at_least("stage.num_envs", self.num_envs, 1)
+        if self.prompt_tokens is not None:
+            at_least("stage.prompt_tokens", self.prompt_tokens, 1)
+
+
 # ---- a run -----------------------------------------------------------------------------------------------------------
 @dataclass
 class RunConfig:
@@ -523,7 +551,7 @@ def register() -> None:
     store(name="hardware", group="schema", node=HardwareConfig)
     store(name="tracking", group="schema", node=TrackingConfig)
     store(name="algo", group="schema", node=AlgoConfig)
-    for stage in (CollectConfig, PreprocessConfig, SftConfig, PpoConfig, EvalConfig):
+    for stage in (CollectConfig, PreprocessConfig, SftConfig, PpoConfig, EvalConfig, MergeConfig, DoctorConfig):
         store(name=stage().name, group="schema/stage", node=stage)
 
 

@@ -244,6 +244,7 @@ class Kind:
     token_ids: Mapping[str, str]  # entry of the config -> token
     special_tokens: Mapping[str, str] = field(default_factory=dict)  # as tokenizers name them
     chat_template: str | None = None  # None: that of the tiny model's tokenizer
+    processor: Callable[[Any], dict[str, Any]] = lambda _: {}  # what its processor must be told, by the model's config
 
 
 QWEN = Kind(
@@ -265,6 +266,18 @@ LLAVA_TEMPLATE = (
     "{{ text }} [/INST]"
     "{% else %} {{ text }}</s> {% endif %}{% endfor %}"
 )
+
+
+def llava_processor(config: Any) -> dict[str, Any]:
+    """What LlavaNextProcessor can't know of its own: how many features the model makes of a tile."""
+    return {
+        "processor_class": "LlavaNextProcessor",
+        "patch_size": config.vision_config.patch_size,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "num_additional_image_tokens": 1,  # CLIP's class token
+    }
+
+
 KINDS = {
     "qwen2_vl": QWEN,
     "qwen2_5_vl": QWEN,
@@ -275,6 +288,7 @@ KINDS = {
         {"image_token_index": "<image>"},
         {"bos_token": "<s>", "eos_token": "</s>"},
         LLAVA_TEMPLATE,
+        llava_processor,
     ),
 }
 

@@ -12,7 +12,7 @@ from vlm_agents.config import EnvConfig, RunConfig
 from vlm_agents.env_pool import EnvPool
 from vlm_agents.envs import make_env
 from vlm_agents.envs.base import Env
-from vlm_agents.errors import ConfigError
+from vlm_agents.errors import ConfigError, EnvError
 from vlm_agents.experts import with_expert
 from vlm_agents.policies import ExpertPolicy, ModelPolicy, Policy, RandomPolicy, RemotePolicy
 from vlm_agents.progress import track
@@ -20,7 +20,7 @@ from vlm_agents.prompting import PromptFormat, make_format
 from vlm_agents.remote import ChatClient
 from vlm_agents.rollout import collect, summarise
 from vlm_agents.run import panel_seeds
-from vlm_agents.types import Trajectory
+from vlm_agents.types import Prompt, Trajectory
 
 if TYPE_CHECKING:  # scripted and remote policies need no torch
     from vlm_agents.models import Agent
@@ -61,6 +61,18 @@ def model_policy(cfg: RunConfig, agent: "Agent", greedy: bool = False) -> Policy
 def remote_policy(cfg: RunConfig, client: ChatClient, samples: int) -> Policy:
     """Samples at the temperature of `model`, as the model itself would; `samples` are drawn until one is legal."""
     return RemotePolicy(client, make_format(cfg.prompt), cfg.prompt.max_reply_tokens, cfg.model.temperature, samples)
+
+
+def first_prompts(cfg: RunConfig, episodes: int) -> list[Prompt]:
+    """What a policy is asked first in each of the first `episodes` held-out seeds."""
+    with open_envs(cfg.env, episodes, advised=False) as envs:
+        answers = envs.reset(dict(enumerate(panel_seeds(envs.name, episodes))))
+        prompt_format, prompts = make_format(cfg.prompt), []
+        for answer in answers.values():
+            if isinstance(answer, EnvError):
+                raise answer
+            prompts.append(prompt_format.prompt(envs.instructions, (), answer))
+    return prompts
 
 
 def play_panel(

@@ -1,0 +1,219 @@
+"""What this machine can run: what is installed, what the chosen model would need in memory, and what to change.
+
+Loads no weights and downloads none. The memory is an estimate, whose formulas stand in models/memory.py.
+"""
+
+import importlib.metadata
+import os
+import platform
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from vlm_agents.config import DoctorConfig, HardwareConfig, LoraConfig, RunConfig
+from vlm_agents.models import Agent
+from vlm_agents.models.memory import ROOM, Memory, Work, blueprint, estimate, patches_of
+from vlm_agents.prompting import make_format
+from vlm_agents.run import Run
+from vlm_agents.stages.playing import first_prompts, open_envs, play_panel, scripted_policy
+from vlm_agents.types import Prompt
+
+PACKAGE = "vlm-agents"
+EPISODES = 4  # of random moves, whose longest prompt is taken for the longest there is
+GIB = 1 << 30
+SMALLEST = {"tokens_per_microbatch": 1024, "num_envs": 4}
+Rows = list[tuple[str, ...]]
+
+
+def main(cfg: RunConfig, run: Run) -> dict[str, float]:
+    assert isinstance(cfg.stage, DoctorConfig)
+    run.restore()
+    show("this machine", machine())
+    show("packages", list(packages()))
+    agent = blueprint(cfg.model, cfg.hardware, cfg.stage.freeze_vision)
+    work = work_of(cfg, agent)
+    need, there = estimate(agent, work, cfg.hardware.device), memory_of(cfg.hardware)
+    fits = need.peak * ROOM <= there
+    show(f"{cfg.model.name} on {cfg.hardware.name}, {cfg.hardware.dtype}", table(cfg, agent, work, need, there))
+    verdict = advice(cfg, work, there) if there and not fits else []
+    tell(cfg, need, there, fits, verdict)
+    metrics = {f"doctor/{name}_bytes": float(value) for name, value in asdict(need).items()}
+    metrics |= {f"doctor/{name}_bytes": float(getattr(need, name)) for name in ("sampling", "update", "peak")}
+    metrics |= {
+        "doctor/machine_bytes": float(there),
+        "doctor/fits": float(fits),
+        "doctor/parameters": float(sum(parameter.numel() for parameter in agent.model.parameters())),
+        "doctor/prompt_tokens": float(work.prompt),
+        "doctor/gpus": float(torch.cuda.device_count()),
+        "doctor/cpu_cores": float(cores()),
+    }
+    run.log(0, metrics)
+    return run.finish(metrics)
+
+
+def show(title: str, rows: Rows) -> None:
+    """A table on stdout."""
+    shown = Table(title=title, title_justify="left", show_header=False)
+    for row in rows:
+        shown.add_row(*row)
+    Console().print(shown)
+
+
+# ---- the machine -----------------------------------------------------------------------------------------------------
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def machine() -> Rows:
+    rows = [("python", platform.python_version()), ("CPU cores", str(cores())), ("memory", gib(host_memory()))]
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        rows.append((f"GPU {index}", f"{gpu.name}, {gib(gpu.total_memory)}"))
+    return rows if torch.cuda.device_count() else [*rows, ("GPU", "none that torch sees")]
+
+
+def packages() -> Iterator[tuple[str, ...]]:
+    """What this package asks for, and which of it is here; for what isn't, the line that adds it."""
+    for requirement in importlib.metadata.requires(PACKAGE) or []:
+        wanted, _, marker = requirement.partition(";")
+        name = re.split(r"[^\w.-]", wanted)[0]
+        extra = re.search(r"extra == ['\"]([\w-]+)", marker)
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            target = f"{PACKAGE}[{extra[1]}]" if extra else wanted.strip()
+            found = f"absent: pip install '{target}'"
+        yield name, found.replace("[", r"\["), f"extra {extra[1]}" if extra else ""
+
+
+def host_memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory_of(hardware: HardwareConfig) -> int:
+    """Bytes of the device that the run would be on; 0 where it isn't here."""
+    device = torch.device(hardware.device)
+    if device.type != "cuda":
+        return host_memory()
+    index = device.index or 0
+    return torch.cuda.get_device_properties(index).total_memory if index < torch.cuda.device_count() else 0
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+def work_of(cfg: RunConfig, agent: Agent) -> Work:
+    """How much a run of `cfg` does at once; lengths are those of real prompts."""
+    stage = cfg.stage
+    assert isinstance(stage, DoctorConfig)
+    ids, prompt = max(
+        ((len(agent.renderer.render(prompt).ids), prompt) for prompt in prompts_of(cfg)), key=lambda pair: pair[0]
+    )
+    images = [image for message in prompt for image in message.images]
+    return Work(
+        num_envs=stage.num_envs,
+        prompt=stage.prompt_tokens or ids,
+        reply=cfg.prompt.max_reply_tokens,
+        patches=patches_of(agent, agent.family.pixels(images)["pixel_values"]) if images else 0,
+        picture_tokens=sum(agent.family.image_tokens(image.size) for image in images),
+        microbatch=cfg.hardware.tokens_per_microbatch,
+    )
+
+
+def prompts_of(cfg: RunConfig) -> list[Prompt]:
+    assert isinstance(cfg.stage, DoctorConfig)
+    if cfg.stage.prompt_tokens is not None:
+        return first_prompts(cfg, 1)
+    with open_envs(cfg.env, EPISODES, advised=False) as envs:
+        _, trajectories = play_panel(cfg, envs, scripted_policy("random", make_format(cfg.prompt)), EPISODES)
+    return [turn.prompt for trajectory in trajectories for turn in trajectory.turns]
+
+
+def table(cfg: RunConfig, agent: Agent, work: Work, need: Memory, there: int) -> Rows:
+    parameters = list(agent.model.parameters())
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    local = cfg.model.path is None or Path(cfg.model.path).is_dir()
+    return [
+        ("weights", gib(need.weights), f"{sum(p.numel() for p in parameters):,} parameters"),
+        ("optimizer", gib(need.optimizer), f"{trained:,} of them trained"),
+        ("sampling: KV cache", gib(need.kv_cache), f"{work.num_envs} envs, {work.prompt} + {work.reply} tokens"),
+        ("sampling: prefill", gib(need.prefill), f"{work.picture_tokens} tokens of a prompt are picture"),
+        ("sampling in all", gib(need.sampling), ""),
+        ("update: gradients", gib(need.gradients), ""),
+        ("update: activations", gib(need.activations), f"{work.rows} rows a micro-batch"),
+        ("update: logits", gib(need.logits), f"of {work.rows * work.reply} reply tokens"),
+        ("update: optimizer step", gib(need.optimizer_step), "after activations and logits are gone"),
+        ("update in all", gib(need.update), ""),
+        ("peak", gib(need.peak), f"and {ROOM - 1:.0%} of room for libraries and fragmentation"),
+        ("there is", gib(there), "" if there else f"no {cfg.hardware.device} device here"),
+        ("tokens counted with", "the model's tokenizer" if local else "the tiny model's tokenizer", ""),
+    ]
+
+
+def advice(cfg: RunConfig, work: Work, there: int) -> list[str]:
+    """Settings that make it fit, cheapest first, none without need. Empty if nothing does."""
+    agents: dict[str, Agent] = {}
+
+    def peak(tried: RunConfig) -> float:
+        assert isinstance(tried.stage, DoctorConfig)
+        key = f"{tried.model} {tried.hardware.dtype}"
+        if key not in agents:
+            agents[key] = blueprint(tried.model, tried.hardware, tried.stage.freeze_vision)
+        smaller = replace(work, num_envs=tried.stage.num_envs, microbatch=tried.hardware.tokens_per_microbatch)
+        return ROOM * estimate(agents[key], smaller, tried.hardware.device).peak
+
+    now, taken = cfg, dict[tuple[str, str], Any]()
+    for (group, name), values in changes(cfg):
+        for value in values:
+            tried = changed(now, group, name, value)
+            if peak(now) > there and peak(tried) < peak(now):
+                now, taken[group, name] = tried, value
+    if peak(now) > there:
+        return []
+    for group, name in list(taken):
+        back = changed(now, group, name, getattr(getattr(cfg, group), name))
+        if peak(back) <= there:
+            now = back
+            del taken[group, name]
+    return [
+        "model/lora=adapter" if name == "lora" else f"{group}.{name}={str(value).lower()}"
+        for (group, name), value in taken.items()
+    ]
+
+
+def changes(cfg: RunConfig) -> Iterator[tuple[tuple[str, str], list[Any]]]:
+    """What may be set otherwise, from what costs least, and its values, from what changes least."""
+    for group, name in (("hardware", "tokens_per_microbatch"), ("stage", "num_envs")):
+        start = getattr(getattr(cfg, group), name)
+        yield (group, name), [start >> halved for halved in range(1, 16) if start >> halved >= SMALLEST[name]]
+    yield ("model", "gradient_checkpointing"), [True]
+    yield ("hardware", "dtype"), ["bfloat16"]
+    if cfg.model.lora is None:
+        yield ("model", "lora"), [LoraConfig()]
+
+
+def changed(cfg: RunConfig, group: str, name: str, value: Any) -> RunConfig:
+    return replace(cfg, **{group: replace(getattr(cfg, group), **{name: value})})
+
+
+def tell(cfg: RunConfig, need: Memory, there: int, fits: bool, verdict: list[str]) -> None:
+    """The last line: does it fit, and if not, what would."""
+    console, phase = Console(), "update" if need.update >= need.sampling else "sampling"
+    if not there:
+        line = f"hardware.device={cfg.hardware.device} isn't here. A GPU of {gib(ROOM * need.peak)} would do."
+    elif fits:
+        line = "It fits."
+    elif verdict:
+        line = f"It doesn't fit, for its {phase}. This does: {' '.join(verdict)}"
+    else:
+        line = "It doesn't fit, nor with any setting: choose a smaller model=, or a larger machine."
+    console.print(line, soft_wrap=True, highlight=False)
+
+
+def gib(count: float) -> str:
+    return f"{count / GIB:.2f} GiB"

@@ -1,0 +1,80 @@
+"""An adapter merged into its base: one plain HF folder that any server takes, checked against the adapter model.
+
+Trains nothing. The value head comes along in its own file, so that training can go on from the merged folder.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vlm_agents.config import LoraConfig, MergeConfig, RunConfig
+from vlm_agents.errors import ConfigError, ModelError
+from vlm_agents.models import Agent, Sampler, load_agent
+from vlm_agents.models.export import save_merged
+from vlm_agents.models.loading import ADAPTER_FILE, RUN_MODEL, init_folder
+from vlm_agents.progress import say
+from vlm_agents.run import Run
+from vlm_agents.stages.playing import first_prompts
+from vlm_agents.types import Prompt
+
+PROBES = 16  # held-out seeds whose first prompts are compared
+# In float32 sums come in another order, no more. In bfloat16 each merged weight is rounded to 8 bits once more.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
+
+
+def main(cfg: RunConfig, run: Run) -> dict[str, float]:
+    stage = cfg.stage
+    assert isinstance(stage, MergeConfig)
+    run.restore()  # an interrupted one starts anew
+    source = init_folder(stage.init)
+    if not (source / ADAPTER_FILE).is_file():
+        raise ConfigError(
+            f"stage.init={stage.init} holds whole weights and no adapter, so there is nothing to merge: {source} is a "
+            "plain HF folder already. Name the run of stage=sft or stage=ppo that had model/lora=adapter"
+        )
+    # which layers the adapter has, and of which rank, its own file says
+    agent = load_agent(replace(cfg.model, lora=cfg.model.lora or LoraConfig()), cfg.hardware, stage.init)
+    prompts = first_prompts(cfg, PROBES)
+    expected = logits(agent, prompts)
+    with agent.adapter_off():
+        effect = float((logits(agent, prompts) - expected).abs().max())
+    metrics = {"merge/adapter_logit_difference": effect}
+
+    def write(folder: Path) -> None:
+        save_merged(agent, folder)
+        agent.to("meta")  # one model at a time in memory
+        merged = load_agent(replace(cfg.model, lora=None), cfg.hardware, str(folder))
+        metrics["merge/max_logit_difference"] = compare(expected, logits(merged, prompts), folder, cfg)
+
+    run.save_folder(RUN_MODEL, write)
+    say(
+        f"merged {source}: logits differ by {metrics['merge/max_logit_difference']:.2g} at most over {PROBES} prompts, "
+        f"where the adapter itself makes {effect:.2g}"
+    )
+    run.log(0, metrics)
+    return run.finish(metrics, {"model": run.path(RUN_MODEL)})
+
+
+@torch.no_grad()
+def logits(agent: Agent, prompts: Sequence[Prompt]) -> Tensor:
+    """[N V] what the agent makes of each prompt's next token, fp32, on the host."""
+    agent.images.clear()  # features of another adapter state
+    return agent.family.lm_head(Sampler(agent).prefill(prompts, 0).hidden).float().cpu()
+
+
+def compare(expected: Tensor, found: Tensor, folder: Path, cfg: RunConfig) -> float:
+    """The largest difference; ModelError where it is beyond the tolerance, or no number."""
+    assert isinstance(cfg.stage, MergeConfig)
+    difference = (found - expected).abs().amax(-1)
+    worst, largest = int(difference.nan_to_num(nan=torch.inf).argmax()), float(difference.max())
+    tolerance = TOLERANCE[cfg.hardware.dtype] if cfg.stage.tolerance is None else cfg.stage.tolerance
+    if not largest <= tolerance:
+        raise ModelError(
+            f"{folder}: the merged weights aren't the adapter model: their logits differ by {largest:.3g}, more than "
+            f"{tolerance:g}, on the first prompt of held-out seed number {worst} of {cfg.env.id}. Merge with "
+            "hardware.dtype=float32, or raise stage.tolerance if you can live with that"
+        )
+    return largest

@@ -1,0 +1,71 @@
+"""The doctor as a stage: what it writes down, and that its advice works and holds nothing superfluous."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from vlm_agents.config import RunConfig
+from vlm_agents.models.memory import ROOM, blueprint, estimate
+from vlm_agents.stages.doctor import advice, host_memory, packages, work_of
+
+ComposeRun = Callable[..., RunConfig]
+RunStage = Callable[..., Path]
+REAL = ("model=qwen2_5_vl_3b", "model.path=Qwen/Qwen2.5-VL-3B-Instruct")  # not in any cache here
+
+
+def metrics_of(folder: Path) -> dict[str, float]:
+    return json.loads((folder / "summary.json").read_text())["metrics"]
+
+
+def test_it_says_what_fits(run_stage: RunStage, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    metrics = metrics_of(run_stage(tmp_path, "stage=doctor"))
+    assert (tmp_path / "DONE").exists()
+    assert metrics["doctor/fits"] == 1
+    assert metrics["doctor/machine_bytes"] == host_memory()
+    assert metrics["doctor/peak_bytes"] == max(metrics["doctor/update_bytes"], metrics["doctor/sampling_bytes"])
+    assert metrics["doctor/optimizer_bytes"] == 2 * metrics["doctor/gradients_bytes"]
+    shown = capsys.readouterr().out
+    assert torch.__version__ in shown
+    assert "It fits." in shown
+
+
+def test_a_gpu_that_isnt_here(run_stage: RunStage, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    metrics = metrics_of(run_stage(tmp_path, "stage=doctor", "hardware=gpu", *REAL))
+    assert (metrics["doctor/fits"], metrics["doctor/machine_bytes"]) == (0, 0)
+    assert metrics["doctor/parameters"] == 3_754_622_976
+    assert "hardware.device=cuda isn't here. A GPU of" in capsys.readouterr().out
+
+
+def test_a_given_length_of_prompts(echo_run: ComposeRun, tmp_path: Path):
+    cfg = echo_run(tmp_path, "stage=doctor", "stage.prompt_tokens=1000", "prompt.max_reply_tokens=24")
+    work = work_of(cfg, blueprint(cfg.model, cfg.hardware, True))
+    assert (work.prompt, work.reply, work.rows) == (1000, 24, 8)  # 8 x 1024 tokens in a micro-batch of 8192
+    assert work.picture_tokens > 0
+    assert work.patches == 4 * work.picture_tokens  # Qwen merges 2 by 2
+
+
+def test_the_advice_fits_and_none_of_it_is_spare(echo_run: ComposeRun, tmp_path: Path):
+    cfg = echo_run(tmp_path, "stage=doctor", "stage.num_envs=16", "env=minigrid")
+    work = work_of(cfg, blueprint(cfg.model, cfg.hardware, True))
+
+    def peak(tokens: int, checkpointing: bool, dtype: str) -> float:
+        model, hardware = replace(cfg.model, gradient_checkpointing=checkpointing), replace(cfg.hardware, dtype=dtype)
+        agent = blueprint(model, hardware, True)
+        return ROOM * estimate(agent, replace(work, microbatch=tokens), "cpu").peak
+
+    whole = int(peak(8192, False, "float32"))
+    assert advice(cfg, work, whole - 1) == ["hardware.tokens_per_microbatch=4096"]
+    least = int(peak(1024, False, "float32"))
+    assert advice(cfg, work, least + 1) == ["hardware.tokens_per_microbatch=1024"]
+    assert "hardware.dtype=bfloat16" in advice(cfg, work, int(0.7 * least))
+    assert advice(cfg, work, 1000) == []
+
+
+def test_packages_that_are_absent_come_with_their_line():
+    found = {name: rest for name, *rest in packages()}
+    assert found["torch"][0] == torch.__version__
+    assert all("pip install" in version for version, _ in found.values() if version.startswith("absent"))

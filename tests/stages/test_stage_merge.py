@@ -1,0 +1,211 @@
+"""Merging as a stage: the merged folder says what the adapter model says, here and in plain transformers."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from vlm_agents.config import LoraConfig, RunConfig
+from vlm_agents.errors import ConfigError, ModelError
+from vlm_agents.models import Agent, Sampler, load_agent
+from vlm_agents.models.export import save_merged
+from vlm_agents.models.images import key_of
+from vlm_agents.stages import merge
+from vlm_agents.stages.playing import first_prompts
+from vlm_agents.types import Prompt, Reply
+
+ComposeRun = Callable[..., RunConfig]
+RunStage = Callable[..., Path]
+MODELS = ["tiny", "tiny_qwen2_vl", "tiny_qwen3_vl", "tiny_llava"]
+LORA = ("model/lora=adapter", "model.lora.rank=4", "model.lora.alpha=8")
+
+
+def agent_of(cfg: RunConfig, init: Path | None = None, lora: LoraConfig | None = None) -> Agent:
+    return load_agent(replace(cfg.model, lora=lora), cfg.hardware, str(init) if init else None)
+
+
+@pytest.fixture(scope="session")
+def adapter(echo_run: ComposeRun, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[RunConfig, Path]]:
+    """`adapter(model)`: a run directory with an adapter of that model that has something to say; a critic, too."""
+    made: dict[str, tuple[RunConfig, Path]] = {}
+
+    def make(model: str) -> tuple[RunConfig, Path]:
+        if model not in made:
+            folder = tmp_path_factory.mktemp(model)
+            cfg = echo_run(folder, "stage=eval", "env=minigrid", f"model={model}", *LORA)
+            agent = agent_of(cfg, lora=cfg.model.lora)
+            torch.manual_seed(1)
+            for name, parameter in agent.named_parameters():
+                if "lora_B" in name or "value_head" in name:
+                    nn.init.normal_(parameter, std=0.05)
+            agent.save(folder / "model")
+            made[model] = cfg, folder
+        return made[model]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def merged(adapter, run_stage: RunStage, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`merged(model)`: the finished stage=merge of `adapter(model)`."""
+    made: dict[str, Path] = {}
+
+    def make(model: str) -> Path:
+        if model not in made:
+            folder = tmp_path_factory.mktemp(f"merged_{model}")
+            words = ("stage=merge", "env=minigrid", f"stage.init={adapter(model)[1]}", f"model={model}")
+            made[model] = run_stage(folder, *words)
+        return made[model]
+
+    return make
+
+
+def greedy(agent: Agent, prompts: list[Prompt], tokens: int) -> list[Reply]:
+    rngs = [np.random.default_rng(0) for _ in prompts]
+    return Sampler(agent).generate(prompts, rngs, tokens, greedy=True)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_merged_model_is_the_adapter_model(adapter, merged, model: str):
+    cfg, source = adapter(model)
+    folder = merged(model)
+    prompts = first_prompts(cfg, 100)
+    assert len({key_of(prompt[-1].images[0]) for prompt in prompts}) > 90  # DoorKey is laid out anew for every seed
+    before = greedy(agent_of(cfg, source, cfg.model.lora), prompts, 8)
+    after = greedy(agent_of(cfg, folder), prompts, 8)
+    base = greedy(agent_of(cfg), prompts, 8)
+    assert [reply.text for reply in after] == [reply.text for reply in before]
+    assert sum(one.text != other.text for one, other in zip(base, before, strict=True)) > 50  # the adapter matters
+    for one, other in zip(before, after, strict=True):
+        assert one.value == pytest.approx(other.value, abs=1e-5)  # the critic came along
+        assert abs(one.value or 0.0) > 1e-3
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    metrics = json.loads((folder / "summary.json").read_text())["metrics"]
+    assert 0 < metrics["merge/max_logit_difference"] < 1e-4
+    assert metrics["merge/adapter_logit_difference"] > 0.1
+    assert not (folder / "model/adapter_config.json").exists()
+
+
+PLAIN = """
+import json, sys, torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+said = []
+for case in json.load(sys.stdin):
+    model, report = AutoModelForImageTextToText.from_pretrained(case["folder"], output_loading_info=True)
+    assert not any(report.values()), report
+    tokenizer = AutoTokenizer.from_pretrained(case["folder"])
+    picture = Image.open(case["picture"])
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert text.count(case["image_token"]) == 1, text
+    ids = torch.tensor([case["ids"]])
+    inputs = AutoImageProcessor.from_pretrained(case["folder"])(images=[picture], return_tensors="pt")
+    if case["kind"] == "llava_next":  # the processors of Qwen need torchvision
+        processor = AutoProcessor.from_pretrained(case["folder"])
+        count = processor(images=[picture], text=text, return_tensors="pt")["input_ids"].eq(model.config.image_token_id)
+        assert int(count.sum()) == int(ids.eq(model.config.image_token_id).sum())
+    else:
+        inputs["mm_token_type_ids"] = ids.eq(model.config.image_token_id).int()
+    out = model.generate(ids, **inputs, max_new_tokens=8, do_sample=False, suppress_tokens=case["banned"])
+    said.append(out[0, ids.shape[1]:].tolist())
+assert not any(name.startswith("vlm_agents") for name in sys.modules)
+print(json.dumps(said))
+"""
+
+
+@pytest.mark.slow
+def test_plain_transformers_says_the_same(adapter, merged, tmp_path: Path):
+    """In a process of its own, without this package."""
+    cases, expected = [], []
+    for model in MODELS:
+        cfg, source = adapter(model)
+        agent = agent_of(cfg, source, cfg.model.lora)
+        prompt = first_prompts(cfg, 1)[0]
+        reply = greedy(agent, [prompt], 8)[0]
+        expected.append(list(reply.token_ids))
+        picture = tmp_path / f"{model}.png"
+        prompt[-1].images[0].save(picture)
+        cases.append(
+            {
+                "folder": str(merged(model) / "model"),
+                "kind": agent.model.config.model_type,
+                "picture": str(picture),
+                "ids": list(reply.prompt_token_ids),
+                "image_token": agent.renderer.image_token,
+                "banned": agent.banned.nonzero().flatten().tolist(),
+            }
+        )
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN], input=json.dumps(cases), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == expected
+
+
+def test_the_index_names_the_weights_and_not_the_heads(merged):
+    folder = merged("tiny") / "model"
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index.keys() == load_file(folder / "model.safetensors").keys()
+    assert set(index.values()) == {"model.safetensors"}
+    assert not any("lora" in name or "base_layer" in name for name in index)
+    assert (folder / "value_head.safetensors").is_file()
+
+
+def test_training_goes_on_from_the_merged_model(merged, run_stage: RunStage, tmp_path: Path):
+    """A fresh adapter on the merged weights, with the critic: a learning rate of 0 gives it back as it was."""
+    words = ["stage=ppo", "stage.episodes=4", "stage.num_envs=4", "stage.eval_episodes=0", "stage.iterations=1"]
+    init = f"stage.init={merged('tiny')}"
+    folder = run_stage(tmp_path, *words, "model=tiny", init, "algo.lr=0", "algo.value_lr=0")
+    for name in ("model", "value_head"):
+        before, after = (load_file(one / f"model/{name}.safetensors") for one in (merged("tiny"), folder))
+        assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_bfloat16_keeps_its_dtype(adapter, run_stage: RunStage, tmp_path: Path):
+    words = ["stage=merge", f"stage.init={adapter('tiny')[1]}", "model=tiny", "hardware.dtype=bfloat16"]
+    folder = run_stage(tmp_path, *words)
+    assert {tensor.dtype for tensor in load_file(folder / "model/model.safetensors").values()} == {torch.bfloat16}
+    metrics = json.loads((folder / "summary.json").read_text())["metrics"]
+    assert 1e-3 < metrics["merge/max_logit_difference"] < 0.5
+
+
+def test_whole_weights_have_nothing_to_merge(merged, run_stage: RunStage, tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"holds whole weights and no adapter, so there is nothing to merge"):
+        run_stage(tmp_path, "stage=merge", f"stage.init={merged('tiny')}", "model=tiny")
+    assert not (tmp_path / "DONE").exists()
+
+
+def test_a_merge_that_went_wrong_is_refused(
+    adapter, run_stage: RunStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As if half of an adapter were lost on the way."""
+
+    def save_half(agent: Agent, folder: Path) -> None:
+        for name, parameter in agent.model.named_parameters():
+            if "lora_B" in name and "layers.1." in name:
+                nn.init.zeros_(parameter)
+        save_merged(agent, folder)
+
+    monkeypatch.setattr(merge, "save_merged", save_half)
+    with pytest.raises(ModelError, match=r"logits differ by .*, more than 0\.001.*hardware\.dtype=float32"):
+        run_stage(tmp_path, "stage=merge", f"stage.init={adapter('tiny')[1]}", "model=tiny")
+    assert not (tmp_path / "DONE").exists()
+    assert not (tmp_path / "model").exists()  # nothing that a later stage would take for a model
+
+
+def test_no_number_is_no_likeness(echo_run: ComposeRun, tmp_path: Path):
+    cfg = echo_run(tmp_path, "stage=merge", f"stage.init={tmp_path}", "stage.tolerance=1e9")
+    found = torch.tensor([[1.0, 2.0], [1.0, torch.nan]])
+    with pytest.raises(ModelError, match="held-out seed number 1"):
+        merge.compare(torch.ones(2, 2), found, tmp_path, cfg)
+    assert merge.compare(torch.ones(2, 2), found.nan_to_num(nan=3.5), tmp_path, cfg) == 2.5
