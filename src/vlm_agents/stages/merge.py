@@ -3,6 +3,7 @@
 Trains nothing. The value head comes along in its own file, so that training can go on from the merged folder.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,8 +36,9 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
             f"stage.init={stage.init} holds whole weights and no adapter, so there is nothing to merge: {source} is a "
             "plain HF folder already. Name the run of stage=sft or stage=ppo that had model/lora=adapter"
         )
-    # which layers the adapter has, and of which rank, its own file says
-    agent = load_agent(replace(cfg.model, lora=cfg.model.lora or LoraConfig()), cfg.hardware, stage.init)
+    saved = json.loads((source / ADAPTER_FILE).read_text(encoding="utf-8"))
+    lora = cfg.model.lora or LoraConfig(saved["r"], saved["lora_alpha"])
+    agent = load_agent(replace(cfg.model, lora=lora), cfg.hardware, stage.init)
     prompts = first_prompts(cfg, PROBES)
     expected = logits(agent, prompts)
     with agent.adapter_off():
