@@ -19,7 +19,7 @@ __main__ worker
 stages run
 rollout
 policies episodes llava_data env_pool report
-envs experts | prompting | models | learn | tracking | checkpoints | judge remote | sandbox
+envs experts | prompting | models | learn | tracking | checkpoints | judge remote answers | sandbox
 config tensors
 types errors files progress
 """

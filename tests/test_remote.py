@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlm_agents.__main__ import main
 from vlm_agents.config import PromptConfig, RemoteConfig
 from vlm_agents.envs.echo import COLORS, OVER
 from vlm_agents.episodes import read_episodes
@@ -126,11 +127,13 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def client(server: Server, tmp_path: Path) -> Iterator[Callable[..., ChatClient]]:
-    """`client(retries=1, ...)`: a client of the server; all of a test share their kept answers."""
+    """`client(run="kept", retries=1, ...)`: a client of the server; all of a test share their cache, and those of a
+    run its answers."""
     made: list[ChatClient] = []
 
-    def make(**settings: Any) -> ChatClient:
-        made.append(ChatClient(RemoteConfig(**{"url": server.url, "retries": 1, **settings}), tmp_path / "kept"))
+    def make(run: str = "kept", **settings: Any) -> ChatClient:
+        cfg = RemoteConfig(**{"url": server.url, "retries": 1, "cache": str(tmp_path / "cache"), **settings})
+        made.append(ChatClient(cfg, tmp_path / run))
         return made[-1]
 
     yield make
@@ -215,7 +218,7 @@ def test_the_key_goes_into_the_header_only(server: Server, client, tmp_path: Pat
     assert server.headers[0]["Authorization"] == "Bearer sk-secret"
     assert "Authorization" not in server.headers[1]
     kept = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(kept) == 2
+    assert len(kept) == 4  # in the run and in the cache
     assert not any("sk-secret" in text for text in kept)
 
 
@@ -242,7 +245,7 @@ def test_what_is_no_chat_completion_is_an_error(server: Server, client, tmp_path
     with pytest.raises(ModelError, match=r"no chat completion \(.*\): is stage\.remote\.url the part before"):
         complete(client(), "a")
     assert len(server.requests) == 1
-    assert not list((tmp_path / "kept").iterdir())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 # ---- trying again ----------------------------------------------------------------------------------------------------
@@ -278,7 +281,8 @@ def test_retry_after_as_a_date():
 def test_a_server_that_wants_hours_is_given_up(server: Server, client):
     server.answer = lambda request: Answer(429, b"quota", {"Retry-After": "3600"})
     with pytest.raises(
-        ModelError, match=r"status 429, 1 times \(quota\): wait for 3600 s\. Then give the same command"
+        ModelError,
+        match=r"status 429, 1 times \(quota\): wait for 3600 s\. Then give the same command",
     ):
         complete(client(retries=9), "a")
 
@@ -286,7 +290,8 @@ def test_a_server_that_wants_hours_is_given_up(server: Server, client):
 def test_a_server_that_keeps_failing_is_given_up(server: Server, client):
     server.answer = lambda request: Answer(500, b"out of\n memory")
     with pytest.raises(
-        ModelError, match=r"/v1/chat/completions: status 500, 2 times \(out of memory\): wait and lower"
+        ModelError,
+        match=r"/v1/chat/completions: status 500, 2 times \(out of memory\): see its log",
     ):
         complete(client(), "a")
     assert len(server.requests) == 2
@@ -296,7 +301,7 @@ def test_a_server_that_is_not_there(tmp_path: Path):
     gone = Server()
     gone.close()
     with pytest.raises(ModelError, match=r"can't be reached \(.*refused\), 2 times: is the server running there"):
-        complete(ChatClient(RemoteConfig(gone.url, retries=1), tmp_path), "a")
+        complete(ChatClient(RemoteConfig(gone.url, retries=1, cache=str(tmp_path / "cache")), tmp_path / "kept"), "a")
 
 
 def test_a_server_that_does_not_answer(server: Server, client):
@@ -364,13 +369,36 @@ def test_a_request_that_is_refused_is_not_asked_again(server: Server, client):
     assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize(
-    "url", ["", "127.0.0.1:8000", "file:///etc/passwd", "http://", "http://me:sk-1@host/v1", "https://h/v1?key=sk-1"]
-)
+NO_ADDRESS = ["", "127.0.0.1:8000", "file:///etc/passwd", "http://", "http://host:port/v1", "http://host:99999/v1"]
+SECRET = ["http://me:sk-1@host/v1", "http://:sk-1@host/v1", "https://h/v1?key=sk-1", "https://h/v1#sk-1"]
+
+
+@pytest.mark.parametrize("url", [*NO_ADDRESS, *SECRET])
 def test_only_plain_web_addresses(client, url: str):
     with pytest.raises(ConfigError, match=r"stage\.remote\.url must be http") as caught:
         client(url=url)
     assert "sk-1" not in str(caught.value)
+
+
+def test_a_key_where_its_variable_belongs_is_not_shown(client):
+    with pytest.raises(ConfigError, match=r"stage\.remote\.key_env must be a variable's name") as caught:
+        client(key_env="sk-1")
+    assert "sk-1" not in str(caught.value)
+
+
+@pytest.mark.parametrize("override", [f"stage.remote.url='{SECRET[0]}'", "+stage.remote.key_env=sk-1"])
+@pytest.mark.parametrize("sweep", [[], ["-m", "seed=0,1"]], ids=["run", "sweep"])
+def test_a_secret_on_the_command_line_is_written_nowhere(
+    override: str, sweep: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # main sets it
+    monkeypatch.setattr("sys.argv", ["vlm-agents", *sweep, "stage=collect", "stage.policy=remote", override])
+    assert main() == 2
+    out, err = capfd.readouterr()
+    assert "a key belongs into the environment variable" in err
+    assert "sk-1" not in out + err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("name", "value"), [("concurrency", 0), ("retries", -1), ("timeout_s", 0.0)])
@@ -390,7 +418,65 @@ def test_nothing_is_asked_twice(server: Server, client):
     assert complete(second, "b", "c", "a", seeds=[0, 0, 1]) == ["b 0", "c 0", "a 1"]
     assert len(server.requests) == 4
     # four answers of 11 and 3 tokens
-    assert second.counts() == first.counts() == {"unparsable": 0.0, "prompt_tokens": 44.0, "completion_tokens": 12.0}
+    costs = {"answers": 4.0, "prompt_tokens": 44.0, "completion_tokens": 12.0}
+    others = {**{f"cached_{name}": 0.0 for name in costs}, "unparsable": 0.0}
+    assert second.counts() == first.counts() == costs | others
+
+
+def test_another_run_pays_only_for_what_is_new(server: Server, client):
+    server.answer = lambda request: f"{text_of(request)} {request['seed']}"
+    complete(client("first"), "a", "b", seeds=[0, 1])
+    second = client("second")
+    # a sample of another seed, and one at another temperature, are other questions
+    assert complete(second, "a", "a", "b", seeds=[0, 1, 1]) == ["a 0", "a 1", "b 1"]
+    assert second.complete([say("a")], 8, 0.8)[0].text == "a 0"
+    assert len(server.requests) == 2 + 2
+    for counted in (second, client("second")):  # a resumed run counts what the killed one asked
+        counts = counted.counts()
+        assert (counts["answers"], counts["prompt_tokens"], counts["completion_tokens"]) == (2, 22, 6)
+        cached = [counts[f"cached_{name}"] for name in ("answers", "prompt_tokens", "completion_tokens")]
+        assert cached == [2, 22, 6]
+
+
+def test_a_run_finds_its_answers_at_another_address_and_another_run_does_not(server: Server, client):
+    other = server.url.replace("127.0.0.1", "localhost")
+    complete(client("first"), "a")
+    complete(client("first", url=other), "a")
+    assert len(server.requests) == 1  # its server has moved
+    complete(client("second", url=f"{server.url}/"), "a")
+    assert len(server.requests) == 1
+    complete(client("third", url=other), "a")
+    assert len(server.requests) == 2  # who knows which model has this name there
+
+
+@pytest.mark.parametrize("content", ["", '{"text": "ye', "[]", '{"score": 7}', "\0" * 40])
+def test_a_damaged_answer_is_ignored_with_a_warning(
+    server: Server, client, tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
+):
+    complete(client(), "a")
+    ((kept,), (cached,)) = ((tmp_path / name).iterdir() for name in ("kept", "cache"))
+    sound = cached.read_text()
+    kept.write_text(content)
+    assert client().counts()["answers"] == 0
+    assert complete(client(), "a") == ["yes"]  # from the cache
+    assert len(server.requests) == 1
+    for path in (kept, cached):
+        path.write_text(content)
+    caplog.clear()
+    assert complete(client(), "a") == ["yes"]
+    assert len(server.requests) == 2
+    assert [record.getMessage().split(": ignored")[0] for record in caplog.records] == [str(kept), str(cached)]
+    assert kept.read_text() == cached.read_text() == sound
+
+
+def test_what_a_cached_answer_means_is_for_its_run_to_say(server: Server, client):
+    """One run may read what another one could not."""
+    complete(client("first"), "a", readable=lambda index, text: False)
+    second = client("second")
+    assert complete(second, "a", samples=2) == ["yes"]
+    assert len(server.requests) == 1
+    assert client("first").counts()["unparsable"] == 1
+    assert second.counts()["unparsable"] == 0
 
 
 def test_an_unreadable_answer_is_sampled_anew(server: Server, client):
@@ -452,6 +538,7 @@ def play(compose_run, server: Server) -> Play:
 
     def run(folder: Path, *words: str) -> dict[str, float]:
         remote = [f"stage.remote.url={server.url}", "stage.remote.retries=0", "stage.remote.concurrency=4"]
+        remote += [f"stage.remote.cache={folder}_cache"]
         cfg = compose_run("env=echo", "prompt=action_only", "prompt.max_reply_tokens=4", *remote, *words)
         cfg.run_dir = str(folder)
         with Run.open(cfg, words) as opened:
@@ -524,6 +611,20 @@ def test_an_interrupted_collect_ends_like_one_that_was_not(play: Play, server: S
     assert sorted(answered) == asked
     files = [(tmp_path / name / "episodes.jsonl").read_bytes() for name in ("whole", "parts")]
     assert files[0] == files[1]
+
+
+def test_a_second_collect_asks_nothing(play: Play, server: Server, tmp_path: Path):
+    server.answer = looks
+    words = (*COLLECT, "stage.policy=remote", f"stage.remote.cache={tmp_path / 'cache'}")
+    first = play(tmp_path / "first", *words)
+    server.answer = lambda request: Answer(400)
+    second = play(tmp_path / "second", *words)
+    assert second["collect/success"] == 1.0
+    for name in ("answers", "prompt_tokens", "completion_tokens"):
+        assert second[f"collect/{name}"] == first[f"collect/cached_{name}"] == 0.0
+        assert second[f"collect/cached_{name}"] == first[f"collect/{name}"] > 0.0
+    metrics = json.loads((tmp_path / "second/summary.json").read_text())["metrics"]
+    assert metrics["collect/cached_prompt_tokens"] == 18 * 11  # 6 episodes of 3 turns
 
 
 # ---- the rater -------------------------------------------------------------------------------------------------------

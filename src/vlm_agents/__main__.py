@@ -30,7 +30,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from vlm_agents.config import conf_dir, parse, register
+from vlm_agents.config import conf_dir, parse, refuse_secrets, register
 from vlm_agents.errors import ConfigError, VlmAgentsError, did_you_mean
 
 FLAGS = (
@@ -82,6 +82,9 @@ def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come through to us
     try:
         check_flags(arguments)
+        for word in arguments:
+            setting, _, value = word.lstrip("+").partition("=")
+            refuse_secrets(setting, value.strip("'\""))
         register()
         compose_and_run(arguments)
     except KeyboardInterrupt:

@@ -333,6 +333,21 @@ class AlgoConfig:
 
 
 # ---- stage -----------------------------------------------------------------------------------------------------------
+ADDRESS = "http(s)://<host>[:<port>]/<path>, without user, key or query"
+
+
+def refuse_secrets(setting: str, value: str) -> None:
+    """ConfigError, which doesn't repeat the value, where one of RemoteConfig's settings may hold a key.
+
+    For the command line too: Hydra notes the overrides of a sweep before anybody else sees them.
+    """
+    key_goes = "a key belongs into the environment variable that stage.remote.key_env names"
+    if setting == "stage.remote.url" and re.search(r"[@?#]", value):
+        raise ConfigError(f"{setting} must be {ADDRESS}: {key_goes}")
+    if setting == "stage.remote.key_env" and re.search(r"[^A-Z0-9_,]", value):
+        raise ConfigError(f"{setting} must be a variable's name, of A-Z, 0-9 and _: {key_goes}")
+
+
 @dataclass
 class RemoteConfig:
     """An OpenAI-compatible server. The key, where one is needed, is read from the environment variable `key_env`."""
@@ -340,21 +355,21 @@ class RemoteConfig:
     url: str = "http://127.0.0.1:8000/v1"
     model: str = "default"
     key_env: str = "OPENAI_API_KEY"
-    concurrency: int = 8
-    timeout_s: float = 60.0
-    retries: int = 4
+    concurrency: int = 8  # requests under way at once
+    timeout_s: float = 60.0  # for one try
+    retries: int = 4  # of a request that was refused for now (429, 5xx), or got no answer; waits double up to 30 s
+    cache: str = "outputs/.answers"  # folder of all answers so far, shared by all runs: what it holds isn't asked again
 
     def __post_init__(self) -> None:
         try:
             parts = urlsplit(self.url)
-            plain = parts.scheme in ("http", "https") and parts.hostname and not (parts.username or parts.query)
+            plain = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
         except ValueError:
             plain = False
-        if not plain:  # refused before it is written anywhere: an address may hold a secret
-            raise ConfigError(
-                "stage.remote.url must be http(s)://<host>[:<port>]/<path>, without user, key or query: "
-                "a key belongs into the environment variable that stage.remote.key_env names"
-            )
+        if not plain:
+            raise ConfigError(f"stage.remote.url must be {ADDRESS}")
+        refuse_secrets("stage.remote.url", self.url)
+        refuse_secrets("stage.remote.key_env", self.key_env)
         at_least("stage.remote.concurrency", self.concurrency, 1)
         at_least("stage.remote.retries", self.retries, 0)
         if self.timeout_s <= 0:

@@ -1,33 +1,32 @@
 """A chat model behind an OpenAI-compatible server: prompts go in, completions come out in order.
 
-Knows HTTP, and nothing of games or replies' formats. Every answer is kept in a folder of the run, one file a request,
-so a resumed run asks nothing twice, and what is counted there is what the whole run asked, not what one process did.
-The key goes into the request's header and nowhere else.
+Knows HTTP, and nothing of games or replies' formats. What was answered once, to this run or to another one, is not
+asked again: see `answers`. The key goes into the request's header and nowhere else.
 """
 
 import base64
-import hashlib
 import io
 import json
+import logging
 import os
 import random
 import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
 from PIL.Image import Image
 
+from vlm_agents.answers import Answers, Completion
 from vlm_agents.config import RemoteConfig
 from vlm_agents.errors import ConfigError, ModelError, did_you_mean
-from vlm_agents.files import atomic_write, writing
 from vlm_agents.types import Message, Prompt
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # between tries; it doubles
@@ -35,30 +34,19 @@ PATIENCE_S = 600.0  # a server that asks to stay away for longer is given up
 QUOTED = 300  # characters of a server's message in an error
 LISTED = 20  # models of a server in an error
 
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """One answer. `readable` is what the caller's check said of it; tokens are 0 where the server counts none."""
-
-    text: str
-    finish: Literal["stop", "length"]
-    prompt_tokens: int
-    completion_tokens: int
-    readable: bool = True
+logging.getLogger("httpx2").setLevel(logging.WARNING)  # else a line for each request
 
 
 class ChatClient:
-    """POST {url}/chat/completions, from `cfg.concurrency` threads. `folder` keeps the answers."""
+    """POST {url}/chat/completions, from `cfg.concurrency` threads. `folder` keeps the run's answers."""
 
     def __init__(self, cfg: RemoteConfig, folder: Path) -> None:
         self._cfg = cfg
-        self._folder = folder
         self._key = os.environ.get(cfg.key_env, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
             raise ConfigError(f"${cfg.key_env} holds characters that no key has: set it anew")
         self._stop = threading.Event()
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        self._answers = Answers(folder, Path(cfg.cache), cfg.url.rstrip("/"))
         self._http = httpx2.Client(
             base_url=cfg.url,
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
@@ -96,8 +84,8 @@ class ChatClient:
             }
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
-        names = [digest(encoded(request)) for request in requests]
-        places = {name: index for index, name in enumerate(names)}  # no question is asked twice at once
+        questions = [encoded(request) for request in requests]
+        places = {question: index for index, question in enumerate(questions)}  # none is asked twice at once
 
         def ask(index: int) -> Completion:
             return self._ask(requests[index], lambda text: readable(index, text), samples)
@@ -108,16 +96,11 @@ class ChatClient:
                 answers = dict(zip(places, pool.map(ask, places.values()), strict=True))
             finally:
                 self._stop.set()  # after an error nobody waits for another try
-        return [answers[name] for name in names]
+        return [answers[question] for question in questions]
 
     def counts(self) -> dict[str, float]:
-        """What the answers of this run cost, and how many of them were not readable."""
-        answers = [Completion(**json.loads(path.read_bytes())) for path in self._folder.glob("*.json")]
-        return {
-            "unparsable": float(sum(not answer.readable for answer in answers)),
-            "prompt_tokens": float(sum(answer.prompt_tokens for answer in answers)),
-            "completion_tokens": float(sum(answer.completion_tokens for answer in answers)),
-        }
+        """What the answers of this run cost, see Answers.counts."""
+        return self._answers.counts()
 
     def _ask(self, request: dict[str, Any], readable: Callable[[str], bool], samples: int) -> Completion:
         answer = self._answer(request, readable)
@@ -131,13 +114,12 @@ class ChatClient:
 
     def _answer(self, request: dict[str, Any], readable: Callable[[str], bool]) -> Completion:
         """The kept answer to exactly this request, else the server's."""
-        body = encoded(request)
-        path = self._folder / f"{digest(body)}.json"
-        if path.exists():
-            return Completion(**json.loads(path.read_bytes()))
-        answer = self._read(self._post(body))
+        question = encoded(request)
+        if kept := self._answers.of_run(question):
+            return kept
+        answer = self._answers.of_cache(question) or self._read(self._post(question))
         answer = replace(answer, readable=readable(answer.text))
-        atomic_write(path, json.dumps(asdict(answer)))
+        self._answers.keep(question, answer)
         return answer
 
     # ---- HTTP ------------------------------------------------------------------------------------------------------
@@ -163,8 +145,8 @@ class ChatClient:
     def _gave_up(self, outcome: httpx2.Response | httpx2.RequestError, tries: int, wait: float) -> ModelError:
         again = "Then give the same command again: what was answered is kept"
         if isinstance(outcome, httpx2.Response):
-            how_long = f"for {wait:.0f} s" if wait > PATIENCE_S else "and lower stage.remote.concurrency"
-            return self._error(f"status {outcome.status_code}, {tries} times", f"wait {how_long}. {again}", outcome)
+            fix = f"wait for {wait:.0f} s" if wait > PATIENCE_S else "see its log, or lower stage.remote.concurrency"
+            return self._error(f"status {outcome.status_code}, {tries} times", f"{fix}. {again}", outcome)
         if isinstance(outcome, httpx2.TimeoutException):
             fix = "raise stage.remote.timeout_s or lower stage.remote.concurrency"
             return self._error(f"no answer within {self._cfg.timeout_s:g} s, {tries} times", f"{fix}. {again}")
@@ -233,10 +215,6 @@ def data_url(image: Image) -> str:
 
 def encoded(request: dict[str, Any]) -> bytes:
     return json.dumps(request).encode()
-
-
-def digest(body: bytes) -> str:
-    return hashlib.sha256(body).hexdigest()[:32]
 
 
 # ---- tries -----------------------------------------------------------------------------------------------------------

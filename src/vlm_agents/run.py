@@ -39,7 +39,7 @@ BOOKKEEPING = {"config.yaml", "overrides", "commit", "lock", "mlflow_run_id"}  #
 MAY_CHANGE = {
     "run_dir",
     "tracking",
-    *(f"stage.remote.{name}" for name in ("url", "key_env", "concurrency", "timeout_s", "retries")),
+    *(f"stage.remote.{name}" for name in ("url", "key_env", "concurrency", "timeout_s", "retries", "cache")),
 }
 TRAINING_SEEDS = 2**30  # training seeds lie below, held-out panels at or above it: disjoint by construction
 
