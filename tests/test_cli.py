@@ -52,7 +52,7 @@ def draw(cfg: RunConfig, run: Run) -> dict[str, float]:
 
 
 BAD = [
-    ("env.id=x", "You must specify 'stage'", "collect eval ppo preprocess sft"),
+    ("env.id=x", "You must specify 'stage'", "collect doctor eval merge ppo preprocess sft"),
     ("stage=pop", "stage=pop: no such option", "Did you mean 'ppo'?"),
     ("stage=ppo env=minigird", "env=minigird: no such option", "Did you mean 'minigrid'?"),
     ("stage=ppo algo=dpo", "algo=dpo: no such option", "Did you mean 'ppo'?"),
