@@ -31,6 +31,7 @@ from vlm_agents.config import (
     SftConfig,
     StageConfig,
     TrackingConfig,
+    TrainableConfig,
     conf_dir,
     flat,
     register,
@@ -163,6 +164,11 @@ def test_lora_is_an_option_of_its_own(compose_run) -> None:
         (["seed=-1"], "seed=-1 must be at least 0"),
         (["name=a/b"], "name='a/b' names a folder"),
         (["+stage.episdoes=3"], "stage.episdoes: no such setting"),
+        (["model.quantize=nf4"], "weights in 4 bits can't be trained themselves.*model/lora=adapter"),
+        (["model.quantize=int3", "model/lora=adapter"], "model.quantize=int3 is not one of nf4"),
+        (["model.attention=flash_attention_2"], "model.attention=flash_attention_2 is not one of sdpa, eager"),
+        (["model.train.vision=true"], "model.train.vision or projector is true, and stage.freeze_vision freezes both"),
+        (["model.train.projector=true"], "set stage.freeze_vision=false to train them"),
         (["env.view=agnet"], "env.view=agnet is not one of full, agent. Did you mean 'agent'"),
     ],
 )
@@ -178,6 +184,17 @@ def test_a_learned_temperature_starts_between_its_bounds(compose_run) -> None:
         compose_run(*learned, "model.temperature=2")
     with pytest.raises(ConfigError, match="add model/temperature_head=learned"):
         compose_run("stage=ppo", "algo.turn_entropy_coef=0.1")
+
+
+def test_what_learns_is_what_was_said_or_else_what_the_stage_says(compose_run) -> None:
+    assert compose_run("stage=ppo", "stage.freeze_vision=false", "model.train.vision=true").model.train.vision is True
+    unsaid = compose_run("stage=sft").model.train
+    assert unsaid.settled(freeze_vision=False) == TrainableConfig(True, True, True)
+    assert unsaid.settled(freeze_vision=True) == TrainableConfig(False, False, True)
+    said = compose_run("stage=sft", "model.train={vision: false, language: false}").model.train
+    assert said.settled(freeze_vision=False) == TrainableConfig(False, True, False)
+    with pytest.raises(ConfigError, match=r"nothing would learn: set one of model\.train"):
+        compose_run("stage=sft", "model.train={vision: false, projector: false, language: false}")
 
 
 def test_kl_with_lora_is_fine(compose_run) -> None:

@@ -6,7 +6,7 @@ door. Past it nobody sees a DictConfig, and nobody writes to the result.
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
@@ -172,6 +172,7 @@ class PromptConfig:
     format: str = MISSING
     history: str = "last_k"  # none | last_k: the last actions and what they did, as text | full: the whole chat
     last_k: int = 4
+    max_prompt_tokens: int | None = None  # where a chat is longer, its oldest turns go; null: it is never cut
     max_reply_tokens: int = 96
     score_temperature: float = 0.5  # action_scores only: softmax temperature over the scores 1-5
 
@@ -180,6 +181,8 @@ class PromptConfig:
         one_of("prompt.history", self.history, Literal["none", "last_k", "full"])
         at_least("prompt.last_k", self.last_k, 1)
         at_least("prompt.max_reply_tokens", self.max_reply_tokens, 1)
+        if self.max_prompt_tokens is not None:
+            at_least("prompt.max_prompt_tokens", self.max_prompt_tokens, 1)
         if self.score_temperature <= 0:
             raise ConfigError(f"prompt.score_temperature={self.score_temperature} must be positive")
 
@@ -189,7 +192,7 @@ class PromptConfig:
 class LoraConfig:
     rank: int = 16
     alpha: int = 32
-    dropout: float = 0.0
+    dropout: float = 0.0  # in stage=sft alone: in stage=ppo, what is trained is what was sampled
 
     def __post_init__(self) -> None:
         at_least("model.lora.rank", self.rank, 1)
@@ -200,9 +203,14 @@ class LoraConfig:
 class TrainableConfig:
     """Which parts learn; with LoRA, which parts get adapters."""
 
-    vision: bool = True
-    projector: bool = True
+    vision: bool | None = None  # null: yes, but for stage=ppo with stage.freeze_vision
+    projector: bool | None = None  # null: as vision
     language: bool = True
+
+    def settled(self, freeze_vision: bool) -> "TrainableConfig":
+        """Every switch said: what is null learns unless `freeze_vision`, under which nothing but language does."""
+        vision, projector = (part is not False and not freeze_vision for part in (self.vision, self.projector))
+        return replace(self, vision=vision, projector=projector)
 
 
 @dataclass
@@ -235,14 +243,23 @@ class ModelConfig:
     image_processor: dict[str, Any] = field(default_factory=dict)  # beside architecture: its preprocessor_config.json
     temperature: float = 1.0  # the policy's own sampling temperature, in rollouts, training and eval/success
     lora: LoraConfig | None = None
+    quantize: str | None = None  # nf4: QLoRA, the language part's weights in 4 bits under the adapter
     train: TrainableConfig = field(default_factory=TrainableConfig)
     value_head: ValueHeadConfig = field(default_factory=ValueHeadConfig)
     temperature_head: TemperatureHeadConfig | None = None
     gradient_checkpointing: bool = False
-    attention: str = "sdpa"
+    attention: str = "sdpa"  # sdpa | eager; sdpa takes a flash kernel by itself where there is one
 
     def __post_init__(self) -> None:
         one_of("model.weights", self.weights, Literal["pretrained", "random"])
+        one_of("model.attention", self.attention, Literal["sdpa", "eager"])
+        if self.quantize is not None:
+            one_of("model.quantize", self.quantize, Literal["nf4"])
+            if self.lora is None:
+                raise ConfigError(
+                    f"model.quantize={self.quantize}: weights in 4 bits can't be trained themselves. "
+                    "Add model/lora=adapter, which trains beside them, or set model.quantize=null"
+                )
         if self.architecture is not None and self.path is None and self.weights == "pretrained":
             raise ConfigError(f"model={self.name} has no weights of its own: set model.path, or model.weights=random")
         if self.temperature <= 0:
@@ -551,8 +568,16 @@ class RunConfig:
                 "algo.kl_coef > 0 needs a reference policy, which is the model with its adapter off: "
                 "add model/lora=adapter, or set algo.kl_coef=0"
             )
-        if isinstance(self.stage, PpoConfig) and self.algo is None:
-            raise ConfigError("stage=ppo needs an algo: add algo=ppo")
+        if isinstance(self.stage, PpoConfig):
+            if self.algo is None:
+                raise ConfigError("stage=ppo needs an algo: add algo=ppo")
+            if self.stage.freeze_vision and (self.model.train.vision or self.model.train.projector):
+                raise ConfigError(
+                    "model.train.vision or projector is true, and stage.freeze_vision freezes both: "
+                    "set stage.freeze_vision=false to train them, or leave their switches out"
+                )
+        if isinstance(self.stage, SftConfig) and not any(vars(self.model.train.settled(False)).values()):
+            raise ConfigError("nothing would learn: set one of model.train.{vision,projector,language}=true")
 
 
 def register() -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from vlm_agents.env_pool import EnvPool
-from vlm_agents.errors import EnvError, TrainingError
+from vlm_agents.errors import DataError, EnvError, TrainingError
 from vlm_agents.policies import Policy, is_random
 from vlm_agents.prompting import PromptFormat
 from vlm_agents.types import Observation, Query, Stop, Trajectory, Turn
@@ -38,7 +38,11 @@ class _Episode:
 
     def query(self, instructions: str, prompt_format: PromptFormat) -> Query:
         assert self.now is not None
-        return Query(prompt_format.prompt(instructions, self.turns, self.now), self.now, self.rng)
+        try:
+            prompt = prompt_format.prompt(instructions, self.turns, self.now)
+        except DataError as error:
+            raise DataError(f"seed {self.seed}, turn {len(self.turns)}: {error}") from error
+        return Query(prompt, self.now, self.rng)
 
 
 def collect(

@@ -73,7 +73,7 @@ def end_soon() -> Callable[[Agent], Agent]:
     def changed(agent: Agent) -> Agent:
         bias = torch.zeros(agent.banned.shape)
         bias[agent.renderer.end_of_turn] = 4.0
-        agent.family.lm_head.bias = nn.Parameter(bias)
+        agent.family.lm_head.bias = nn.Parameter(bias.to(agent.family.lm_head.weight.dtype))
         return agent
 
     return changed

@@ -8,12 +8,15 @@ from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from vlm_agents.config import PromptConfig
 from vlm_agents.errors import DataError, ModelError
+from vlm_agents.learn.batch import token_weights
 from vlm_agents.models import Agent
 from vlm_agents.models.rendering import HFRenderer
 from vlm_agents.models.tiny import CHAT_TEMPLATE, SPECIAL
+from vlm_agents.prompting import make_format
 from vlm_agents.tensors import Row
-from vlm_agents.types import Message, Prompt
+from vlm_agents.types import Message, Prompt, Reply
 
 MakeRow = Callable[..., Row]
 
@@ -246,6 +249,58 @@ def test_the_token_that_completes_a_character_gets_it(agent: Agent, texts: list[
 def test_offsets_of_nothing(agent: Agent):
     assert agent.renderer.offsets([]).shape == (0, 2)
     assert agent.renderer.offsets([agent.renderer.end_of_turn]).tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize("before", [" ", "\n", ""], ids=["space", "newline", "nothing"])
+@pytest.mark.parametrize("make", [None, byte_level, metaspace, metaspace_bpe])
+def test_thoughts_weigh_less_and_all_else_in_full(
+    agent: Agent, texts: list[str], make: Callable[[list[str]], PreTrainedTokenizerFast] | None, before: str
+):
+    """From the reply's ids to the weights that PPO takes, through every step in between."""
+    renderer = HFRenderer(make(texts) if make else agent.tokenizer, agent.family, agent.images)
+    ids = renderer.encode_reply(f'{{"thoughts": "née 日本 (3,2) 🙂",{before}"action": "turn left"}}')
+    text = renderer.decode(ids)
+    parsed = make_format(PromptConfig("cot_json")).parse(text, ("turn left",), np.random.default_rng(0))
+    assert (parsed.action, parsed.error) == ("turn left", None)
+    weights = token_weights(Reply(text, token_ids=tuple(ids)), parsed, renderer, thought_coef=0.2)
+    assert set(weights.tolist()) == {np.float32(0.2), 1}
+    light = [text[start:end] for (start, end), w in zip(renderer.offsets(ids), weights, strict=True) if w < 1]
+    assert len(light) > 5
+    assert "".join(light) in "née 日本 (3,2) 🙂"  # without a token at either end that holds a quote too
+    assert len("".join(light)) > 12
+
+
+# ---- chats that are too long ----------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def long_chat(agent: Agent, chats: list[Prompt]) -> Prompt:
+    """Instructions and five turns with one, no, two, one and one picture; the replies were sampled."""
+    chat = chats[0][:1]
+    for turn, (_, user) in enumerate(chats):
+        said = Message("assistant", "turn", token_ids=(30 + turn, agent.renderer.end_of_turn))
+        chat = (*chat, user, said)
+    return chat[:-1]
+
+
+@pytest.mark.parametrize("instructed", [True, False], ids=["instructions", "none"])
+def test_of_a_chat_that_is_too_long_the_oldest_turns_go_as_a_whole(
+    agent: Agent, long_chat: Prompt, make_row: MakeRow, instructed: bool
+):
+    head, turns = long_chat[:instructed], long_chat[1:]
+    shorter = [(*head, *turns[2 * dropped :]) for dropped in range(5)]
+    lengths = [len(agent.renderer.render(chat).ids) for chat in shorter]
+    seen = set()
+    for budget in range(lengths[-1], lengths[0] + 2):
+        fitted = agent.renderer.fit(shorter[0], budget)
+        longest = next(chat for chat, length in zip(shorter, lengths, strict=True) if length <= budget)
+        assert [id(message) for message in fitted] == [id(message) for message in longest]
+        seen.add(len(fitted))
+    assert len(seen) == 5
+    for chat in shorter:  # collate counts pictures against their tokens
+        agent.renderer.collate([make_row(agent, chat, [30])])
+    with pytest.raises(
+        DataError, match=rf"of {lengths[-1]} tokens with its 1 pictures: .*tokens={lengths[-1] - 1}, or"
+    ):
+        agent.renderer.fit(shorter[0], lengths[-1] - 1)
 
 
 # ---- templates -------------------------------------------------------------------------------------------------------

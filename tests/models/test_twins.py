@@ -358,6 +358,20 @@ def test_a_row_whose_pictures_dont_match_is_refused_by_name(agent: Agent, rows: 
         agent.renderer.collate([rows[0], row])
 
 
+def test_a_chat_is_cut_with_the_pictures_of_what_goes(agent: Agent, chats: list[Prompt], make_row: MakeRow):
+    chat = chats[0][:1]
+    for _, user in chats:
+        chat = (*chat, user, Message("assistant", "", token_ids=(30, agent.renderer.end_of_turn)))
+    chat = chat[:-1]
+    pictures = []
+    for dropped in range(5):
+        fitted = agent.renderer.fit(chat, len(agent.renderer.render((chat[0], *chat[1 + 2 * dropped :])).ids))
+        assert fitted == (chat[0], *chat[1 + 2 * dropped :])
+        pictures.append(len(agent.renderer.render(fitted).images))
+        agent.renderer.collate([make_row(agent, fitted, [30])])  # counts them against their tokens
+    assert pictures == [5, 4, 4, 2, 1]
+
+
 def test_every_parameter_is_of_one_part(agent: Agent, name: str):
     names = [parameter_name for parameter_name, _ in agent.model.named_parameters()]
     parts = {n: agent.family.part_of(n) for n in names}

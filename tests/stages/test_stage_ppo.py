@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from vlm_agents.episodes import read_episodes
-from vlm_agents.errors import ConfigError
+from vlm_agents.errors import ConfigError, DataError
 from vlm_agents.run import panel_seeds, training_seed
 
 RunStage = Callable[..., Path]
@@ -123,3 +123,32 @@ def test_the_next_stage_starts_from_the_weights_that_are_left(trained: Path, run
     assert {name: now[name] for name in now if name != "step"} == {name: then[name] for name in then if name != "step"}
     end, start = (load_file(folder / "model/model.safetensors") for folder in (again, trained))
     assert all(torch.equal(end[name], start[name]) for name in start)
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        ("ppo", "stage.iterations=1", "stage.eval_episodes=0"),
+        ("collect", "stage.policy=model", "stage.noise=0"),
+        ("eval", "stage.baselines=false"),
+    ],
+    ids=["ppo", "collect", "eval"],
+)
+def test_a_chat_stays_within_its_budget(run_stage: RunStage, tmp_path: Path, stage: tuple[str, ...]):
+    """Wherever a model plays."""
+    words = [f"stage={stage[0]}", *stage[1:], "stage.episodes=4", "stage.num_envs=4", "env.turns=4"]
+    folder = run_stage(tmp_path, *words, "prompt.history=full", "prompt.max_prompt_tokens=120")
+    if stage[0] == "ppo":
+        assert lines(folder)[0]["ppo/ratio_at_start"] == pytest.approx(1.0, abs=1e-4)
+    for episode in read_episodes(folder):
+        kept = [sum(message.role == "user" for message in turn.prompt) for turn in episode.turns]
+        assert max(len(turn.reply.prompt_token_ids) for turn in episode.turns) <= 120
+        assert kept[:2] == [1, 2]
+        assert kept[-1] < 4
+        assert all(turn.prompt[0].role == "system" for turn in episode.turns)
+
+
+def test_a_turn_that_is_over_the_budget_is_named(run_stage: RunStage, tmp_path: Path):
+    words = [*SMALL, "stage.iterations=1", "stage.eval_episodes=0", "prompt.max_prompt_tokens=20"]
+    with pytest.raises(DataError, match=r"^seed \d+, turn 0: .* a prompt of \d+ tokens with its 1 pictures: raise "):
+        run_stage(tmp_path, *words)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vlm_agents.config import HardwareConfig, LoraConfig, ModelConfig
+from vlm_agents.errors import DataError
 from vlm_agents.models import load_agent
 from vlm_agents.stages.sft import Chats, GroupedSampler
 
@@ -117,6 +118,22 @@ def test_an_adapter_is_all_that_a_lora_run_leaves(
     start = dict(load_agent(replace(cfg, lora=None), HardwareConfig("cpu")).model.named_parameters())
     assert base.keys() == start.keys()
     assert all(torch.equal(base[name], start[name]) for name in start)
+
+
+def test_dropout_acts_while_an_adapter_is_trained(run_stage: RunStage, echo_chats: Path, tmp_path: Path):
+    words = [*SHORT, "model/lora=adapter", "model.lora.rank=2", f"stage.data={echo_chats}"]
+    folders = [run_stage(tmp_path / share, *words, f"model.lora.dropout={share}") for share in ("0", "0.5")]
+    plain, dropped = (load_file(folder / "model/adapter_model.safetensors") for folder in folders)
+    assert any(not torch.equal(plain[name], dropped[name]) for name in plain)
+
+
+def test_a_chat_that_is_over_the_budget_is_named(echo_chats: Path, tiny_model: Path):
+    agent = load_agent(ModelConfig("tiny", path=str(tiny_model)), HardwareConfig("cpu"))
+    path = echo_chats / "train.parquet"
+    length = Chats(path, agent.renderer)[0].spans[0][0]
+    assert len(Chats(path, agent.renderer, length)[0].input_ids) > length  # the reply is no part of the prompt
+    with pytest.raises(DataError, match=rf"train.parquet, row 0: .* a prompt of {length} tokens .* raise prompt"):
+        Chats(path, agent.renderer, length - 1)[0]
 
 
 # ---- the order of the rows -------------------------------------------------------------------------------------------

@@ -165,7 +165,7 @@ class Agent(nn.Module):
         suffix = self.family.text(
             **self.embed(input_ids[:, shared:], tokens.mm),
             position_ids=positions[..., shared:].squeeze(0),
-            attention_mask=causal_mask(width - shared, width, self.device),
+            attention_mask=self.attention_mask(causal_mask(width - shared, width, self.device)),
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
@@ -197,6 +197,13 @@ class Agent(nn.Module):
         else:
             return {"inputs_embeds": embeds}
         return text_inputs(embeds, input_ids == self.family.image_token_id, features)
+
+    def attention_mask(self, seen: Tensor) -> Tensor:
+        """[N 1 Q K] bool, as the text model wants it: its own, eager attention adds the mask to the scores."""
+        if self.family.text.config._attn_implementation != "eager":
+            return seen
+        dtype = self.family.embed_tokens.weight.dtype
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
     @property
     def checkpointing(self) -> bool:

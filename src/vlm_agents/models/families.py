@@ -241,6 +241,7 @@ class Kind:
 
     family: Callable[[Any, Any], Family]
     image_processor: str  # class of transformers
+    seeing: tuple[str, ...]  # modules of vision and projector
     token_ids: Mapping[str, str]  # entry of the config -> token
     special_tokens: Mapping[str, str] = field(default_factory=dict)  # as tokenizers name them
     chat_template: str | None = None  # None: that of the tiny model's tokenizer
@@ -250,6 +251,7 @@ class Kind:
 QWEN = Kind(
     QwenVL,
     "Qwen2VLImageProcessorPil",
+    ("model.visual",),
     {
         "image_token_id": "<|image_pad|>",
         "video_token_id": "<|video_pad|>",
@@ -285,6 +287,7 @@ KINDS = {
     "llava_next": Kind(
         LlavaNext,
         "LlavaNextImageProcessorPil",
+        ("model.vision_tower", "model.multi_modal_projector"),
         {"image_token_index": "<image>"},
         {"bos_token": "<s>", "eos_token": "</s>"},
         LLAVA_TEMPLATE,

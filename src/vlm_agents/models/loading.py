@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # transformers 5.17 hides it at the top
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
@@ -41,10 +41,14 @@ def load_agent(
     part alone, whatever `cfg.train` says.
     """
     use_hardware(hardware)
+    if cfg.quantize and find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"model.quantize={cfg.quantize} needs bitsandbytes: pip install it, or set model.quantize=null"
+        )
     os.environ.setdefault("DS_ACCELERATOR", hardware.device.split(":")[0])  # else deepspeed, once imported, warns
     if hardware.device == "cpu":  # there torch reads shared heads as they are; transformers copies them out for a mask
         os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
-    train = replace(cfg.train, vision=False, projector=False) if freeze_vision else cfg.train
+    train = cfg.train.settled(freeze_vision)
     folder = init_folder(init) if init else None
     adapter = folder is not None and (folder / ADAPTER_FILE).is_file()
     if adapter and cfg.lora is None:
@@ -56,6 +60,7 @@ def load_agent(
         model, tokenizer, image_processor = make_parts(cfg, hardware)
     else:
         model, tokenizer, image_processor = load_parts(source, random, hardware, cfg)
+    keep_packing(model)
     family = family_of(model, image_processor)
     if cfg.lora is None:
         keep_gradients(model, family, train)
@@ -136,8 +141,13 @@ def draw_weights(config: Any, cfg: ModelConfig, hardware: HardwareConfig) -> Any
     """A model with random weights, drawn where it will stay: on a CPU billions of them take minutes."""
     with torch.random.fork_rng(), torch.device(hardware.device):
         torch.manual_seed(cfg.seed)
-        dtype = getattr(torch, hardware.dtype)
-        return AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=cfg.attention)
+        model = AutoModelForImageTextToText.from_config(config, **settings_of(cfg, hardware))
+    if not cfg.quantize:
+        return model
+    settings = settings_of(cfg, hardware) | four_bit(config.model_type, hardware)
+    quantised = type(model).from_pretrained(None, config=config, state_dict=model.state_dict(), **settings)
+    quantised.name_or_path = ""  # else an adapter on it would name "None" as its base
+    return quantised
 
 
 def load_parts(source: str, random: bool, hardware: HardwareConfig, cfg: ModelConfig) -> tuple[Any, Any, Any]:
@@ -154,7 +164,10 @@ def load_parts(source: str, random: bool, hardware: HardwareConfig, cfg: ModelCo
         if random:
             model = draw_weights(config, cfg, hardware)
         else:
-            model = load_whole(source, getattr(torch, hardware.dtype), cfg.attention)
+            settings = settings_of(cfg, hardware)
+            if cfg.quantize:
+                settings |= four_bit(config.model_type, hardware)
+            model = load_whole(source, settings)
         return model, load_tokenizer(source), AutoImageProcessor.from_pretrained(source, backend="pil")
 
 
@@ -167,12 +180,11 @@ def load_tokenizer(source: str) -> Any:
     return tokenizer
 
 
-def load_whole(source: str, dtype: torch.dtype, attention: str) -> Any:
+def load_whole(source: str, settings: dict[str, Any]) -> Any:
     """A model with all of its weights: transformers draws at random what a file lacks, and only warns."""
     loaded: Any = AutoModelForImageTextToText.from_pretrained(
         source,
-        dtype=dtype,
-        attn_implementation=attention,
+        **settings,
         use_safetensors=True,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
@@ -182,6 +194,36 @@ def load_whole(source: str, dtype: torch.dtype, attention: str) -> Any:
     if absent:
         raise ValueError(f"its weights lack {len(absent)} tensors, or have them in other shapes: {min(absent)}")
     return model
+
+
+def settings_of(cfg: ModelConfig, hardware: HardwareConfig) -> dict[str, Any]:
+    return {"dtype": getattr(torch, hardware.dtype), "attn_implementation": cfg.attention}
+
+
+def four_bit(model_type: str, hardware: HardwareConfig) -> dict[str, Any]:
+    """What makes `from_pretrained` quantise as QLoRA does (arXiv 2305.14314): NF4, its constants quantised once more.
+
+    What sees and the output layer keep their weights: they are few, and rounding hurts them most.
+    """
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, hardware.dtype),
+        llm_int8_skip_modules=[*kind_of(model_type).seeing, "lm_head"],  # of 4 bits too
+    )
+    return {"quantization_config": config, "device_map": {"": hardware.device}}
+
+
+def keep_packing(model: nn.Module) -> None:
+    """Have bitsandbytes leave weights in 4 bits as they are.
+
+    On some CPUs it packs them anew for its bfloat16 kernel as soon as a pass needs no gradient: sampling would round
+    otherwise than scoring does, and training would fail.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 @contextmanager

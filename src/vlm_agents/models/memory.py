@@ -68,10 +68,13 @@ class Memory:
 
 
 def blueprint(cfg: ModelConfig, hardware: HardwareConfig, freeze_vision: bool) -> Agent:
-    """The agent of `cfg` on the meta device. A local folder is asked for its config.json, else `model.architecture`."""
+    """The agent of `cfg` on the meta device, its weights not quantised.
+
+    A local folder is asked for its config.json, else `model.architecture`.
+    """
     os.environ.setdefault("DS_ACCELERATOR", hardware.device.split(":")[0])  # before the loader takes meta for one
     local = cfg.path is not None and Path(cfg.path).is_dir()
-    shape = replace(cfg, weights="random", architecture=None if local else cfg.architecture)
+    shape = replace(cfg, weights="random", quantize=None, architecture=None if local else cfg.architecture)
     return load_agent(shape, replace(hardware, device="meta"), freeze_vision=freeze_vision)
 
 

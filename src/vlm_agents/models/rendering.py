@@ -5,6 +5,7 @@ sampled earlier in the episode keep their exact ids and pictures keep their exac
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,6 +104,22 @@ class HFRenderer:
                     ids.extend([self.family.image_token_id] * (count - 1))  # the piece begins with the last of them
                 ids.extend(self._tokenise(piece))
         return Rendered(np.array(ids, dtype=np.int64), images)
+
+    def fit(self, prompt: Prompt, max_tokens: int) -> Prompt:
+        """The chat without its oldest turns, as few as make it a prompt of `max_tokens` at most; pictures count.
+
+        A turn goes as a whole, with its pictures and the reply to it; a system message stays. DataError where the
+        last turn alone is too long.
+        """
+        first = [index for index, message in enumerate(prompt) if message.role == "user"]  # of each turn
+        shorter = [prompt[: first[0]] + prompt[start:] for start in first]
+        dropped = bisect_left(shorter, True, key=lambda chat: len(self.render(chat).ids) <= max_tokens)
+        if dropped == len(shorter):
+            raise DataError(
+                f"the last turn and the instructions are a prompt of {len(self.render(shorter[-1]).ids)} tokens with "
+                f"its {len(shorter[-1][-1].images)} pictures: raise prompt.max_prompt_tokens={max_tokens}, or show less"
+            )
+        return shorter[dropped]
 
     def _tokenise(self, text: str) -> list[int]:
         """Most pieces (the system message above all) come again with every turn."""

@@ -139,7 +139,7 @@ class Sampler:
         output = agent.family.text(
             inputs_embeds=agent.family.embed_tokens(chosen[:, None]),
             position_ids=positions[..., None].squeeze(0),
-            attention_mask=None if valid is None else valid[:, None, None, :],
+            attention_mask=None if valid is None else agent.attention_mask(valid[:, None, None, :]),
             past_key_values=cache,
             use_cache=True,
         )
@@ -188,7 +188,7 @@ class Sampler:
         hidden = family.text(
             **agent.embed(ids, agent.images.batch([image for row in rendered for image in row.images])),
             position_ids=own.squeeze(0),
-            attention_mask=mask if padded or shared else None,
+            attention_mask=agent.attention_mask(mask) if padded or shared else None,
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state

@@ -5,7 +5,8 @@ Not a base class: a format is any class with the methods of `PromptFormat`, made
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -32,6 +33,23 @@ class PromptFormat(Protocol):
     def write(self, thought: str, action: str, legal_actions: LegalActions) -> str:
         """The canonical reply that says this."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A format whose prompts go through `fit`, which cuts them to what a model takes."""
+
+    format: PromptFormat
+    fit: Callable[[Prompt], Prompt]
+
+    def prompt(self, instructions: str, history: Sequence[Turn], now: Observation) -> Prompt:
+        return self.fit(self.format.prompt(instructions, history, now))
+
+    def parse(self, text: str, legal_actions: LegalActions, rng: np.random.Generator) -> Parsed:
+        return self.format.parse(text, legal_actions, rng)
+
+    def write(self, thought: str, action: str, legal_actions: LegalActions) -> str:
+        return self.format.write(thought, action, legal_actions)
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------

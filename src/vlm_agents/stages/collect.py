@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from vlm_agents.config import CollectConfig, RunConfig
 from vlm_agents.episodes import EpisodeWriter, read_episodes
@@ -10,13 +11,16 @@ from vlm_agents.errors import ConfigError
 from vlm_agents.judge import Judge
 from vlm_agents.policies import NoisyPolicy, Policy
 from vlm_agents.progress import track
-from vlm_agents.prompting import PromptFormat, make_format
+from vlm_agents.prompting import PromptFormat
 from vlm_agents.remote import ChatClient
 from vlm_agents.report import write_report
 from vlm_agents.rollout import collect, summarise
 from vlm_agents.run import Run, training_seed
-from vlm_agents.stages.playing import has_expert, model_policy, open_envs, remote_policy, scripted_policy
+from vlm_agents.stages.playing import format_of, has_expert, model_policy, open_envs, remote_policy, scripted_policy
 from vlm_agents.types import Trajectory, Turn
+
+if TYPE_CHECKING:  # scripted and remote policies need no torch
+    from vlm_agents.models import Agent
 
 REPORTED = 12  # episodes in report.html
 SAMPLES = 3  # of a remote policy's reply, until one holds a legal action: what is sought here is data, not a grade
@@ -28,9 +32,14 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     advised = has_expert(cfg.env)
     if not advised and "expert" in (stage.policy, stage.rater):
         raise ConfigError(f"{cfg.env.id} has no expert: set stage.policy and stage.rater to something else")
-    prompt_format = make_format(cfg.prompt)
+    agent = None
+    if stage.policy == "model":
+        from vlm_agents.models import load_agent  # brings torch along: seconds that the other policies save
+
+        agent = load_agent(cfg.model, cfg.hardware, stage.init)
+    prompt_format = format_of(cfg, agent)
     client = ChatClient(stage.remote, run.path("remote")) if "remote" in (stage.policy, stage.rater) else None
-    policy = make_policy(cfg, stage, prompt_format, client)
+    policy = make_policy(cfg, stage, prompt_format, client, agent)
     run.restore()
     writer = EpisodeWriter(run.dir)
     done = sum(1 for _ in read_episodes(run.dir))
@@ -62,14 +71,18 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     return run.finish(metrics, {"report": report, "episodes": run.path("episodes.jsonl")})
 
 
-def make_policy(cfg: RunConfig, stage: CollectConfig, prompt_format: PromptFormat, client: ChatClient | None) -> Policy:
+def make_policy(
+    cfg: RunConfig,
+    stage: CollectConfig,
+    prompt_format: PromptFormat,
+    client: ChatClient | None,
+    agent: "Agent | None",
+) -> Policy:
     if stage.policy == "remote":
         assert client is not None
         policy = remote_policy(cfg, client, SAMPLES)
-    elif stage.policy == "model":
-        from vlm_agents.models import load_agent  # brings torch along: seconds that the other policies save
-
-        policy = model_policy(cfg, load_agent(cfg.model, cfg.hardware, stage.init))
+    elif agent is not None:
+        policy = model_policy(cfg, agent)
     else:
         policy = scripted_policy(stage.policy, prompt_format)
     return NoisyPolicy(policy, stage.noise, prompt_format) if stage.noise else policy

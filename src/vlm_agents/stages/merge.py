@@ -38,7 +38,8 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         )
     saved = json.loads((source / ADAPTER_FILE).read_text(encoding="utf-8"))
     lora = cfg.model.lora or LoraConfig(saved["r"], saved["lora_alpha"])
-    agent = load_agent(replace(cfg.model, lora=lora), cfg.hardware, stage.init)
+    # an adapter trained over 4 bits is merged into the weights that they were rounded from: 4 bits hold no merged ones
+    agent = load_agent(replace(cfg.model, lora=lora, quantize=None), cfg.hardware, stage.init)
     prompts = first_prompts(cfg, PROBES)
     expected = logits(agent, prompts)
     with agent.adapter_off():
@@ -48,7 +49,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     def write(folder: Path) -> None:
         save_merged(agent, folder)
         agent.to("meta")  # one model at a time in memory
-        merged = load_agent(replace(cfg.model, lora=None), cfg.hardware, str(folder))
+        merged = load_agent(replace(cfg.model, lora=None, quantize=None), cfg.hardware, str(folder))
         metrics["merge/max_logit_difference"] = compare(expected, logits(merged, prompts), folder, cfg)
 
     run.save_folder(RUN_MODEL, write)

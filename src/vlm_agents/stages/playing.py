@@ -16,7 +16,7 @@ from vlm_agents.errors import ConfigError, EnvError
 from vlm_agents.experts import with_expert
 from vlm_agents.policies import ExpertPolicy, ModelPolicy, Policy, RandomPolicy, RemotePolicy
 from vlm_agents.progress import track
-from vlm_agents.prompting import PromptFormat, make_format
+from vlm_agents.prompting import Fitted, PromptFormat, make_format
 from vlm_agents.remote import ChatClient
 from vlm_agents.rollout import collect, summarise
 from vlm_agents.run import panel_seeds
@@ -52,6 +52,14 @@ def scripted_policy(name: str, prompt_format: PromptFormat) -> Policy:
     return ExpertPolicy(prompt_format) if name == "expert" else RandomPolicy(prompt_format)
 
 
+def format_of(cfg: RunConfig, agent: "Agent | None" = None) -> PromptFormat:
+    """The prompt format; what an agent is asked is cut to `prompt.max_prompt_tokens`."""
+    prompt_format, budget = make_format(cfg.prompt), cfg.prompt.max_prompt_tokens
+    if agent is None or budget is None:
+        return prompt_format
+    return Fitted(prompt_format, partial(agent.renderer.fit, max_tokens=budget))
+
+
 def model_policy(cfg: RunConfig, agent: "Agent", greedy: bool = False) -> Policy:
     from vlm_agents.models import Sampler
 
@@ -76,12 +84,15 @@ def first_prompts(cfg: RunConfig, episodes: int) -> list[Prompt]:
 
 
 def play_panel(
-    cfg: RunConfig, envs: EnvPool, policy: Policy, episodes: int, variant: str = ""
+    cfg: RunConfig, envs: EnvPool, policy: Policy, episodes: int, variant: str = "", agent: "Agent | None" = None
 ) -> tuple[dict[str, float], list[Trajectory]]:
-    """Play the first `episodes` held-out seeds. Metrics are `eval/<name><variant>`, SHARES with their intervals."""
+    """Play the first `episodes` held-out seeds. Metrics are `eval/<name><variant>`, SHARES with their intervals.
+
+    `agent` is whose policy it is, if anybody's.
+    """
     seeds = panel_seeds(envs.name, episodes)
     playing = collect(
-        envs, policy, make_format(cfg.prompt), seeds, invalid_penalty=cfg.env.invalid_penalty, run_seed=EVAL_SEED
+        envs, policy, format_of(cfg, agent), seeds, invalid_penalty=cfg.env.invalid_penalty, run_seed=EVAL_SEED
     )
     trajectories = list(track(playing, f"eval {policy.name}", episodes))
     metrics = summarise(trajectories, "eval")
@@ -98,8 +109,8 @@ def play_model(
     cfg: RunConfig, envs: EnvPool, agent: "Agent", episodes: int, suffix: str = ""
 ) -> tuple[dict[str, float], list[Trajectory]]:
     """The panel twice: sampled at the policy's own temperature, and greedy. The trajectories are the sampled ones."""
-    metrics, trajectories = play_panel(cfg, envs, model_policy(cfg, agent), episodes, suffix)
-    greedy, _ = play_panel(cfg, envs, model_policy(cfg, agent, greedy=True), episodes, f"_greedy{suffix}")
+    metrics, trajectories = play_panel(cfg, envs, model_policy(cfg, agent), episodes, suffix, agent)
+    greedy, _ = play_panel(cfg, envs, model_policy(cfg, agent, greedy=True), episodes, f"_greedy{suffix}", agent)
     return metrics | greedy, trajectories
 
 

@@ -22,11 +22,10 @@ from vlm_agents.learn.update import update
 from vlm_agents.models import Agent, load_agent
 from vlm_agents.models.loading import ADAPTER_FILE, RUN_MODEL, init_folder
 from vlm_agents.progress import say, track
-from vlm_agents.prompting import make_format
 from vlm_agents.report import captioned_frame, read_curves, write_report
 from vlm_agents.rollout import collect, summarise
 from vlm_agents.run import Run, seed_everything, training_seed
-from vlm_agents.stages.playing import SHARES, has_expert, model_policy, open_envs, play_model
+from vlm_agents.stages.playing import SHARES, format_of, has_expert, model_policy, open_envs, play_model
 from vlm_agents.types import Trajectory
 
 RECORDED = 4  # episodes of each iteration kept in episodes.jsonl
@@ -140,7 +139,7 @@ def iterate(
     playing = collect(
         envs,
         model_policy(cfg, agent),
-        make_format(cfg.prompt),
+        format_of(cfg, agent),
         seeds,
         invalid_penalty=cfg.env.invalid_penalty,
         run_seed=run.seed_for("rollout", iteration),

@@ -40,7 +40,8 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     if agent.temperature_head is not None:
         agent.temperature_head.requires_grad_(False)  # learned from rewards alone
     train, validation = (
-        Chats(Path(stage.data) / f"{split}.parquet", agent.renderer) for split in ("train", "validation")
+        Chats(Path(stage.data) / f"{split}.parquet", agent.renderer, cfg.prompt.max_prompt_tokens)
+        for split in ("train", "validation")
     )
     trainer = SftTrainer(run, agent, cfg.hardware, stage, train, cfg.seed)
     if checkpoint:
@@ -56,11 +57,15 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
 
 
 class Chats(Dataset[Row]):
-    """Parquet chats as rows. A row that can't be read raises DataError with file and row."""
+    """Parquet chats as rows, without their oldest turns where they are longer than `max_prompt_tokens`.
 
-    def __init__(self, path: Path, renderer: HFRenderer) -> None:
+    A row that can't be read, or whose last turn alone is longer, raises DataError with file and row.
+    """
+
+    def __init__(self, path: Path, renderer: HFRenderer, max_prompt_tokens: int | None = None) -> None:
         self.path = path
         self.renderer = renderer
+        self.max_prompt_tokens = max_prompt_tokens
         if not path.is_file():
             raise DataError(f"no {path}: it is written by stage=preprocess; run it first, or set stage.data")
         try:
@@ -77,6 +82,8 @@ class Chats(Dataset[Row]):
         record = self.table.slice(index, 1).to_pylist()[0]
         try:
             return self._row(record, f"{self.path}:{index}")
+        except DataError as error:
+            raise DataError(f"{self.path}, row {index}: {error}") from error
         except (OSError, KeyError, TypeError, ValueError, StopIteration) as error:
             raise DataError(f"{self.path}, row {index}: {error!r}; run stage=preprocess again") from error
 
@@ -91,6 +98,8 @@ class Chats(Dataset[Row]):
             )
             for m in context
         )
+        if self.max_prompt_tokens is not None:
+            prompt = self.renderer.fit(prompt, self.max_prompt_tokens)
         rendered = self.renderer.render(prompt)
         reply = self.renderer.encode_reply(answer["content"])
         start, nothing = len(rendered.ids), np.zeros(0, dtype=np.float32)
