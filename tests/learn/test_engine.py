@@ -76,11 +76,12 @@ def test_a_role_may_be_empty(policy: list[float], value: list[float]):
     assert engine.step() == 1.0
 
 
-def test_state_continues_bit_for_bit():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_continues_bit_for_bit(dtype: torch.dtype):
     def train(model: nn.Module, engine: TorchEngine, iterations: range) -> None:
         for iteration in iterations:
             for step in range(3):
-                inputs = torch.randn(4, 5, generator=torch.Generator().manual_seed(10 * iteration + step))
+                inputs = torch.randn(4, 5, generator=torch.Generator().manual_seed(10 * iteration + step), dtype=dtype)
                 engine.backward(model(inputs).square().sum())
                 engine.step()
             engine.end_iteration()
@@ -90,7 +91,7 @@ def test_state_continues_bit_for_bit():
         return TorchEngine({"policy": list(model.parameters())}, algo, iterations=4)
 
     torch.manual_seed(0)
-    whole = nn.Linear(5, 2)
+    whole = nn.Linear(5, 2, dtype=dtype)
     first_half = copy.deepcopy(whole)
     train(whole, make(whole), range(4))
     engine = make(first_half)
@@ -103,3 +104,16 @@ def test_state_continues_bit_for_bit():
     assert torch.equal(second_half.weight, whole.weight)
     assert torch.equal(second_half.bias, whole.bias)
     assert not torch.equal(first_half.weight, whole.weight)
+
+
+def test_steps_too_small_for_bfloat16_add_up():
+    parameter = nn.Parameter(torch.tensor([1.0], dtype=torch.bfloat16))
+    engine = TorchEngine({"policy": [parameter]}, AlgoConfig("ppo", lr=1e-3), 9)
+    found = []
+    for _ in range(3):
+        engine.backward(parameter.sum())
+        engine.step()
+        assert parameter.grad is None
+        found.append(parameter.item())
+    # 0.999, 0.998, 0.997 are 0.26, 0.51, 0.77 of the way from 1 to the next smaller bfloat16
+    assert found == [1.0, 1 - 1 / 256, 1 - 1 / 256]

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.nn.modules import Linear4bit
 from torch.profiler import ProfilerActivity, profile
 
 from vlm_agents.config import AlgoConfig, HardwareConfig, LoraConfig, ModelConfig, RunConfig
@@ -45,12 +46,25 @@ def test_real_sizes(compose_run: Compose, name: str):
     parameters, width = PARAMETERS[name]
     head = 4 * (width * 128 + 128 + 128 + 1)  # two layers of fp32, 128 wide in between
     assert memory.weights == 2 * parameters + head
-    assert memory.gradients == memory.optimizer_step == memory.weights
-    assert memory.optimizer == 2 * memory.weights
+    assert memory.gradients == memory.weights
+    assert memory.optimizer == 3 * 4 * parameters + 2 * head  # two moments, and a copy of what is bfloat16
+    assert memory.optimizer_step == 2 * 4 * parameters + head  # one more of each, and the copies' gradients
     assert memory.kv_cache == KV[name] * 64 * (400 + 96)
     vocabulary = agent.family.lm_head.weight.shape[0]
     assert memory.logits == 6 * 4 * 16 * 96 * vocabulary  # 16 rows of 496 tokens in 8192
     assert {parameter.device.type for parameter in agent.parameters()} == {"meta"}  # nothing was drawn
+
+
+def test_weights_in_four_bits(tiny_folder: Any):
+    cfg = ModelConfig("tiny", path=str(tiny_folder), lora=LoraConfig(rank=4), quantize="nf4")
+    said = estimate(blueprint(cfg, CPU, True), WORK, "cpu", cfg.quantize)
+    agent = load_agent(cfg, CPU, freeze_vision=True)
+    packed = [cast(Any, module.weight).quant_state for module in agent.modules() if isinstance(module, Linear4bit)]
+    constants = sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in packed)
+    assert len(packed) == 4 * 7
+    held = sum(parameter.nbytes for parameter in agent.parameters()) + constants
+    assert said.weights == pytest.approx(held, rel=1e-4)  # constants are rounded up to whole ones
+    assert said.weights < 0.7 * estimate(blueprint(cfg, CPU, True), WORK, "cpu").weights
 
 
 def test_the_peak_is_that_of_the_larger_phase():
@@ -64,16 +78,19 @@ def test_the_peak_is_that_of_the_larger_phase():
     assert replace(memory, kv_cache=70).peak == 193
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)])
-def test_the_optimizer_holds_what_was_said(load: Callable[..., Any], tiny_folder: Any, lora: LoraConfig | None):
-    said = estimate(blueprint(ModelConfig("tiny", path=str(tiny_folder), lora=lora), CPU, True), WORK, "cpu")
-    agent = load(lora=lora, freeze_vision=True)
+def test_the_optimizer_holds_what_was_said(tiny_folder: Any, lora: LoraConfig | None, dtype: str):
+    cfg, hardware = ModelConfig("tiny", path=str(tiny_folder), lora=lora), HardwareConfig("cpu", dtype=dtype)
+    said = estimate(blueprint(cfg, hardware, True), WORK, "cpu")
+    agent = load_agent(cfg, hardware, freeze_vision=True)
     engine = TorchEngine(agent.parameters_by_role(), AlgoConfig("ppo"), 1)
     torch.stack([parameter.sum() for parameter in engine.parameters]).sum().backward()
     assert said.gradients == sum(p.grad.nbytes for p in engine.parameters if p.grad is not None)
     engine.step()
     moments = [state[name].nbytes for state in engine.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    assert said.optimizer == sum(moments)
+    copies = [copy.nbytes for _, copy in engine.optimizer.copies]
+    assert said.optimizer == sum(moments) + sum(copies)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -38,6 +38,48 @@ class Engine(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
+class AdamW(torch.optim.AdamW):
+    """AdamW that steps in fp32 whatever the precision of the weights, of which it keeps its own copies.
+
+    A bfloat16 near 0.02 is 1.2e-4 from the next: steps of a usual learning rate would all be rounded away.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], **settings: Any) -> None:
+        self.copies: list[tuple[torch.nn.Parameter, Tensor]] = []  # (the model's, its fp32 copy)
+        super().__init__(
+            [{**group, "params": list(map(self._stepped, group["params"]))} for group in groups], **settings
+        )
+
+    def _stepped(self, parameter: torch.nn.Parameter) -> Tensor:
+        if parameter.dtype not in (torch.bfloat16, torch.float16):
+            return parameter
+        self.copies.append((parameter, parameter.detach().float()))
+        return self.copies[-1][1]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        for parameter, copy in self.copies:
+            copy.grad = None if parameter.grad is None else parameter.grad.float()
+        loss = super().step(closure)  # type: ignore[arg-type]
+        for parameter, copy in self.copies:
+            parameter.copy_(copy)
+            copy.grad = None
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for parameter, _ in self.copies:
+            parameter.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"copies": [copy for _, copy in self.copies]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for (_, copy), saved in zip(self.copies, state_dict["copies"], strict=True):
+            copy.copy_(saved)
+
+
 class TorchEngine:
     """AdamW with a group for the policy and one for the value head; either may be empty."""
 
@@ -49,7 +91,7 @@ class TorchEngine:
         self.iterations = iterations
         self.iteration = 0
         self.parameters = [*policy, *value]
-        self.optimizer = torch.optim.AdamW([{"params": policy}, {"params": value}], weight_decay=algo.weight_decay)
+        self.optimizer = AdamW([{"params": policy}, {"params": value}], weight_decay=algo.weight_decay)
         self._set_learning_rates()
 
     @property

@@ -20,6 +20,8 @@ from vlm_agents.models.loading import load_agent
 ROOM = 1.1  # what is asked of a machine, over what is counted
 LOGIT_COPIES = 6  # [reply tokens, vocabulary] in fp32 at once, from log-softmax to the gradient of the entropy
 VISION_KEEPS = 2  # bytes kept by a trained vision part, over those that enter and leave its linear layers (1.1 to 2.0)
+FP32 = 4  # bytes
+NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight: 4 bits, one byte for 64 of them, one fp32 for 256 of those
 PROBE = 8  # tokens; so few that attention weights, which real kernels never keep, count for nothing
 
 
@@ -78,13 +80,14 @@ def blueprint(cfg: ModelConfig, hardware: HardwareConfig, freeze_vision: bool) -
     return load_agent(shape, replace(hardware, device="meta"), freeze_vision=freeze_vision)
 
 
-def estimate(agent: Agent, work: Work, device: str) -> Memory:
+def estimate(agent: Agent, work: Work, device: str, quantize: str | None = None) -> Memory:
     """The memory of an agent of `blueprint` at this work.
 
-    weights       bytes of all parameters, tied ones once
+    weights       bytes of all parameters, tied ones once; where quantised, NF4 for those of the linear layers
     gradients     as many bytes as the trained parameters
-    optimizer     AdamW: two moments of each trained parameter, in its dtype
-    optimizer_step  on a GPU all of them are updated at once: one copy more; on a CPU one by one
+    optimizer     AdamW: two moments of each trained parameter, and a copy of those that aren't fp32, all in fp32
+    optimizer_step  on a GPU all of them are updated at once: one copy more; on a CPU one by one; and the gradients of
+                  the copies
     kv_cache      2 x layers x key-value heads x head size x bytes x (prompt + reply) x envs
     prefill       what one layer makes of all prompts at once, and the features of pictures that are kept for later
     activations   what autograd keeps of a micro-batch: see `kept_per_token`; with gradient checkpointing only the
@@ -92,7 +95,8 @@ def estimate(agent: Agent, work: Work, device: str) -> Memory:
     logits        LOGIT_COPIES x 4 bytes x reply tokens of a micro-batch x vocabulary
     """
     trained = [parameter for parameter in agent.parameters() if parameter.requires_grad]
-    gradients = size(trained)
+    copied = FP32 * sum(parameter.numel() for parameter in trained if parameter.dtype != torch.float32)
+    stepped = [FP32 * parameter.numel() for parameter in trained]
     vocabulary = agent.family.lm_head.weight.shape[0]
     tokens = work.rows * (work.prompt + work.reply)
     layers = agent.family.text.config.num_hidden_layers
@@ -102,23 +106,29 @@ def estimate(agent: Agent, work: Work, device: str) -> Memory:
     pictures = linear_bytes(agent, "vision") * work.patches + linear_bytes(agent, "projector") * work.picture_tokens
     looks = min(work.num_envs, ENCODE_AT_ONCE) * pictures // vision_layers(agent)
     return Memory(
-        weights=size(list(agent.parameters())),
-        optimizer=2 * gradients,
+        weights=size(list(agent.parameters())) - (nf4_saves(agent) if quantize else 0),
+        optimizer=2 * sum(stepped) + copied,
         kv_cache=kv_bytes_per_token(agent) * work.num_envs * (work.prompt + work.reply),
         prefill=max(with_grad // layers * work.num_envs * work.prompt, looks) + feature_bytes(agent, work),
-        gradients=gradients,
+        gradients=size(trained),
         activations=kept + (0 if agent.images.frozen else VISION_KEEPS * pictures * work.rows),
-        logits=LOGIT_COPIES * 4 * work.rows * work.reply * vocabulary,
-        optimizer_step=max(map(size_of, trained), default=0) if device == "cpu" else gradients,
+        logits=LOGIT_COPIES * FP32 * work.rows * work.reply * vocabulary,
+        optimizer_step=(max(stepped, default=0) if device == "cpu" else sum(stepped)) + copied,
     )
 
 
 def size(parameters: list[nn.Parameter]) -> int:
-    return sum(map(size_of, parameters))
+    return sum(parameter.nbytes for parameter in parameters)
 
 
-def size_of(parameter: Tensor) -> int:
-    return parameter.numel() * parameter.element_size()
+def nf4_saves(agent: Agent) -> int:
+    """Bytes less where the linear layers of the text part are quantised; its output layer isn't."""
+    weights = [
+        module.weight
+        for name, module in agent.model.named_modules()
+        if isinstance(module, nn.Linear) and "lora_" not in name and agent.family.part_of(name) == "language"
+    ]
+    return sum(w.nbytes - round(NF4 * w.numel()) for w in weights if w is not agent.family.lm_head.weight)
 
 
 def kv_bytes_per_token(agent: Agent) -> int:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlm_agents.config import DoctorConfig, HardwareConfig, LoraConfig, RunConfig
+from vlm_agents.errors import ConfigError
 from vlm_agents.models import Agent
 from vlm_agents.models.memory import ROOM, Memory, Work, blueprint, estimate, patches_of
 from vlm_agents.prompting import make_format
@@ -38,7 +39,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     show("packages", list(packages()))
     agent = blueprint(cfg.model, cfg.hardware, cfg.stage.freeze_vision)
     work = work_of(cfg, agent)
-    need, there = estimate(agent, work, cfg.hardware.device), memory_of(cfg.hardware)
+    need, there = estimate(agent, work, cfg.hardware.device, cfg.model.quantize), memory_of(cfg.hardware)
     fits = need.peak * ROOM <= there
     show(f"{cfg.model.name} on {cfg.hardware.name}, {cfg.hardware.dtype}", table(cfg, agent, work, need, there))
     verdict = advice(cfg, work, there) if there and not fits else []
@@ -165,19 +166,19 @@ def advice(cfg: RunConfig, work: Work, there: int) -> list[str]:
         if key not in agents:
             agents[key] = blueprint(tried.model, tried.hardware, tried.stage.freeze_vision)
         smaller = replace(work, num_envs=tried.stage.num_envs, microbatch=tried.hardware.tokens_per_microbatch)
-        return ROOM * estimate(agents[key], smaller, tried.hardware.device).peak
+        return ROOM * estimate(agents[key], smaller, tried.hardware.device, tried.model.quantize).peak
 
     now, taken = cfg, dict[tuple[str, str], Any]()
-    for (group, name), values in changes(cfg):
+    for (group, name), values in [*changes(cfg)] * 2:  # again, for those that helped nothing before a later one
         for value in values:
             tried = changed(now, group, name, value)
-            if peak(now) > there and peak(tried) < peak(now):
+            if tried and peak(now) > there and peak(tried) < peak(now):
                 now, taken[group, name] = tried, value
     if peak(now) > there:
         return []
     for group, name in list(taken):
         back = changed(now, group, name, getattr(getattr(cfg, group), name))
-        if peak(back) <= there:
+        if back and peak(back) <= there:
             now = back
             del taken[group, name]
     return [
@@ -195,10 +196,15 @@ def changes(cfg: RunConfig) -> Iterator[tuple[tuple[str, str], list[Any]]]:
     yield ("hardware", "dtype"), ["bfloat16"]
     if cfg.model.lora is None:
         yield ("model", "lora"), [LoraConfig()]
+    yield ("model", "quantize"), ["nf4"]
 
 
-def changed(cfg: RunConfig, group: str, name: str, value: Any) -> RunConfig:
-    return replace(cfg, **{group: replace(getattr(cfg, group), **{name: value})})
+def changed(cfg: RunConfig, group: str, name: str, value: Any) -> RunConfig | None:
+    """With this setting; None where it doesn't go with the others."""
+    try:
+        return replace(cfg, **{group: replace(getattr(cfg, group), **{name: value})})
+    except ConfigError:
+        return None
 
 
 def tell(cfg: RunConfig, need: Memory, there: int, fits: bool, verdict: list[str]) -> None:

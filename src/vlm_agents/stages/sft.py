@@ -18,6 +18,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from vlm_agents.config import HardwareConfig, RunConfig, SftConfig
 from vlm_agents.errors import DataError, TrainingError
 from vlm_agents.learn.batch import microbatches
+from vlm_agents.learn.engine import AdamW
 from vlm_agents.models import Agent, load_agent
 from vlm_agents.models.loading import RUN_MODEL
 from vlm_agents.models.rendering import HFRenderer
@@ -153,7 +154,6 @@ class SftTrainer(Trainer):
             output_dir=str(run.dir),
             num_train_epochs=stage.epochs,
             per_device_train_batch_size=stage.batch_size,
-            learning_rate=stage.lr,
             warmup_steps=min(stage.warmup_steps, steps // 2),
             lr_scheduler_type="cosine",
             weight_decay=stage.weight_decay,
@@ -172,6 +172,7 @@ class SftTrainer(Trainer):
             train_dataset=train,
             data_collator=lambda rows: {"rows": rows},
             callbacks=[Curves(run, self)],
+            optimizer_cls_and_kwargs=(AdamW, {"lr": stage.lr, "fused": True}),
         )
         self.remove_callback(PrinterCallback)
 
