@@ -37,12 +37,14 @@ demo: setup ## the whole chain from random weights: collect, preprocess, sft, pp
 
 GAME ?= number_line
 SEED ?= 0
-RUN = $(GAME)$(if $(filter-out 0,$(SEED)),_seed$(SEED))
+MODEL ?=
+RUN = $(GAME)$(if $(MODEL),_$(MODEL))$(if $(filter-out 0,$(SEED)),_seed$(SEED))
+PLAY = $(AGENTS) seed=$(SEED) $(if $(MODEL),model=$(MODEL))
 reproduce: setup ## a card game from collect to eval: GAME=number_line, blackjack, ez_points or points24; SEED=0
 	for stage in collect preprocess sft ppo eval; do test -f outputs/$(RUN)/$$stage/DONE || \
-		$(AGENTS) name=$(RUN) seed=$(SEED) experiment=$(GAME)/$$stage || exit; done
+		$(PLAY) name=$(RUN) experiment=$(GAME)/$$stage || exit; done
 	test -f outputs/$(RUN)_sft/eval/DONE || \
-		$(AGENTS) name=$(RUN)_sft seed=$(SEED) experiment=$(GAME)/eval stage.init=outputs/$(RUN)/sft stage.baselines=false
+		$(PLAY) name=$(RUN)_sft experiment=$(GAME)/eval stage.init=outputs/$(RUN)/sft stage.baselines=false
 	$(BIN)/python benchmarks/table.py after_SFT=outputs/$(RUN)_sft/eval after_PPO=outputs/$(RUN)/eval
 
 ui: setup ## MLflow in the browser, on this machine only
@@ -89,7 +91,7 @@ tiny-weights: setup ## rebuild the weights of the tiny model (about 90 minutes);
 	$(call TINY,sft,keys) $(CLONE) stage.init=outputs/tiny_slips2/sft
 	$(call TINY,sft,rough) $(CLONE) stage.init=outputs/tiny_keys/sft stage.data=outputs/tiny_slips/preprocess \
 		stage.epochs=0.15 stage.lr=3e-4
-	cp outputs/tiny_rough/sft/model/* src/vlm_agents/models/tiny_weights/
+	cp -r outputs/tiny_rough/sft/model/. src/vlm_agents/models/tiny_weights/
 	sha256sum src/vlm_agents/models/tiny_weights/model.safetensors
 
 test: setup ## the tests

@@ -265,7 +265,7 @@ def assert_same(killed: Path, unbroken: Path) -> None:
     assert lines[0] == lines[1]
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (killed, unbroken)]
     assert timeless(summaries[0]["metrics"]) == timeless(summaries[1]["metrics"])
-    for name in ("episodes.jsonl", "model/model.safetensors", "model/value_head.safetensors"):
+    for name in ("episodes.jsonl", "model/model.safetensors", "model/heads/value_head.safetensors"):
         if (unbroken / name).exists():
             assert (killed / name).read_bytes() == (unbroken / name).read_bytes()
 

@@ -121,7 +121,7 @@ def test_init_that_holds_no_model(load: Load, tmp_path: Path):
 def test_a_value_head_of_another_size(load: Load, agent: Agent, tmp_path: Path):
     agent.save(tmp_path)
     message = refusal(load, init=tmp_path, value_head=ValueHeadConfig(hidden=32))
-    assert f"{tmp_path / 'value_head.safetensors'}: its shapes differ from model.value_head" in message
+    assert f"{tmp_path / 'heads/value_head.safetensors'}: its shapes differ from model.value_head" in message
 
 
 def test_an_adapter_without_lora(load: Load, tmp_path: Path):

@@ -6,6 +6,7 @@ that all rows begin with (the system message) go through the model once, not onc
 attention is causal.
 """
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,13 +23,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlm_agents.config import TemperatureHeadConfig, ValueHeadConfig
 from vlm_agents.errors import ModelError
-from vlm_agents.models.families import Family, text_inputs
+from vlm_agents.models.families import Family, kind_of, text_inputs
 from vlm_agents.models.images import ImageStore
 from vlm_agents.models.rendering import HFRenderer
 from vlm_agents.tensors import Scores, Tokens
 
-VALUE_FILE = "value_head.safetensors"
-TEMPERATURE_FILE = "temperature_head.safetensors"
+# In a folder of their own: servers (vLLM, SGLang) read every *.safetensors that lies beside config.json.
+VALUE_FILE = "heads/value_head.safetensors"
+TEMPERATURE_FILE = "heads/temperature_head.safetensors"
 WORTH_SHARING = 8  # tokens; a shorter common prefix costs more bookkeeping than it saves
 
 
@@ -244,11 +246,14 @@ class Agent(nn.Module):
 
     # ---- disk --------------------------------------------------------------------------------------------------------
     def save(self, folder: Path) -> None:
-        """An HF folder: weights (or the adapter), tokenizer, image processor; our own heads beside them."""
+        """An HF folder: weights (or the adapter), tokenizer, processor; our own heads in a folder of theirs."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
+        if settings := kind_of(self.model.config.model_type).processor(self.model.config):
+            (folder / "processor_config.json").write_text(json.dumps(settings, indent=2))
         for name, head in self.heads().items():
+            (folder / name).parent.mkdir(exist_ok=True)
             save_file(head.state_dict(), folder / name)
 
     def heads(self) -> dict[str, nn.Module]:

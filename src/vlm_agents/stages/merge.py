@@ -1,6 +1,6 @@
 """An adapter merged into its base: one plain HF folder that any server takes, checked against the adapter model.
 
-Trains nothing. The value head comes along in its own file, so that training can go on from the merged folder.
+Trains nothing. The value head comes along in a folder of its own, so that training can go on from the merged folder.
 """
 
 import json
@@ -14,7 +14,6 @@ from torch import Tensor
 from vlm_agents.config import LoraConfig, MergeConfig, RunConfig
 from vlm_agents.errors import ConfigError, ModelError
 from vlm_agents.models import Agent, Sampler, load_agent
-from vlm_agents.models.export import save_merged
 from vlm_agents.models.loading import ADAPTER_FILE, RUN_MODEL, init_folder
 from vlm_agents.progress import say
 from vlm_agents.run import Run
@@ -59,6 +58,12 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     )
     run.log(0, metrics)
     return run.finish(metrics, {"model": run.path(RUN_MODEL)})
+
+
+def save_merged(agent: Agent, folder: Path) -> None:
+    """Fold the adapter into the weights for good, and save them."""
+    agent.model = agent.model.merge_and_unload()
+    agent.save(folder)
 
 
 @torch.no_grad()
