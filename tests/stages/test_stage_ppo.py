@@ -152,3 +152,13 @@ def test_a_turn_that_is_over_the_budget_is_named(run_stage: RunStage, tmp_path: 
     words = [*SMALL, "stage.iterations=1", "stage.eval_episodes=0", "prompt.max_prompt_tokens=20"]
     with pytest.raises(DataError, match=r"^seed \d+, turn 0: .* a prompt of \d+ tokens with its 1 pictures: raise "):
         run_stage(tmp_path, *words)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_tells_its_peaks(run_stage: RunStage, tmp_path: Path):
+    on_gpu = ("hardware=gpu", "hardware.dtype=float32", "stage.iterations=1", "stage.eval_episodes=0")
+    metrics = summary(run_stage(tmp_path, *SMALL, *on_gpu))["metrics"]
+    weights = (tmp_path / "model/model.safetensors").stat().st_size
+    assert metrics["memory/rollout_bytes"] > weights
+    assert metrics["memory/update_bytes"] > 2 * weights  # gradients and two moments of the text part come on top

@@ -146,6 +146,7 @@ def iterate(
     )
     trajectories = list(track(playing, f"rollout {iteration + 1}", len(seeds)))
     collected = time.monotonic()
+    peaks = peak_bytes(agent.device, "rollout")
     rng = np.random.default_rng(run.seed_for("update", iteration))
     rewarded, foretold = predictor.reward(trajectories) if predictor else (trajectories, {})
     rows = build_rows(rewarded, agent.renderer, algo)
@@ -158,11 +159,22 @@ def iterate(
         **summarise(trajectories),
         **learned,
         **foretold,
+        **peaks,
+        **peak_bytes(agent.device, "update"),
         "time/rollout": rollout_seconds,
         "time/update": time.monotonic() - collected,
         "speed/env_steps_per_s": len(turns) / rollout_seconds,
         "speed/reply_tokens_per_s": sum(len(turn.reply.token_ids) for turn in turns) / rollout_seconds,
     }, trajectories
+
+
+def peak_bytes(device: torch.device, phase: str) -> dict[str, float]:
+    """The most memory that tensors took on a GPU since the last call, as `memory/<phase>_bytes`; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return {f"memory/{phase}_bytes": float(peak)}
 
 
 def evaluate(
