@@ -554,6 +554,10 @@ class RunConfig:
         if not re.fullmatch(r"\w[\w.+-]*", self.name):
             raise ConfigError(f"name={self.name!r} names a folder: use letters, digits and . _ + - only")
         at_least("seed", self.seed, 0)
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.hardware.device):
+            raise ConfigError(
+                f"hardware.device={self.hardware.device} isn't known here: set cpu, cuda or cuda:<number>"
+            )
         if self.algo is not None and self.algo.turn_entropy_coef > 0 and self.model.temperature_head is None:
             raise ConfigError(
                 "algo.turn_entropy_coef > 0 trains a learned temperature, and there is none: "

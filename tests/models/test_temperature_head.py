@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlm_agents.config import AlgoConfig, TemperatureHeadConfig
+from vlm_agents.config import AlgoConfig, LoraConfig, TemperatureHeadConfig
 from vlm_agents.errors import ModelError
 from vlm_agents.learn.losses import ppo_policy_loss, turn_entropy_loss
 from vlm_agents.models import Agent
@@ -44,6 +44,18 @@ def score(agent: Agent, rows: list[Row]) -> Scores:
 def test_a_fresh_head_says_what_the_model_was_set_to():
     head = TemperatureHead(4, CONFIG, start=0.8)
     torch.testing.assert_close(head(torch.randn(3, 4)), torch.full((3,), 0.8))
+
+
+def test_the_reference_keeps_the_temperature_it_started_from(load: Load, chats: list[Prompt], make_row: MakeRow):
+    agent = load(temperature_head=CONFIG, temperature=0.8, lora=LoraConfig(rank=4))
+    plain = load(temperature=0.8)
+    tokens = agent.renderer.collate([make_row(agent, chat, [30, 31]) for chat in chats])
+    assert agent.temperature_head is not None
+    torch.nn.init.ones_(last(agent.temperature_head).bias)
+    with torch.no_grad():
+        expected = plain.score(tokens).logprobs
+        assert (agent.score(tokens).logprobs - expected).abs().max() > 0.1
+    torch.testing.assert_close(agent.reference_logprobs(tokens), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_temperature_stays_within_its_bounds():

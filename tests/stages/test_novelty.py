@@ -64,6 +64,14 @@ def test_surprise_is_the_negative_log_probability_of_each_action(agent: Agent):
     assert (surprise > 0).all()
 
 
+def test_episodes_of_one_seed_have_each_their_own_surprise(agent: Agent):
+    predictor = predictor_of(agent)
+    twins = [episode(0, "left", "go"), episode(0, "right")]
+    together, alone = predictor.surprise(twins), [predictor.surprise([one])[0] for one in twins]
+    for found, expected in zip(together, alone, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
 def test_the_bonus_is_added_to_each_turn_and_nothing_else_changes(agent: Agent):
     predictor = predictor_of(agent)
     judged, metrics = predictor.reward(EPISODES)
@@ -108,8 +116,9 @@ def test_it_is_saved_with_the_agent(agent: Agent, tiny_model: Path, tmp_path: Pa
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_run_with_it_resumes_bit_for_bit(run_stage: RunStage, tmp_path: Path):
-    words = (*WORDS, "stage.num_envs=4", "stage.eval_episodes=0")
+@pytest.mark.parametrize("more", [(), ("model/temperature_head=learned",)])
+def test_a_run_with_it_resumes_bit_for_bit(run_stage: RunStage, tmp_path: Path, more: tuple[str, ...]):
+    words = (*WORDS, *more, "stage.num_envs=4", "stage.eval_episodes=0")
     whole = run_stage(tmp_path / "whole", *words)
     half = tmp_path / "half"
     shutil.copytree(whole, half)
@@ -119,8 +128,10 @@ def test_a_run_with_it_resumes_bit_for_bit(run_stage: RunStage, tmp_path: Path):
     shutil.rmtree(newest)
     shutil.rmtree(half / "model")
     run_stage(half, *words)
-    weights = "model/temporal/adapter_model.safetensors"
-    assert (half / weights).read_bytes() == (whole / weights).read_bytes()
+    weights = sorted(path.relative_to(whole) for path in (whole / "model").rglob("*.safetensors"))
+    assert len(weights) == 3 + len(more)  # two adapters, and the heads
+    for path in weights:
+        assert (half / path).read_bytes() == (whole / path).read_bytes()
     surprises = [
         [json.loads(line)["novelty/surprise"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for folder in (whole, half)

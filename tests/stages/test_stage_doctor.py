@@ -37,7 +37,12 @@ def test_a_gpu_that_isnt_here(run_stage: RunStage, tmp_path: Path, capsys: pytes
     metrics = metrics_of(run_stage(tmp_path, "stage=doctor", "hardware=gpu", *REAL))
     assert (metrics["doctor/fits"], metrics["doctor/machine_bytes"]) == (0, 0)
     assert metrics["doctor/parameters"] == 3_754_622_976
-    assert "hardware.device=cuda isn't here. A GPU of" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "hardware.device=cuda isn't here." in shown
+    assert [line.split(",")[0] for line in shown.splitlines() if "GiB, for" in line] == [
+        "It doesn't fit 24 GiB", "It doesn't fit 48 GiB"
+    ]  # fmt: skip
+    assert "It fits 80 GiB." in shown
 
 
 def test_a_given_length_of_prompts(echo_run: ComposeRun, tmp_path: Path):

@@ -41,7 +41,8 @@ class Engine(Protocol):
 class AdamW(torch.optim.AdamW):
     """AdamW that steps in fp32 whatever the precision of the weights, of which it keeps its own copies.
 
-    A bfloat16 near 0.02 is 1.2e-4 from the next: steps of a usual learning rate would all be rounded away.
+    A bfloat16 near 0.02 is 1.2e-4 from the next: steps of a usual learning rate would all be rounded away. Gradients
+    come, and are summed over micro-batches, in the precision of the weights.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], **settings: Any) -> None:

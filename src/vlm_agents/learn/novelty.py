@@ -61,12 +61,12 @@ class TemporalPredictor:
     def surprise(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
         """Per episode, per turn: minus the log-probability of its action, nats, given those before it."""
         rows = {index: self.row(trajectory) for index, trajectory in enumerate(trajectories) if trajectory.turns}
-        place = {row.ident: index for index, row in rows.items()}
+        place = {id(row): index for index, row in rows.items()}  # two episodes may have one seed
         found = [np.zeros(len(trajectory.turns)) for trajectory in trajectories]
         for part in microbatches(list(rows.values()), self.tokens_per_microbatch):
             for row, logprobs in zip(part, self.logprobs(part), strict=True):
-                trajectory = trajectories[place[row.ident]]
-                np.subtract.at(found[place[row.ident]], self.turns_of(row, trajectory), logprobs.cpu().numpy())
+                index = place[id(row)]
+                np.subtract.at(found[index], self.turns_of(row, trajectories[index]), logprobs.cpu().numpy())
         return found
 
     def learn(self, trajectories: Sequence[Trajectory], rng: np.random.Generator) -> dict[str, float]:
@@ -76,22 +76,24 @@ class TemporalPredictor:
         total = count = 0.0
         for start in range(0, len(rows), EPISODES_A_STEP):
             batch = [rows[index] for index in order[start : start + EPISODES_A_STEP]]
-            tokens = sum(end - begin for row in batch for begin, end in row.spans)
+            length = sum(end - begin for row in batch for begin, end in row.spans)
             for part in microbatches(batch, self.tokens_per_microbatch):
+                tokens = self.renderer.collate(part)  # outside: features of pictures are the policy's, and kept
                 with self.model.foretelling():
-                    loss = -self.model.score(self.renderer.collate(part)).logprobs.sum()
-                    (loss / tokens).backward()
+                    loss = -self.model.score(tokens).logprobs.sum()
+                    (loss / length).backward()
                 total += float(loss.detach())
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad()
-            count += tokens
+            count += length
         return {"novelty/loss": total / count}
 
     def logprobs(self, rows: Sequence[Row]) -> Iterator[Tensor]:
         """[L] of the reply tokens of each row."""
+        tokens = self.renderer.collate(rows)
         with self.model.foretelling():
-            scores = self.model.score(self.renderer.collate(rows))
+            scores = self.model.score(tokens)
         yield from scores.logprobs.split([end - begin for row in rows for begin, end in row.spans])
 
     def row(self, trajectory: Trajectory) -> Row:

@@ -241,8 +241,18 @@ class Agent(nn.Module):
         """The policy that training started from. Only with LoRA: without an adapter there is nothing to switch off."""
         if not hasattr(self.model, "disable_adapter"):
             raise ModelError("no adapter to switch off: a reference policy needs model.lora")
-        with self.model.disable_adapter():
+        with self.model.disable_adapter(), self.at_temperature(self.temperature):
             yield
+
+    @contextmanager
+    def at_temperature(self, temperature: float) -> Iterator[None]:
+        """Every turn at this temperature, whatever a temperature head says, and without teaching it anything."""
+        before = self.temperature, self.temperature_head
+        self.temperature, self.temperature_head = temperature, None
+        try:
+            yield
+        finally:
+            self.temperature, self.temperature_head = before
 
     # ---- disk --------------------------------------------------------------------------------------------------------
     def save(self, folder: Path) -> None:

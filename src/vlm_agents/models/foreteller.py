@@ -33,7 +33,9 @@ class AdapterForeteller:
             self.model.set_adapter(POLICY)
 
     def score(self, tokens: Tokens) -> Scores:
-        return self.agent.score(tokens)
+        """At temperature 1: how varied the policy's replies are is none of its business."""
+        with self.agent.at_temperature(1.0):
+            return self.agent.score(tokens)
 
     @contextmanager
     def foretelling(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ message keep it once, which isn't counted here, and what libraries and fragmenta
 
 import os
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -139,6 +140,7 @@ def kv_bytes_per_token(agent: Agent) -> int:
     return 2 * text.num_hidden_layers * text.num_key_value_heads * head * element
 
 
+@lru_cache(maxsize=8)  # advice asks for the same agents again and again
 def kept_per_token(agent: Agent, recompute: bool) -> int:
     """Bytes that autograd keeps for a token in the text part: those of the distinct tensors of a pass over a few."""
     weights = {parameter.untyped_storage()._cdata for parameter in agent.model.parameters()}

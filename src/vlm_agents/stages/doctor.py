@@ -28,6 +28,7 @@ from vlm_agents.types import Prompt
 PACKAGE = "vlm-agents"
 EPISODES = 4  # of random moves, whose longest prompt is taken for the longest there is
 GIB = 1 << 30
+USUAL = (24, 48, 80)  # GiB of GPUs
 SMALLEST = {"tokens_per_microbatch": 1024, "num_envs": 4}
 Rows = list[tuple[str, ...]]
 
@@ -42,8 +43,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     need, there = estimate(agent, work, cfg.hardware.device, cfg.model.quantize), memory_of(cfg.hardware)
     fits = need.peak * ROOM <= there
     show(f"{cfg.model.name} on {cfg.hardware.name}, {cfg.hardware.dtype}", table(cfg, agent, work, need, there))
-    verdict = advice(cfg, work, there) if there and not fits else []
-    tell(cfg, need, there, fits, verdict)
+    tell(cfg, work, need, there)
     metrics = {f"doctor/{name}_bytes": float(value) for name, value in asdict(need).items()}
     metrics |= {f"doctor/{name}_bytes": float(getattr(need, name)) for name in ("sampling", "update", "peak")}
     metrics |= {
@@ -207,18 +207,21 @@ def changed(cfg: RunConfig, group: str, name: str, value: Any) -> RunConfig | No
         return None
 
 
-def tell(cfg: RunConfig, need: Memory, there: int, fits: bool, verdict: list[str]) -> None:
-    """The last line: does it fit, and if not, what would."""
-    console, phase = Console(), "update" if need.update >= need.sampling else "sampling"
+def tell(cfg: RunConfig, work: Work, need: Memory, there: int) -> None:
+    """The last lines: does it fit, and if not, what would; for some usual sizes where the device isn't here."""
+    console = Console()
     if not there:
-        line = f"hardware.device={cfg.hardware.device} isn't here. A GPU of {gib(ROOM * need.peak)} would do."
-    elif fits:
-        line = "It fits."
-    elif verdict:
-        line = f"It doesn't fit, for its {phase}. This does: {' '.join(verdict)}"
-    else:
-        line = "It doesn't fit, nor with any setting: choose a smaller model=, or a larger machine."
-    console.print(line, soft_wrap=True, highlight=False)
+        console.print(f"hardware.device={cfg.hardware.device} isn't here.", highlight=False)
+    for size in [there] if there else [gibs * GIB for gibs in USUAL]:
+        where = "" if there else f" {size // GIB} GiB"
+        if ROOM * need.peak <= size:
+            line = f"It fits{where}."
+        elif settings := advice(cfg, work, size):
+            phase = "update" if need.update >= need.sampling else "sampling"
+            line = f"It doesn't fit{where}, for its {phase}. This does: {' '.join(settings)}"
+        else:
+            line = f"It doesn't fit{where}, nor with any setting: choose a smaller model=, or a larger machine."
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 def gib(count: float) -> str:

@@ -166,6 +166,7 @@ class SftTrainer(Trainer):
             disable_tqdm=None,
             report_to=[],
         )
+        arguments._n_gpu = 1  # else the Trainer would multiply the batch by the GPUs that it sees
         super().__init__(
             model=agent,
             args=arguments,
