@@ -184,7 +184,7 @@ def test_the_model_in_4_bits_is_compared_too(
     metrics = json.loads((run_stage(tmp_path, *words) / "summary.json").read_text())["metrics"]
     assert metrics["merge/max_logit_difference"] < 1e-4 < 1e-2 < metrics["merge/quantised_logit_difference"]
     assert (
-        f"in 4 bits that was trained, by {metrics['merge/quantised_logit_difference']:.2g}" in capsys.readouterr().out
+        f"in 4 bits that was trained, by {metrics['merge/quantised_logit_difference']:.2g}" in capsys.readouterr().err
     )
 
 

@@ -266,7 +266,7 @@ class Agent(nn.Module):
         return heads if self.temperature_head is None else heads | {TEMPERATURE_FILE: self.temperature_head}
 
     def load_heads(self, folder: Path) -> None:
-        """Take the heads saved in `folder`; one that isn't there stays fresh, one that means another thing is refused."""
+        """Take the heads saved in `folder`; one that isn't there stays fresh, one that means another is refused."""
         if self.temperature_head is None and (folder / TEMPERATURE_FILE).is_file():
             raise ModelError(f"{folder / TEMPERATURE_FILE} would go unused: add model/temperature_head=learned")
         for name, head in self.heads().items():
