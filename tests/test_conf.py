@@ -193,8 +193,13 @@ def test_what_learns_is_what_was_said_or_else_what_the_stage_says(compose_run) -
     assert unsaid.settled(freeze_vision=True) == TrainableConfig(False, False, True)
     said = compose_run("stage=sft", "model.train={vision: false, language: false}").model.train
     assert said.settled(freeze_vision=False) == TrainableConfig(False, True, False)
-    with pytest.raises(ConfigError, match=r"nothing would learn: set one of model\.train"):
+    with pytest.raises(ConfigError, match=r"nothing would learn: set model\.train\.vision, projector or language=true"):
         compose_run("stage=sft", "model.train={vision: false, projector: false, language: false}")
+    blind = ("stage=ppo", "model.train.language=false")
+    with pytest.raises(ConfigError, match=r"nothing would learn: set .*language=true, or stage\.freeze_vision=false"):
+        compose_run(*blind)
+    assert compose_run(*blind, "stage.freeze_vision=false").model.train.language is False
+    assert compose_run(*blind, "model/temperature_head=learned").model.temperature_head
 
 
 def test_kl_with_lora_is_fine(compose_run) -> None:

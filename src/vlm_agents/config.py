@@ -580,8 +580,15 @@ class RunConfig:
                     "model.train.vision or projector is true, and stage.freeze_vision freezes both: "
                     "set stage.freeze_vision=false to train them, or leave their switches out"
                 )
-        if isinstance(self.stage, SftConfig) and not any(vars(self.model.train.settled(False)).values()):
-            raise ConfigError("nothing would learn: set one of model.train.{vision,projector,language}=true")
+        if isinstance(self.stage, SftConfig | PpoConfig):
+            ppo = isinstance(self.stage, PpoConfig)
+            frozen = isinstance(self.stage, PpoConfig) and self.stage.freeze_vision
+            tempered = ppo and self.model.temperature_head is not None  # that learns from rewards, whatever is frozen
+            if not tempered and not any(vars(self.model.train.settled(frozen)).values()):
+                choice = (
+                    "language=true, or stage.freeze_vision=false" if frozen else "vision, projector or language=true"
+                )
+                raise ConfigError(f"nothing would learn: set model.train.{choice}")
 
 
 def register() -> None:

@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,8 +68,42 @@ def test_a_missing_folder(load: Load, tmp_path: Path):
 
 def test_a_hub_id_that_isnt_here(load: Load):
     message = refusal(load, path="nobody/no-such-model")
-    assert "model nobody/no-such-model can't be loaded" in message
+    assert "no-such-model can't be loaded: no such folder, and not in the hub's cache or reachable. Set" in message
     assert "model.path" in message
+
+
+def test_an_adapter_or_a_run_as_a_path(load: Load, tmp_path: Path):
+    load(lora=LoraConfig(rank=4)).save(tmp_path / "model")
+    for folder in (tmp_path, tmp_path / "model"):
+        assert f"model.path takes a model: set stage.init={folder}" in refusal(load, path=str(folder))
+
+
+def test_code_in_a_folder_is_never_run(broken: Path, tmp_path: Path):
+    """Not even where someone answers yes: transformers would ask."""
+    names = {"AutoConfig": "foreign.Config", "AutoModelForImageTextToText": "foreign.Model"}
+    (broken / "config.json").write_text(json.dumps({"model_type": "foreign", "auto_map": names}))
+    (broken / "foreign.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    code = f"""
+from vlm_agents.config import HardwareConfig, ModelConfig
+from vlm_agents.models import load_agent
+load_agent(ModelConfig("foreign", path={str(broken)!r}), HardwareConfig("cpu"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], input="y\n" * 9, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert f"ModelError: model {broken} can't be loaded" in done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [('{"r": 4,', "is no JSON"), ('{"peft_type": "LOHA", "r": 4}', "has peft_type=LOHA"), ("[]", "=None")],
+)
+def test_an_adapter_that_does_not_say_what_it_is(load: Load, tmp_path: Path, content: str, message: str):
+    (tmp_path / "adapter_config.json").write_text(content)
+    for lora in (LoraConfig(rank=4), None):
+        said = refusal(load, init=tmp_path, lora=lora)
+        assert said.startswith(str(tmp_path / "adapter_config.json"))
+        assert message in said
 
 
 def test_a_folder_without_weights(load: Load, broken: Path):
@@ -127,7 +163,7 @@ def test_a_value_head_of_another_size(load: Load, agent: Agent, tmp_path: Path):
 def test_an_adapter_without_lora(load: Load, tmp_path: Path):
     load(lora=LoraConfig(rank=4)).save(tmp_path)
     message = refusal(load, init=tmp_path)
-    assert f"{tmp_path} holds a LoRA adapter: set model.lora" in message
+    assert f"{tmp_path} holds a LoRA adapter: add model/lora=adapter model.lora.rank=4 model.lora.alpha=32" in message
 
 
 def test_a_truncated_adapter(load: Load, tmp_path: Path):
@@ -145,6 +181,7 @@ def test_an_adapter_of_another_model(load: Load, broken: Path, tmp_path: Path):
     config["text_config"]["intermediate_size"] = 256
     (broken / "config.json").write_text(json.dumps(config))
     arguments = {"path": str(broken), "weights": "random", "lora": LoraConfig(rank=4)}
+    (tmp_path / "adapter/base.json").unlink()  # else that would tell
     message = refusal(load, init=tmp_path / "adapter", **arguments)
     assert f"adapter {tmp_path / 'adapter'} can't be loaded" in message
 

@@ -1,9 +1,12 @@
+import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vlm_agents.config import LoraConfig, TrainableConfig
@@ -27,6 +30,11 @@ def stir(agent: Agent) -> None:
     for name, parameter in agent.model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.05)
+
+
+def say_base(folder: Path, name: str | None) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name}))
 
 
 @pytest.mark.parametrize("part", ["vision", "projector", "language"])
@@ -95,8 +103,10 @@ def test_a_loaded_adapter_trains_in_the_chosen_parts(load: Load, tmp_path: Path)
     assert {again.family.part_of(name) for name in trained} == {"language"}
 
 
-def test_an_adapter_finds_the_weights_that_it_was_trained_on(load: Load, rows: list[Row], tmp_path: Path):
-    """Not the model of the settings, where it started from other weights: those of a cloning run, say."""
+def test_an_adapter_finds_the_weights_that_it_was_trained_on(
+    load: Load, rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Those of a cloning run, say: by themselves where no model is named, and never another's."""
     cloned = load()
     with torch.no_grad():
         for parameter in cloned.model.parameters():
@@ -106,14 +116,76 @@ def test_an_adapter_finds_the_weights_that_it_was_trained_on(load: Load, rows: l
     adapted.save(tmp_path / "adapted")
     with torch.no_grad():
         expected = adapted.score(adapted.renderer.collate(rows)).logprobs
-        again = load(init=tmp_path / "adapted", lora=SMALL)
+        again = load(init=tmp_path / "adapted", path=None, lora=SMALL)
         torch.testing.assert_close(again.score(again.renderer.collate(rows)).logprobs, expected, rtol=0, atol=0)
+    monkeypatch.chdir(tmp_path)
+    load(init=tmp_path / "adapted", path="./cloned", lora=SMALL)  # by another name
+    with pytest.raises(ModelError, match=r"was trained on .*cloned, and model.path is .*tiny: set model.path=.*cloned"):
+        load(init=tmp_path / "adapted", lora=SMALL)
     shutil.rmtree(tmp_path / "cloned")
     with pytest.raises(ModelError, match=r"was trained on .*cloned, which isn't there: put it back"):
-        load(init=tmp_path / "adapted", lora=SMALL)
+        load(init=tmp_path / "adapted", path=None, lora=SMALL)
+    say_base(tmp_path / "adapted", "some/hub-id")
+    with pytest.raises(ModelError, match=r"was trained on some/hub-id: set model.path=some/hub-id$"):
+        load(init=tmp_path / "adapted", path=None, lora=SMALL)
 
 
 def test_another_shape_than_the_saved_one_is_refused(load: Load, tmp_path: Path):
     load(lora=SMALL).save(tmp_path)
     with pytest.raises(ConfigError, match=f"has rank {SMALL.rank} .*set model.lora.rank={SMALL.rank}"):
         load(init=tmp_path, lora=LoraConfig(rank=SMALL.rank + 1, alpha=SMALL.alpha))
+
+
+def test_an_adapter_whose_tensors_are_not_those_of_the_model_is_refused(load: Load, tmp_path: Path):
+    """Nothing else tells a foreign one: it names no base, and no values of it."""
+    load(lora=SMALL).save(tmp_path)
+    say_base(tmp_path, None)
+    (tmp_path / "base.json").unlink()
+    weights = tmp_path / "adapter_model.safetensors"
+    whole = load_file(weights)
+    load(init=tmp_path, lora=SMALL)
+    name = next(name for name in sorted(whole) if "layers.3." in name)
+    for tensors, message in (
+        ({key: value for key, value in whole.items() if key != name}, "it lacks 1 tensors and has 0 too many"),
+        (
+            whole | {name.replace("layers.3.", "layers.4."): whole[name].clone()},
+            "it lacks 0 tensors and has 1 too many",
+        ),
+    ):
+        save_file(tensors, weights, metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=f"is one of another model: {message}, .*layers.*Set model.path"):
+            load(init=tmp_path, lora=SMALL)
+
+
+def test_an_adapter_on_other_random_weights_is_refused(load: Load, tmp_path: Path):
+    load(weights="random", lora=SMALL).save(tmp_path)
+    load(init=tmp_path, weights="random", lora=SMALL)
+    for other in ({"weights": "random", "seed": 1}, {"weights": "pretrained"}):
+        with pytest.raises(ModelError, match=r"was trained on other weights than these: .*model\.seed"):
+            load(init=tmp_path, lora=SMALL, **other)
+
+
+def test_a_part_without_an_adapter_cannot_learn(load: Load, tmp_path: Path):
+    load(freeze_vision=True, lora=SMALL).save(tmp_path)
+    load(init=tmp_path, lora=SMALL)  # nobody asked for more
+    with pytest.raises(ConfigError, match=r"model\.train\.vision=true, and the adapter in .* has nothing there"):
+        load(init=tmp_path, lora=SMALL, train=TrainableConfig(vision=True))
+    load(lora=SMALL, train=TrainableConfig(language=False)).save(tmp_path / "seeing")
+    with pytest.raises(ConfigError, match=r"nothing would learn: .* is on projector, vision alone"):
+        load(init=tmp_path / "seeing", lora=SMALL, freeze_vision=True)
+
+
+def test_an_adapter_without_safetensors_is_refused(load: Load, tmp_path: Path):
+    load(lora=SMALL).save(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    torch.save(load_file(weights), tmp_path / "adapter_model.bin")  # peft would take the pickle
+    weights.unlink()
+    with pytest.raises(ModelError, match=r"adapter_model\.safetensors is missing: .* a \.bin isn't read"):
+        load(init=tmp_path, lora=SMALL)
+
+
+def test_adapters_make_no_noise(load: Load, tmp_path: Path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        load(lora=SMALL).save(tmp_path)
+        load(init=tmp_path, lora=SMALL)

@@ -156,8 +156,10 @@ def test_the_head_is_saved_beside_the_weights(tempered: Agent, load: Load, tmp_p
     torch.testing.assert_close(again.temperatures(prompt), tempered.temperatures(prompt), rtol=0, atol=0)
     with pytest.raises(ModelError, match=r"temperature_head.*its shapes differ"):
         load(tmp_path, temperature_head=TemperatureHeadConfig(hidden=8))
-    plain = load(tmp_path)  # the same weights without it
-    assert plain.temperatures(prompt).tolist() == [1.0, 1.0]
+    with pytest.raises(ModelError, match=r"temperature_head.safetensors would go unused: add model/temperature_head"):
+        load(tmp_path)
+    with pytest.raises(ModelError, match=r"set model.temperature_head.high=2 model.temperature_head.low=0.5"):
+        load(tmp_path, temperature_head=TemperatureHeadConfig(low=0.5, high=1.5, hidden=16))
 
 
 def test_its_learning_rate_is_that_of_the_heads(tempered: Agent):

@@ -177,6 +177,23 @@ def test_bfloat16_keeps_its_dtype(adapter, run_stage: RunStage, tmp_path: Path):
     assert 1e-3 < metrics["merge/max_logit_difference"] < 0.5
 
 
+def test_the_model_in_4_bits_is_compared_too(
+    adapter, run_stage: RunStage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = ["stage=merge", f"stage.init={adapter('tiny')[1]}", "model=tiny", *LORA, "model.quantize=nf4"]
+    metrics = json.loads((run_stage(tmp_path, *words) / "summary.json").read_text())["metrics"]
+    assert metrics["merge/max_logit_difference"] < 1e-4 < 1e-2 < metrics["merge/quantised_logit_difference"]
+    assert (
+        f"in 4 bits that was trained, by {metrics['merge/quantised_logit_difference']:.2g}" in capsys.readouterr().err
+    )
+
+
+def test_only_lora_is_merged(run_stage: RunStage, tmp_path: Path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    with pytest.raises(ModelError, match=r"adapter_config\.json has peft_type=IA3"):
+        run_stage(tmp_path / "run", "stage=merge", f"stage.init={tmp_path}", "model=tiny")
+
+
 def test_whole_weights_have_nothing_to_merge(merged, run_stage: RunStage, tmp_path: Path):
     with pytest.raises(ConfigError, match=r"holds whole weights and no adapter, so there is nothing to merge"):
         run_stage(tmp_path, "stage=merge", f"stage.init={merged('tiny')}", "model=tiny")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -31,6 +32,7 @@ from vlm_agents.tensors import Scores, Tokens
 # In a folder of their own: servers (vLLM, SGLang) read every *.safetensors that lies beside config.json.
 VALUE_FILE = "heads/value_head.safetensors"
 TEMPERATURE_FILE = "heads/temperature_head.safetensors"
+BASE_FILE = "base.json"  # beside an adapter: by what values one knows the weights that it was trained on
 WORTH_SHARING = 8  # tokens; a shorter common prefix costs more bookkeeping than it saves
 
 
@@ -262,9 +264,11 @@ class Agent(nn.Module):
         self.image_processor.save_pretrained(folder)
         if settings := kind_of(self.model.config.model_type).processor(self.model.config):
             (folder / "processor_config.json").write_text(json.dumps(settings, indent=2))
+        if hasattr(self.model, "disable_adapter"):
+            (folder / BASE_FILE).write_text(json.dumps({"embeddings": sample_of(self.family)}))
         for name, head in self.heads().items():
             (folder / name).parent.mkdir(exist_ok=True)
-            save_file(head.state_dict(), folder / name)
+            save_file(head.state_dict(), folder / name, metadata=bounds_of(head))
 
     def heads(self) -> dict[str, nn.Module]:
         """The networks that are ours, by the file that holds them."""
@@ -272,7 +276,9 @@ class Agent(nn.Module):
         return heads if self.temperature_head is None else heads | {TEMPERATURE_FILE: self.temperature_head}
 
     def load_heads(self, folder: Path) -> None:
-        """Take the heads saved in `folder`; one that isn't there stays fresh, one of another shape is refused."""
+        """Take the heads saved in `folder`; one that isn't there stays fresh, one that means another is refused."""
+        if self.temperature_head is None and (folder / TEMPERATURE_FILE).is_file():
+            raise ModelError(f"{folder / TEMPERATURE_FILE} would go unused: add model/temperature_head=learned")
         for name, head in self.heads().items():
             path = folder / name
             if not path.is_file():
@@ -282,7 +288,30 @@ class Agent(nn.Module):
                 raise ModelError(
                     f"{path}: its shapes differ from model.{path.stem}; delete it, or use the hidden size it has"
                 )
+            with safe_open(path, "pt") as file:
+                bounds = file.metadata()
+            if bounds and bounds != bounds_of(head):
+                said = " ".join(f"model.temperature_head.{bound}={value}" for bound, value in sorted(bounds.items()))
+                raise ModelError(f"{path} was trained within other bounds: set {said}")
             head.load_state_dict(state)
+
+
+def bounds_of(head: nn.Module) -> dict[str, str]:
+    """What a head's weights don't say and yet mean: the bounds of a temperature."""
+    return {"low": f"{head.low:g}", "high": f"{head.high:g}"} if isinstance(head, TemperatureHead) else {}
+
+
+def sample_of(family: Family) -> list[float]:
+    """A few of the embeddings. They are never quantised and have no adapter, and no two models have the same."""
+    weights = family.embed_tokens.weight.detach().flatten()
+    return weights[:: max(1, len(weights) // 64)][:64].tolist()
+
+
+def is_base(family: Family, folder: Path) -> bool:
+    """Whether the adapter in `folder` was trained on these weights, rounded to bfloat16 or not."""
+    saved = json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))["embeddings"]
+    own = sample_of(family)
+    return len(own) == len(saved) and all(math.isclose(a, b, rel_tol=0.01) for a, b in zip(own, saved, strict=True))
 
 
 def entropy_of(log_distribution: Tensor) -> Tensor:

@@ -37,8 +37,9 @@ def load_agent(
 ) -> Agent:
     """The model of `cfg`, with the weights of `init` (a run directory or an HF folder) where given.
 
-    `init` may hold an adapter (then its base is `cfg`'s model) or whole weights. `freeze_vision` trains the language
-    part alone, whatever `cfg.train` says.
+    `init` may hold whole weights, or an adapter: then its base is the folder that it names, where `cfg.path` is null,
+    and else `cfg`'s model, which must be the one that it was trained on. `freeze_vision` trains the language part
+    alone, whatever `cfg.train` says.
     """
     use_hardware(hardware)
     if cfg.quantize and find_spec("bitsandbytes") is None:
@@ -51,8 +52,12 @@ def load_agent(
     train = cfg.train.settled(freeze_vision)
     folder = init_folder(init) if init else None
     adapter = folder is not None and (folder / ADAPTER_FILE).is_file()
-    if adapter and cfg.lora is None:
-        raise ModelError(f"{folder} holds a LoRA adapter: set model.lora={{rank:...}} as in the run that made it")
+    if folder and adapter and cfg.lora is None:
+        saved = adapter_settings(folder)
+        raise ModelError(
+            f"{folder} holds a LoRA adapter: add model/lora=adapter model.lora.rank={saved['r']} "
+            f"model.lora.alpha={saved['lora_alpha']}"
+        )
     base = base_of(folder, cfg) if folder and adapter else folder
     source = str(base or cfg.path or TINY)
     random = cfg.weights == "random" and base is None
@@ -67,9 +72,9 @@ def load_agent(
     else:
         from vlm_agents.models import lora  # peft imports bitsandbytes: seconds that a run without an adapter saves
 
-        if adapter:
+        if folder and adapter:
             with refusing(f"adapter {folder}", "Set stage.init to a whole adapter of the model that model.path names"):
-                model = lora.load(model, str(folder), family, cfg.lora, train)
+                model = lora.load(model, folder, family, cfg, train)
         else:
             model = lora.add(model, family, cfg.lora, train)
     if cfg.gradient_checkpointing:
@@ -82,18 +87,44 @@ def load_agent(
     return agent.to(hardware.device).eval()
 
 
+def adapter_settings(folder: Path) -> dict[str, Any]:
+    """What the adapter in `folder` says of itself; ModelError where it is none of LoRA."""
+    path = folder / ADAPTER_FILE
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON, or of the encoding
+        raise ModelError(f"{path} is no JSON ({error}): put a whole copy of the adapter there") from error
+    kind = saved.get("peft_type") if isinstance(saved, dict) else None
+    if kind != "LORA" or not saved.keys() >= {"r", "lora_alpha"}:
+        raise ModelError(f"{path} has peft_type={kind}: name an adapter with peft_type=LORA, r and lora_alpha")
+    return saved
+
+
 def base_of(folder: Path, cfg: ModelConfig) -> Path | None:
     """The folder of weights that the adapter in `folder` was trained on; None where that is the model of `cfg`."""
-    named = json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
+    named = adapter_settings(folder).get("base_model_name_or_path") or ""
     shipped = cfg.path is None and Path(named).parts[-2:] == TINY.parts[-2:]  # where another machine has this package
-    if named in ("", cfg.path) or shipped:
+    if not named or shipped or (cfg.path and place(named) == place(cfg.path)):
         return None
+    trained = f"the adapter in {folder} was trained on {named}"
+    moved = f"where it has moved, write its place into {ADAPTER_FILE} as base_model_name_or_path"
+    if cfg.path is not None:
+        raise ModelError(f"{trained}, and model.path is {cfg.path}: set model.path={named}, or {moved}")
     if Path(named).is_dir():
         return Path(named)
-    raise ModelError(
-        f"the adapter in {folder} was trained on {named}, which isn't there: put it back, or write where it is now "
-        f"into {ADAPTER_FILE} as base_model_name_or_path"
-    )
+    if is_hub_id(named):
+        raise ModelError(f"{trained}: set model.path={named}")
+    raise ModelError(f"{trained}, which isn't there: put it back, or {moved}")
+
+
+def place(source: str) -> str:
+    """One name for one folder; a hub id as it is."""
+    return str(Path(source).resolve()) if Path(source).is_dir() else source
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether `source` may be one: they have one slash at most."""
+    return not Path(source).is_absolute() and source.count("/") <= 1
 
 
 def use_hardware(hardware: HardwareConfig) -> None:
@@ -132,7 +163,7 @@ def make_parts(cfg: ModelConfig, hardware: HardwareConfig) -> tuple[Any, Any, An
     architecture = cfg.architecture or {}
     with refusing(f"model {cfg.name}", "See model.architecture and model.image_processor"):
         kind = kind_of(str(architecture.get("model_type")))
-        tokenizer = tokenizer_for(kind, AutoTokenizer.from_pretrained(str(TINY)))
+        tokenizer = tokenizer_for(kind, AutoTokenizer.from_pretrained(str(TINY), trust_remote_code=False))
         model = draw_weights(whole_config(architecture, kind, tokenizer), cfg, hardware)
         return model, tokenizer, image_processor_of(kind, cfg.image_processor)
 
@@ -157,9 +188,8 @@ def load_parts(source: str, random: bool, hardware: HardwareConfig, cfg: ModelCo
     Pillow even where torchvision is there: the two differ by up to 0.2 in a pixel, and runs must not depend on it.
     """
     with refusing(f"model {source}", "Set model.path or stage.init to a whole HF folder"):
-        if (Path(source).is_absolute() or source.count("/") > 1) and not Path(source).is_dir():
-            raise OSError("there is no such folder")  # a hub id has one slash at most
-        config = AutoConfig.from_pretrained(source)
+        check_source(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         kind_of(config.model_type)
         if random:
             model = draw_weights(config, cfg, hardware)
@@ -168,12 +198,27 @@ def load_parts(source: str, random: bool, hardware: HardwareConfig, cfg: ModelCo
             if cfg.quantize:
                 settings |= four_bit(config.model_type, hardware)
             model = load_whole(source, settings)
-        return model, load_tokenizer(source), AutoImageProcessor.from_pretrained(source, backend="pil")
+        image_processor = AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False)
+        return model, load_tokenizer(source), image_processor
+
+
+def check_source(source: str) -> None:
+    """Refuse what is no model in fewer words than transformers does."""
+    folder = Path(source)
+    if not folder.is_dir() and not is_hub_id(source):
+        raise OSError("there is no such folder")
+    if (folder / "config.json").is_file():
+        return
+    if (folder / ADAPTER_FILE).is_file() or (folder / RUN_MODEL).is_dir():
+        raise ModelError(f"{source} is a run or an adapter, and model.path takes a model: set stage.init={source}")
+    quiet = {"_raise_exceptions_for_connection_errors": False, "_raise_exceptions_for_missing_entries": False}
+    if not folder.is_dir() and cached_file(source, "config.json", **quiet) is None:
+        raise OSError("no such folder, and not in the hub's cache or reachable")
 
 
 def load_tokenizer(source: str) -> Any:
     """The tokenizer, with the chat template of the processor where that has its own, in its older file."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     older = cached_file(source, "chat_template.json", _raise_exceptions_for_missing_entries=False)
     if older:
         tokenizer.chat_template = json.loads(Path(older).read_text(encoding="utf-8"))["chat_template"]
@@ -197,7 +242,9 @@ def load_whole(source: str, settings: dict[str, Any]) -> Any:
 
 
 def settings_of(cfg: ModelConfig, hardware: HardwareConfig) -> dict[str, Any]:
-    return {"dtype": getattr(torch, hardware.dtype), "attn_implementation": cfg.attention}
+    # without trust_remote_code=False transformers asks whether to run the code of a model, and takes a y on stdin
+    dtype = getattr(torch, hardware.dtype)
+    return {"dtype": dtype, "attn_implementation": cfg.attention, "trust_remote_code": False}
 
 
 def four_bit(model_type: str, hardware: HardwareConfig) -> dict[str, Any]:

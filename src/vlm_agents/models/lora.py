@@ -1,14 +1,19 @@
 """Low-rank adapters (peft) on chosen parts of a model. Not full training: that is `loading.keep_gradients`."""
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from vlm_agents.config import LoraConfig, TrainableConfig
-from vlm_agents.errors import ConfigError
+from vlm_agents.config import LoraConfig, ModelConfig, TrainableConfig
+from vlm_agents.errors import ConfigError, ModelError
+from vlm_agents.models.actor_critic import BASE_FILE, is_base
 from vlm_agents.models.families import Family
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def add(model: Any, family: Family, lora: LoraConfig, train: TrainableConfig) -> PeftModel:
@@ -27,19 +32,56 @@ def add(model: Any, family: Family, lora: LoraConfig, train: TrainableConfig) ->
     config = PeftLoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
     )
-    return get_peft_model(model, config)
+    return wrap(model, config)
 
 
-def load(model: Any, folder: str, family: Family, lora: LoraConfig, train: TrainableConfig) -> PeftModel:
-    """A saved adapter, trainable in the chosen parts. ConfigError where `lora` asks for another shape."""
-    adapted = PeftModel.from_pretrained(model, folder, is_trainable=True)
-    saved = adapted.peft_config["default"]
+def load(model: Any, folder: Path, family: Family, cfg: ModelConfig, train: TrainableConfig) -> PeftModel:
+    """A saved adapter, trainable in the chosen parts. Refused where it isn't one of this model, or not as `cfg` has it.
+
+    peft itself would drop tensors that the model has no place for, and only warn of those that the file lacks.
+    """
+    assert cfg.lora is not None
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ModelError(f"{folder / ADAPTER_WEIGHTS} is missing: save the adapter as safetensors; a .bin isn't read")
+    if (folder / BASE_FILE).is_file() and not is_base(family, folder):
+        raise ModelError(
+            f"the adapter in {folder} was trained on other weights than these: set model.path, model.weights, "
+            "model.seed and hardware (random weights differ by device and dtype, too) as in the run that made it"
+        )
+    saved = PeftLoraConfig.from_pretrained(str(folder))
     assert isinstance(saved, PeftLoraConfig)
-    if (saved.r, saved.lora_alpha) != (lora.rank, lora.alpha):
+    if (saved.r, saved.lora_alpha) != (cfg.lora.rank, cfg.lora.alpha):
         raise ConfigError(
             f"the adapter in {folder} has rank {saved.r} and alpha {saved.lora_alpha}: set model.lora.rank={saved.r} "
             f"model.lora.alpha={saved.lora_alpha}"
         )
+    saved.inference_mode, saved.base_model_name_or_path = False, model.name_or_path or None
+    adapted = wrap(model, saved)
+    report = adapted.load_adapter(str(folder), "default", is_trainable=True)
+    if report.missing_keys or report.unexpected_keys:
+        raise ModelError(
+            f"the adapter in {folder} is one of another model: it lacks {len(report.missing_keys)} tensors and has "
+            f"{len(report.unexpected_keys)} too many, {min([*report.missing_keys, *report.unexpected_keys])} for one. "
+            "Set model.path to the model that it was trained on"
+        )
+    parts = {family.part_of(name) for name, _ in adapted.named_parameters() if "lora_" in name}
+    for part in ("vision", "projector"):
+        if getattr(cfg.train, part) and part not in parts:
+            raise ConfigError(
+                f"model.train.{part}=true, and the adapter in {folder} has nothing there to train: leave the switch "
+                f"out, or start from an adapter of a run with model.train.{part}=true"
+            )
+    if not any(getattr(train, part) for part in parts):
+        raise ConfigError(
+            f"nothing would learn: the adapter in {folder} is on {', '.join(sorted(parts))} alone, which model.train "
+            "or stage.freeze_vision freezes"
+        )
     for name, parameter in adapted.named_parameters():
         parameter.requires_grad_("lora_" in name and getattr(train, family.part_of(name)))
     return adapted
+
+
+def wrap(model: Any, config: PeftLoraConfig) -> PeftModel:
+    with warnings.catch_warnings():  # peft asks for a property that transformers has renamed: no business of the user
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return get_peft_model(model, config)

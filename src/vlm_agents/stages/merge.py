@@ -3,7 +3,6 @@
 Trains nothing. The value head comes along in a folder of its own, so that training can go on from the merged folder.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 from vlm_agents.config import LoraConfig, MergeConfig, RunConfig
 from vlm_agents.errors import ConfigError, ModelError
 from vlm_agents.models import Agent, Sampler, load_agent
-from vlm_agents.models.loading import ADAPTER_FILE, RUN_MODEL, init_folder
+from vlm_agents.models.loading import ADAPTER_FILE, RUN_MODEL, adapter_settings, init_folder
 from vlm_agents.progress import say
 from vlm_agents.run import Run
 from vlm_agents.stages.playing import first_prompts
@@ -35,11 +34,14 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
             f"stage.init={stage.init} holds whole weights and no adapter, so there is nothing to merge: {source} is a "
             "plain HF folder already. Name the run of stage=sft or stage=ppo that had model/lora=adapter"
         )
-    saved = json.loads((source / ADAPTER_FILE).read_text(encoding="utf-8"))
+    saved = adapter_settings(source)
     lora = cfg.model.lora or LoraConfig(saved["r"], saved["lora_alpha"])
+    prompts = first_prompts(cfg, PROBES)
+    quantised = None
+    if cfg.model.quantize:  # what was trained; it goes before the next one comes: one model at a time in memory
+        quantised = logits(load_agent(replace(cfg.model, lora=lora), cfg.hardware, stage.init), prompts)
     # an adapter trained over 4 bits is merged into the weights that they were rounded from: 4 bits hold no merged ones
     agent = load_agent(replace(cfg.model, lora=lora, quantize=None), cfg.hardware, stage.init)
-    prompts = first_prompts(cfg, PROBES)
     expected = logits(agent, prompts)
     with agent.adapter_off():
         effect = float((logits(agent, prompts) - expected).abs().max())
@@ -49,12 +51,18 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         save_merged(agent, folder)
         agent.to("meta")  # one model at a time in memory
         merged = load_agent(replace(cfg.model, lora=None, quantize=None), cfg.hardware, str(folder))
-        metrics["merge/max_logit_difference"] = compare(expected, logits(merged, prompts), folder, cfg)
+        found = logits(merged, prompts)
+        metrics["merge/max_logit_difference"] = compare(expected, found, folder, cfg)
+        if quantised is not None:
+            metrics["merge/quantised_logit_difference"] = float((found - quantised).abs().max())
 
     run.save_folder(RUN_MODEL, write)
+    rounding = ""
+    if quantised is not None:
+        rounding = f"; from the model in 4 bits that was trained, by {metrics['merge/quantised_logit_difference']:.2g}"
     say(
         f"merged {source}: logits differ by {metrics['merge/max_logit_difference']:.2g} at most over {PROBES} prompts, "
-        f"where the adapter itself makes {effect:.2g}"
+        f"where the adapter itself makes {effect:.2g}{rounding}"
     )
     run.log(0, metrics)
     return run.finish(metrics, {"model": run.path(RUN_MODEL)})
