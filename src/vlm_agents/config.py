@@ -580,15 +580,16 @@ class RunConfig:
                     "model.train.vision or projector is true, and stage.freeze_vision freezes both: "
                     "set stage.freeze_vision=false to train them, or leave their switches out"
                 )
-        if isinstance(self.stage, SftConfig | PpoConfig):
-            ppo = isinstance(self.stage, PpoConfig)
-            frozen = isinstance(self.stage, PpoConfig) and self.stage.freeze_vision
-            tempered = ppo and self.model.temperature_head is not None  # that learns from rewards, whatever is frozen
-            if not tempered and not any(vars(self.model.train.settled(frozen)).values()):
-                choice = (
-                    "language=true, or stage.freeze_vision=false" if frozen else "vision, projector or language=true"
-                )
-                raise ConfigError(f"nothing would learn: set model.train.{choice}")
+        self._check_that_something_learns()
+
+    def _check_that_something_learns(self) -> None:
+        if not isinstance(self.stage, SftConfig | PpoConfig):
+            return
+        frozen = isinstance(self.stage, PpoConfig) and self.stage.freeze_vision
+        tempered = isinstance(self.stage, PpoConfig) and self.model.temperature_head is not None
+        if not tempered and not any(vars(self.model.train.settled(frozen)).values()):
+            choice = "language=true, or stage.freeze_vision=false" if frozen else "vision, projector or language=true"
+            raise ConfigError(f"nothing would learn: set model.train.{choice}")
 
 
 def register() -> None:

@@ -1,5 +1,4 @@
 import json
-import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -104,9 +103,9 @@ def test_a_loaded_adapter_trains_in_the_chosen_parts(load: Load, tmp_path: Path)
 
 
 def test_an_adapter_finds_the_weights_that_it_was_trained_on(
-    load: Load, rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    load: Load, rows: list[Row], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """Those of a cloning run, say: by themselves where no model is named, and never another's."""
+    """Those of a cloning run, say: whatever the settings name, and never another's."""
     cloned = load()
     with torch.no_grad():
         for parameter in cloned.model.parameters():
@@ -116,13 +115,17 @@ def test_an_adapter_finds_the_weights_that_it_was_trained_on(
     adapted.save(tmp_path / "adapted")
     with torch.no_grad():
         expected = adapted.score(adapted.renderer.collate(rows)).logprobs
-        again = load(init=tmp_path / "adapted", path=None, lora=SMALL)
-        torch.testing.assert_close(again.score(again.renderer.collate(rows)).logprobs, expected, rtol=0, atol=0)
-    monkeypatch.chdir(tmp_path)
-    load(init=tmp_path / "adapted", path="./cloned", lora=SMALL)  # by another name
+        for settings, told in (({"path": None}, False), ({"path": str(tmp_path / "cloned")}, False), ({}, True)):
+            again = load(init=tmp_path / "adapted", lora=SMALL, **settings)
+            torch.testing.assert_close(again.score(again.renderer.collate(rows)).logprobs, expected, rtol=0, atol=0)
+            assert ("so that is taken, not model.path=" in capsys.readouterr().err) == told
+    (tmp_path / "cloned").rename(tmp_path / "moved")
+    load(init=tmp_path / "adapted", path=str(tmp_path / "moved"), lora=SMALL)  # known by its values
+    with pytest.raises(ModelError, match="was trained on other weights than these"):
+        load(init=tmp_path / "adapted", lora=SMALL)
+    (tmp_path / "adapted/base.json").unlink()
     with pytest.raises(ModelError, match=r"was trained on .*cloned, and model.path is .*tiny: set model.path=.*cloned"):
         load(init=tmp_path / "adapted", lora=SMALL)
-    shutil.rmtree(tmp_path / "cloned")
     with pytest.raises(ModelError, match=r"was trained on .*cloned, which isn't there: put it back"):
         load(init=tmp_path / "adapted", path=None, lora=SMALL)
     say_base(tmp_path / "adapted", "some/hub-id")

@@ -10,6 +10,7 @@ from torch import nn
 
 from vlm_agents.errors import ConfigError
 from vlm_agents.models.actor_critic import Agent
+from vlm_agents.models.lora import ADAPTER_WEIGHTS
 from vlm_agents.tensors import Scores, Tokens
 
 POLICY = "default"  # peft's name of the only adapter that most models have
@@ -26,7 +27,7 @@ class AdapterForeteller:
         assert isinstance(agent.model, PeftModel)
         self.agent, self.model = agent, agent.model
         with self._gradients_kept():
-            if folder is not None and (folder / FORETELLER).is_dir():
+            if folder is not None and (folder / FORETELLER / ADAPTER_WEIGHTS).is_file():
                 self.model.load_adapter(str(folder / FORETELLER), FORETELLER, is_trainable=True)
             else:
                 self.model.add_adapter(FORETELLER, self._shape())

@@ -20,9 +20,10 @@ from transformers.utils.hub import cached_file
 
 from vlm_agents.config import HardwareConfig, ModelConfig, TrainableConfig
 from vlm_agents.errors import ConfigError, DataError, ModelError, VlmAgentsError
-from vlm_agents.models.actor_critic import Agent, TemperatureHead, ValueHead
+from vlm_agents.models.actor_critic import BASE_FILE, Agent, TemperatureHead, ValueHead
 from vlm_agents.models.architectures import image_processor_of, tokenizer_for, whole_config
 from vlm_agents.models.families import Family, family_of, kind_of
+from vlm_agents.progress import say
 
 TINY = Path(__file__).parent / "tiny_weights"
 ADAPTER_FILE = "adapter_config.json"
@@ -37,9 +38,9 @@ def load_agent(
 ) -> Agent:
     """The model of `cfg`, with the weights of `init` (a run directory or an HF folder) where given.
 
-    `init` may hold whole weights, or an adapter: then its base is the folder that it names, where `cfg.path` is null,
-    and else `cfg`'s model, which must be the one that it was trained on. `freeze_vision` trains the language part
-    alone, whatever `cfg.train` says.
+    `init` may hold whole weights, or an adapter: then its base is the folder that it names, and else `cfg`'s model,
+    which must be the one that it was trained on. `freeze_vision` trains the language part alone, whatever `cfg.train`
+    says.
     """
     use_hardware(hardware)
     if cfg.quantize and find_spec("bitsandbytes") is None:
@@ -101,17 +102,24 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
 
 
 def base_of(folder: Path, cfg: ModelConfig) -> Path | None:
-    """The folder of weights that the adapter in `folder` was trained on; None where that is the model of `cfg`."""
+    """The folder of weights that the adapter in `folder` was trained on; None where that is the model of `cfg`.
+
+    Where both are named the adapter knows better.
+    """
     named = adapter_settings(folder).get("base_model_name_or_path") or ""
     shipped = cfg.path is None and Path(named).parts[-2:] == TINY.parts[-2:]  # where another machine has this package
     if not named or shipped or (cfg.path and place(named) == place(cfg.path)):
         return None
     trained = f"the adapter in {folder} was trained on {named}"
     moved = f"where it has moved, write its place into {ADAPTER_FILE} as base_model_name_or_path"
+    if Path(named).is_dir():
+        if cfg.path is not None:  # of the settings, as a rule: an earlier stage trained that model further
+            say(f"{trained}: so that is taken, not model.path={cfg.path}")
+        return Path(named)
+    if cfg.path is not None and (folder / BASE_FILE).is_file():
+        return None  # a copy elsewhere: whether it is one, the adapter itself will tell
     if cfg.path is not None:
         raise ModelError(f"{trained}, and model.path is {cfg.path}: set model.path={named}, or {moved}")
-    if Path(named).is_dir():
-        return Path(named)
     if is_hub_id(named):
         raise ModelError(f"{trained}: set model.path={named}")
     raise ModelError(f"{trained}, which isn't there: put it back, or {moved}")
