@@ -158,7 +158,7 @@ def test_the_head_is_saved_beside_the_weights(tempered: Agent, load: Load, tmp_p
         load(tmp_path, temperature_head=TemperatureHeadConfig(hidden=8))
     with pytest.raises(ModelError, match=r"temperature_head.safetensors would go unused: add model/temperature_head"):
         load(tmp_path)
-    with pytest.raises(ModelError, match=r"set model.temperature_head.high=2 model.temperature_head.low=0.5"):
+    with pytest.raises(ModelError, match=r"set model.temperature_head.low=0.5 model.temperature_head.high=2"):
         load(tmp_path, temperature_head=TemperatureHeadConfig(low=0.5, high=1.5, hidden=16))
 
 

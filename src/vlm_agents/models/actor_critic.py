@@ -268,7 +268,7 @@ class Agent(nn.Module):
             (folder / BASE_FILE).write_text(json.dumps({"embeddings": sample_of(self.family)}))
         for name, head in self.heads().items():
             (folder / name).parent.mkdir(exist_ok=True)
-            save_file(head.state_dict(), folder / name, metadata=bounds_of(head))
+            save_file(head.state_dict(), folder / name, metadata=meaning_of(head))
 
     def heads(self) -> dict[str, nn.Module]:
         """The networks that are ours, by the file that holds them."""
@@ -289,16 +289,20 @@ class Agent(nn.Module):
                     f"{path}: its shapes differ from model.{path.stem}; delete it, or use the hidden size it has"
                 )
             with safe_open(path, "pt") as file:
-                bounds = file.metadata()
-            if bounds and bounds != bounds_of(head):
-                said = " ".join(f"model.temperature_head.{bound}={value}" for bound, value in sorted(bounds.items()))
-                raise ModelError(f"{path} was trained within other bounds: set {said}")
+                meaning = file.metadata()
+            if meaning and meaning != meaning_of(head):
+                raise ModelError(f"{path} was trained within other bounds: set {meaning['settings']}")
             head.load_state_dict(state)
 
 
-def bounds_of(head: nn.Module) -> dict[str, str]:
-    """What a head's weights don't say and yet mean: the bounds of a temperature."""
-    return {"low": f"{head.low:g}", "high": f"{head.high:g}"} if isinstance(head, TemperatureHead) else {}
+def meaning_of(head: nn.Module) -> dict[str, str]:
+    """What a head's weights don't say and yet mean: the bounds of a temperature.
+
+    One entry at most: safetensors writes several in any order, and equal runs leave equal files.
+    """
+    if not isinstance(head, TemperatureHead):
+        return {}
+    return {"settings": f"model.temperature_head.low={head.low:g} model.temperature_head.high={head.high:g}"}
 
 
 def sample_of(family: Family) -> list[float]:
