@@ -124,11 +124,7 @@ def size(parameters: list[nn.Parameter]) -> int:
 
 def nf4_saves(agent: Agent) -> int:
     """Bytes less where the linear layers of the text part are quantised; its output layer isn't."""
-    weights = [
-        module.weight
-        for name, module in agent.model.named_modules()
-        if isinstance(module, nn.Linear) and "lora_" not in name and agent.family.part_of(name) == "language"
-    ]
+    weights = [module.weight for module in linears(agent, "language")]
     return sum(w.nbytes - round(NF4 * w.numel()) for w in weights if w is not agent.family.lm_head.weight)
 
 
@@ -167,11 +163,16 @@ def kept_per_token(agent: Agent, recompute: bool) -> int:
 
 def linear_bytes(agent: Agent, part: str) -> int:
     """Bytes that enter and leave the linear layers of a part, for one of its tokens."""
-    return sum(
-        (module.in_features + module.out_features) * module.weight.element_size()
+    return sum((m.in_features + m.out_features) * m.weight.element_size() for m in linears(agent, part))
+
+
+def linears(agent: Agent, part: str) -> list[nn.Linear]:
+    """The linear layers of a part, without those of an adapter."""
+    return [
+        module
         for name, module in agent.model.named_modules()
         if isinstance(module, nn.Linear) and "lora_" not in name and agent.family.part_of(name) == part
-    )
+    ]
 
 
 def vision_layers(agent: Agent) -> int:

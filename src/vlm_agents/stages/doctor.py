@@ -162,7 +162,7 @@ def advice(cfg: RunConfig, work: Work, there: int) -> list[str]:
 
     def peak(tried: RunConfig) -> float:
         assert isinstance(tried.stage, DoctorConfig)
-        key = f"{tried.model} {tried.hardware.dtype}"
+        key = f"{replace(tried.model, quantize=None)} {tried.hardware.dtype}"  # as a blueprint has it
         if key not in agents:
             agents[key] = blueprint(tried.model, tried.hardware, tried.stage.freeze_vision)
         smaller = replace(work, num_envs=tried.stage.num_envs, microbatch=tried.hardware.tokens_per_microbatch)
