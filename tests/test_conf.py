@@ -96,6 +96,12 @@ def test_every_group_is_covered() -> None:
     assert {folder for folder in folders if folder.split("/")[0] != "experiment"} <= covered
 
 
+def test_the_original_rules_take_nothing_off_for_what_chance_plays(compose_run) -> None:
+    with pytest.raises(ConfigError, match=r"set env\.invalid_penalty=0"):
+        compose_run("stage=eval", "env=number_line", "env.compat=rl4vlm")
+    compose_run("stage=eval", "env=number_line", "env.compat=rl4vlm", "env.invalid_penalty=0")
+
+
 @pytest.mark.parametrize("sweep", [path.stem for path in sorted((conf_dir() / "sweep").glob("*.yaml"))])
 def test_every_sweep_names_settings_that_exist(compose_run, sweep: str) -> None:
     params = yaml.safe_load((conf_dir() / f"sweep/{sweep}.yaml").read_text())["hydra"]["sweeper"]["params"]

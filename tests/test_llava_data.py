@@ -161,3 +161,9 @@ def test_pictures_may_lie_elsewhere(run_stage: RunStage, folder: Path, tmp_path:
     words = ["stage=preprocess", f"stage.data=[{path}]", f"stage.images={folder}", "stage.val_fraction=0"]
     chats = run_stage(tmp_path / "b", *words)
     assert pyarrow.parquet.read_table(chats / "train.parquet").num_rows == 1
+
+
+def test_a_file_with_another_ending_is_told_what_it_should_be(run_stage: RunStage, tmp_path: Path):
+    (tmp_path / "chats.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match=r"one JSON list in a file named \*\.json"):
+        run_stage(tmp_path / "run", "stage=preprocess", f"stage.data=[{tmp_path}/chats.jsonl]")

@@ -17,6 +17,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from vlm_agents.errors import ConfigError, did_you_mean
 
 PolicyName = Literal["model", "expert", "random", "remote"]
+Compat = Literal["ours", "rl4vlm"]
+Faces = Literal["ten", "rank"]
 RaterName = Literal["none", "expert", "remote"]
 
 
@@ -108,7 +110,7 @@ class CardsConfig(EnvConfig):
         super().__post_init__()
         one_of("env.observation", self.observation, Literal["image", "text", "both"])
         at_least("env.size", self.size, 28)
-        one_of("env.compat", self.compat, Literal["ours", "rl4vlm"])
+        one_of("env.compat", self.compat, Compat)
         if self.id != type(self).id:
             raise ConfigError(f"env.id={self.id}: this game's id is {type(self).id}; choose another game by env=")
 
@@ -149,7 +151,7 @@ class PointsConfig(CardsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("env.faces", self.faces, Literal["ten", "rank"])
+        one_of("env.faces", self.faces, Faces)
         at_least("env.target", self.target, 1)
         if not 2 <= self.cards <= 4:
             raise ConfigError(f"env.cards={self.cards} must lie between 2 and 4")
@@ -557,6 +559,11 @@ class RunConfig:
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.hardware.device):
             raise ConfigError(
                 f"hardware.device={self.hardware.device} isn't known here: set cpu, cuda or cuda:<number>"
+            )
+        if isinstance(self.env, CardsConfig) and self.env.compat == "rl4vlm" and self.env.invalid_penalty:
+            raise ConfigError(
+                "env.compat=rl4vlm plays a random action where none can be read and takes nothing off for it, and "
+                f"env.invalid_penalty is {self.env.invalid_penalty:g}: set env.invalid_penalty=0"
             )
         if self.algo is not None and self.algo.turn_entropy_coef > 0 and self.model.temperature_head is None:
             raise ConfigError(

@@ -13,6 +13,7 @@ from vlm_agents.config import BlackjackConfig, CardsConfig, EZPointsConfig, Numb
 from vlm_agents.envs import make_env
 from vlm_agents.envs.base import check_contract
 from vlm_agents.envs.gym_cards import CardEnv
+from vlm_agents.envs.gym_cards.cards import Card
 from vlm_agents.errors import ConfigError, EnvError
 
 GAMES = (NumberLineConfig, BlackjackConfig, EZPointsConfig, PointsConfig)
@@ -196,3 +197,42 @@ def test_random_actions_are_uniform() -> None:
 def test_settings_are_checked(make, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@pytest.mark.parametrize("game", GAMES)
+def test_what_is_no_action_is_refused(game: type[CardsConfig]) -> None:
+    env = gymnasium.make(game.id).unwrapped
+    env.reset(seed=0)
+    for action in (-1, env.action_space.n, None, "stand", 0.5):  # type: ignore[attr-defined]
+        with pytest.raises(EnvError, match="its actions are 0 to"):
+            env.step(action)
+    env.step(np.int64(0))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("NumberLine", {"highest": 1}, "highest=1 must be at least 2"),
+        ("Blackjack", {"compat": "rlvlm"}, "Did you mean 'rl4vlm'"),
+        ("Points24", {"compat": "rlvlm"}, "Did you mean 'rl4vlm'"),
+        ("Points24", {"faces": "eleven"}, "faces=eleven is not one of ten, rank"),
+        ("Points24", {"kind": "points"}, "kind=points is not one of ezpoints, points24"),
+        ("EZPoints", {"cards": 0}, "cards=0 must be at least 2"),
+    ],
+)
+def test_gymnasium_make_checks_its_settings(name: str, settings: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        gymnasium.make(f"vlm_agents/{name}-v0", **settings)
+
+
+def test_pictures_have_the_size_that_is_asked_for() -> None:
+    assert CardEnv(NumberLineConfig(size=224)).reset(0).images[0].size == (224, 224)
+
+
+def test_a_state_is_known_by_what_the_player_sees() -> None:
+    env = CardEnv(BlackjackConfig())
+    assert env.reset(0).state_key
+    hidden = env.game.dealer[1]  # type: ignore[union-attr]
+    before = env.game.state
+    env.game.dealer[1] = Card(hidden.rank % 13 + 1, hidden.suit)  # type: ignore[union-attr]
+    assert env.game.state == before

@@ -345,7 +345,7 @@ def test_info_is_a_copy() -> None:
 
 
 def test_an_impossible_target_is_refused() -> None:
-    with pytest.raises(EnvError, match="no 2 cards make 1000"):
+    with pytest.raises(EnvError, match="none of 20000 hands of 2 cards makes 1000"):
         Blind(target=1000, cards=2, solvable_only=True).reset(seed=0)
 
 

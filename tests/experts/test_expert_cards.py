@@ -151,3 +151,27 @@ def test_blackjack_is_advised_until_it_is_over():
         assert advice is None
         won += step.metrics["success"]
     assert 0 < won < 20
+
+
+def test_no_way_leads_to_success_where_the_turns_run_out() -> None:
+    env = CardEnv(NumberLineConfig(max_steps=2))  # 3 is three steps from 0
+    expert = card_expert(env)
+    assert isinstance(expert, NumberLineExpert)
+    env.reset(0)
+    expert.game.target, expert.game.current = 3, 0
+    assert expert.start() is None
+    expert.game.current = 1
+    advice = expert.start()
+    assert advice is not None
+    assert advice.distance == 2
+
+    env = CardEnv(EZPointsConfig(max_steps=4))  # 5 + 7 = takes just four
+    expert = card_expert(env)
+    assert isinstance(expert, PointsExpert)
+    env.reset(0)
+    expert.game.cards, expert.game.numbers = tuple(cards(5, 7)), (5, 7)
+    advice = expert.start()
+    assert advice is not None
+    assert advice.distance == 4
+    env.step(None)
+    assert expert.start() is None

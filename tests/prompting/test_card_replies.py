@@ -32,7 +32,7 @@ LURES = (
     *WORDS.split(),
     *FOREIGN.split(),
     *("10 10", "1 0", "3 + 4", "stand or hit", "hit, stand", "h i t", "", " "),
-    *("\x00hit", "hit\x00", "hit\u200b", "h\u00adit"),
+    *("\x00hit", "hit\x00", "hit\u200b", "h\u00adit", "\u017ftand", "\ufb06and"),
 )
 THOUGHTS = (
     "the cards are 10 and 2, so I hit",

@@ -5,7 +5,7 @@ Text in, pictures and text out. No behaviour is inherited from here: an env is w
 
 import hashlib
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -46,6 +46,12 @@ def state_key(*parts: object) -> str:
 def out_of_turn(name: str) -> EnvError:
     """The error of a step before a reset or after the end of the episode."""
     return EnvError(f"{name}: no episode is running; call reset(seed) before the first step and after the last one")
+
+
+def check_action(game: Any, action: Any) -> None:
+    """EnvError where a Gymnasium env is asked for what its action space doesn't hold."""
+    if not game.action_space.contains(action):
+        raise EnvError(f"{type(game).__name__}.step({action!r}): its actions are 0 to {game.action_space.n - 1}")
 
 
 def check_contract(make: Callable[[], Env], seeds: tuple[int, ...] = (0, 1, 2)) -> None:

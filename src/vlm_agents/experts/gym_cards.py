@@ -14,7 +14,7 @@ from vlm_agents.types import Advice
 
 
 class NumberLineExpert:
-    """Walks straight to the target."""
+    """Walks straight to the target. None where too few turns are left for that."""
 
     def __init__(self, game: NumberLineGame) -> None:
         self.game = game
@@ -24,8 +24,11 @@ class NumberLineExpert:
 
     def follow(self, action: str | None) -> Advice | None:
         target, current = self.game.target, self.game.current
+        distance = abs(target - current)
+        if distance > self.game.max_turns - self.game.turn:
+            return None
         side, action = ("more", "+") if target > current else ("less", "-")
-        return Advice(f"target {target}, current {current}, so {side}", action, abs(target - current))
+        return Advice(f"target {target}, current {current}, so {side}", action, distance)
 
 
 class BlackjackExpert:
@@ -57,7 +60,8 @@ def _total(mine: Hand) -> str:
 class PointsExpert:
     """Writes the canonical formula, or whatever completes what is written already.
 
-    None for a hand that can't make the target, and where it can't any more, or not before the formula gets too long.
+    None for a hand that can't make the target, and where it can't any more, or not before the formula gets too long or
+    the turns run out. It is exact under `compat=rl4vlm` too, where Python's floats miss a few of its formulas.
     """
 
     def __init__(self, game: PointsGame) -> None:
@@ -71,7 +75,7 @@ class PointsExpert:
         done = [symbol for symbol in game.formula if symbol != BLANK]
         room = game.longest - (len(game.formula) - len(done))
         left = complete(done, game.numbers, game.target, game.symbols, room)
-        if left is None:
+        if left is None or len(left) + 1 > game.max_turns - game.turn:
             return None
         symbol = left[0] if left else "="
         cards, falling = (" ".join(map(str, numbers)) for numbers in (game.numbers, sorted(game.numbers, reverse=True)))

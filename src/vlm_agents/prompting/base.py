@@ -230,7 +230,7 @@ def match_action(value: str, legal_actions: LegalActions) -> tuple[str | None, s
 def plain_action(action: str) -> str:
     """Without quotes, final punctuation, case, and what joins words: `"Turn_left".` is `turn left`."""
     bare = action.lstrip(QUOTES).rstrip(QUOTES + ".,;:!?") or action
-    return JOINT.sub(" ", bare).casefold()
+    return JOINT.sub(" ", bare).lower()  # casefold would turn a long s into s, and one word into another
 
 
 def quoted(value: str) -> str:

@@ -90,6 +90,8 @@ def rows_of(
 ) -> Iterator[dict]:
     """The rows of a run directory, or of a file in LLaVA's layout, which says itself what is to be learned."""
     if source.suffix != ".json":
+        if source.is_file():
+            raise DataError(f"{source}: chats in LLaVA's layout are one JSON list in a file named *.json")
         for trajectory in read_episodes(source):
             yield from chats(trajectory, stage, prompt_format, counts, pngs)
         return

@@ -6,6 +6,8 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from vlm_agents.config import Compat, one_of
+from vlm_agents.envs.base import check_action
 from vlm_agents.envs.gym_cards import drawing
 from vlm_agents.envs.gym_cards.cards import Card, draw, with_suit
 
@@ -41,6 +43,7 @@ class BlackjackGame(gymnasium.Env[np.ndarray, Any]):
         max_turns: int | None = None,
         render_mode: str | None = None,
     ) -> None:
+        one_of("compat", compat, Compat)
         self.original = compat == "rl4vlm"
         self.natural = natural and not self.original
         self.max_turns = MOST_TURNS if max_turns is None else max_turns
@@ -61,6 +64,7 @@ class BlackjackGame(gymnasium.Env[np.ndarray, Any]):
         return self.render(), self._info()
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        check_action(self, action)
         self.turn += 1
         reward = self._hit() if action else self._stand()
         self.won = reward > 0
@@ -75,8 +79,8 @@ class BlackjackGame(gymnasium.Env[np.ndarray, Any]):
 
     @property
     def state(self) -> tuple[object, ...]:
-        """What tells this situation from another one."""
-        return self.dealer, self.player, self.over
+        """What the player can tell this situation from another one by."""
+        return self._dealer_seen, self.player, self.over
 
     def describe(self) -> str:
         """The picture in words."""

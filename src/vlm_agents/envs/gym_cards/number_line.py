@@ -6,6 +6,8 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from vlm_agents.config import at_least
+from vlm_agents.envs.base import check_action
 from vlm_agents.envs.gym_cards import drawing
 
 
@@ -21,6 +23,7 @@ class NumberLineGame(gymnasium.Env[np.ndarray, Any]):
     text = ""
 
     def __init__(self, highest: int = 5, max_turns: int | None = None, render_mode: str | None = None) -> None:
+        at_least("highest", highest, 2)
         self.highest = highest
         self.max_turns = 2 * highest if max_turns is None else max_turns
         self.render_mode = render_mode
@@ -37,6 +40,7 @@ class NumberLineGame(gymnasium.Env[np.ndarray, Any]):
         return self.render(), self._info()
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        check_action(self, action)
         before = abs(self.target - self.current)
         self.current = min(max(self.current + (1 if action else -1), 0), self.highest)
         self.turn += 1

@@ -1,18 +1,21 @@
 """EZPoints and Points24: write a formula of the cards' numbers, symbol by symbol, that is worth the target."""
 
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from vlm_agents.config import Compat, Faces, at_least, one_of
+from vlm_agents.envs.base import check_action
 from vlm_agents.envs.gym_cards import drawing
 from vlm_agents.envs.gym_cards.cards import Card, draw, with_suit
 from vlm_agents.envs.gym_cards.formula import BLANK, evaluate, evaluate_as_python, solvable
 from vlm_agents.errors import EnvError
 
-DEALS = 20_000  # without one solvable hand: there is none
+DEALS = 20_000  # without one solvable hand: there is none, or next to none
+Kind = Literal["ezpoints", "points24"]
 SIGNS = {"ezpoints": ("+", "*"), "points24": ("+", "-", "*", "/", "(", ")")}
 
 
@@ -38,6 +41,10 @@ class PointsGame(gymnasium.Env[np.ndarray, Any]):
         max_turns: int | None = None,
         render_mode: str | None = None,
     ) -> None:
+        one_of("kind", kind, Kind)
+        one_of("faces", faces, Faces)
+        one_of("compat", compat, Compat)
+        at_least("cards", cards, 2)
         self.plain = kind == "ezpoints"
         self.target = target
         self.count = cards
@@ -66,6 +73,7 @@ class PointsGame(gymnasium.Env[np.ndarray, Any]):
         return self.render(), self._info()
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        check_action(self, action)
         self.turn += 1
         symbol = self.symbols[action]
         if len(self.formula) > self.longest:
@@ -125,7 +133,10 @@ class PointsGame(gymnasium.Env[np.ndarray, Any]):
             numbers = [min(card.rank, self.highest) for card in cards]
             if not self.solvable_only or solvable(numbers, self.target, self.plain):
                 return cards
-        raise EnvError(f"no {self.count} cards make {self.target}: choose another env.target, or solvable_only=false")
+        raise EnvError(
+            f"none of {DEALS} hands of {self.count} cards makes {self.target}: "
+            "choose another env.target, or solvable_only=false"
+        )
 
     def _deal_twelve(self) -> tuple[Card, ...]:
         """Two cards that make 12 by + or *, with the chances that the original gives them."""
