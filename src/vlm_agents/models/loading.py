@@ -23,6 +23,7 @@ from vlm_agents.errors import ConfigError, DataError, ModelError, VlmAgentsError
 from vlm_agents.models.actor_critic import BASE_FILE, Agent, TemperatureHead, ValueHead
 from vlm_agents.models.architectures import image_processor_of, tokenizer_for, whole_config
 from vlm_agents.models.families import Family, family_of, kind_of
+from vlm_agents.models.probing import prove
 from vlm_agents.progress import say
 
 TINY = Path(__file__).parent / "tiny_weights"
@@ -85,7 +86,9 @@ def load_agent(
     agent = Agent(model, family, tokenizer, image_processor, ValueHead(width, cfg.value_head), cfg.temperature, head)
     if folder or not random:
         agent.load_heads(folder or Path(source))
-    return agent.to(hardware.device).eval()
+    agent = agent.to(hardware.device).eval()
+    prove(agent)
+    return agent
 
 
 def adapter_settings(folder: Path) -> dict[str, Any]:
@@ -230,6 +233,8 @@ def load_tokenizer(source: str) -> Any:
     older = cached_file(source, "chat_template.json", _raise_exceptions_for_missing_entries=False)
     if older:
         tokenizer.chat_template = json.loads(Path(older).read_text(encoding="utf-8"))["chat_template"]
+    if tokenizer.pad_token_id is None:  # some have none; what fills a row is read by nobody
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
