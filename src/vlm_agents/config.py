@@ -558,6 +558,12 @@ class RunConfig:
             raise ConfigError(
                 f"hardware.device={self.hardware.device} isn't known here: set cpu, cuda or cuda:<number>"
             )
+        if isinstance(self.stage, SftConfig) and self.hardware.device not in ("cpu", "cuda", "cuda:0"):
+            number = self.hardware.device.removeprefix("cuda:")
+            raise ConfigError(
+                f"hardware.device={self.hardware.device}: stage=sft runs transformers' Trainer, which takes the first "
+                f"GPU that it sees. Set hardware.device=cuda, and CUDA_VISIBLE_DEVICES={number} before the command"
+            )
         if self.algo is not None and self.algo.turn_entropy_coef > 0 and self.model.temperature_head is None:
             raise ConfigError(
                 "algo.turn_entropy_coef > 0 trains a learned temperature, and there is none: "

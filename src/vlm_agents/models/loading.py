@@ -139,13 +139,22 @@ def is_hub_id(source: str) -> bool:
 
 
 def use_hardware(hardware: HardwareConfig) -> None:
-    """ConfigError where torch knows no such device, or this machine has none."""
+    """ConfigError where torch knows no such device, or this machine has none.
+
+    A GPU with a number becomes the one that libraries take where they don't ask.
+    """
     try:
-        kind = torch.device(hardware.device).type
+        device = torch.device(hardware.device)
     except RuntimeError as error:
         raise ConfigError(f"hardware.device={hardware.device} is no device of torch: set cpu or cuda") from error
-    if kind == "cuda" and not torch.cuda.is_available():
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"hardware.device={hardware.device}: torch sees no GPU here; set hardware=cpu")
+    if device.type == "cuda" and device.index is not None:
+        if device.index >= torch.cuda.device_count():
+            raise ConfigError(
+                f"hardware.device={device}: torch numbers {torch.cuda.device_count()} GPUs here, from 0 on"
+            )
+        torch.cuda.set_device(device)
     if hardware.threads is not None:
         torch.set_num_threads(hardware.threads)
 
