@@ -12,6 +12,7 @@ from vlm_agents.config import LoraConfig, ModelConfig, TrainableConfig
 from vlm_agents.errors import ConfigError, ModelError
 from vlm_agents.models.actor_critic import BASE_FILE, is_base
 from vlm_agents.models.families import Family
+from vlm_agents.progress import say
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -55,6 +56,9 @@ def load(model: Any, folder: Path, family: Family, cfg: ModelConfig, train: Trai
             f"the adapter in {folder} has rank {saved.r} and alpha {saved.lora_alpha}: set model.lora.rank={saved.r} "
             f"model.lora.alpha={saved.lora_alpha}"
         )
+    if saved.lora_dropout != cfg.lora.dropout:
+        named = f"model.lora.dropout={cfg.lora.dropout:g}"
+        say(f"the adapter in {folder} was made with dropout {saved.lora_dropout:g}: so that is taken, not {named}")
     saved.inference_mode, saved.base_model_name_or_path = False, model.name_or_path or None
     adapted = wrap(model, saved)
     report = adapted.load_adapter(str(folder), "default", is_trainable=True)
