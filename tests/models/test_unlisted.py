@@ -230,6 +230,28 @@ def test_a_processor_that_writes_other_prompts_is_refused(copied: Path):
     assert f"makes {count - 1} tokens of a prompt where we make {count}" in said
 
 
+def test_a_processor_that_cuts_wide_pictures_into_tiles_is_refused(llava_folder: Path, tmp_path: Path):
+    """Which no square picture would show, nor the image processor: it is told to by the processor around it."""
+    tokenizer = AutoTokenizer.from_pretrained(llava_folder)
+    config = AutoConfig.for_model(
+        "aya_vision",
+        text_config={"model_type": "llama", **LANGUAGE, "vocab_size": len(tokenizer) + 16},
+        vision_config={"model_type": "siglip_vision_model", **VISION},
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        downsample_factor=2,
+    )
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
+    image_processor = transformers.GotOcr2ImageProcessorPil(size={"height": 28, "width": 28})
+    chat_template = tokenizer.chat_template
+    processor = transformers.AyaVisionProcessor(
+        image_processor, tokenizer, 14, 28, image_token="<image>", chat_template=chat_template
+    )
+    processor.save_pretrained(tmp_path)
+    said = refusal(tmp_path)
+    assert "model_type=aya_vision is no family" in said
+    assert "tokens of a prompt where we make" in said
+
+
 def test_a_processor_that_cant_work_is_refused(copied: Path):
     """As transformers' own loader would let it pass: how large patches are is in no other file that it reads."""
     change(copied / "processor_config.json", patch_size=None)
