@@ -253,7 +253,8 @@ class Unlisted:
     def __init__(self, model: Any, image_processor: Any) -> None:
         self.model = model
         self.image_processor = image_processor
-        for name in ("config.image_token_id", "model.language_model.embed_tokens.weight", "model.get_image_features"):
+        embeddings, head = "model.language_model.embed_tokens.weight", "lm_head.weight"
+        for name in ("config.image_token_id", "model.get_image_features", embeddings, head):
             with self.following(f"it has no {name}"):
                 attrgetter(name)(model)
         self.image_token_id: int = model.config.image_token_id
