@@ -40,7 +40,7 @@ SEED ?= 0
 MODEL ?=
 RUN = $(GAME)$(if $(MODEL),_$(MODEL))$(if $(filter-out 0,$(SEED)),_seed$(SEED))
 PLAY = $(AGENTS) seed=$(SEED) $(if $(MODEL),model=$(MODEL))
-reproduce: setup ## a card game from collect to eval: GAME=number_line, blackjack, ez_points or points24; SEED=0
+reproduce: setup ## collect to eval: GAME=number_line, blackjack, ez_points or points24; SEED=0; GAME=scratch MODEL=tiny_llava: from random weights
 	for stage in collect preprocess sft ppo eval; do test -f outputs/$(RUN)/$$stage/DONE || \
 		$(PLAY) name=$(RUN) experiment=$(GAME)/$$stage || exit; done
 	test -f outputs/$(RUN)_sft/eval/DONE || \

@@ -64,6 +64,69 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+LLAVA_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'] | upper }}: {% endif %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% if message['role'] == 'assistant' %}</s>{% else %} {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def llava_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny LLaVA-1.5 with random weights, which has no family of its own, as transformers itself saves it:
+    CLIP sees 84 by 84 pixels in 3 by 3 patches, so that a picture takes 9 tokens."""
+    import torch
+    from transformers import (
+        AutoConfig,
+        AutoModelForImageTextToText,
+        AutoTokenizer,
+        CLIPImageProcessorPil,
+        LlavaProcessor,
+    )
+
+    from vlm_agents.models.architectures import tokenizer_for
+    from vlm_agents.models.families import KINDS
+    from vlm_agents.models.loading import TINY
+
+    tokenizer = tokenizer_for(KINDS["llava_next"], AutoTokenizer.from_pretrained(TINY))  # for <s>, </s> and <image>
+    vision = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+    text = {
+        "model_type": "llama",
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": len(tokenizer) + 16,
+        "initializer_range": 0.08,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = AutoConfig.for_model(
+        "llava",
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        text_config=text,
+        vision_config={"model_type": "clip_vision_model", "image_size": 84, "patch_size": 28, **vision},
+    )
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("llava")
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 84}, crop_size={"height": 84, "width": 84})
+    processor = LlavaProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=28,
+        vision_feature_select_strategy="default",
+        chat_template=LLAVA_TEMPLATE,
+        num_additional_image_tokens=1,
+    )
+    processor.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def echo_run(tiny_model: Path) -> ComposeRun:
     """`echo_run(folder, "stage=ppo", ...)`: the configuration of a run in `folder` on Echo, with a random tiny model

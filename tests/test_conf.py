@@ -183,6 +183,14 @@ def test_checks_across_fields(compose_run, overrides: list[str], message: str) -
         compose_run("stage=ppo", *overrides)
 
 
+def test_sft_is_told_its_gpu_by_the_environment(compose_run) -> None:
+    with pytest.raises(ConfigError, match=r"takes the first GPU .*hardware.device=cuda, and CUDA_VISIBLE_DEVICES=1 "):
+        compose_run("stage=sft", "hardware.device=cuda:1")
+    for device in ("cpu", "cuda", "cuda:0"):
+        assert compose_run("stage=sft", f"hardware.device={device}").hardware.device == device
+    assert compose_run("stage=ppo", "hardware.device=cuda:1").hardware.device == "cuda:1"
+
+
 def test_a_learned_temperature_starts_between_its_bounds(compose_run) -> None:
     learned = ("stage=ppo", "model/temperature_head=learned")
     assert compose_run(*learned, "algo.turn_entropy_coef=0.1").model.temperature_head.high == 1.5

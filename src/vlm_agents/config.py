@@ -565,19 +565,11 @@ class RunConfig:
                 "env.compat=rl4vlm plays a random action where none can be read and takes nothing off for it, and "
                 f"env.invalid_penalty is {self.env.invalid_penalty:g}: set env.invalid_penalty=0"
             )
-        if self.algo is not None and self.algo.turn_entropy_coef > 0 and self.model.temperature_head is None:
+        if isinstance(self.stage, SftConfig) and self.hardware.device not in ("cpu", "cuda", "cuda:0"):
+            number = self.hardware.device.removeprefix("cuda:")
             raise ConfigError(
-                "algo.turn_entropy_coef > 0 trains a learned temperature, and there is none: "
-                "add model/temperature_head=learned, or set algo.turn_entropy_coef=0"
-            )
-        if self.algo is not None and self.algo.novelty.coef > 0 and self.model.lora is None:
-            raise ConfigError(
-                "algo.novelty.coef > 0 makes a second adapter, and the model has no first: add model/lora=adapter"
-            )
-        if self.algo is not None and self.algo.kl_coef > 0 and self.model.lora is None:
-            raise ConfigError(
-                "algo.kl_coef > 0 needs a reference policy, which is the model with its adapter off: "
-                "add model/lora=adapter, or set algo.kl_coef=0"
+                f"hardware.device={self.hardware.device}: stage=sft runs transformers' Trainer, which takes the first "
+                f"GPU that it sees. Set hardware.device=cuda, and CUDA_VISIBLE_DEVICES={number} before the command"
             )
         if isinstance(self.stage, PpoConfig):
             if self.algo is None:
@@ -587,7 +579,25 @@ class RunConfig:
                     "model.train.vision or projector is true, and stage.freeze_vision freezes both: "
                     "set stage.freeze_vision=false to train them, or leave their switches out"
                 )
+        if self.algo is not None:
+            self._check_what_the_algo_needs(self.algo)
         self._check_that_something_learns()
+
+    def _check_what_the_algo_needs(self, algo: AlgoConfig) -> None:
+        if algo.turn_entropy_coef > 0 and self.model.temperature_head is None:
+            raise ConfigError(
+                "algo.turn_entropy_coef > 0 trains a learned temperature, and there is none: "
+                "add model/temperature_head=learned, or set algo.turn_entropy_coef=0"
+            )
+        if algo.novelty.coef > 0 and self.model.lora is None:
+            raise ConfigError(
+                "algo.novelty.coef > 0 makes a second adapter, and the model has no first: add model/lora=adapter"
+            )
+        if algo.kl_coef > 0 and self.model.lora is None:
+            raise ConfigError(
+                "algo.kl_coef > 0 needs a reference policy, which is the model with its adapter off: "
+                "add model/lora=adapter, or set algo.kl_coef=0"
+            )
 
     def _check_that_something_learns(self) -> None:
         if not isinstance(self.stage, SftConfig | PpoConfig):

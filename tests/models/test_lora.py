@@ -1,6 +1,7 @@
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,19 @@ def test_another_shape_than_the_saved_one_is_refused(load: Load, tmp_path: Path)
     load(lora=SMALL).save(tmp_path)
     with pytest.raises(ConfigError, match=f"has rank {SMALL.rank} .*set model.lora.rank={SMALL.rank}"):
         load(init=tmp_path, lora=LoraConfig(rank=SMALL.rank + 1, alpha=SMALL.alpha))
+
+
+def test_the_dropout_of_an_adapter_is_its_own_and_told(load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    load(lora=replace(SMALL, dropout=0.25)).save(tmp_path)
+    capsys.readouterr()
+    agent = load(init=tmp_path, lora=replace(SMALL, dropout=0.5))
+    told = capsys.readouterr().err.splitlines()
+    assert told == [
+        f"the adapter in {tmp_path} was made with dropout 0.25: so that is taken, not model.lora.dropout=0.5"
+    ]
+    assert {module.p for module in agent.model.modules() if isinstance(module, nn.Dropout) and module.p} == {0.25}
+    load(init=tmp_path, lora=replace(SMALL, dropout=0.25))
+    assert not capsys.readouterr().err
 
 
 def test_an_adapter_whose_tensors_are_not_those_of_the_model_is_refused(load: Load, tmp_path: Path):

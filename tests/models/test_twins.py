@@ -19,7 +19,7 @@ from vlm_agents.models import Agent, Sampler, load_agent
 from vlm_agents.tensors import Row, Scores
 from vlm_agents.types import Message, Prompt, Reply
 
-TWINS = ["tiny_qwen2_vl", "tiny_qwen3_vl", "tiny_llava"]
+TWINS = ["tiny_qwen2_vl", "tiny_qwen3_vl", "tiny_llava", "unlisted"]
 ROOM = 12  # tokens a reply
 REPLIES = [[30, 31, 32], [40], [50, 51], [60, 61, 62, 63, 64], [70, 71]]
 
@@ -29,12 +29,17 @@ RowOf = Callable[[Prompt, Reply], Row]
 
 
 @pytest.fixture(scope="module")
-def twin() -> Load:
-    """`twin(name, init=None, freeze_vision=False, **model settings)`: as conf/model says, with a value head to read."""
+def twin(llava_folder: Path) -> Load:
+    """`twin(name, init=None, freeze_vision=False, **model settings)`: as conf/model says, with a value head to read.
+
+    "unlisted" is a LLaVA-1.5 out of a folder, with weights drawn anew.
+    """
 
     def loaded(name: str, init: Path | None = None, freeze_vision: bool = False, **settings: Any) -> Agent:
-        said = yaml.safe_load((conf_dir() / f"model/{name}.yaml").read_text())
-        del said["defaults"]
+        said = {"name": name, "path": str(llava_folder), "weights": "random"}
+        if name != "unlisted":
+            said = yaml.safe_load((conf_dir() / f"model/{name}.yaml").read_text())
+            del said["defaults"]
         cfg = ModelConfig(**{**said, **settings})
         agent = load_agent(cfg, HardwareConfig(name="cpu"), str(init) if init else None, freeze_vision)
         if init is None:
@@ -275,6 +280,7 @@ GOLDEN = {  # what the published chat templates of these families write, and wha
     "tiny_llava": (
         "<s><<SYS>>\nYou play.\n<</SYS>>\n\n[INST] <image>\nnow? [/INST] turn left</s> [INST] and now? [/INST]"
     ),
+    "unlisted": "<s>You play. USER: <image>\nnow? ASSISTANT: turn left</s>USER: and now? ASSISTANT:",
 }
 
 
@@ -335,7 +341,7 @@ def test_each_picture_is_encoded_as_if_alone(agent: Agent, picture: Callable[...
 
 def test_positions_are_those_of_the_model(agent: Agent, name: str, rows: list[Row]):
     tokens = agent.renderer.collate(rows)
-    if name == "tiny_llava":
+    if name in ("tiny_llava", "unlisted"):
         lengths = tokens.attention_mask.sum(1).tolist()
         assert [tokens.mm["position_ids"][0, i, :n].tolist() for i, n in enumerate(lengths)] == [
             list(range(n)) for n in lengths
@@ -380,6 +386,7 @@ def test_every_parameter_is_of_one_part(agent: Agent, name: str):
         "tiny_qwen2_vl": (("model.visual.",), ("model.visual.merger.",)),
         "tiny_qwen3_vl": (("model.visual.",), ("model.visual.merger.", "model.visual.deepstack_merger_list.")),
         "tiny_llava": (("model.vision_tower.",), ("model.multi_modal_projector.", "model.image_newline")),
+        "unlisted": (("model.vision_tower.",), ("model.multi_modal_projector.",)),
     }[name]
     for parameter_name, part in parts.items():
         if parameter_name.startswith(projector):

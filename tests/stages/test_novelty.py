@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from vlm_agents.config import HardwareConfig, LoraConfig, ModelConfig, NoveltyConfig
+from vlm_agents.errors import ModelError
 from vlm_agents.learn.novelty import QUESTION, TemporalPredictor
 from vlm_agents.models import Agent, load_agent
 from vlm_agents.models.foreteller import AdapterForeteller
@@ -114,6 +116,21 @@ def test_it_is_saved_with_the_agent(agent: Agent, tiny_model: Path, tmp_path: Pa
     again = load_agent(cfg, HardwareConfig(name="cpu"), str(tmp_path), freeze_vision=True)
     for one, other in zip(predictor_of(again, tmp_path).surprise(EPISODES), predictor.surprise(EPISODES), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_a_foreteller_of_another_model_is_refused(agent: Agent, tmp_path: Path):
+    predictor_of(agent)
+    agent.save(tmp_path)
+    weights = tmp_path / "temporal/adapter_model.safetensors"
+    whole = load_file(weights)
+    name = next(name for name in sorted(whole) if "layers.3." in name)
+    save_file({key: value for key, value in whole.items() if key != name}, weights, metadata={"format": "pt"})
+    cfg = ModelConfig(name="tiny", path=agent.model.name_or_path, lora=LoraConfig(rank=8, alpha=16))
+    again = load_agent(cfg, HardwareConfig(name="cpu"), str(tmp_path), freeze_vision=True)
+    with pytest.raises(
+        ModelError, match=r"adapter in .*/temporal is one of another model: it lacks 1 tensors and has 0"
+    ):
+        predictor_of(again, tmp_path)
 
 
 @pytest.mark.parametrize("more", [(), ("model/temperature_head=learned",)])

@@ -40,8 +40,8 @@ def adapter(echo_run: ComposeRun, tmp_path_factory: pytest.TempPathFactory) -> C
         if model not in made:
             folder = tmp_path_factory.mktemp(model)
             cfg = echo_run(folder, "stage=eval", "env=minigrid", f"model={model}", *LORA)
+            torch.manual_seed(1)  # before it is loaded: half of a fresh adapter is drawn at random
             agent = agent_of(cfg, lora=cfg.model.lora)
-            torch.manual_seed(1)
             for name, parameter in agent.named_parameters():
                 if "lora_B" in name or "value_head" in name:
                     nn.init.normal_(parameter, std=0.05)
@@ -167,6 +167,18 @@ def test_training_goes_on_from_the_merged_model(merged, run_stage: RunStage, tmp
     for name in ("model", "heads/value_head"):
         before, after = (load_file(one / f"model/{name}.safetensors") for one in (merged("tiny"), folder))
         assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_model_without_a_family_is_merged_too(run_stage: RunStage, llava_folder: Path, tmp_path: Path):
+    words = (f"model.path={llava_folder}", "prompt.max_reply_tokens=3")
+    few = ("stage.episodes=3", "stage.num_envs=3", "stage.iterations=1", "stage.eval_episodes=0", "algo.lr=1e-2")
+    trained = run_stage(tmp_path / "ppo", "stage=ppo", *words, *few, *LORA)
+    folder = run_stage(tmp_path / "merge", "stage=merge", *words, f"stage.init={trained}")
+    metrics = json.loads((folder / "summary.json").read_text())["metrics"]
+    assert metrics["merge/max_logit_difference"] < 1e-3 < metrics["merge/adapter_logit_difference"]
+    stock, saved = (json.loads((f / "processor_config.json").read_text()) for f in (llava_folder, folder / "model"))
+    assert saved["num_additional_image_tokens"] == stock["num_additional_image_tokens"] == 1
+    assert saved["processor_class"] == "LlavaProcessor"
 
 
 def test_bfloat16_keeps_its_dtype(adapter, run_stage: RunStage, tmp_path: Path):

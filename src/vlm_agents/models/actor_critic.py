@@ -24,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlm_agents.config import TemperatureHeadConfig, ValueHeadConfig
 from vlm_agents.errors import ModelError
-from vlm_agents.models.families import Family, kind_of, text_inputs
+from vlm_agents.models.families import Family, text_inputs
 from vlm_agents.models.images import ImageStore
 from vlm_agents.models.rendering import HFRenderer
 from vlm_agents.tensors import Scores, Tokens
@@ -262,7 +262,7 @@ class Agent(nn.Module):
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
-        if settings := kind_of(self.model.config.model_type).processor(self.model.config):
+        if settings := self.family.processor_config:
             (folder / "processor_config.json").write_text(json.dumps(settings, indent=2))
         if hasattr(self.model, "disable_adapter"):
             (folder / BASE_FILE).write_text(json.dumps({"embeddings": sample_of(self.family)}))

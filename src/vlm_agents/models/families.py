@@ -4,15 +4,24 @@ A family speaks to one loaded transformers model. Everything else in this packag
 one by one, because a picture's features are cached and reused under its own key.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
+from inspect import signature
+from operator import attrgetter
+from textwrap import shorten
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers import AutoProcessor
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from transformers.utils.hub import cached_file
 
 from vlm_agents.errors import ModelError
 
@@ -23,6 +32,11 @@ class Family(Protocol):
     """One architecture's own ways."""
 
     image_token_id: int
+
+    @property
+    def processor_config(self) -> dict[str, Any]:
+        """What its processor must be told beside tokenizer and image processor; nothing as a rule."""
+        ...
 
     def image_tokens(self, size: tuple[int, int]) -> int:
         """Number of placeholder tokens that a picture of (width, height) takes in the prompt."""
@@ -73,6 +87,7 @@ class QwenVL:
         self.model = model
         self.image_processor = image_processor
         self.image_token_id: int = model.config.image_token_id
+        self.processor_config: dict[str, Any] = {}
         self.merge: int = image_processor.merge_size
         self._grids: dict[tuple[int, int], tuple[int, int]] = {}
         model.model.visual.patch_embed.proj.__class__ = PatchEmbedding  # parameters and their names stay as they are
@@ -177,6 +192,12 @@ class LlavaNext:
         self.model = model
         self.image_processor = image_processor
         self.image_token_id: int = model.config.image_token_id
+        self.processor_config: dict[str, Any] = {  # how many features the model makes of a tile
+            "processor_class": "LlavaNextProcessor",
+            "patch_size": model.config.vision_config.patch_size,
+            "vision_feature_select_strategy": model.config.vision_feature_select_strategy,
+            "num_additional_image_tokens": 1,  # CLIP's class token
+        }
         self._counts: dict[tuple[int, int], int] = {}
 
     def image_tokens(self, size: tuple[int, int]) -> int:
@@ -224,6 +245,105 @@ class LlavaNext:
         return "projector" if ".multi_modal_projector." in f".{name}" or "image_newline" in name else "language"
 
 
+class Unlisted:
+    """Any other model on LLaVA's plan, such as LLaVA-1.5: one row of pixels and as many features for every picture, one
+    rotary axis, causal attention over everything. `probing.prove` tests all of it against transformers when one loads.
+    """
+
+    def __init__(self, model: Any, image_processor: Any) -> None:
+        self.model = model
+        self.image_processor = image_processor
+        embeddings, head = "model.language_model.embed_tokens.weight", "lm_head.weight"
+        for name in ("config.image_token_id", "model.get_image_features", embeddings, head):
+            with self.following(f"it has no {name}"):
+                attrgetter(name)(model)
+        self.image_token_id: int = model.config.image_token_id
+        text = self.text.config
+        windows = ["sliding_attention"] if getattr(text, "sliding_window", None) else []
+        if other := set(getattr(text, "layer_types", None) or windows) - {"full_attention"}:
+            raise self.unlike(
+                f"its text model has layers of {', '.join(other)}, and our cache knows none but full ones"
+            )
+        if "token_type_ids" in signature(model.forward).parameters:
+            raise self.unlike("its pictures see what comes after them (its forward pass takes token_type_ids)")
+
+    @cached_property
+    def processor(self) -> Any | None:
+        """transformers' processor of the model's folder, around our image processor; None where the folder has none."""
+        source = self.model.name_or_path
+        quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+        if not source or cached_file(source, "processor_config.json", **quiet) is None:
+            return None
+        with self.following("its processor can't be loaded"):
+            processor: Any = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+            processor.image_processor = self.image_processor
+            return processor
+
+    @property
+    def processor_config(self) -> dict[str, Any]:
+        settings = json.loads(self.processor.to_json_string()) if self.processor else {}
+        return {name: value for name, value in settings.items() if not isinstance(value, dict)}  # those have own files
+
+    @cached_property
+    def tokens_each(self) -> int:
+        """Features of a picture, as a wide and a tall one show."""
+        blanks = [Image.new("RGB", size) for size in ((96, 32), (32, 96))]
+        with torch.no_grad(), self.following("a picture can't be encoded from pixel_values alone"):
+            mm = self.pixels(blanks)
+            if (shape := list(mm["pixel_values"].shape)) != [2, *shape[-3:]]:
+                raise self.unlike(f"two pictures make pixel_values of shape {shape}, not one row each")
+            counts = [len(features) for features in self.encode(mm)]
+        if len(counts) != 2 or counts[0] != counts[1]:
+            raise self.unlike(f"a wide picture and a tall one make {counts} features, not one number for all")
+        return counts[0]
+
+    def image_tokens(self, size: tuple[int, int]) -> int:
+        return self.tokens_each
+
+    def pixels(self, images: Sequence[Image.Image]) -> Mm:
+        out = self.image_processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+        return {"pixel_values": out["pixel_values"]}
+
+    def encode(self, mm: Mm) -> list[Tensor]:
+        pixels = mm["pixel_values"].to(self.embed_tokens.weight)  # device and dtype: not every vision part casts
+        return list(self.model.model.get_image_features(pixels, return_dict=True).pooler_output)
+
+    def positions(self, input_ids: np.ndarray, sizes: Sequence[tuple[int, int]]) -> np.ndarray:
+        return np.arange(len(input_ids))[None]
+
+    @property
+    def text(self) -> Any:
+        return self.model.model.language_model
+
+    @property
+    def embed_tokens(self) -> Any:
+        return self.model.model.language_model.embed_tokens
+
+    @property
+    def lm_head(self) -> Any:
+        return self.model.lm_head
+
+    def part_of(self, name: str) -> str:
+        """By the names that are usual; what is neither language nor projector by name counts as vision."""
+        if ".language_model." in f".{name}." or ".lm_head." in f".{name}.":
+            return "language"
+        return "projector" if any(word in name for word in ("projector", "connector", "aligner")) else "vision"
+
+    def unlike(self, what: str) -> ModelError:
+        return unknown(self.model.config.model_type, what)
+
+    @contextmanager
+    def following(self, what: str) -> Iterator[None]:
+        """Whatever foreign code raises over calls that it doesn't know becomes a refusal: `what`, and its reason."""
+        try:
+            yield
+        except ModelError:
+            raise
+        except Exception as error:
+            reason = shorten(f"{type(error).__name__}: {error}".rstrip(". "), 200, placeholder=" ...")
+            raise self.unlike(f"{what} ({reason})") from error
+
+
 def text_inputs(embeds: Tensor, where: Tensor, features: Tensor) -> dict[str, Any]:
     """What the text model reads: [N T H] `embeds` with `features` [sum of n_i, F] at the placeholders `where` [N T].
 
@@ -241,11 +361,10 @@ class Kind:
 
     family: Callable[[Any, Any], Family]
     image_processor: str  # class of transformers
-    seeing: tuple[str, ...]  # modules of vision and projector
+    seeing: tuple[str, ...]  # modules of vision and projector, as patterns from the start of a name
     token_ids: Mapping[str, str]  # entry of the config -> token
     special_tokens: Mapping[str, str] = field(default_factory=dict)  # as tokenizers name them
     chat_template: str | None = None  # None: that of the tiny model's tokenizer
-    processor: Callable[[Any], dict[str, Any]] = lambda _: {}  # what its processor must be told, by the model's config
 
 
 QWEN = Kind(
@@ -270,16 +389,6 @@ LLAVA_TEMPLATE = (
 )
 
 
-def llava_processor(config: Any) -> dict[str, Any]:
-    """What LlavaNextProcessor can't know of its own: how many features the model makes of a tile."""
-    return {
-        "processor_class": "LlavaNextProcessor",
-        "patch_size": config.vision_config.patch_size,
-        "vision_feature_select_strategy": config.vision_feature_select_strategy,
-        "num_additional_image_tokens": 1,  # CLIP's class token
-    }
-
-
 KINDS = {
     "qwen2_vl": QWEN,
     "qwen2_5_vl": QWEN,
@@ -291,19 +400,28 @@ KINDS = {
         {"image_token_index": "<image>"},
         {"bos_token": "<s>", "eos_token": "</s>"},
         LLAVA_TEMPLATE,
-        llava_processor,
     ),
 }
 
 
+# Of models made from dimensions alone: CLIP's pictures, and the tiny model's own placeholder and chat template.
+UNLISTED = Kind(Unlisted, "CLIPImageProcessorPil", (r"model\.(?!language_model)",), {"image_token_id": "<|image_pad|>"})
+
+
 def kind_of(model_type: str) -> Kind:
-    """ModelError where no family of ours speaks to this kind of model. To be asked before any weight is read."""
-    if model_type not in KINDS:
-        raise ModelError(
-            f"model_type={model_type} is no family known here ({', '.join(KINDS)}). What it lacks is a class in "
-            "models/families.py that says how many tokens a picture takes, what their features are and where they stand"
-        )
-    return KINDS[model_type]
+    """ModelError where transformers knows no such model of pictures and text. To be asked before any weight is read."""
+    if model_type not in KINDS and model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise unknown(model_type, "transformers has no AutoModelForImageTextToText for it")
+    return KINDS.get(model_type, UNLISTED)
+
+
+def unknown(model_type: str, what: str) -> ModelError:
+    """The refusal of a model that is neither listed nor like those that needn't be."""
+    return ModelError(
+        f"model_type={model_type} is no family known here ({', '.join(KINDS)}), and can't do without a class in "
+        f"models/families.py: {what}. Such a class says how many tokens a picture takes, what their features are and "
+        "where they stand"
+    )
 
 
 def family_of(model: Any, image_processor: Any) -> Family:

@@ -10,7 +10,7 @@ from torch import nn
 
 from vlm_agents.errors import ConfigError
 from vlm_agents.models.actor_critic import Agent
-from vlm_agents.models.lora import ADAPTER_WEIGHTS
+from vlm_agents.models.lora import ADAPTER_WEIGHTS, read
 from vlm_agents.tensors import Scores, Tokens
 
 POLICY = "default"  # peft's name of the only adapter that most models have
@@ -18,7 +18,8 @@ FORETELLER = "temporal"  # and its folder, inside that of the model
 
 
 class AdapterForeteller:
-    """Implements novelty.Foreteller. The adapter comes out of `folder` where that has one, and is saved with the agent.
+    """Implements novelty.Foreteller. The adapter comes out of `folder` where that has one, and is saved with the agent;
+    ModelError where it is one of another model.
 
     It has the policy's shape, on the language part alone: what pictures look like is the same for both.
     """
@@ -28,7 +29,7 @@ class AdapterForeteller:
         self.agent, self.model = agent, agent.model
         with self._gradients_kept():
             if folder is not None and (folder / FORETELLER / ADAPTER_WEIGHTS).is_file():
-                self.model.load_adapter(str(folder / FORETELLER), FORETELLER, is_trainable=True)
+                read(self.model, folder / FORETELLER, FORETELLER)
             else:
                 self.model.add_adapter(FORETELLER, self._shape())
             self.model.set_adapter(POLICY)

@@ -23,6 +23,7 @@ from vlm_agents.errors import ConfigError, DataError, ModelError, VlmAgentsError
 from vlm_agents.models.actor_critic import BASE_FILE, Agent, TemperatureHead, ValueHead
 from vlm_agents.models.architectures import image_processor_of, tokenizer_for, whole_config
 from vlm_agents.models.families import Family, family_of, kind_of
+from vlm_agents.models.probing import prove
 from vlm_agents.progress import say
 
 TINY = Path(__file__).parent / "tiny_weights"
@@ -85,7 +86,9 @@ def load_agent(
     agent = Agent(model, family, tokenizer, image_processor, ValueHead(width, cfg.value_head), cfg.temperature, head)
     if folder or not random:
         agent.load_heads(folder or Path(source))
-    return agent.to(hardware.device).eval()
+    agent = agent.to(hardware.device).eval()
+    prove(agent)
+    return agent
 
 
 def adapter_settings(folder: Path) -> dict[str, Any]:
@@ -136,13 +139,22 @@ def is_hub_id(source: str) -> bool:
 
 
 def use_hardware(hardware: HardwareConfig) -> None:
-    """ConfigError where torch knows no such device, or this machine has none."""
+    """ConfigError where torch knows no such device, or this machine has none.
+
+    A GPU with a number becomes the one that libraries take where they don't ask.
+    """
     try:
-        kind = torch.device(hardware.device).type
+        device = torch.device(hardware.device)
     except RuntimeError as error:
         raise ConfigError(f"hardware.device={hardware.device} is no device of torch: set cpu or cuda") from error
-    if kind == "cuda" and not torch.cuda.is_available():
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"hardware.device={hardware.device}: torch sees no GPU here; set hardware=cpu")
+    if device.type == "cuda" and device.index is not None:
+        if device.index >= torch.cuda.device_count():
+            raise ConfigError(
+                f"hardware.device={device}: torch numbers {torch.cuda.device_count()} GPUs here, from 0 on"
+            )
+        torch.cuda.set_device(device)
     if hardware.threads is not None:
         torch.set_num_threads(hardware.threads)
 
@@ -230,6 +242,8 @@ def load_tokenizer(source: str) -> Any:
     older = cached_file(source, "chat_template.json", _raise_exceptions_for_missing_entries=False)
     if older:
         tokenizer.chat_template = json.loads(Path(older).read_text(encoding="utf-8"))["chat_template"]
+    if tokenizer.pad_token_id is None:  # some have none; what fills a row is read by nobody
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 

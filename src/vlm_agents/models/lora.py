@@ -12,6 +12,7 @@ from vlm_agents.config import LoraConfig, ModelConfig, TrainableConfig
 from vlm_agents.errors import ConfigError, ModelError
 from vlm_agents.models.actor_critic import BASE_FILE, is_base
 from vlm_agents.models.families import Family
+from vlm_agents.progress import say
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -55,15 +56,12 @@ def load(model: Any, folder: Path, family: Family, cfg: ModelConfig, train: Trai
             f"the adapter in {folder} has rank {saved.r} and alpha {saved.lora_alpha}: set model.lora.rank={saved.r} "
             f"model.lora.alpha={saved.lora_alpha}"
         )
+    if saved.lora_dropout != cfg.lora.dropout:
+        named = f"model.lora.dropout={cfg.lora.dropout:g}"
+        say(f"the adapter in {folder} was made with dropout {saved.lora_dropout:g}: so that is taken, not {named}")
     saved.inference_mode, saved.base_model_name_or_path = False, model.name_or_path or None
     adapted = wrap(model, saved)
-    report = adapted.load_adapter(str(folder), "default", is_trainable=True)
-    if report.missing_keys or report.unexpected_keys:
-        raise ModelError(
-            f"the adapter in {folder} is one of another model: it lacks {len(report.missing_keys)} tensors and has "
-            f"{len(report.unexpected_keys)} too many, {min([*report.missing_keys, *report.unexpected_keys])} for one. "
-            "Set model.path to the model that it was trained on"
-        )
+    read(adapted, folder, "default")
     parts = {family.part_of(name) for name, _ in adapted.named_parameters() if "lora_" in name}
     for part in ("vision", "projector"):
         if getattr(cfg.train, part) and part not in parts:
@@ -79,6 +77,17 @@ def load(model: Any, folder: Path, family: Family, cfg: ModelConfig, train: Trai
     for name, parameter in adapted.named_parameters():
         parameter.requires_grad_("lora_" in name and getattr(train, family.part_of(name)))
     return adapted
+
+
+def read(adapted: PeftModel, folder: Path, name: str) -> None:
+    """Load the adapter in `folder` as `name`. ModelError where its tensors aren't those that this model has for it."""
+    report = adapted.load_adapter(str(folder), name, is_trainable=True)
+    if report.missing_keys or report.unexpected_keys:
+        raise ModelError(
+            f"the adapter in {folder} is one of another model: it lacks {len(report.missing_keys)} tensors and has "
+            f"{len(report.unexpected_keys)} too many, {min([*report.missing_keys, *report.unexpected_keys])} for one. "
+            "Set model.path to the model that it was trained on"
+        )
 
 
 def wrap(model: Any, config: PeftLoraConfig) -> PeftModel:

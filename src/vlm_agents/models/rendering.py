@@ -35,6 +35,10 @@ class HFRenderer:
         self.images = images
         self.end_of_turn: int = tokenizer.eos_token_id
         self.image_token: str = tokenizer.convert_ids_to_tokens(family.image_token_id)
+        if self.image_token is None:
+            raise ModelError(
+                f"the model's tokenizer has no token {family.image_token_id}, the picture's: add its own files"
+            )
         self._cuts = re.compile(f"(?={re.escape(self.image_token)})")  # before each picture
         self._pieces: dict[str, list[int]] = {}
         self.start = [i for i in tokenizer.encode("") if i == tokenizer.bos_token_id]  # what it puts before any text
