@@ -1,7 +1,8 @@
 """Learning curves of PPO runs as one picture: `python benchmarks/curves.py OUT.png RUN_DIRECTORY ... [NAME=VALUE ...]`.
 
-Runs of the same settings and other seeds: a thin line each, and their mean. Left success, right return, per iteration,
-as sampled while training; a dashed line for every NAME=VALUE, such as "RL4VLM 7B=0.894".
+Runs of the same settings and other seeds: a thin line each, and their mean. Success, share of returns above zero, and
+return, per iteration, as sampled while training. A dashed line for every NAME=VALUE, such as "RL4VLM 7B=0.894", whose
+success is a return above zero.
 """
 
 import json
@@ -13,7 +14,7 @@ import numpy as np
 from matplotlib import pyplot
 
 matplotlib.use("Agg")
-PANELS = ("success", "return")
+PANELS = {"success": "success", "positive_return": "return > 0", "return": "return"}
 
 
 def curve(folder: Path, name: str) -> dict[int, float]:
@@ -28,18 +29,18 @@ def main() -> int:
         return 2
     folders = [Path(argument) for argument in sys.argv[2:] if "=" not in argument]
     references = dict(argument.rsplit("=", 1) for argument in sys.argv[2:] if "=" in argument)
-    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(9, 3), layout="constrained")
-    for axis, panel in zip(axes, PANELS, strict=True):
+    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(11, 3), layout="constrained")
+    for axis, (panel, label) in zip(axes, PANELS.items(), strict=True):
         curves = [curve(folder, f"rollout/{panel}") for folder in folders]
         for single in curves:
             axis.plot(list(single), list(single.values()), color="tab:blue", alpha=0.35, linewidth=0.8)
         shared = sorted(set.intersection(*(set(single) for single in curves)))
         mean = np.mean([[single[step] for step in shared] for single in curves], axis=0)
         axis.plot(shared, mean, color="tab:blue", linewidth=2, label=f"mean of {len(folders)} runs")
-        axis.set(xlabel="iteration", ylabel=panel)
+        axis.set(xlabel="iteration", ylabel=label)
     for (name, value), style in zip(references.items(), ("--", ":", "-.", (0, (1, 4))), strict=False):
-        axes[0].axhline(float(value), color="grey", linestyle=style, linewidth=1, label=name)
-    axes[0].legend(fontsize=8)
+        axes[1].axhline(float(value), color="grey", linestyle=style, linewidth=1, label=name)
+    axes[1].legend(fontsize=8)
     figure.savefig(sys.argv[1], dpi=110)
     return 0
 
