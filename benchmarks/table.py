@@ -2,15 +2,20 @@
 
 One line a name, sampled and greedy. Runs that differ in their seed are pooled, `after_ppo=runs/y,runs/z`:
 their means, the interval over all their episodes, which says nothing of how far another seed may fall, and the success
-of each. The random and expert baselines are those of the last run that played them.
+of each. The random and expert baselines are those of the last run that played them. Below, each name is compared with
+the one before it, episode by episode of the same held-out seed: much of what tells two policies' rates apart is luck of
+the deal, which both share.
 """
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import yaml
 
+from vlm_agents.episodes import read_outcomes
 from vlm_agents.stages.playing import wilson_interval
 
 COLUMNS = ("success", "positive_return", "return", "episode_length")
@@ -28,12 +33,28 @@ def line(name: str, folders: list[Path], variant: str = "") -> str:
     return f"{start}{positive:>10.3f}{total:>9.3f}{turns:>8.1f}   {each}".rstrip()
 
 
+def rates(folders: list[Path]) -> dict[int, float]:
+    """Share of the runs that solved it, by held-out seed; only of seeds that all of them played to the end."""
+    runs = [read_outcomes(folder) for folder in folders]
+    shared = set.intersection(*({seed for seed, stop in run.items() if stop != "env_error"} for run in runs))
+    return {seed: float(np.mean([run[seed] == "success" for run in runs])) for seed in shared}
+
+
+def difference(first: dict[int, float], second: dict[int, float]) -> str:
+    """Mean success of the second minus the first over the seeds of both, with a normal 95 % interval over seeds."""
+    gains = np.array([second[seed] - first[seed] for seed in first.keys() & second.keys()])
+    mean, spread = gains.mean(), 1.96 * gains.std(ddof=1) / np.sqrt(len(gains))
+    return f"{mean:+.3f} [{mean - spread:+.3f}, {mean + spread:+.3f}] on the same {len(gains)} seeds"
+
+
 def main() -> None:
-    lines, baselines = [], {}
+    lines, baselines, solved = [], {}, {}
     for argument in sys.argv[1:]:
         name, _, named = argument.partition("=")
         folders = [Path(folder) for folder in named.split(",")]
-        lines.append(line(name.replace("_", " "), folders))
+        name = name.replace("_", " ")
+        lines.append(line(name, folders))
+        solved[name] = rates(folders)
         for folder in folders:
             metrics = json.loads((folder / "summary.json").read_text())["metrics"]
             for policy in ("random", "expert"):
@@ -42,6 +63,8 @@ def main() -> None:
     print(f"{'':<14}{'success (95 %)':<24}{'greedy':<8}{'return > 0':>10}{'return':>9}{'turns':>8}")
     for text in filter(None, [baselines.get("random"), *lines, baselines.get("expert")]):
         print(text)
+    for (before, first), (after, second) in pairwise(solved.items()):
+        print(f"{after} - {before}: {difference(first, second)}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import io
 import json
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from PIL import Image
 
 from vlm_agents.errors import DataError
 from vlm_agents.files import append_line, atomic_write, sync, writing
-from vlm_agents.types import Trajectory
+from vlm_agents.types import Stop, Trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -93,21 +94,40 @@ class EpisodeWriter:
 
 def read_episodes(run_dir: Path) -> Iterator[Trajectory]:
     """The episodes of a run directory, one at a time. Equal frames are one image object while anybody holds it."""
-    path = run_dir / LINES
+    load = _Images(run_dir / IMAGES)
+    for line, where in _lines(run_dir / LINES):
+        with _reading(where):
+            episode = _decode(Trajectory, json.loads(line), load)
+        yield episode
+
+
+def read_outcomes(run_dir: Path) -> dict[int, Stop]:
+    """How each episode of a run directory ended, by its seed: in a fraction of the time that its pictures take."""
+    outcomes: dict[int, Stop] = {}
+    for line, where in _lines(run_dir / LINES):
+        with _reading(where):
+            episode = json.loads(line)
+            outcomes[episode["seed"]] = episode["stop"]
+    return outcomes
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, str]]:
+    """Each whole line, and what to call it in an error."""
     if not path.is_file():
         raise DataError(f"no {path}: it is written by stage=collect, ppo and eval; run one of them first")
-    load = _Images(run_dir / IMAGES)
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 logger.warning("%s:%d: skipped an unfinished last line", path, number)
                 return
-            yield _read_line(line, f"{path}:{number}", load)
+            yield line, f"{path}:{number}"
 
 
-def _read_line(line: bytes, where: str, load: Callable[[str], Image.Image]) -> Trajectory:
+@contextmanager
+def _reading(where: str) -> Iterator[None]:
+    """Turn whatever a line that is no episode raises into a DataError that names the line."""
     try:
-        return _decode(Trajectory, json.loads(line), load)
+        yield
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
