@@ -36,7 +36,13 @@ def main() -> int:
             axis.plot(list(single), list(single.values()), color="tab:blue", alpha=0.35, linewidth=0.8)
         shared = sorted(set.intersection(*(set(single) for single in curves)))
         mean = np.mean([[single[step] for step in shared] for single in curves], axis=0)
-        axis.plot(shared, mean, color="tab:blue", linewidth=2, label=f"mean of {len(folders)} runs")
+        axis.plot(
+            shared,
+            mean,
+            color="tab:blue",
+            linewidth=2,
+            label=f"mean of {len(folders)} runs" if len(folders) > 1 else "one run",
+        )
         axis.set(xlabel="iteration", ylabel=label)
     for (name, value), style in zip(references.items(), ("--", ":", "-.", (0, (1, 4))), strict=False):
         axes[1].axhline(float(value), color="grey", linestyle=style, linewidth=1, label=name)
