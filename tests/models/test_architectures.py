@@ -80,6 +80,26 @@ def test_sliding_windows_are_refused(compose_run: Compose):
         load_agent(cfg, CPU)
 
 
+def test_a_text_model_whose_config_knows_no_windows(compose_run: Compose, tmp_path: Path):
+    """Llama's, as vicuna's LLaVA-NeXT has it."""
+    cfg = compose_run("stage=eval", "model=tiny_llava", "model.architecture.text_config.model_type=llama")
+    load_agent(cfg.model, cfg.hardware).save(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    saved["text_config"].pop("sliding_window")  # which is there because the tiny twin's YAML has it
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    agent = load_agent(ModelConfig("other", path=str(tmp_path)), cfg.hardware)
+    assert not hasattr(agent.model.config.text_config, "sliding_window")
+
+
+def test_a_saved_processor_knows_whether_the_vision_part_has_a_class_token(compose_run: Compose, tmp_path: Path):
+    siglip = ("vision_config.model_type=siglip_vision_model", "vision_feature_select_strategy=full")
+    for words, count in (((), 1), (siglip, 0)):
+        cfg = compose_run("stage=eval", "model=tiny_llava", *(f"++model.architecture.{word}" for word in words))
+        load_agent(cfg.model, cfg.hardware).save(tmp_path)
+        saved = json.loads((tmp_path / "processor_config.json").read_text())
+        assert saved["num_additional_image_tokens"] == count
+
+
 def test_the_template_of_a_processor_wins(compose_run: Compose, tmp_path: Path):
     """Older checkpoints keep it in a file that tokenizers don't read; what the tokenizer has knows no pictures."""
     cfg = compose_run("stage=eval", "model=tiny_llava").model

@@ -20,7 +20,7 @@ from vlm_agents.config import HardwareConfig, LoraConfig, ModelConfig
 from vlm_agents.errors import ModelError
 from vlm_agents.models import Agent, load_agent
 from vlm_agents.models.memory import blueprint
-from vlm_agents.models.probing import SIZE, TEXT, prove
+from vlm_agents.models.probing import SIZES, TEXT, prove
 from vlm_agents.tensors import Row
 from vlm_agents.types import Message, Prompt
 
@@ -205,14 +205,14 @@ def test_pictures_that_see_what_comes_after_them_are_refused(llava_folder: Path,
 def test_several_rows_a_picture_are_refused(llava_folder: Path, tmp_path: Path):
     entries = {"model_type": "llava_onevision", "vision_feature_layer": -1}
     said = made(tmp_path, llava_folder, "LlavaOnevisionImageProcessorPil", "siglip_vision_model", "qwen2", **entries)
-    assert "two pictures make pixel_values of shape [2, 2, 3, 384, 384], not one row each" in said
+    assert "2 pictures make pixel_values of shape [2, 2, 3, 384, 384], not one row each" in said
 
 
 def test_a_number_of_features_that_changes_is_refused(llava_folder: Path, tmp_path: Path):
     entries = {"model_type": "llava", "vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
     said = made(tmp_path, llava_folder, "PixtralImageProcessorPil", "pixtral", "llama", **entries)
     assert "model_type=llava is no family" in said
-    assert "features" in said
+    assert "a wide picture and a tall one make [72] features" in said
 
 
 def test_a_missing_part_is_refused(llava_folder: Path, tmp_path: Path):
@@ -223,7 +223,7 @@ def test_a_missing_part_is_refused(llava_folder: Path, tmp_path: Path):
 
 def test_a_processor_that_writes_other_prompts_is_refused(copied: Path):
     """With one additional feature less it writes 8 placeholders where the model makes 9 features."""
-    count = len(load(copied).renderer.render((Message("user", TEXT, (Image.new("RGB", SIZE),)),)).ids)
+    count = len(load(copied).renderer.render((Message("user", TEXT, (Image.new("RGB", SIZES[0]),)),)).ids)
     change(copied / "processor_config.json", num_additional_image_tokens=0)
     said = refusal(copied)
     assert "is its processor_config.json whole?" in said
@@ -249,6 +249,32 @@ def test_a_processor_that_cuts_wide_pictures_into_tiles_is_refused(llava_folder:
     processor.save_pretrained(tmp_path)
     said = refusal(tmp_path)
     assert "model_type=aya_vision is no family" in said
+    assert "tokens of a prompt where we make" in said
+
+
+@pytest.mark.skipif(not hasattr(transformers, "DeepseekOcr2Processor"), reason="transformers knows no DeepSeek-OCR-2")
+def test_a_processor_that_cuts_large_pictures_into_tiles_is_refused(llava_folder: Path, tmp_path: Path):
+    """Those above 768 pixels: they come beside `pixel_values`, which has a row a picture whatever its size."""
+    tokenizer = AutoTokenizer.from_pretrained(llava_folder)
+    mixture = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 16}
+    layers = {"num_key_value_heads": 4, "mlp_layer_types": ["dense", "sparse"], "n_group": 1, "topk_group": 1}
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sam = {"output_channels": 16, "downsample_channels": [16, 32], "global_attn_indexes": []}
+    config = AutoConfig.for_model(
+        "deepseek_ocr2",
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        text_config={**LANGUAGE, **mixture, **layers},
+        vision_config={
+            "sam_config": {**small, "hidden_size": 16, **sam},
+            "encoder_config": {**small, "vocab_size": 32, "num_key_value_heads": 2},
+        },
+    )
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
+    image_processor = transformers.DeepseekOcr2ImageProcessorPil()
+    processor = transformers.DeepseekOcr2Processor(image_processor, tokenizer, chat_template=tokenizer.chat_template)
+    processor.save_pretrained(tmp_path)
+    said = refusal(tmp_path)
+    assert "model_type=deepseek_ocr2 is no family" in said
     assert "tokens of a prompt where we make" in said
 
 

@@ -184,7 +184,7 @@ class LlavaNext:
     """
 
     def __init__(self, model: Any, image_processor: Any) -> None:
-        if model.config.text_config.sliding_window:
+        if getattr(model.config.text_config, "sliding_window", None):  # Llama's config has no such entry
             raise ModelError(
                 "this LLaVA's text model has sliding-window attention, which our cache lacks: use one with "
                 "text_config.sliding_window=null, as llava-v1.6-mistral-7b-hf"
@@ -192,11 +192,12 @@ class LlavaNext:
         self.model = model
         self.image_processor = image_processor
         self.image_token_id: int = model.config.image_token_id
+        classed = model.config.vision_config.model_type == "clip_vision_model"  # has a class token before its patches
         self.processor_config: dict[str, Any] = {  # how many features the model makes of a tile
             "processor_class": "LlavaNextProcessor",
             "patch_size": model.config.vision_config.patch_size,
             "vision_feature_select_strategy": model.config.vision_feature_select_strategy,
-            "num_additional_image_tokens": 1,  # CLIP's class token
+            "num_additional_image_tokens": int(classed),
         }
         self._counts: dict[tuple[int, int], int] = {}
 
@@ -289,10 +290,7 @@ class Unlisted:
         """Features of a picture, as a wide and a tall one show."""
         blanks = [Image.new("RGB", size) for size in ((96, 32), (32, 96))]
         with torch.no_grad(), self.following("a picture can't be encoded from pixel_values alone"):
-            mm = self.pixels(blanks)
-            if (shape := list(mm["pixel_values"].shape)) != [2, *shape[-3:]]:
-                raise self.unlike(f"two pictures make pixel_values of shape {shape}, not one row each")
-            counts = [len(features) for features in self.encode(mm)]
+            counts = [len(features) for features in self.encode(self.pixels(blanks))]
         if len(counts) != 2 or counts[0] != counts[1]:
             raise self.unlike(f"a wide picture and a tall one make {counts} features, not one number for all")
         return counts[0]
@@ -302,6 +300,8 @@ class Unlisted:
 
     def pixels(self, images: Sequence[Image.Image]) -> Mm:
         out = self.image_processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+        if (shape := list(out["pixel_values"].shape)) != [len(images), *shape[-3:]]:
+            raise self.unlike(f"{len(images)} pictures make pixel_values of shape {shape}, not one row each")
         return {"pixel_values": out["pixel_values"]}
 
     def encode(self, mm: Mm) -> list[Tensor]:

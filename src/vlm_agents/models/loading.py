@@ -197,7 +197,7 @@ def draw_weights(config: Any, cfg: ModelConfig, hardware: HardwareConfig) -> Any
         return model
     settings = settings_of(cfg, hardware) | four_bit(config.model_type, hardware)
     quantised = type(model).from_pretrained(None, config=config, state_dict=model.state_dict(), **settings)
-    quantised.name_or_path = ""  # else an adapter on it would name "None" as its base
+    quantised.name_or_path = model.name_or_path  # else an adapter on it would name "None" as its base
     return quantised
 
 

@@ -1,7 +1,7 @@
-"""Proof that a model without a family of its own is what `families.Unlisted` takes it for: one prompt, compared.
+"""Proof that a model without a family of its own is what `families.Unlisted` takes it for: two prompts, compared.
 
-One small picture and a few words go our way and transformers' own. Nothing here concerns the families that are listed:
-those are held to transformers by tests.
+A picture and a few words go our way and transformers' own. Nothing here concerns the families that are listed: those
+are held to transformers by tests.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from vlm_agents.progress import say
 from vlm_agents.tensors import Row
 from vlm_agents.types import Message
 
-SIZE = 96, 32  # as no processor has it: wide pictures are what some cut into tiles
+SIZES = (96, 32), (1600, 1200)  # wide pictures, or large ones, are what some processors cut into tiles
 TEXT = "What do you see?"
 
 
@@ -28,8 +28,17 @@ def prove(agent: Agent) -> None:
     family = agent.family
     if not isinstance(family, Unlisted) or agent.device.type == "meta":
         return
-    noise = np.random.default_rng(0).integers(0, 256, (SIZE[1], SIZE[0], 3), dtype=np.uint8)
-    image = Image.fromarray(noise)
+    if family.processor is None and agent.model.name_or_path:  # else it was drawn from dimensions alone
+        place = agent.model.name_or_path
+        say(f"{place} has no processor_config.json: our prompts can't be compared with those of its processor")
+    for width, height in SIZES:
+        noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        compare(agent, family, Image.fromarray(noise))
+    agent.images.clear()
+
+
+def compare(agent: Agent, family: Unlisted, image: Image.Image) -> None:
+    """One prompt with this picture."""
     with family.following("its chat template can't be rendered piece by piece"):
         ids = agent.renderer.render((Message("user", TEXT, (image,)),)).ids
     with family.following("its processor can't take one picture and a text"):
@@ -49,7 +58,6 @@ def prove(agent: Agent) -> None:
         nothing = np.zeros(1, dtype=np.float32)
         row = Row("probe", ids, (image,), ((len(ids) - 1, len(ids)),), *[nothing] * 5)
         found = agent.logits(agent.hidden(agent.renderer.collate([row]))[0])
-    agent.images.clear()
     difference = float((found - expected).norm() / expected.norm())
     if not difference <= torch.finfo(dtype).eps ** 0.5:
         raise family.unlike(
@@ -61,8 +69,6 @@ def prove(agent: Agent) -> None:
 def processed(agent: Agent, family: Unlisted, image: Image.Image, ids: np.ndarray) -> dict[str, torch.Tensor]:
     """What the model's processor makes of the prompt; without one, our ids and all that the image processor makes."""
     if family.processor is None:
-        if source := agent.model.name_or_path:  # else it was drawn from dimensions alone
-            say(f"{source} has no processor_config.json: our prompts can't be compared with those of its processor")
         return {"input_ids": torch.from_numpy(ids)[None], **family.image_processor(images=[image], return_tensors="pt")}
     content = [{"type": "image", "image": image}, {"type": "text", "text": TEXT}]
     return family.processor.apply_chat_template(
