@@ -167,7 +167,7 @@ def refusal(folder: Path) -> str:
         load(folder)
     message = str(caught.value)
     assert "\n" not in message
-    assert "a class in models/families.py" in message
+    assert "a class in models/families:" in message
     return message
 
 

@@ -1,4 +1,4 @@
-"""Proof that a model without a family of its own is what `families.Unlisted` takes it for: two prompts, compared.
+"""Proof that a model without a family of its own is what `unlisted.Unlisted` takes it for: two prompts, compared.
 
 A picture and a few words go our way and transformers' own. Nothing here concerns the families that are listed: those
 are held to transformers by tests.
@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from vlm_agents.models.actor_critic import Agent
-from vlm_agents.models.families import Unlisted
+from vlm_agents.models.families.unlisted import Unlisted
 from vlm_agents.progress import say
 from vlm_agents.tensors import Row
 from vlm_agents.types import Message
