@@ -15,15 +15,21 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from vlm_agents.episodes import read_outcomes
+from vlm_agents.episodes import read_episodes
 from vlm_agents.stages.playing import wilson_interval
 
 COLUMNS = ("success", "positive_return", "return", "episode_length")
 
 
-def line(name: str, folders: list[Path], variant: str = "") -> str:
-    runs = [json.loads((folder / "summary.json").read_text())["metrics"] for folder in folders]
-    episodes = sum(yaml.safe_load((folder / "config.yaml").read_text())["stage"]["episodes"] for folder in folders)
+def read(folder: Path) -> tuple[dict[str, float], int]:
+    """The metrics of an evaluation, and how many episodes it played."""
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    return json.loads((folder / "summary.json").read_text())["metrics"], config["stage"]["episodes"]
+
+
+def line(name: str, evaluations: list[tuple[dict[str, float], int]], variant: str = "") -> str:
+    runs, counts = zip(*evaluations, strict=True)
+    episodes = sum(counts)
     success, positive, total, turns = (sum(run[f"eval/{c}{variant}"] for run in runs) / len(runs) for c in COLUMNS)
     low, high = wilson_interval(round(success * episodes), episodes)
     greedy = [run["eval/success_greedy"] for run in runs if not variant and "eval/success_greedy" in run]
@@ -35,7 +41,7 @@ def line(name: str, folders: list[Path], variant: str = "") -> str:
 
 def rates(folders: list[Path]) -> dict[int, float]:
     """Share of the runs that solved it, by held-out seed; only of seeds that all of them played to the end."""
-    runs = [read_outcomes(folder) for folder in folders]
+    runs = [{episode.seed: episode.stop for episode in read_episodes(folder, pictures=False)} for folder in folders]
     shared = set.intersection(*({seed for seed, stop in run.items() if stop != "env_error"} for run in runs))
     return {seed: float(np.mean([run[seed] == "success" for run in runs])) for seed in shared}
 
@@ -53,13 +59,13 @@ def main() -> None:
         name, _, named = argument.partition("=")
         folders = [Path(folder) for folder in named.split(",")]
         name = name.replace("_", " ")
-        lines.append(line(name, folders))
+        evaluations = [read(folder) for folder in folders]
+        lines.append(line(name, evaluations))
         solved[name] = rates(folders)
-        for folder in folders:
-            metrics = json.loads((folder / "summary.json").read_text())["metrics"]
+        for metrics, episodes in evaluations:
             for policy in ("random", "expert"):
                 if f"eval/success_{policy}" in metrics:
-                    baselines[policy] = line(policy, [folder], f"_{policy}")
+                    baselines[policy] = line(policy, [(metrics, episodes)], f"_{policy}")
     print(f"{'':<14}{'success (95 %)':<24}{'greedy':<8}{'return > 0':>10}{'return':>9}{'turns':>8}")
     for text in filter(None, [baselines.get("random"), *lines, baselines.get("expert")]):
         print(text)

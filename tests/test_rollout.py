@@ -7,15 +7,17 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
+from weakref import ref
 
 import cloudpickle
 import numpy as np
 import pytest
+from PIL import Image
 
 from vlm_agents.config import MiniGridConfig, PromptConfig
 from vlm_agents.env_pool import EnvPool
@@ -25,7 +27,7 @@ from vlm_agents.errors import EnvError, TrainingError
 from vlm_agents.policies import NoisyPolicy, RandomPolicy
 from vlm_agents.prompting import make_format
 from vlm_agents.rollout import collect, summarise
-from vlm_agents.types import Observation, Parsed, Query, Reply, Step, Stop, Trajectory, Turn
+from vlm_agents.types import Advice, Observation, Parsed, Query, Reply, Step, Stop, Trajectory, Turn
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import a test file by name
 
@@ -127,10 +129,20 @@ def play(
     num_envs: int = 2,
     workers: bool = False,
     timeout_s: float = 30.0,
-    on_episode: Callable[[Trajectory], None] | None = None,
 ) -> list[Trajectory]:
+    return list(playing(policy, seeds, make, num_envs, workers, timeout_s))
+
+
+def playing(
+    policy: Says | RandomPolicy | NoisyPolicy,
+    seeds: Sequence[int],
+    make: Callable[[], Env],
+    num_envs: int,
+    workers: bool = False,
+    timeout_s: float = 30.0,
+) -> Iterator[Trajectory]:
     with EnvPool(make, num_envs, workers, timeout_s) as envs:
-        return list(collect(envs, policy, FORMAT, seeds, invalid_penalty=PENALTY, run_seed=7, on_episode=on_episode))
+        yield from collect(envs, policy, FORMAT, seeds, invalid_penalty=PENALTY, run_seed=7)
 
 
 def minigrid() -> Env:
@@ -152,13 +164,11 @@ def test_an_episode_records_what_was_seen_said_and_done():
     assert episode.total_reward == 2.0
 
 
-def test_trajectories_come_in_the_order_of_seeds_and_are_announced_as_they_end():
-    ended: list[int] = []
-    seeds = [4, 1, 2, 1]
-    episodes = play(Says(RIGHT), seeds, on_episode=lambda episode: ended.append(episode.seed))
-    assert [episode.seed for episode in episodes] == seeds
-    # two slots: 4 takes turns 1-4; beside it 1 takes turn 1, 2 takes turns 2-3, 1 takes turn 4
-    assert ended == [1, 2, 4, 1]
+def test_trajectories_come_in_the_order_of_seeds_each_as_soon_as_it_can():
+    policy = Says(RIGHT)
+    # two slots: 1 takes turn 1; beside it 4 takes turns 1-4, while 1 and 2 take turns 2 and 3-4
+    seen = [(episode.seed, len(policy.batches)) for episode in playing(policy, [1, 4, 1, 2], Walk, 2)]
+    assert seen == [(1, 1), (4, 4), (1, 4), (2, 4)]
 
 
 def test_nothing_is_decoded_for_episodes_that_are_over():
@@ -283,6 +293,31 @@ def test_the_summary_worked_by_hand():
     )
 
 
+def test_steps_over_the_experts_count_solved_episodes_only():
+    def took(turns: int, distance: int | None, stop: Stop = "success") -> Trajectory:
+        advice = None if distance is None else Advice("there", "go", distance)
+        return episode(*[replace(turn("A", "go"), observation=Observation("A", advice=advice))] * turns, stop=stop)
+
+    # 6/4 and 3/3; the failure, the one without a distance and the one that began at the goal don't count
+    episodes = [took(6, 4), took(3, 3), took(90, 3, "failure"), took(9, None), took(5, 0)]
+    assert summarise(episodes)["rollout/steps_over_expert"] == pytest.approx((1.5 + 1.0) / 2)
+    assert "rollout/steps_over_expert" not in summarise(episodes[2:])
+
+
+def test_the_summary_keeps_no_episode():
+    frames: list[ref[Image.Image]] = []
+
+    def passing() -> Iterator[Trajectory]:
+        for _ in range(5):
+            frame = Image.new("RGB", (8, 8))
+            frames.append(ref(frame))
+            yield episode(replace(turn("A", "go"), observation=Observation("A", (frame,))), stop="success")
+            del frame
+            assert sum(frame() is not None for frame in frames) == 1
+
+    assert summarise(passing())["rollout/success"] == 1.0
+
+
 def test_the_summary_of_scripted_replies_has_no_token_metrics():
     metrics = summarise(play(Says(RIGHT), [1, 2]))
     assert {"rollout/entropy", "rollout/reply_tokens"}.isdisjoint(metrics)
@@ -346,7 +381,7 @@ def test_the_traceback_of_an_env_is_logged_once(caplog: pytest.LogCaptureFixture
 def test_the_pool_gives_up_on_a_slot_that_fails_four_times_in_a_row(workers: bool):
     ended: list[Trajectory] = []
     with pytest.raises(EnvError, match=r"slot 0 failed 4 times in a row .* ValueError: no corridor"):
-        play(Says(RIGHT), range(9), partial(Walk, "never starts"), 1, workers, on_episode=ended.append)
+        ended.extend(playing(Says(RIGHT), range(9), partial(Walk, "never starts"), 1, workers))
     assert [(episode.stop, episode.turns) for episode in ended] == [("env_error", ())] * 3
     assert not multiprocessing.active_children()
 

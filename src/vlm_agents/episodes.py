@@ -21,13 +21,14 @@ from PIL import Image
 
 from vlm_agents.errors import DataError
 from vlm_agents.files import append_line, atomic_write, sync, writing
-from vlm_agents.types import Stop, Trajectory
+from vlm_agents.types import Trajectory
 
 logger = logging.getLogger(__name__)
 
 LINES = "episodes.jsonl"
 IMAGES = "images"
 SYNC_EVERY = 1000  # pictures
+BLANK = Image.new("1", (1, 1))
 
 
 class EpisodeWriter:
@@ -92,23 +93,16 @@ class EpisodeWriter:
         return name
 
 
-def read_episodes(run_dir: Path) -> Iterator[Trajectory]:
-    """The episodes of a run directory, one at a time. Equal frames are one image object while anybody holds it."""
-    load = _Images(run_dir / IMAGES)
+def read_episodes(run_dir: Path, pictures: bool = True) -> Iterator[Trajectory]:
+    """The episodes of a run directory, one at a time. Equal frames are one image object while anybody holds it.
+
+    Without `pictures`, every frame is one and the same blank: reading those is most of the time.
+    """
+    load = _Images(run_dir / IMAGES) if pictures else lambda name: BLANK
     for line, where in _lines(run_dir / LINES):
         with _reading(where):
             episode = _decode(Trajectory, json.loads(line), load)
         yield episode
-
-
-def read_outcomes(run_dir: Path) -> dict[int, Stop]:
-    """How each episode of a run directory ended, by its seed: in a fraction of the time that its pictures take."""
-    outcomes: dict[int, Stop] = {}
-    for line, where in _lines(run_dir / LINES):
-        with _reading(where):
-            episode = json.loads(line)
-            outcomes[episode["seed"]] = episode["stop"]
-    return outcomes
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, str]]:

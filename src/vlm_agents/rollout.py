@@ -4,8 +4,8 @@
 disks, gradients or tokens.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -53,14 +53,13 @@ def collect(
     *,
     invalid_penalty: float,
     run_seed: int,
-    on_episode: Callable[[Trajectory], None] | None = None,
 ) -> Iterator[Trajectory]:
     """Play one whole episode a seed and yield them in the order of `seeds`.
 
     All active slots take each turn together; a slot whose episode ends takes the next seed. An episode's randomness
     is its own, drawn from (run_seed, seed), so neither the number of slots nor the other episodes decide its outcome
     (but for the rounding of a model that sees other batches). Equal seeds give equal episodes.
-    A reply without a legal action costs `invalid_penalty`. `on_episode` is called as each episode ends, in any order.
+    A reply without a legal action costs `invalid_penalty`.
     """
     waiting = deque(_Episode(seed, np.random.default_rng([run_seed, seed])) for seed in seeds)
     unyielded = waiting.copy()
@@ -68,9 +67,7 @@ def collect(
     while unyielded:
         _refill(envs, active, waiting)
         _play_turn(envs, active, policy, prompt_format, invalid_penalty)
-        for trajectory in _settle(envs, active, policy, prompt_format):
-            if on_episode is not None:
-                on_episode(trajectory)
+        _settle(envs, active, policy, prompt_format)
         while unyielded and (result := unyielded[0].result) is not None:
             unyielded.popleft()
             yield result
@@ -114,9 +111,7 @@ def _play_turn(
         episode.now = step.observation
 
 
-def _settle(
-    envs: EnvPool, active: dict[int, _Episode], policy: Policy, prompt_format: PromptFormat
-) -> Iterator[Trajectory]:
+def _settle(envs: EnvPool, active: dict[int, _Episode], policy: Policy, prompt_format: PromptFormat) -> None:
     """Take the episodes that are over out of their slots and write their results."""
     over = [slot for slot, episode in active.items() if episode.over]
     truncated = [slot for slot in over if active[slot].truncated]
@@ -133,7 +128,6 @@ def _settle(
             bootstrap=bootstraps.get(slot, 0.0),
             error=episode.error,
         )
-        yield episode.result
 
 
 def _stop(episode: _Episode) -> Stop:
@@ -150,36 +144,55 @@ def _stop(episode: _Episode) -> Stop:
     return "time_limit" if episode.truncated else "failure"
 
 
-def summarise(trajectories: Sequence[Trajectory], prefix: str = "rollout") -> dict[str, float]:
+def summarise(trajectories: Iterable[Trajectory], prefix: str = "rollout") -> dict[str, float]:
     """Means over episodes, turns or replies; `env_errors` is a count, and those episodes are in no mean.
 
-    `reply_tokens` and `entropy` are there if a model sampled. TrainingError if no episode is usable.
+    `reply_tokens` and `entropy` are there if a model sampled; `steps_over_expert`, the turns that a solved episode took
+    over those that the expert would need, if an expert counts them. TrainingError if no episode is usable.
+    The episodes are gone through once and not kept: they may be more than fit into memory.
     """
-    played = [trajectory for trajectory in trajectories if trajectory.stop != "env_error"]
-    if not played:
-        causes = {trajectory.error for trajectory in trajectories}
-        raise TrainingError(f"none of {len(trajectories)} episodes came to an end; env errors: {causes or 'none'}")
-    turns = [turn for trajectory in played for turn in trajectory.turns]
-    replies = [turn.reply for turn in turns]
-    metrics = {
-        "success": np.mean([trajectory.success for trajectory in played]),
-        "return": np.mean([trajectory.total_reward for trajectory in played]),
-        "positive_return": np.mean([trajectory.total_reward > 0 for trajectory in played]),
-        "episode_length": len(turns) / len(played),
-        "time_limit_rate": np.mean([trajectory.turns[-1].step.truncated for trajectory in played]),
-        "env_errors": len(trajectories) - len(played),
-        "invalid_rate": np.mean([turn.parsed.action is None for turn in turns]),
-        "loop_rate": sum(_repeats(trajectory) for trajectory in played) / len(turns),
-        "random_rate": np.mean([is_random(reply) for reply in replies]),
-        "truncated_rate": np.mean([reply.finish == "length" for reply in replies]),
+    values: defaultdict[str, list[float]] = defaultdict(list)
+    errors: list[str | None] = []
+    for trajectory in trajectories:
+        if trajectory.stop == "env_error":
+            errors.append(trajectory.error)
+            continue
+        for name, found in _figures(trajectory).items():
+            values[name] += found
+    if not values:
+        raise TrainingError(f"none of {len(errors)} episodes came to an end; env errors: {set(errors) or 'none'}")
+    means = {name: float(np.mean(found)) for name, found in values.items() if found}
+    return {f"{prefix}/{name}": value for name, value in {**means, "env_errors": float(len(errors))}.items()}
+
+
+def _figures(trajectory: Trajectory) -> dict[str, list[float]]:
+    """What an episode, each of its turns or each of its replies adds to a mean."""
+    turns = trajectory.turns
+    sampled = [turn.reply for turn in turns if turn.reply.token_ids and turn.reply.entropy is not None]
+    advice = turns[0].observation.advice
+    needed = advice.distance if advice is not None and trajectory.success else None
+    return {
+        "success": [trajectory.success],
+        "return": [trajectory.total_reward],
+        "positive_return": [trajectory.total_reward > 0],
+        "episode_length": [len(turns)],
+        "steps_over_expert": [len(turns) / needed] if needed else [],
+        "time_limit_rate": [turns[-1].step.truncated],
+        "invalid_rate": [turn.parsed.action is None for turn in turns],
+        "loop_rate": _repeats(turns),
+        "random_rate": [is_random(turn.reply) for turn in turns],
+        "truncated_rate": [turn.reply.finish == "length" for turn in turns],
+        "reply_tokens": [len(reply.token_ids) for reply in sampled],
+        "entropy": [reply.entropy for reply in sampled if reply.entropy is not None],
     }
-    if entropies := [reply.entropy for reply in replies if reply.token_ids and reply.entropy is not None]:
-        metrics["reply_tokens"] = np.mean([len(reply.token_ids) for reply in replies if reply.token_ids])
-        metrics["entropy"] = np.mean(entropies)
-    return {f"{prefix}/{name}": float(value) for name, value in metrics.items()}
 
 
-def _repeats(trajectory: Trajectory) -> int:
-    """How many turns did in a state what had been done in that state before."""
-    done = {(turn.observation.state_key, turn.parsed.action) for turn in trajectory.turns}
-    return len(trajectory.turns) - len(done)
+def _repeats(turns: Sequence[Turn]) -> list[float]:
+    """Which turns did in a state what had been done in that state before."""
+    done: set[tuple[str, str | None]] = set()
+    repeats: list[float] = []
+    for turn in turns:
+        deed = turn.observation.state_key, turn.parsed.action
+        repeats.append(deed in done)
+        done.add(deed)
+    return repeats

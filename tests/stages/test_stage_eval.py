@@ -9,8 +9,7 @@ from PIL import Image
 
 from vlm_agents.episodes import read_episodes
 from vlm_agents.run import panel_seeds
-from vlm_agents.stages.playing import steps_over_expert, wilson_interval
-from vlm_agents.types import Advice, Observation, Parsed, Reply, Step, Stop, Trajectory, Turn
+from vlm_agents.stages.playing import wilson_interval
 
 RunStage = Callable[..., Path]
 SMALL = ("stage=eval", "stage.episodes=30", "stage.num_envs=16")
@@ -125,17 +124,3 @@ def test_baselines_may_be_left_out(run_stage: RunStage, tmp_path: Path):
 )
 def test_wilsons_interval(successes: int, n: int, low: float, high: float):
     assert wilson_interval(successes, n) == pytest.approx((low, high), abs=2e-6)
-
-
-def episode(turns: int, distance: int | None, stop: Stop = "success") -> Trajectory:
-    advice = None if distance is None else Advice("there", "go", distance)
-    step = Step(Observation("next"), 0.0, False, False, {"success": 0.0})
-    turn = Turn(Observation("now", advice=advice), (), Reply("go"), Parsed("go"), step)
-    return Trajectory("hand", 0, "hand", (turn,) * turns, stop)
-
-
-def test_steps_over_the_experts_count_solved_episodes_only():
-    # 6/4 and 3/3; the failure, the one without a distance and the one that began at the goal don't count
-    episodes = [episode(6, 4), episode(3, 3), episode(90, 3, "failure"), episode(9, None), episode(5, 0)]
-    assert steps_over_expert(episodes) == pytest.approx((1.5 + 1.0) / 2)
-    assert steps_over_expert(episodes[2:]) is None

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from vlm_agents.config import CollectConfig, RunConfig
@@ -51,22 +52,22 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         for trajectory in track(playing, "collect", len(seeds)):
             writer.append(rated(trajectory, ratings(trajectory.turns, stage, client)))
     writer.sync()
-    trajectories = list(read_episodes(run.dir))
-    metrics = summarise(trajectories, "collect")
+    metrics = summarise(read_episodes(run.dir, pictures=False), "collect")
     if client:
         metrics |= {f"collect/{name}": count for name, count in client.counts().items()}
     if stage.rater == "remote":
-        turns = [turn for trajectory in trajectories for turn in trajectory.turns]
-        metrics["collect/unrated"] = float(sum("quality" not in turn.step.metrics for turn in turns))
+        played = read_episodes(run.dir, pictures=False)
+        unrated = sum("quality" not in turn.step.metrics for trajectory in played for turn in trajectory.turns)
+        metrics["collect/unrated"] = float(unrated)
     run.log(0, metrics)
     report = run.path("report.html")
     write_report(
         report,
         title=f"collect: {cfg.env.id}",
-        subtitle=f"{len(trajectories)} episodes of {policy.name}",
+        subtitle=f"{max(done, stage.episodes)} episodes of {policy.name}",
         metrics=metrics,
         curves={},
-        episodes=trajectories[:REPORTED],
+        episodes=list(islice(read_episodes(run.dir), REPORTED)),
     )
     return run.finish(metrics, {"report": report, "episodes": run.path("episodes.jsonl")})
 

@@ -23,7 +23,7 @@ from vlm_agents.models.memory import ROOM, Memory, Work, blueprint, estimate, pa
 from vlm_agents.prompting import make_format
 from vlm_agents.run import Run
 from vlm_agents.stages.playing import first_prompts, open_envs, play_panel, scripted_policy
-from vlm_agents.types import Prompt
+from vlm_agents.types import Prompt, Trajectory
 
 PACKAGE = "vlm-agents"
 EPISODES = 4  # of random moves, whose longest prompt is taken for the longest there is
@@ -131,8 +131,9 @@ def prompts_of(cfg: RunConfig) -> list[Prompt]:
     if cfg.stage.prompt_tokens is not None:
         return first_prompts(cfg, 1)
     with open_envs(cfg.env, EPISODES, advised=False) as envs:
-        _, trajectories = play_panel(cfg, envs, scripted_policy("random", make_format(cfg.prompt)), EPISODES)
-    return [turn.prompt for trajectory in trajectories for turn in trajectory.turns]
+        policy, played = scripted_policy("random", make_format(cfg.prompt)), list[Trajectory]()
+        play_panel(cfg, envs, policy, EPISODES, on_episode=played.append)
+    return [turn.prompt for trajectory in played for turn in trajectory.turns]
 
 
 def table(cfg: RunConfig, agent: Agent, work: Work, need: Memory, there: int) -> Rows:

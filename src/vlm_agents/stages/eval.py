@@ -11,6 +11,7 @@ from vlm_agents.remote import ChatClient
 from vlm_agents.report import episode_gif, write_report
 from vlm_agents.run import Run
 from vlm_agents.stages.playing import has_expert, open_envs, play_model, play_panel, remote_policy, scripted_policy
+from vlm_agents.types import Trajectory
 
 NAMES = {"": "model, sampled", "_greedy": "model, greedy", "_random": "random", "_expert": "expert"}
 
@@ -20,29 +21,35 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     assert isinstance(stage, EvalConfig)
     prompt_format = make_format(cfg.prompt)
     advised = has_expert(cfg.env)
+    shown: list[Trajectory] = []
     if stage.policy == "expert" and not advised:
         raise ConfigError(f"{cfg.env.id} has no expert: set stage.policy=model or random")
+    run.restore()  # an interrupted evaluation starts anew
+    writer = EpisodeWriter(run.dir, anew=True)
+
+    def keep(trajectory: Trajectory) -> None:
+        writer.append(trajectory)
+        if len(shown) < max(1, stage.report_episodes):  # the animation takes the first
+            shown.append(trajectory)
+
     with open_envs(cfg.env, stage.num_envs, advised) as envs:
         if stage.policy == "model":
             from vlm_agents.models import load_agent  # brings torch along: seconds that the other policies save
 
             agent = load_agent(cfg.model, cfg.hardware, stage.init)
-            metrics, trajectories = play_model(cfg, envs, agent, stage.episodes)
+            metrics = play_model(cfg, envs, agent, stage.episodes, keep)
         elif stage.policy == "remote":
             with closing(ChatClient(stage.remote, run.path("remote"))) as client:
                 policy = remote_policy(cfg, client, samples=1)  # like the model, it has one try a turn
-                metrics, trajectories = play_panel(cfg, envs, policy, stage.episodes)
+                metrics = play_panel(cfg, envs, policy, stage.episodes, on_episode=keep)
                 metrics |= {f"eval/{name}": count for name, count in client.counts().items()}
         else:
             policy = scripted_policy(stage.policy, prompt_format)
-            metrics, trajectories = play_panel(cfg, envs, policy, stage.episodes)
+            metrics = play_panel(cfg, envs, policy, stage.episodes, on_episode=keep)
         compared = stage.baselines and stage.policy in ("model", "remote")
         baselines = ["random", *(["expert"] if advised else [])] if compared else []
         for name in baselines:
-            metrics |= play_panel(cfg, envs, scripted_policy(name, prompt_format), stage.episodes, f"_{name}")[0]
-    run.restore()  # an interrupted evaluation starts anew
-    writer = EpisodeWriter(run.dir, anew=True)
-    writer.append(*trajectories)
+            metrics |= play_panel(cfg, envs, scripted_policy(name, prompt_format), stage.episodes, f"_{name}")
     writer.sync()
     run.log(0, metrics)
     table = [
@@ -67,9 +74,9 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         subtitle=f"{stage.episodes} held-out seeds, {stage.policy}" + (f" of {stage.init}" if stage.init else ""),
         metrics={name: value for name, value in metrics.items() if not name.endswith(("_random", "_expert"))},
         curves={},
-        episodes=trajectories[: stage.report_episodes],
+        episodes=shown[: stage.report_episodes],
         table=table,
     )
-    if trajectories[0].turns:
-        episode_gif(trajectories[0], gif)
+    if shown[0].turns:
+        episode_gif(shown[0], gif)
     return run.finish(metrics, {"report": report, "episodes": run.path("episodes.jsonl")})

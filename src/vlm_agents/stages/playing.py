@@ -1,12 +1,10 @@
 """What the stages that play have in common: the envs and policies of a configuration, and the held-out panel."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from vlm_agents.config import EnvConfig, RunConfig
 from vlm_agents.env_pool import EnvPool
@@ -84,34 +82,43 @@ def first_prompts(cfg: RunConfig, episodes: int) -> list[Prompt]:
 
 
 def play_panel(
-    cfg: RunConfig, envs: EnvPool, policy: Policy, episodes: int, variant: str = "", agent: "Agent | None" = None
-) -> tuple[dict[str, float], list[Trajectory]]:
+    cfg: RunConfig,
+    envs: EnvPool,
+    policy: Policy,
+    episodes: int,
+    variant: str = "",
+    agent: "Agent | None" = None,
+    on_episode: Callable[[Trajectory], object] = lambda _: None,
+) -> dict[str, float]:
     """Play the first `episodes` held-out seeds. Metrics are `eval/<name><variant>`, SHARES with their intervals.
 
-    `agent` is whose policy it is, if anybody's.
+    `agent` is whose policy it is, if anybody's. `on_episode` sees each episode, in the order of seeds; nobody else
+    keeps it.
     """
     seeds = panel_seeds(envs.name, episodes)
     playing = collect(
         envs, policy, format_of(cfg, agent), seeds, invalid_penalty=cfg.env.invalid_penalty, run_seed=EVAL_SEED
     )
-    trajectories = list(track(playing, f"eval {policy.name}", episodes))
-    metrics = summarise(trajectories, "eval")
+
+    def shown() -> Iterator[Trajectory]:
+        for trajectory in track(playing, f"eval {policy.name}", episodes):
+            on_episode(trajectory)
+            yield trajectory
+
+    metrics = summarise(shown(), "eval")
     played = episodes - round(metrics["eval/env_errors"])
     for share in SHARES:
         low, high = wilson_interval(round(metrics[share] * played), played)
         metrics |= {f"{share}_low": low, f"{share}_high": high}
-    if (over := steps_over_expert(trajectories)) is not None:
-        metrics["eval/steps_over_expert"] = over
-    return {f"{name}{variant}": value for name, value in metrics.items()}, trajectories
+    return {f"{name}{variant}": value for name, value in metrics.items()}
 
 
 def play_model(
-    cfg: RunConfig, envs: EnvPool, agent: "Agent", episodes: int, suffix: str = ""
-) -> tuple[dict[str, float], list[Trajectory]]:
-    """The panel twice: sampled at the policy's own temperature, and greedy. The trajectories are the sampled ones."""
-    metrics, trajectories = play_panel(cfg, envs, model_policy(cfg, agent), episodes, suffix, agent)
-    greedy, _ = play_panel(cfg, envs, model_policy(cfg, agent, greedy=True), episodes, f"_greedy{suffix}", agent)
-    return metrics | greedy, trajectories
+    cfg: RunConfig, envs: EnvPool, agent: "Agent", episodes: int, on_episode: Callable[[Trajectory], object]
+) -> dict[str, float]:
+    """The panel twice: sampled at the policy's own temperature, which `on_episode` sees, and greedy."""
+    sampled = play_panel(cfg, envs, model_policy(cfg, agent), episodes, "", agent, on_episode)
+    return sampled | play_panel(cfg, envs, model_policy(cfg, agent, greedy=True), episodes, "_greedy", agent)
 
 
 def wilson_interval(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -121,15 +128,3 @@ def wilson_interval(successes: int, n: int, z: float = 1.959964) -> tuple[float,
     spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
     return (centre - spread) / scale, (centre + spread) / scale
-
-
-def steps_over_expert(trajectories: Sequence[Trajectory]) -> float | None:
-    """Mean over solved episodes of turns taken / turns that the expert needs; None where no expert counted them."""
-    ratios = [
-        len(trajectory.turns) / trajectory.turns[0].observation.advice.distance
-        for trajectory in trajectories
-        if trajectory.success
-        and trajectory.turns[0].observation.advice is not None
-        and trajectory.turns[0].observation.advice.distance
-    ]
-    return float(np.mean(ratios)) if ratios else None

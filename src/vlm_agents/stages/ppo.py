@@ -105,7 +105,7 @@ def finish(
         subtitle=f"run {cfg.name}, seed {cfg.seed}",
         metrics={name: value for name, value in metrics.items() if name.startswith(("eval/", "time/"))},
         curves=read_curves(run.path("metrics.jsonl"), CURVES),
-        episodes=(shown or list(read_episodes(run.dir))[-RECORDED:])[:REPORTED],
+        episodes=shown or list(read_episodes(run.dir))[-RECORDED:],
     )
     return run.finish(metrics, {"model": run.path(RUN_MODEL), "report": report, "episodes": run.path("episodes.jsonl")})
 
@@ -180,17 +180,20 @@ def peak_bytes(device: torch.device, phase: str) -> dict[str, float]:
 def evaluate(
     cfg: RunConfig, run: Run, envs: EnvPool, agent: Agent, step: int
 ) -> tuple[dict[str, float], list[Trajectory]]:
-    """The held-out panel, logged at `step`."""
+    """The held-out panel, logged at `step`, and its first episodes."""
     assert isinstance(cfg.stage, PpoConfig)
     agent.images.clear()
-    metrics, trajectories = play_model(cfg, envs, agent, cfg.stage.eval_episodes)
+    shown: list[Trajectory] = []
+    metrics = play_model(
+        cfg, envs, agent, cfg.stage.eval_episodes, lambda episode: len(shown) < REPORTED and shown.append(episode)
+    )
     run.log(step, metrics)
     say(
         f"eval after {step} iterations: success {metrics['eval/success']:.3f} sampled "
         f"[{metrics['eval/success_low']:.3f}, {metrics['eval/success_high']:.3f}], "
         f"{metrics['eval/success_greedy']:.3f} greedy"
     )
-    return metrics, trajectories
+    return metrics, shown
 
 
 def tell(run: Run, iteration: int, iterations: int, metrics: dict[str, float], shown: Trajectory) -> None:
