@@ -235,6 +235,25 @@ def test_spans_of_malformed_replies(text: str, thought: str, action: str) -> Non
     assert (cut(text, parsed.thought_span), cut(text, parsed.action_span)) == (thought, action)
 
 
+@pytest.mark.parametrize(
+    ("text", "legal", "action"),
+    [
+        ('{"action": "1', ("1", "10"), None),  # of 10?
+        ('{"action": 1', ("1", "10"), None),
+        ('{"action": "1 ', ("1", "10"), None),
+        ('{"action": "1"', ("1", "10"), "1"),
+        ('{"action": 1}', ("1", "10"), "1"),
+        ('{"action": "10', ("1", "10"), "10"),
+        ('{"action": "go to the f', None, None),  # free text may always have gone on
+        ('{"action": "go to the fridge"', None, "go to the fridge"),
+    ],
+)
+def test_an_action_that_may_have_gone_on_is_none(text: str, legal: tuple[str, ...] | None, action: str | None) -> None:
+    parsed = parse("cot_json", text, legal)
+    assert parsed.action == action
+    assert (parsed.error is None) == (action is not None)
+
+
 def test_a_reply_cut_off_in_its_thoughts_keeps_their_span() -> None:
     parsed = parse("cot_json", '{"thoughts": "so it')
     assert parsed == Parsed(None, (14, 19), None, "no action key")

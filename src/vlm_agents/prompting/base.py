@@ -227,6 +227,12 @@ def match_action(value: str, legal_actions: LegalActions) -> tuple[str | None, s
     return None, f"illegal action {quoted(value)}"
 
 
+def cut_off(text: str, action: str, span: Span, legal_actions: LegalActions) -> bool:
+    """Does `text` end with `action`, at `span`, so that it may be the beginning of another one?"""
+    longer = legal_actions is None or any(other != action and other.startswith(action) for other in legal_actions)
+    return longer and not text[span[1] :].strip()
+
+
 def plain_action(action: str) -> str:
     """Without quotes, final punctuation, case, and what joins words: `"Turn_left".` is `turn left`."""
     bare = action.lstrip(QUOTES).rstrip(QUOTES + ".,;:!?") or action

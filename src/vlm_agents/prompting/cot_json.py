@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vlm_agents.config import PromptConfig
-from vlm_agents.prompting.base import LegalActions, chat, find_object, match_action
+from vlm_agents.prompting.base import LegalActions, chat, cut_off, find_object, match_action, quoted
 from vlm_agents.types import Observation, Parsed, Prompt, Turn
 
 RULE = 'Answer in JSON: {"thoughts": "...", "action": "..."}'
@@ -26,6 +26,8 @@ class CotJson:
         if found.answer is None:
             return Parsed(None, found.thought_span, error=found.error)
         action, error = match_action(found.answer.value, legal_actions)
+        if action is not None and cut_off(text, action, found.answer.span, legal_actions):
+            action, error = None, f"cut off after {quoted(action)}"
         return Parsed(action, found.thought_span, found.answer.span, error)
 
     def write(self, thought: str, action: str, legal_actions: LegalActions) -> str:
