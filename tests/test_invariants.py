@@ -69,7 +69,7 @@ def test_every_ratio_is_one_before_the_first_update(run_stage: RunStage, tmp_pat
     folder = run_stage(
         tmp_path,
         *("stage=ppo", "stage.iterations=3", "stage.episodes=5", "stage.num_envs=3", "stage.eval_episodes=0"),
-        *("algo.lr=1e-3", "algo.epochs=2", "algo.epochs=2", "prompt.max_reply_tokens=6", *words),
+        *("algo.lr=1e-3", "algo.value_warmup=0", "algo.epochs=2", "prompt.max_reply_tokens=6", *words),
     )
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 3
@@ -109,12 +109,12 @@ def test_merged_rows_have_the_loss_and_gradients_of_single_ones(echo_run: Compos
     found = []
     for batch in (merged, single):
         agent.zero_grad()
-        loss, terms = objective(agent, agent.renderer, batch, ALGO, None)
-        loss.mean().backward()
+        part = objective(agent, agent.renderer, batch, ALGO, None)
+        part.loss.mean().backward()
         gradients = torch.cat(
             [parameter.grad.flatten() for parameter in agent.parameters() if parameter.grad is not None]
         )
-        found.append((loss.detach(), terms, gradients))
+        found.append((part.loss.detach(), part.terms, gradients))
     (loss, terms, gradients), (other_loss, other_terms, other_gradients) = found
     assert 0 < terms["clip_fraction"].mean() < 1
     torch.testing.assert_close(loss, other_loss, rtol=1e-5, atol=1e-5)

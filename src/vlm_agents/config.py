@@ -324,6 +324,10 @@ class AlgoConfig:
     minibatch_turns: int = 128
     thought_coef: float = 0.2  # weight of a thought token's log-prob beside an action token's 1
     value_coef: float = 0.5
+    value_warmup: int = 1  # first iterations, in which the critic alone learns: a policy that has none is misled
+    value_epochs: int = (
+        10  # further passes of the critic's head over what it read in an iteration, which cost next to nothing
+    )
     entropy_coef: float = 0.0
     turn_entropy: float = 0.1  # nats a token that a learned temperature is drawn towards; needs model.temperature_head
     turn_entropy_coef: float = 0.0
@@ -345,7 +349,7 @@ class AlgoConfig:
             at_least(f"algo.{name}", getattr(self, name), 1)
         for name in ("thought_coef", "value_coef", "entropy_coef", "turn_entropy_coef", "kl_coef", "target_kl"):
             at_least(f"algo.{name}", getattr(self, name) or 0, 0)
-        for name in ("lr", "value_lr", "warmup_updates", "weight_decay"):
+        for name in ("lr", "value_lr", "value_warmup", "value_epochs", "warmup_updates", "weight_decay"):
             at_least(f"algo.{name}", getattr(self, name), 0)
         if not (self.clip > 0 and self.max_grad_norm > 0):
             raise ConfigError(f"algo.clip={self.clip} and algo.max_grad_norm={self.max_grad_norm} must be positive")

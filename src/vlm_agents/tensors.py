@@ -74,6 +74,7 @@ class Scores:
     logprobs: Tensor  # [K] of the reply tokens, under the sampling temperature and the banned-token mask
     entropy: Tensor  # [K] nats
     values: Tensor  # [M] read at the token before each reply
+    states: Tensor  # [M H] what the critic reads there, detached
     temperature: Tensor | None = None  # [M] where the model chooses it
     tempered_entropy: Tensor | None = None  # [K] `entropy` as a function of the temperature alone
 
@@ -87,8 +88,12 @@ class ActorCritic(Protocol):
         """[K] log-probs under the policy that training started from, without gradient."""
         ...
 
+    def value(self, states: Tensor) -> Tensor:
+        """[M] what the critic makes of [M H] states."""
+        ...
+
     def parameters_by_role(self) -> Mapping[str, list[torch.nn.Parameter]]:
-        """Trainable parameters: `policy` and `value`, each with a learning rate of its own."""
+        """Trainable parameters: `policy`, `temperature` where the model chooses it, and `value`."""
         ...
 
 

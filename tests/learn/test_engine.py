@@ -7,6 +7,8 @@ from torch import nn
 from vlm_agents.config import AlgoConfig
 from vlm_agents.learn.engine import TorchEngine, lr_share
 
+PLAIN = {"lr": 0.1, "value_lr": 0.01, "value_warmup": 0}
+
 
 @pytest.mark.parametrize(
     ("iterations", "warmup", "shares"),
@@ -28,7 +30,7 @@ def make_engine(policy: list[float], value: list[float], iterations: int = 3, **
         "policy": [nn.Parameter(torch.tensor(policy))] if policy else [],
         "value": [nn.Parameter(torch.tensor(value))] if value else [],
     }
-    return roles, TorchEngine(roles, AlgoConfig(name="ppo", **{"lr": 0.1, "value_lr": 0.01} | algo), iterations)  # type: ignore[arg-type]
+    return roles, TorchEngine(roles, AlgoConfig(name="ppo", **PLAIN | algo), iterations)  # type: ignore[arg-type]
 
 
 def test_each_role_has_its_learning_rate_and_iterations_move_both():
@@ -50,22 +52,34 @@ def test_weight_decay_is_decoupled_from_the_gradient():
     assert roles["policy"][0].item() == pytest.approx(0.95)  # 1 - 0.1 * 0.5
 
 
-def test_step_clips_over_all_parameters_and_tells_the_norm_before():
-    roles, engine = make_engine([0.0], [0.0], max_grad_norm=0.5)
-    engine.backward(1.0 * roles["policy"][0].sum())
-    engine.backward(2.0 * roles["policy"][0].sum() + 4.0 * roles["value"][0].sum())
-    # gradient (1 + 2, 4) has norm 5 and is scaled to (0.3, 0.4), of which Adam's mean takes a tenth
-    assert engine.step() == pytest.approx(5.0)
-    means = [engine.optimizer.state[role[0]]["exp_avg"].item() for role in roles.values()]
-    assert means == pytest.approx([0.03, 0.04], rel=1e-5)
-    assert engine.step() == 0.0  # nothing is left over for the next step
+def test_step_clips_each_role_apart_and_tells_the_norms_before():
+    roles, engine = make_engine([0.0, 0.0], [0.0], max_grad_norm=0.5)
+    engine.backward((roles["policy"][0] * torch.tensor([1.0, 0.0])).sum())
+    engine.backward((roles["policy"][0] * torch.tensor([2.0, 4.0])).sum() + 0.2 * roles["value"][0].sum())
+    # the policy's gradient (1 + 2, 4) has norm 5 and is scaled to (0.3, 0.4); the value's is small enough as it is
+    assert engine.step() == {"policy": pytest.approx(5.0), "value": pytest.approx(0.2)}
+    means = [engine.optimizer.state[role[0]]["exp_avg"].tolist() for role in roles.values()]
+    # of which Adam's mean takes a tenth
+    assert means == [pytest.approx([0.03, 0.04], rel=1e-5), pytest.approx([0.02], rel=1e-5)]
+    assert engine.step() == {"policy": 0.0, "value": 0.0}  # nothing is left over for the next step
+
+
+def test_the_critic_alone_learns_while_it_warms_up():
+    roles, engine = make_engine([1.0], [1.0], iterations=3, value_warmup=1, min_lr_ratio=1.0)
+    found = []
+    for _ in range(2):
+        engine.backward(roles["policy"][0].sum() + roles["value"][0].sum())
+        engine.step()
+        found.append([role[0].item() for role in roles.values()])
+        engine.end_iteration()
+    assert found == [pytest.approx([1.0, 0.99]), pytest.approx([0.9, 0.98])]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_norm_that_is_not_finite_leaves_the_weights_alone(bad: float):
     roles, engine = make_engine([1.0, 2.0], [])
     engine.backward((roles["policy"][0] * torch.tensor([bad, 1.0])).sum())
-    assert not torch.tensor(engine.step()).isfinite()
+    assert not torch.tensor(engine.step()["policy"]).isfinite()
     assert roles["policy"][0].tolist() == [1.0, 2.0]
 
 
@@ -73,7 +87,7 @@ def test_a_norm_that_is_not_finite_leaves_the_weights_alone(bad: float):
 def test_a_role_may_be_empty(policy: list[float], value: list[float]):
     roles, engine = make_engine(policy, value)
     engine.backward(sum(parameter.sum() for role in roles.values() for parameter in role))  # type: ignore[arg-type]
-    assert engine.step() == 1.0
+    assert sorted(engine.step().values()) == [0.0, 1.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -87,7 +101,7 @@ def test_state_continues_bit_for_bit(dtype: torch.dtype):
             engine.end_iteration()
 
     def make(model: nn.Module) -> TorchEngine:
-        algo = AlgoConfig(name="ppo", lr=0.01, warmup_updates=1, weight_decay=0.1)
+        algo = AlgoConfig(name="ppo", lr=0.01, warmup_updates=1, weight_decay=0.1, value_warmup=0)
         return TorchEngine({"policy": list(model.parameters())}, algo, iterations=4)
 
     torch.manual_seed(0)
@@ -108,7 +122,7 @@ def test_state_continues_bit_for_bit(dtype: torch.dtype):
 
 def test_steps_too_small_for_bfloat16_add_up():
     parameter = nn.Parameter(torch.tensor([1.0], dtype=torch.bfloat16))
-    engine = TorchEngine({"policy": [parameter]}, AlgoConfig("ppo", lr=1e-3), 9)
+    engine = TorchEngine({"policy": [parameter]}, AlgoConfig("ppo", lr=1e-3, value_warmup=0), 9)
     found = []
     for _ in range(3):
         engine.backward(parameter.sum())

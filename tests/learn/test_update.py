@@ -29,7 +29,7 @@ class TinyAgent(nn.Module):
         torch.manual_seed(0)
         self.embedding = nn.Embedding(vocabulary, 8)
         self.policy = nn.Linear(8, vocabulary)
-        self.value = nn.Linear(8, 1)
+        self.critic = nn.Linear(8, 1)
         self.born = {name: tensor.clone() for name, tensor in self.state_dict().items()}
 
     def forward(self, tokens: Tokens) -> Scores:
@@ -40,10 +40,14 @@ class TinyAgent(nn.Module):
         entropy = -(logprobs.exp() * logprobs).sum(-1)
         taken = logprobs.gather(-1, ids[:, 1:, None]).squeeze(-1)
         starts = reply & ~tokens.reply_mask[:, :-1]
-        return Scores(taken[reply], entropy[reply], self.value(hidden.detach()).squeeze(-1)[starts])
+        states = hidden.detach()[starts]
+        return Scores(taken[reply], entropy[reply], self.value(states), states)
 
     def score(self, tokens: Tokens) -> Scores:
         return self(tokens)
+
+    def value(self, states: Tensor) -> Tensor:
+        return self.critic(states).squeeze(-1)
 
     @torch.no_grad()
     def reference_logprobs(self, tokens: Tokens) -> Tensor:
@@ -51,11 +55,12 @@ class TinyAgent(nn.Module):
 
     def parameters_by_role(self) -> Mapping[str, list[nn.Parameter]]:
         policy = [*self.embedding.parameters(), *self.policy.parameters()]
-        return {"policy": policy, "value": list(self.value.parameters())}
+        return {"policy": policy, "value": list(self.critic.parameters())}
 
 
 def make_algo(**changes: Any) -> AlgoConfig:
-    return AlgoConfig(name="ppo", **{"lr": 1e-2, "epochs": 1, "minibatch_turns": 1000} | changes)
+    plain = {"lr": 1e-2, "epochs": 1, "minibatch_turns": 1000, "value_warmup": 0, "value_epochs": 0}
+    return AlgoConfig(name="ppo", **plain | changes)
 
 
 def make_engine(agent: TinyAgent, algo: AlgoConfig) -> TorchEngine:
@@ -123,13 +128,14 @@ def test_micro_batches_change_nothing(
         agent.policy.bias.add_(0.1 * torch.randn(12))
     algo = make_algo(kl_coef=0.1, entropy_coef=0.1)
     reference = {id(row): torch.from_numpy(row.old_logprobs) for row in all_rows}
-    loss, whole = objective(agent, renderer, all_rows, algo, reference)
-    loss.mean().backward()
+    at_once = objective(agent, renderer, all_rows, algo, reference)
+    whole = at_once.terms
+    at_once.loss.mean().backward()
     expected = flat_gradient(agent)
     assert expected.norm() > 0.1
     assert 0 < whole["clip_fraction"].mean() < 1
     assert [len(part) for part in microbatches(all_rows, budget)] == sizes
-    cut = accumulate(agent, renderer, make_engine(agent, algo), all_rows, algo, reference, budget)
+    cut = accumulate(agent, renderer, make_engine(agent, algo), all_rows, algo, reference, budget).terms
     torch.testing.assert_close(flat_gradient(agent), expected, rtol=0, atol=1e-6)
     for name, values in whole.items():
         torch.testing.assert_close(cut[name].mean(), values.mean(), rtol=1e-6, atol=1e-6)
@@ -161,7 +167,7 @@ def test_a_chat_in_one_row_is_worth_the_same_as_a_row_per_turn(
     assert [len(row.spans) for row in apart] == [1, 1, 1]
     found = []
     for some_rows in (as_chat, apart):
-        terms = accumulate(agent, renderer, make_engine(agent, algo), some_rows, algo, None, WHOLE)
+        terms = accumulate(agent, renderer, make_engine(agent, algo), some_rows, algo, None, WHOLE).terms
         found.append((flat_gradient(agent), terms["policy_loss"].sum(), terms["value_loss"].sum()))
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
 
@@ -230,6 +236,24 @@ def test_the_value_head_learns_the_returns(renderer: Renderer, make_rows: MakeRo
     assert run(agent, renderer, all_rows, epochs=1)["ppo/value_loss"] < first / 10
 
 
+def test_further_passes_fit_the_critic_alone(renderer: Renderer, make_rows: MakeRows):
+    """Least squares on the states: what the passes lead to, whatever order they take."""
+    agent = TinyAgent().double()
+    all_rows = make_rows(TinyAgent(), range(4, 36))
+    with torch.no_grad():
+        states = torch.cat([agent.score(renderer.collate([row])).states for row in all_rows])
+    returns = torch.from_numpy(np.concatenate([row.returns for row in all_rows])).double()
+    inputs = torch.cat([states, torch.ones(len(states), 1)], 1)
+    best = (inputs @ torch.linalg.lstsq(inputs, returns[:, None]).solution).squeeze(-1)
+    before = {name: tensor.clone() for name, tensor in agent.state_dict().items()}
+    metrics = run(agent, renderer, all_rows, lr=0.0, value_lr=0.03, value_epochs=2000, minibatch_turns=32)
+    with torch.no_grad():
+        torch.testing.assert_close(agent.value(states), best, rtol=0, atol=1e-2)
+    assert metrics["ppo/updates"] == 1
+    moved = {name for name, tensor in agent.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == {"critic.weight", "critic.bias"}
+
+
 def test_metrics_of_the_rollout(renderer: Renderer, make_rows: MakeRows):
     agent = TinyAgent()
     all_rows = make_rows(agent, [6] * 4)
@@ -268,7 +292,7 @@ def test_a_gradient_that_is_not_finite_raises_before_it_reaches_the_weights(rend
 
         def score(self, tokens: Tokens) -> Scores:
             scores = self(tokens)
-            return replace(scores, values=scores.values + (self.value.weight.sum() * 0).sqrt())
+            return replace(scores, values=scores.values + (self.critic.weight.sum() * 0).sqrt())
 
     agent = Kinked()
     with pytest.raises(TrainingError, match=r"gradient norm isn't finite over 4 turns \(words/seed \d/turn 0, "):

@@ -85,8 +85,9 @@ def test_the_optimizer_holds_what_was_said(tiny_folder: Any, lora: LoraConfig | 
     said = estimate(blueprint(cfg, hardware, True), WORK, "cpu")
     agent = load_agent(cfg, hardware, freeze_vision=True)
     engine = TorchEngine(agent.parameters_by_role(), AlgoConfig("ppo"), 1)
-    torch.stack([parameter.sum() for parameter in engine.parameters]).sum().backward()
-    assert said.gradients == sum(p.grad.nbytes for p in engine.parameters if p.grad is not None)
+    parameters = [parameter for role in agent.parameters_by_role().values() for parameter in role]
+    torch.stack([parameter.sum() for parameter in parameters]).sum().backward()
+    assert said.gradients == sum(p.grad.nbytes for p in parameters if p.grad is not None)
     engine.step()
     moments = [state[name].nbytes for state in engine.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     copies = [copy.nbytes for _, copy in engine.optimizer.copies]
@@ -114,8 +115,7 @@ def test_the_measured_peak_of_an_update(
     length = len(rows[0].input_ids)
 
     def learn() -> None:
-        loss, _ = objective(agent, agent.renderer, rows, AlgoConfig("ppo"), None)
-        loss.sum().backward()
+        objective(agent, agent.renderer, rows, AlgoConfig("ppo"), None).loss.sum().backward()
 
     learn()  # pictures are encoded, and gradients there from the start
     measured = peak_of(learn)

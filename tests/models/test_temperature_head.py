@@ -9,6 +9,7 @@ import torch
 
 from vlm_agents.config import AlgoConfig, LoraConfig, TemperatureHeadConfig
 from vlm_agents.errors import ModelError
+from vlm_agents.learn.engine import TorchEngine
 from vlm_agents.learn.losses import ppo_policy_loss, turn_entropy_loss
 from vlm_agents.models import Agent
 from vlm_agents.models.actor_critic import TemperatureHead
@@ -164,6 +165,13 @@ def test_the_head_is_saved_beside_the_weights(tempered: Agent, load: Load, tmp_p
 
 def test_its_learning_rate_is_that_of_the_heads(tempered: Agent):
     assert tempered.temperature_head is not None
-    heads = {id(parameter) for parameter in tempered.parameters_by_role()["value"]}
-    assert {id(parameter) for parameter in tempered.temperature_head.parameters()} <= heads
+    roles = tempered.parameters_by_role()
+    assert {id(parameter) for parameter in tempered.temperature_head.parameters()} == set(map(id, roles["temperature"]))
+    engine = TorchEngine(roles, AlgoConfig(name="ppo", lr=0.1, value_lr=0.2, value_warmup=1, min_lr_ratio=1.0), 9)
+    rates = []
+    for _ in range(2):
+        rates.append(dict(zip(roles, [group["lr"] for group in engine.optimizer.param_groups], strict=True)))
+        engine.end_iteration()
+    # it is part of the policy: it waits for the critic too
+    assert rates == [{"policy": 0, "temperature": 0, "value": 0.2}, {"policy": 0.1, "temperature": 0.2, "value": 0.2}]
     assert AlgoConfig(name="ppo").turn_entropy_coef == 0

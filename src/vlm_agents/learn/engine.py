@@ -25,8 +25,8 @@ class Engine(Protocol):
         """Add the loss's gradient to what the next step takes."""
         ...
 
-    def step(self) -> float:
-        """One optimizer step; the gradient norm before clipping. A norm that isn't finite leaves the weights alone."""
+    def step(self) -> dict[str, float]:
+        """One optimizer step; each role's gradient norm before clipping. If one isn't finite, all weights stay."""
         ...
 
     def end_iteration(self) -> None:
@@ -82,17 +82,21 @@ class AdamW(torch.optim.AdamW):
 
 
 class TorchEngine:
-    """AdamW with a group for the policy and one for the value head; either may be empty."""
+    """AdamW with a group for each role, whose gradients are clipped apart: they have no parameter in common.
+
+    Clipped together, the critic's, which is a hundred times larger until it has learned the size of a return, would
+    shrink the policy's, and Adam would then step too far once it no longer does.
+    """
 
     def __init__(
         self, parameters_by_role: Mapping[str, list[torch.nn.Parameter]], algo: AlgoConfig, iterations: int
     ) -> None:
-        policy, value = parameters_by_role.get("policy", []), parameters_by_role.get("value", [])
         self.algo = algo
         self.iterations = iterations
         self.iteration = 0
-        self.parameters = [*policy, *value]
-        self.optimizer = AdamW([{"params": policy}, {"params": value}], weight_decay=algo.weight_decay)
+        self.parameters_by_role = parameters_by_role
+        groups = [{"params": parameters} for parameters in parameters_by_role.values()]
+        self.optimizer = AdamW(groups, weight_decay=algo.weight_decay)
         self._set_learning_rates()
 
     @property
@@ -102,12 +106,15 @@ class TorchEngine:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def step(self) -> float:
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.algo.max_grad_norm))
-        if math.isfinite(norm):
+    def step(self) -> dict[str, float]:
+        norms = {
+            role: float(torch.nn.utils.clip_grad_norm_(parameters, self.algo.max_grad_norm))
+            for role, parameters in self.parameters_by_role.items()
+        }
+        if all(map(math.isfinite, norms.values())):
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return norm
+        return norms
 
     def end_iteration(self) -> None:
         self.iteration += 1
@@ -122,8 +129,9 @@ class TorchEngine:
 
     def _set_learning_rates(self) -> None:
         share = lr_share(self.iteration, self.iterations, self.algo.warmup_updates, self.algo.min_lr_ratio)
-        for group, full in zip(self.optimizer.param_groups, (self.algo.lr, self.algo.value_lr), strict=True):
-            group["lr"] = full * share
+        for role, group in zip(self.parameters_by_role, self.optimizer.param_groups, strict=True):
+            held = role != "value" and self.iteration < min(self.algo.value_warmup, self.iterations - 1)
+            group["lr"] = 0.0 if held else share * (self.algo.lr if role == "policy" else self.algo.value_lr)
 
 
 def lr_share(iteration: int, iterations: int, warmup: int, floor: float) -> float:

@@ -6,6 +6,7 @@ nothing and saves nothing.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,6 +22,16 @@ from vlm_agents.tensors import ActorCritic, Renderer, Row
 
 # Keyed by the identity of a row: idents repeat where one seed is played twice, and rows hold arrays, so have no hash.
 Reference = Mapping[int, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """Of M turns."""
+
+    loss: Tensor  # [M] what to minimise
+    terms: dict[str, Tensor]  # [M] each, detached and on the host
+    states: Tensor  # [M H] what the critic read, detached
+    returns: Tensor  # [M] what it should have foretold
 
 
 def update(
@@ -39,25 +50,27 @@ def update(
     Raises TrainingError at the first loss or gradient that isn't finite.
     """
     reference = reference_logprobs(model, renderer, rows, tokens_per_microbatch) if algo.kl_coef > 0 else None
-    passes: list[dict[str, Tensor]] = []
-    norms: list[float] = []
+    passes: list[Objective] = []
+    norms: list[dict[str, float]] = []
     for minibatch in (part for _ in range(algo.epochs) for part in minibatches(rows, algo.minibatch_turns, rng)):
         passes.append(accumulate(model, renderer, engine, minibatch, algo, reference, tokens_per_microbatch))
         norms.append(engine.step())
-        if not math.isfinite(norms[-1]):
+        if not all(map(math.isfinite, norms[-1].values())):
             raise _not_finite("gradient norm", _idents_of_turns(minibatch), algo)
-        if algo.target_kl is not None and passes[-1]["approx_kl"].mean() > algo.target_kl:
+        if algo.target_kl is not None and passes[-1].terms["approx_kl"].mean() > algo.target_kl:
             break
-    ratios = passes[0]["ratio"]
+    fit_critic(model, engine, passes, algo, rng)
+    ratios = passes[0].terms["ratio"]
     metrics = {
         "ppo/ratio_at_start": float(ratios[(ratios - 1).abs().argmax()]),
-        "ppo/grad_norm": float(np.mean(norms)),
+        "ppo/grad_norm": float(np.mean([norm["policy"] for norm in norms])),
+        "ppo/value_grad_norm": float(np.mean([norm["value"] for norm in norms])),
         "ppo/updates": float(len(norms)),
         "ppo/lr": engine.learning_rate,
     }
-    for name in passes[0]:
+    for name in passes[0].terms:
         if name != "ratio":
-            metrics[f"ppo/{name}"] = float(torch.cat([terms[name] for terms in passes]).mean())
+            metrics[f"ppo/{name}"] = float(torch.cat([part.terms[name] for part in passes]).mean())
     engine.end_iteration()
     return metrics | rollout_metrics(rows)
 
@@ -70,29 +83,34 @@ def accumulate(
     algo: AlgoConfig,
     reference: Reference | None,
     tokens_per_microbatch: int,
-) -> dict[str, Tensor]:
-    """Backward through one mini-batch; [M] terms of the objective per turn, on the host.
+) -> Objective:
+    """Backward through one mini-batch, and its objective, in the order of its micro-batches.
 
     Each micro-batch's sum is divided by the turns of the whole mini-batch, so how it was cut changes nothing.
     """
     turns = sum(len(row.spans) for row in minibatch)
-    parts: list[dict[str, Tensor]] = []
+    parts: list[Objective] = []
     for rows in microbatches(minibatch, tokens_per_microbatch):
-        loss, terms = objective(model, renderer, rows, algo, reference)
+        part = objective(model, renderer, rows, algo, reference)
         idents = _idents_of_turns(rows)
-        for name, values in terms.items():
+        for name, values in part.terms.items():
             bad = [ident for ident, value in zip(idents, values.tolist(), strict=True) if not math.isfinite(value)]
             if bad:
                 raise _not_finite(f"ppo/{name}", bad, algo)
-        engine.backward(loss.sum() / turns)
-        parts.append(terms)
-    return {name: torch.cat([terms[name] for terms in parts]) for name in parts[0]}
+        engine.backward(part.loss.sum() / turns)
+        parts.append(part)
+    return Objective(
+        loss=torch.cat([part.loss.detach() for part in parts]),
+        terms={name: torch.cat([part.terms[name] for part in parts]) for name in parts[0].terms},
+        states=torch.cat([part.states for part in parts]),
+        returns=torch.cat([part.returns for part in parts]),
+    )
 
 
 def objective(
     model: ActorCritic, renderer: Renderer, rows: Sequence[Row], algo: AlgoConfig, reference: Reference | None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """[M] what to minimise, and [M] each of its terms, detached and on the host."""
+) -> Objective:
+    """Of the rows' turns, in their order."""
     batch = collate(rows, renderer)
     scores = model.score(batch.tokens)
     batch = to_device(batch, scores.values.device)
@@ -119,7 +137,20 @@ def objective(
         terms["kl_reference"] = reference_kl(scores.logprobs, reference_of_rows, batch.turn_of_token, len(value))
         loss = loss + algo.kl_coef * terms["kl_reference"]
     on_host = torch.stack(list(terms.values())).detach().cpu()
-    return loss, dict(zip(terms, on_host, strict=True))
+    return Objective(loss, dict(zip(terms, on_host, strict=True)), scores.states, batch.returns)
+
+
+def fit_critic(
+    model: ActorCritic, engine: Engine, passes: Sequence[Objective], algo: AlgoConfig, rng: np.random.Generator
+) -> None:
+    """More passes of the critic's head over what it has read: the model itself isn't run again."""
+    states, returns = (torch.cat([getattr(part, name) for part in passes]) for name in ("states", "returns"))
+    number = max(1, round(len(returns) / algo.minibatch_turns))
+    for _ in range(algo.value_epochs):
+        order = torch.from_numpy(rng.permutation(len(returns))).to(returns.device)
+        for part in order.tensor_split(number):
+            engine.backward(algo.value_coef * value_loss(model.value(states[part]), returns[part]).mean())
+            engine.step()
 
 
 def reference_logprobs(

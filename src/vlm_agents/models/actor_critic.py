@@ -121,7 +121,7 @@ class Agent(nn.Module):
         distribution = self.log_distribution(logits, temperature[turn_of_token])
         targets = tokens.input_ids.to(self.device)[reply_mask]
         logprobs = distribution.gather(-1, targets[:, None]).squeeze(-1)
-        scores = Scores(logprobs, entropy_of(distribution), self.value_head(prompts))
+        scores = Scores(logprobs, entropy_of(distribution), self.value(prompts), prompts.detach())
         if self.temperature_head is None:
             return scores
         tempered = entropy_of(self.log_distribution(logits.detach(), temperature[turn_of_token]))
@@ -132,6 +132,10 @@ class Agent(nn.Module):
         """[K] log-probs under the model with its adapter off."""
         with self.adapter_off():
             return self.score(tokens).logprobs
+
+    def value(self, states: Tensor) -> Tensor:
+        """[M] expected return after the prompts whose last tokens have the states [M H]."""
+        return self.value_head(states)
 
     def logits(self, states: Tensor) -> Tensor:
         """[K V] over the vocabulary, fp32."""
@@ -235,8 +239,11 @@ class Agent(nn.Module):
     # ---- parameters and adapters -------------------------------------------------------------------------------------
     def parameters_by_role(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters of the policy, and of our own heads."""
-        policy = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        return {"policy": policy, "value": [p for head in self.heads().values() for p in head.parameters()]}
+        heads = {"temperature": self.temperature_head, "value": self.value_head}
+        return {
+            "policy": [parameter for parameter in self.model.parameters() if parameter.requires_grad],
+            **{role: list(head.parameters()) for role, head in heads.items() if head is not None},
+        }
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
