@@ -324,10 +324,8 @@ class AlgoConfig:
     minibatch_turns: int = 128
     thought_coef: float = 0.2  # weight of a thought token's log-prob beside an action token's 1
     value_coef: float = 0.5
-    value_warmup: int = 1  # first iterations, in which the critic alone learns: a policy that has none is misled
-    value_epochs: int = (
-        10  # further passes of the critic's head over what it read in an iteration, which cost next to nothing
-    )
+    value_warmup: int = 1  # first iterations, in which only the critic learns; 0 where stage.init brings one
+    value_epochs: int = 10  # of the critic's head alone, over the states that it read in `epochs`
     entropy_coef: float = 0.0
     turn_entropy: float = 0.1  # nats a token that a learned temperature is drawn towards; needs model.temperature_head
     turn_entropy_coef: float = 0.0
@@ -578,6 +576,11 @@ class RunConfig:
         if isinstance(self.stage, PpoConfig):
             if self.algo is None:
                 raise ConfigError("stage=ppo needs an algo: add algo=ppo")
+            if self.algo.value_warmup >= self.stage.iterations > 1:
+                raise ConfigError(
+                    f"algo.value_warmup={self.algo.value_warmup} leaves the policy none of "
+                    f"stage.iterations={self.stage.iterations}: have fewer of the one or more of the other"
+                )
             if self.stage.freeze_vision and (self.model.train.vision or self.model.train.projector):
                 raise ConfigError(
                     "model.train.vision or projector is true, and stage.freeze_vision freezes both: "

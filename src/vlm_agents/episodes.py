@@ -96,7 +96,7 @@ class EpisodeWriter:
 def read_episodes(run_dir: Path, pictures: bool = True) -> Iterator[Trajectory]:
     """The episodes of a run directory, one at a time. Equal frames are one image object while anybody holds it.
 
-    Without `pictures`, every frame is one and the same blank: reading those is most of the time.
+    Without `pictures`, every frame is one and the same blank: decoding the files is most of the time.
     """
     load = _Images(run_dir / IMAGES) if pictures else lambda name: BLANK
     for line, where in _lines(run_dir / LINES):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -93,6 +95,20 @@ def test_an_adapter_and_its_value_head_survive_the_disk(load: Load, rows: list[R
     assert torch.equal(again.reference_logprobs(tokens), trained.reference_logprobs(tokens))
     before, after = ({name for name, p in one.named_parameters() if p.requires_grad} for one in (trained, again))
     assert before == after
+
+
+def test_an_adapter_of_another_tool_may_be_on_the_head(load: Load, agent: Agent, rows: list[Row], tmp_path: Path):
+    config = PeftLoraConfig(
+        r=4, lora_alpha=8, target_modules=["lm_head"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    get_peft_model(load().model, config).save_pretrained(str(tmp_path))
+    adapted = load(init=tmp_path, lora=SMALL)
+    tokens = adapted.renderer.collate(rows)
+    scores = adapted.score(tokens)
+    with torch.no_grad():
+        assert (scores.logprobs - agent.score(tokens).logprobs).abs().max() > 1e-2
+    scores.logprobs.sum().backward()
+    assert all(parameter.grad is not None for parameter in adapted.parameters_by_role()["policy"])
 
 
 def test_a_loaded_adapter_trains_in_the_chosen_parts(load: Load, tmp_path: Path):

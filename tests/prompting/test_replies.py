@@ -244,6 +244,8 @@ def test_spans_of_malformed_replies(text: str, thought: str, action: str) -> Non
         ('{"action": "1"', ("1", "10"), "1"),
         ('{"action": 1}', ("1", "10"), "1"),
         ('{"action": "10', ("1", "10"), "10"),
+        ('{"action": "pick up', ("pick up", "pick_up_red"), None),
+        ('{"action": "go', ("Go", "go north"), None),
         ('{"action": "go to the f', None, None),  # free text may always have gone on
         ('{"action": "go to the fridge"', None, "go to the fridge"),
     ],

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from vlm_agents.episodes import read_episodes
+from vlm_agents.errors import VlmAgentsError
 from vlm_agents.run import panel_seeds
 from vlm_agents.stages.playing import wilson_interval
 
@@ -93,6 +94,14 @@ def test_an_interrupted_evaluation_starts_anew(run_stage: RunStage, tmp_path: Pa
         file.write(b'{"env": "half an epi')
     run_stage(tmp_path, *words)
     assert [(tmp_path / name).read_bytes() for name in names] == before
+
+
+def test_a_start_that_fails_leaves_no_episodes(run_stage: RunStage, tmp_path: Path):
+    words = ["stage=eval", "stage.episodes=2", "stage.num_envs=2"]
+    with pytest.raises(VlmAgentsError):
+        run_stage(tmp_path, *words, f"stage.init={tmp_path / 'nowhere'}")
+    assert not (tmp_path / "episodes.jsonl").exists()
+    run_stage(tmp_path, *words)  # so the mended command is not refused
 
 
 @pytest.mark.parametrize("policy", ["expert", "random"])

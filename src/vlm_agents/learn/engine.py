@@ -63,8 +63,9 @@ class AdamW(torch.optim.AdamW):
             copy.grad = None if parameter.grad is None else parameter.grad.float()
         loss = super().step(closure)  # type: ignore[arg-type]
         for parameter, copy in self.copies:
-            parameter.copy_(copy)
-            copy.grad = None
+            if copy.grad is not None:
+                parameter.copy_(copy)
+                copy.grad = None
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -84,8 +85,11 @@ class AdamW(torch.optim.AdamW):
 class TorchEngine:
     """AdamW with a group for each role, whose gradients are clipped apart: they have no parameter in common.
 
-    Clipped together, the critic's, which is a hundred times larger until it has learned the size of a return, would
+    Clipped together, the critic's, which may be a hundred times larger until it has learned the size of a return, would
     shrink the policy's, and Adam would then step too far once it no longer does.
+
+    In the first `value_warmup` iterations, but for the run's last, the critic alone learns: without one, normalised
+    advantages would punish the first turns of every episode. The other roles' schedules begin after those.
     """
 
     def __init__(
@@ -94,6 +98,7 @@ class TorchEngine:
         self.algo = algo
         self.iterations = iterations
         self.iteration = 0
+        self.warmup = min(algo.value_warmup, iterations - 1)
         self.parameters_by_role = parameters_by_role
         groups = [{"params": parameters} for parameters in parameters_by_role.values()]
         self.optimizer = AdamW(groups, weight_decay=algo.weight_decay)
@@ -112,6 +117,9 @@ class TorchEngine:
             for role, parameters in self.parameters_by_role.items()
         }
         if all(map(math.isfinite, norms.values())):
+            for role in self._held():  # a gradient that moves nothing now would still move it later, by Adam's momentum
+                for parameter in self.parameters_by_role[role]:
+                    parameter.grad = None
             self.optimizer.step()
         self.optimizer.zero_grad()
         return norms
@@ -127,11 +135,18 @@ class TorchEngine:
         self.iteration = state["iteration"]
         self.optimizer.load_state_dict(state["optimizer"])
 
+    def _held(self) -> list[str]:
+        """The roles that wait for the critic in this iteration."""
+        return [role for role in self.parameters_by_role if role != "value" and self.iteration < self.warmup]
+
     def _set_learning_rates(self) -> None:
-        share = lr_share(self.iteration, self.iterations, self.algo.warmup_updates, self.algo.min_lr_ratio)
+        held = self._held()
         for role, group in zip(self.parameters_by_role, self.optimizer.param_groups, strict=True):
-            held = role != "value" and self.iteration < min(self.algo.value_warmup, self.iterations - 1)
-            group["lr"] = 0.0 if held else share * (self.algo.lr if role == "policy" else self.algo.value_lr)
+            first = 0 if role == "value" else self.warmup
+            share = lr_share(
+                self.iteration - first, self.iterations - first, self.algo.warmup_updates, self.algo.min_lr_ratio
+            )
+            group["lr"] = 0.0 if role in held else share * (self.algo.lr if role == "policy" else self.algo.value_lr)
 
 
 def lr_share(iteration: int, iterations: int, warmup: int, floor: float) -> float:

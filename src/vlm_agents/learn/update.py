@@ -1,4 +1,5 @@
-"""One PPO iteration: epochs of shuffled mini-batches, each a sum of micro-batches and one optimizer step.
+"""One PPO iteration: epochs of shuffled mini-batches, each a sum of micro-batches and one optimizer step; then epochs
+of the critic's head alone.
 
 Takes the rows of `batch`, leaves the model changed, and returns what is worth a curve. It collects nothing, logs
 nothing and saves nothing.
@@ -6,7 +7,7 @@ nothing and saves nothing.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -46,25 +47,28 @@ def update(
     """Train on `rows` and end the engine's iteration; metrics are means over all turns of all passes.
 
     `ppo/ratio_at_start` is the ratio furthest from 1 in the first mini-batch, before any step: what is trained is what
-    was sampled only where it is 1. Once a mini-batch's KL passes `target_kl` the remaining updates are skipped.
-    Raises TrainingError at the first loss or gradient that isn't finite.
+    was sampled only where it is 1. Once a mini-batch's KL passes `target_kl` the remaining updates are skipped. What
+    the critic's head goes over in the end counts in no metric. Raises TrainingError at the first loss or gradient that
+    isn't finite.
     """
     reference = reference_logprobs(model, renderer, rows, tokens_per_microbatch) if algo.kl_coef > 0 else None
     passes: list[Objective] = []
     norms: list[dict[str, float]] = []
-    for minibatch in (part for _ in range(algo.epochs) for part in minibatches(rows, algo.minibatch_turns, rng)):
+    epochs = [minibatches(rows, algo.minibatch_turns, rng) for _ in range(algo.epochs)]
+    for minibatch in (part for epoch in epochs for part in epoch):
         passes.append(accumulate(model, renderer, engine, minibatch, algo, reference, tokens_per_microbatch))
         norms.append(engine.step())
         if not all(map(math.isfinite, norms[-1].values())):
             raise _not_finite("gradient norm", _idents_of_turns(minibatch), algo)
         if algo.target_kl is not None and passes[-1].terms["approx_kl"].mean() > algo.target_kl:
             break
-    fit_critic(model, engine, passes, algo, rng)
+    norm = fit_critic(model, engine, passes[-len(epochs[0]) :], algo, rng)
+    if not math.isfinite(norm):
+        raise _not_finite("the critic's gradient norm", _idents_of_turns(rows), algo)
     ratios = passes[0].terms["ratio"]
     metrics = {
         "ppo/ratio_at_start": float(ratios[(ratios - 1).abs().argmax()]),
-        "ppo/grad_norm": float(np.mean([norm["policy"] for norm in norms])),
-        "ppo/value_grad_norm": float(np.mean([norm["value"] for norm in norms])),
+        **{f"ppo/{role}_grad_norm": float(np.mean([norm[role] for norm in norms])) for role in norms[0]},
         "ppo/updates": float(len(norms)),
         "ppo/lr": engine.learning_rate,
     }
@@ -98,9 +102,9 @@ def accumulate(
             if bad:
                 raise _not_finite(f"ppo/{name}", bad, algo)
         engine.backward(part.loss.sum() / turns)
-        parts.append(part)
+        parts.append(replace(part, loss=part.loss.detach()))  # or its graph would live on
     return Objective(
-        loss=torch.cat([part.loss.detach() for part in parts]),
+        loss=torch.cat([part.loss for part in parts]),
         terms={name: torch.cat([part.terms[name] for part in parts]) for name in parts[0].terms},
         states=torch.cat([part.states for part in parts]),
         returns=torch.cat([part.returns for part in parts]),
@@ -142,15 +146,17 @@ def objective(
 
 def fit_critic(
     model: ActorCritic, engine: Engine, passes: Sequence[Objective], algo: AlgoConfig, rng: np.random.Generator
-) -> None:
-    """More passes of the critic's head over what it has read: the model itself isn't run again."""
+) -> float:
+    """Epochs of the critic's head over the states that it has read; the largest gradient norm. The model isn't run."""
     states, returns = (torch.cat([getattr(part, name) for part in passes]) for name in ("states", "returns"))
     number = max(1, round(len(returns) / algo.minibatch_turns))
+    norms = [0.0]
     for _ in range(algo.value_epochs):
         order = torch.from_numpy(rng.permutation(len(returns))).to(returns.device)
         for part in order.tensor_split(number):
             engine.backward(algo.value_coef * value_loss(model.value(states[part]), returns[part]).mean())
-            engine.step()
+            norms.append(engine.step()["value"])
+    return float(np.max(norms))  # NaN, if there is one
 
 
 def reference_logprobs(

@@ -238,7 +238,7 @@ class Agent(nn.Module):
 
     # ---- parameters and adapters -------------------------------------------------------------------------------------
     def parameters_by_role(self) -> dict[str, list[nn.Parameter]]:
-        """Trainable parameters of the policy, and of our own heads."""
+        """Trainable parameters: `policy` of the transformers model, `temperature` and `value` of the heads."""
         heads = {"temperature": self.temperature_head, "value": self.value_head}
         return {
             "policy": [parameter for parameter in self.model.parameters() if parameter.requires_grad],

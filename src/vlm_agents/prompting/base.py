@@ -229,7 +229,10 @@ def match_action(value: str, legal_actions: LegalActions) -> tuple[str | None, s
 
 def cut_off(text: str, action: str, span: Span, legal_actions: LegalActions) -> bool:
     """Does `text` end with `action`, at `span`, so that it may be the beginning of another one?"""
-    longer = legal_actions is None or any(other != action and other.startswith(action) for other in legal_actions)
+    begun = plain_action(action)
+    longer = legal_actions is None or any(
+        other != action and plain_action(other).startswith(begun) for other in legal_actions
+    )
     return longer and not text[span[1] :].strip()
 
 

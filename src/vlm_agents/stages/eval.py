@@ -24,19 +24,21 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     shown: list[Trajectory] = []
     if stage.policy == "expert" and not advised:
         raise ConfigError(f"{cfg.env.id} has no expert: set stage.policy=model or random")
-    run.restore()  # an interrupted evaluation starts anew
-    writer = EpisodeWriter(run.dir, anew=True)
+    agent = None
+    if stage.policy == "model":
+        from vlm_agents.models import load_agent  # brings torch along: seconds that the other policies save
 
-    def keep(trajectory: Trajectory) -> None:
-        writer.append(trajectory)
-        if len(shown) < max(1, stage.report_episodes):  # the animation takes the first
-            shown.append(trajectory)
-
+        agent = load_agent(cfg.model, cfg.hardware, stage.init)
     with open_envs(cfg.env, stage.num_envs, advised) as envs:
-        if stage.policy == "model":
-            from vlm_agents.models import load_agent  # brings torch along: seconds that the other policies save
+        run.restore()  # an interrupted evaluation starts anew
+        writer = EpisodeWriter(run.dir, anew=True)
 
-            agent = load_agent(cfg.model, cfg.hardware, stage.init)
+        def keep(trajectory: Trajectory) -> None:
+            writer.append(trajectory)
+            if len(shown) < max(1, stage.report_episodes):  # the animation takes the first
+                shown.append(trajectory)
+
+        if agent is not None:
             metrics = play_model(cfg, envs, agent, stage.episodes, keep)
         elif stage.policy == "remote":
             with closing(ChatClient(stage.remote, run.path("remote"))) as client:

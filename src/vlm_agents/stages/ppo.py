@@ -5,6 +5,7 @@ Between iterations a run is weights, optimizer and counters, nothing else: every
 """
 
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def finish(
         subtitle=f"run {cfg.name}, seed {cfg.seed}",
         metrics={name: value for name, value in metrics.items() if name.startswith(("eval/", "time/"))},
         curves=read_curves(run.path("metrics.jsonl"), CURVES),
-        episodes=shown or list(read_episodes(run.dir))[-RECORDED:],
+        episodes=shown or list(deque(read_episodes(run.dir), RECORDED)),
     )
     return run.finish(metrics, {"model": run.path(RUN_MODEL), "report": report, "episodes": run.path("episodes.jsonl")})
 

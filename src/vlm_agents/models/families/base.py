@@ -66,10 +66,25 @@ class Kind:
     chat_template: str | None = None  # None: that of the tiny model's tokenizer
 
 
-def language_parts(model: Any) -> tuple[Any, Any, Any]:
-    """Text model, embeddings and output layer: they are called alike in all families."""
-    text = model.model.language_model
-    return text, text.embed_tokens, model.lm_head
+class LanguageParts:
+    """Text model, embeddings and output layer: they are called alike in all families.
+
+    Looked up whenever they are wanted: an adapter puts modules of its own in their places.
+    """
+
+    model: Any
+
+    @property
+    def text(self) -> Any:
+        return self.model.model.language_model
+
+    @property
+    def embed_tokens(self) -> Any:
+        return self.text.embed_tokens
+
+    @property
+    def lm_head(self) -> Any:
+        return self.model.lm_head
 
 
 def one_after_another(family: Family, input_ids: np.ndarray, sizes: Sequence[tuple[int, int]]) -> np.ndarray:

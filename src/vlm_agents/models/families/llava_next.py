@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from vlm_agents.errors import ModelError
-from vlm_agents.models.families.base import Kind, Mm, language_parts, one_after_another
+from vlm_agents.models.families.base import Kind, LanguageParts, Mm, one_after_another
 
 
-class LlavaNext:
+class LlavaNext(LanguageParts):
     """LLaVA-NeXT (1.6): a small view of the whole picture, then its tiles at the resolution that fits it best.
 
     Tiles are cut back to the picture's own shape, and every row of patches ends in a learned newline.
@@ -26,7 +26,6 @@ class LlavaNext:
             )
         self.model = model
         self.image_processor = image_processor
-        self.text, self.embed_tokens, self.lm_head = language_parts(model)
         self.image_token_id: int = model.config.image_token_id
         classed = model.config.vision_config.model_type == "clip_vision_model"  # has a class token before its patches
         self.processor_config: dict[str, Any] = {  # how many features the model makes of a tile

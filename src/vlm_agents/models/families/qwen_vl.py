@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vlm_agents.models.families.base import Kind, Mm, language_parts
+from vlm_agents.models.families.base import Kind, LanguageParts, Mm
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -18,7 +18,7 @@ class PatchEmbedding(nn.Conv3d):
         return nn.functional.linear(input.flatten(1), self.weight.flatten(1), self.bias)
 
 
-class QwenVL:
+class QwenVL(LanguageParts):
     """Qwen2-VL, 2.5 and 3: dynamic resolution, merged patches, three rotary axes (time, height, width).
 
     Qwen3-VL looks at several depths of its vision part: a picture's features are then an embedding and, beside it,
@@ -28,7 +28,6 @@ class QwenVL:
     def __init__(self, model: Any, image_processor: Any) -> None:
         self.model = model
         self.image_processor = image_processor
-        self.text, self.embed_tokens, self.lm_head = language_parts(model)
         self.image_token_id: int = model.config.image_token_id
         self.processor_config: dict[str, Any] = {}
         self.merge: int = image_processor.merge_size

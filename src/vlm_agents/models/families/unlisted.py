@@ -16,10 +16,10 @@ from transformers import AutoProcessor
 from transformers.utils.hub import cached_file
 
 from vlm_agents.errors import ModelError
-from vlm_agents.models.families.base import Kind, Mm, language_parts, one_after_another, unknown
+from vlm_agents.models.families.base import Kind, LanguageParts, Mm, one_after_another, unknown
 
 
-class Unlisted:
+class Unlisted(LanguageParts):
     """Any other model on LLaVA's plan, such as LLaVA-1.5: one row of pixels and as many features for every picture, one
     rotary axis, causal attention over everything. `probing.prove` tests all of it against transformers when one loads.
     """
@@ -31,7 +31,6 @@ class Unlisted:
         for name in ("config.image_token_id", "model.get_image_features", embeddings, head):
             with self.following(f"it has no {name}"):
                 attrgetter(name)(model)
-        self.text, self.embed_tokens, self.lm_head = language_parts(model)
         self.image_token_id: int = model.config.image_token_id
         text = self.text.config
         windows = ["sliding_attention"] if getattr(text, "sliding_window", None) else []
