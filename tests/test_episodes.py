@@ -72,6 +72,9 @@ def test_episodes_are_read_without_their_pictures(run_dir: Path):
     assert [told(episode) for episode in read] == [told(episode) for episode in EPISODES]
     frames = {id(picture) for episode in read for turn in episode.turns for picture in turn.observation.images}
     assert len(frames) == 1
+    (run_dir / "episodes.jsonl").write_text('{"seed": 3}\n')
+    with pytest.raises(DataError, match=r"episodes\.jsonl:1: not an episode"):
+        next(read_episodes(run_dir, pictures=False))
 
 
 def test_equal_frames_are_one_file_and_one_object(run_dir: Path):

@@ -185,9 +185,12 @@ def evaluate(
     assert isinstance(cfg.stage, PpoConfig)
     agent.images.clear()
     shown: list[Trajectory] = []
-    metrics = play_model(
-        cfg, envs, agent, cfg.stage.eval_episodes, lambda episode: len(shown) < REPORTED and shown.append(episode)
-    )
+
+    def keep(trajectory: Trajectory) -> None:
+        if len(shown) < REPORTED:
+            shown.append(trajectory)
+
+    metrics = play_model(cfg, envs, agent, cfg.stage.eval_episodes, keep)
     run.log(step, metrics)
     say(
         f"eval after {step} iterations: success {metrics['eval/success']:.3f} sampled "
