@@ -1,10 +1,10 @@
 """A table of finished evaluations: `python benchmarks/table.py base=outputs/x/eval after_ppo=outputs/y/eval`.
 
-One line a name, sampled and greedy. Runs that differ in their seed are pooled, `after_ppo=runs/y,runs/z`:
-their means, the interval over all their episodes, which says nothing of how far another seed may fall, and the success
-of each. The random and expert baselines are those of the last run that played them. Below, each name is compared with
-the one before it, episode by episode of the same held-out seed: much of what tells two policies' rates apart is luck of
-the deal, which both share.
+One line a name, sampled and greedy. Runs that differ in their seed are pooled, `after_ppo=runs/y,runs/z`: their means,
+an interval, and the success of each. All of them played the same held-out seeds, so the interval is over those; how
+far another run may fall is only to be seen in the runs themselves. The random and expert baselines are those of the
+last run that played them. Below, each name is compared with the one before it, episode by episode of the same held-out
+seed: much of what tells two policies' rates apart is luck of the deal, which both share.
 """
 
 import json
@@ -13,7 +13,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from vlm_agents.episodes import read_episodes
 from vlm_agents.stages.playing import wilson_interval
@@ -21,17 +20,13 @@ from vlm_agents.stages.playing import wilson_interval
 COLUMNS = ("success", "positive_return", "return", "episode_length")
 
 
-def read(folder: Path) -> tuple[dict[str, float], int]:
-    """The metrics of an evaluation, and how many episodes it played."""
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    return json.loads((folder / "summary.json").read_text())["metrics"], config["stage"]["episodes"]
+def read(folder: Path) -> dict[str, float]:
+    """The metrics of an evaluation."""
+    return json.loads((folder / "summary.json").read_text())["metrics"]
 
 
-def line(name: str, evaluations: list[tuple[dict[str, float], int]], variant: str = "") -> str:
-    runs, counts = zip(*evaluations, strict=True)
-    episodes = sum(counts)
+def line(name: str, runs: list[dict[str, float]], low: float, high: float, variant: str = "") -> str:
     success, positive, total, turns = (sum(run[f"eval/{c}{variant}"] for run in runs) / len(runs) for c in COLUMNS)
-    low, high = wilson_interval(round(success * episodes), episodes)
     greedy = [run["eval/success_greedy"] for run in runs if not variant and "eval/success_greedy" in run]
     shown = f"{sum(greedy) / len(greedy):.3f}" if greedy else ""
     each = "  ".join(f"{run['eval/success']:.3f}" for run in runs) if len(runs) > 1 else ""
@@ -46,6 +41,20 @@ def rates(folders: list[Path]) -> dict[int, float]:
     return {seed: float(np.mean([run[seed] == "success" for run in runs])) for seed in shared}
 
 
+def interval(rates: dict[int, float], runs: int) -> tuple[float, float]:
+    """95 % interval of the mean of `rates`, over seeds that `runs` runs have in common.
+
+    It is Wilson's, of as many independent episodes as would spread that much: between one a seed, where luck is all in
+    the deal and the runs do alike, and all that were played, where it is all in the sampling. (Kish's effective sample
+    size, with a seed as cluster.)
+    """
+    shares = np.array(list(rates.values()))
+    mean, spread = shares.mean(), shares.var(ddof=1) / len(shares)
+    episodes = mean * (1 - mean) / spread if spread > 0 else 0.0
+    episodes = min(max(episodes, len(shares)), runs * len(shares))
+    return wilson_interval(mean * episodes, episodes)
+
+
 def difference(first: dict[int, float], second: dict[int, float]) -> str:
     """Mean success of the second minus the first over the seeds of both, with a normal 95 % interval over seeds."""
     gains = np.array([second[seed] - first[seed] for seed in first.keys() & second.keys()])
@@ -54,23 +63,27 @@ def difference(first: dict[int, float], second: dict[int, float]) -> str:
 
 
 def main() -> None:
-    lines, baselines, solved = [], {}, {}
+    lines, baselines, solved, successes = [], {}, {}, {}
     for argument in sys.argv[1:]:
         name, _, named = argument.partition("=")
         folders = [Path(folder) for folder in named.split(",")]
         name = name.replace("_", " ")
-        evaluations = [read(folder) for folder in folders]
-        lines.append(line(name, evaluations))
+        runs = [read(folder) for folder in folders]
+        successes[name] = [run["eval/success"] for run in runs]
         solved[name] = rates(folders)
-        for metrics, episodes in evaluations:
+        lines.append(line(name, runs, *interval(solved[name], len(runs))))
+        for run in runs:
             for policy in ("random", "expert"):
-                if f"eval/success_{policy}" in metrics:
-                    baselines[policy] = line(policy, [(metrics, episodes)], f"_{policy}")
+                if f"eval/success_{policy}" in run:
+                    low, high = (run[f"eval/success_{end}_{policy}"] for end in ("low", "high"))
+                    baselines[policy] = line(policy, [run], low, high, f"_{policy}")
     print(f"{'':<14}{'success (95 %)':<24}{'greedy':<8}{'return > 0':>10}{'return':>9}{'turns':>8}")
     for text in filter(None, [baselines.get("random"), *lines, baselines.get("expert")]):
         print(text)
     for (before, first), (after, second) in pairwise(solved.items()):
-        print(f"{after} - {before}: {difference(first, second)}")
+        gains = zip(successes[before], successes[after], strict=False)
+        each = ", ".join(f"{new - old:+.3f}" for old, new in gains) if len(successes[after]) > 1 else ""
+        print(f"{after} - {before}: {difference(first, second)}{each and ', by run ' + each}")
 
 
 if __name__ == "__main__":

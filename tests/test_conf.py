@@ -165,6 +165,7 @@ def test_lora_is_an_option_of_its_own(compose_run) -> None:
         (["algo.value_lr=-1"], "algo.value_lr=-1.0 must be at least 0"),
         (["algo.value_warmup=-1"], "algo.value_warmup=-1 must be at least 0"),
         (["algo.value_epochs=-1"], "algo.value_epochs=-1 must be at least 0"),
+        (["algo.value_epochs=0"], "algo.value_warmup=1 has the critic learn in algo.value_epochs, and there are none"),
         (["algo.value_warmup=9", "stage.iterations=9"], "leaves the policy none of stage.iterations=9"),
         (["algo.lr=nan"], "algo.lr=nan must be at least 0"),
         (["algo.clip=nan"], "algo.clip=nan and .* must be positive"),

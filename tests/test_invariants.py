@@ -109,12 +109,12 @@ def test_merged_rows_have_the_loss_and_gradients_of_single_ones(echo_run: Compos
     found = []
     for batch in (merged, single):
         agent.zero_grad()
-        part = objective(agent, agent.renderer, batch, ALGO, None)
-        part.loss.mean().backward()
+        loss, part = objective(agent, agent.renderer, batch, ALGO, None)
+        loss.mean().backward()
         gradients = torch.cat(
             [parameter.grad.flatten() for parameter in agent.parameters() if parameter.grad is not None]
         )
-        found.append((part.loss.detach(), part.terms, gradients))
+        found.append((loss.detach(), part.terms, gradients))
     (loss, terms, gradients), (other_loss, other_terms, other_gradients) = found
     assert 0 < terms["clip_fraction"].mean() < 1
     torch.testing.assert_close(loss, other_loss, rtol=1e-5, atol=1e-5)

@@ -69,6 +69,14 @@ def test_other_settings_refuse_once_something_was_done(cfg: RunConfig, compose_r
         Run.open(cfg, [])
 
 
+def test_a_run_that_failed_before_it_did_anything_may_be_corrected(cfg: RunConfig, compose_run) -> None:
+    with Run.open(cfg, []) as run:
+        run.path("images").mkdir()
+        run.path("episodes.jsonl").touch()
+    with Run.open(compose_run("stage=ppo", "algo.clip=0.3"), []):
+        assert "clip: 0.3" in run.path("config.yaml").read_text()
+
+
 def test_tracking_may_change_on_resume(cfg: RunConfig, compose_run) -> None:
     with Run.open(cfg, []) as run:
         run.log(1, {"a": 1})

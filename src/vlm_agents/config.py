@@ -324,8 +324,8 @@ class AlgoConfig:
     minibatch_turns: int = 128
     thought_coef: float = 0.2  # weight of a thought token's log-prob beside an action token's 1
     value_coef: float = 0.5
-    value_warmup: int = 1  # first iterations, in which only the critic learns; 0 where stage.init brings one
-    value_epochs: int = 10  # of the critic's head alone, over the states that it read in `epochs`
+    value_warmup: int = 1  # first iterations, in which the critic's head alone learns; 0 where stage.init brings one
+    value_epochs: int = 10  # of the critic's head alone, over the states that it read in the first of `epochs`
     entropy_coef: float = 0.0
     turn_entropy: float = 0.1  # nats a token that a learned temperature is drawn towards; needs model.temperature_head
     turn_entropy_coef: float = 0.0
@@ -351,6 +351,11 @@ class AlgoConfig:
             at_least(f"algo.{name}", getattr(self, name), 0)
         if not (self.clip > 0 and self.max_grad_norm > 0):
             raise ConfigError(f"algo.clip={self.clip} and algo.max_grad_norm={self.max_grad_norm} must be positive")
+        if self.value_warmup and not self.value_epochs:
+            raise ConfigError(
+                f"algo.value_warmup={self.value_warmup} has the critic learn in algo.value_epochs, and there are none: "
+                "set value_warmup=0 too, or value_epochs=10"
+            )
 
 
 # ---- stage -----------------------------------------------------------------------------------------------------------

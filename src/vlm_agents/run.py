@@ -96,7 +96,7 @@ class Run:
         if (folder / "DONE").exists():
             raise ConfigError(f"{folder} is finished: choose another name=, or delete that directory")
         settings = settings_of(cfg)
-        if any(entry.name not in BOOKKEEPING and not entry.name.startswith(".") for entry in folder.iterdir()):
+        if holds_work(folder):
             refuse_other_settings(folder / "config.yaml", settings)
         atomic_write(folder / "config.yaml", settings)
         atomic_write(folder / "overrides", "".join(f"{word}\n" for word in overrides))
@@ -217,6 +217,16 @@ def finished_metrics(cfg: RunConfig) -> dict[str, float] | None:
         return None
     refuse_other_settings(folder / "config.yaml", settings_of(cfg))
     return json.loads((folder / "summary.json").read_text())["metrics"]
+
+
+def holds_work(folder: Path) -> bool:
+    """Has a run begun to do something here? One that failed on its way to that may be corrected under its name."""
+    entries = (entry for entry in folder.iterdir() if entry.name not in BOOKKEEPING and entry.name[0] != ".")
+    return any(
+        path.is_file() and path.stat().st_size > 0
+        for entry in entries
+        for path in ([entry] if entry.is_file() else entry.rglob("*"))
+    )
 
 
 def settings_of(cfg: RunConfig) -> str:

@@ -64,30 +64,21 @@ def test_step_clips_each_role_apart_and_tells_the_norms_before():
     assert engine.step() == {"policy": 0.0, "value": 0.0}  # nothing is left over for the next step
 
 
-def test_the_critic_alone_learns_while_it_warms_up():
-    roles, engine = make_engine([1.0], [1.0], iterations=3, value_warmup=1, min_lr_ratio=1.0)
-    found = []
-    for slope in (1.0, -1.0):
-        engine.backward(slope * roles["policy"][0].sum() + roles["value"][0].sum())
-        engine.step()
-        found.append([role[0].item() for role in roles.values()])
-        engine.end_iteration()
-    # and what the policy would have learned meanwhile doesn't come after it as momentum
-    assert found == [pytest.approx([1.0, 0.99]), pytest.approx([1.1, 0.98])]
-
-
 def test_the_schedule_of_the_policy_begins_after_the_critics_warm_up():
     _, engine = make_engine([1.0], [1.0], iterations=4, value_warmup=1, value_lr=1.0)
-    rates = []
+    rates, alone = [], []
     for _ in range(4):
         rates.append([group["lr"] for group in engine.optimizer.param_groups])
+        alone.append(engine.critic_only)
         engine.end_iteration()
+    assert alone == [True, False, False, False]
     # 0.1 + 0.45 * (1 + cos(pi * progress)), the policy's of 0, 1/2, 1 in iterations 2 to 4, the critic's of 0 to 3/3
     assert rates == [pytest.approx(both) for both in ([0.0, 1.0], [0.1, 0.775], [0.055, 0.325], [0.01, 0.1])]
 
 
 def test_the_only_iteration_is_no_warm_up():
     _, engine = make_engine([1.0], [1.0], iterations=1, value_warmup=1)
+    assert not engine.critic_only
     assert engine.learning_rate == 0.1
 
 

@@ -128,9 +128,9 @@ def test_micro_batches_change_nothing(
         agent.policy.bias.add_(0.1 * torch.randn(12))
     algo = make_algo(kl_coef=0.1, entropy_coef=0.1)
     reference = {id(row): torch.from_numpy(row.old_logprobs) for row in all_rows}
-    at_once = objective(agent, renderer, all_rows, algo, reference)
+    loss, at_once = objective(agent, renderer, all_rows, algo, reference)
     whole = at_once.terms
-    at_once.loss.mean().backward()
+    loss.mean().backward()
     expected = flat_gradient(agent)
     assert expected.norm() > 0.1
     assert 0 < whole["clip_fraction"].mean() < 1
@@ -267,8 +267,42 @@ def test_each_turn_is_gone_over_as_often_as_value_epochs_says(renderer: Renderer
 
 def test_a_critic_that_runs_away_is_found_out_at_once(renderer: Renderer, make_rows: MakeRows):
     agent = TinyAgent()
-    with pytest.raises(TrainingError, match="the critic's gradient norm isn't finite"):
+    with pytest.raises(TrainingError, match="ppo/value_grad_norm isn't finite over 8 turns"):
         run(agent, renderer, make_rows(agent, [6] * 8), value_lr=1e30, value_epochs=5)
+    assert agent.critic.weight.isfinite().all()  # it went no further
+
+
+def test_a_critic_that_warms_up_learns_alone_from_one_reading(renderer: Renderer, make_rows: MakeRows):
+    agent, algo = TinyAgent(), make_algo(epochs=3, minibatch_turns=4, value_lr=0.1, value_warmup=1, value_epochs=5)
+    engine, reads = make_engine(agent, algo), []
+    score = agent.score
+    agent.score = lambda tokens: reads.append(torch.is_grad_enabled()) or score(tokens)  # type: ignore[method-assign]
+    all_rows = make_rows(TinyAgent(), [6] * 8)
+    before = {name: tensor.clone() for name, tensor in agent.state_dict().items()}
+    metrics = update(agent, renderer, engine, all_rows, algo, np.random.default_rng(0), WHOLE)
+    assert reads == [False] * 2  # two mini-batches
+    assert metrics["ppo/updates"] == metrics["ppo/lr"] == 0
+    assert metrics["ppo/ratio_at_start"] == pytest.approx(1.0, abs=1e-6)
+    moved = {name for name, tensor in agent.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == {"critic.weight", "critic.bias"}
+    reads.clear()
+    metrics = update(agent, renderer, engine, all_rows, algo, np.random.default_rng(0), WHOLE)
+    assert reads == [True] * 6
+    assert metrics["ppo/updates"] == 6
+    assert metrics["ppo/lr"] == 1e-2
+
+
+def test_the_critic_goes_over_each_turn_once_though_a_later_epoch_is_cut_short(renderer: Renderer, make_rows: MakeRows):
+    agent, algo = TinyAgent(), make_algo(lr=0.03, epochs=4, minibatch_turns=4, value_epochs=1, target_kl=0.1)
+    agent.embedding.requires_grad_(False)  # so that a row's state stays what it is
+    all_rows = make_rows(agent, [6] * 16)
+    engine, seen = make_engine(agent, algo), []
+    value = agent.value
+    agent.value = lambda states: seen.extend(states.tolist()) or value(states)  # type: ignore[method-assign]
+    metrics = update(agent, renderer, engine, all_rows, algo, np.random.default_rng(0), WHOLE)
+    assert 4 < metrics["ppo/updates"] < 8  # it stopped inside the second epoch
+    assert len(seen) == 4 * metrics["ppo/updates"] + 16
+    assert sorted(seen[-16:]) == sorted(agent.score(renderer.collate(all_rows)).states.tolist())
 
 
 def test_metrics_of_the_rollout(renderer: Renderer, make_rows: MakeRows):
@@ -312,7 +346,7 @@ def test_a_gradient_that_is_not_finite_raises_before_it_reaches_the_weights(rend
             return replace(scores, values=scores.values + (self.critic.weight.sum() * 0).sqrt())
 
     agent = Kinked()
-    with pytest.raises(TrainingError, match=r"gradient norm isn't finite over 4 turns \(words/seed \d/turn 0, "):
+    with pytest.raises(TrainingError, match=r"ppo/value_grad_norm isn't finite over 4 turns \(words/seed \d/turn 0, "):
         run(agent, renderer, make_rows(agent, [6] * 4))
     assert all(torch.equal(tensor, agent.born[name]) for name, tensor in agent.state_dict().items())
 

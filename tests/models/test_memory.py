@@ -115,7 +115,8 @@ def test_the_measured_peak_of_an_update(
     length = len(rows[0].input_ids)
 
     def learn() -> None:
-        objective(agent, agent.renderer, rows, AlgoConfig("ppo"), None).loss.sum().backward()
+        loss, _ = objective(agent, agent.renderer, rows, AlgoConfig("ppo"), None)
+        loss.sum().backward()
 
     learn()  # pictures are encoded, and gradients there from the start
     measured = peak_of(learn)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -37,7 +38,20 @@ def test_every_iteration_and_every_evaluation_is_a_line(trained: Path):
     for line in lines(trained):
         if "eval/success" not in line:
             assert line["ppo/ratio_at_start"] == pytest.approx(1.0, abs=1e-4)
-            assert line["ppo/updates"] == 2  # 18 turns, less than one mini-batch of 128, and two epochs
+            # 18 turns, less than one mini-batch of 128, and two epochs; in the first iteration the critic warms up
+            assert line["ppo/updates"] == (0 if line["step"] == 1 else 2)
+
+
+def test_while_the_critic_warms_up_credit_is_what_really_came(run_stage: RunStage, tmp_path: Path):
+    words = ("stage.iterations=2", "stage.episodes=4", "stage.eval_episodes=0", "algo.gamma=0.5", "algo.gae_lambda=0")
+    folder = run_stage(tmp_path, *SMALL, *words)
+    first = list(read_episodes(folder))[:4]  # all of the first iteration
+    rewards = [[turn.step.reward for turn in episode.turns] for episode in first]
+    # the critic expects nothing yet, so advantages are returns: r0 + r1 / 2 + r2 / 4, with lambda as it is r0 alone
+    discounted = [sum(r / 2**k for k, r in enumerate(episode[i:])) for episode in rewards for i in range(len(episode))]
+    found = next(line["ppo/advantage_std"] for line in lines(folder) if line["step"] == 1)
+    assert found == pytest.approx(float(np.std(discounted)), rel=1e-5)
+    assert found != pytest.approx(float(np.std(np.concatenate(rewards))), rel=1e-2)
 
 
 def test_the_learning_rate_falls_as_a_cosine_over_the_iterations(trained: Path):

@@ -21,6 +21,11 @@ class Engine(Protocol):
         """Of the policy, in this iteration."""
         ...
 
+    @property
+    def critic_only(self) -> bool:
+        """Does the critic alone learn in this iteration?"""
+        ...
+
     def backward(self, loss: Tensor) -> None:
         """Add the loss's gradient to what the next step takes."""
         ...
@@ -86,9 +91,10 @@ class TorchEngine:
     """AdamW with a group for each role, whose gradients are clipped apart: they have no parameter in common.
 
     Clipped together, the critic's, which may be a hundred times larger until it has learned the size of a return, would
-    shrink the policy's, and Adam would then step too far once it no longer does.
+    shrink the policy's, and Adam would then step too far once it no longer does. (With `stop_gradient=false` a part of
+    the critic's gradient is the policy's, and is clipped with it.)
 
-    In the first `value_warmup` iterations, but for the run's last, the critic alone learns: without one, normalised
+    The first `value_warmup` iterations, but for the run's last, are `critic_only`: without a critic, normalised
     advantages would punish the first turns of every episode. The other roles' schedules begin after those.
     """
 
@@ -108,6 +114,10 @@ class TorchEngine:
     def learning_rate(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
+    @property
+    def critic_only(self) -> bool:
+        return self.iteration < self.warmup
+
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
@@ -117,9 +127,6 @@ class TorchEngine:
             for role, parameters in self.parameters_by_role.items()
         }
         if all(map(math.isfinite, norms.values())):
-            for role in self._held():  # a gradient that moves nothing now would still move it later, by Adam's momentum
-                for parameter in self.parameters_by_role[role]:
-                    parameter.grad = None
             self.optimizer.step()
         self.optimizer.zero_grad()
         return norms
@@ -135,22 +142,22 @@ class TorchEngine:
         self.iteration = state["iteration"]
         self.optimizer.load_state_dict(state["optimizer"])
 
-    def _held(self) -> list[str]:
-        """The roles that wait for the critic in this iteration."""
-        return [role for role in self.parameters_by_role if role != "value" and self.iteration < self.warmup]
-
     def _set_learning_rates(self) -> None:
-        held = self._held()
         for role, group in zip(self.parameters_by_role, self.optimizer.param_groups, strict=True):
             first = 0 if role == "value" else self.warmup
-            share = lr_share(
+            full = self.algo.lr if role == "policy" else self.algo.value_lr
+            group["lr"] = full * lr_share(
                 self.iteration - first, self.iterations - first, self.algo.warmup_updates, self.algo.min_lr_ratio
             )
-            group["lr"] = 0.0 if role in held else share * (self.algo.lr if role == "policy" else self.algo.value_lr)
 
 
 def lr_share(iteration: int, iterations: int, warmup: int, floor: float) -> float:
-    """Share of the full learning rate in iteration 0, 1, ...: linear warm-up, then a cosine to `floor` in the last."""
+    """Share of the full learning rate in iteration 0, 1, ...: linear warm-up, then a cosine to `floor` in the last.
+
+    0 in an iteration before those.
+    """
+    if iteration < 0:
+        return 0.0
     if iteration < warmup:
         return (iteration + 1) / (warmup + 1)
     progress = min(1.0, (iteration - warmup) / max(1, iterations - 1 - warmup))

@@ -1,5 +1,5 @@
 """One PPO iteration: epochs of shuffled mini-batches, each a sum of micro-batches and one optimizer step; then epochs
-of the critic's head alone.
+of the critic's head alone, which is all there is while the critic warms up.
 
 Takes the rows of `batch`, leaves the model changed, and returns what is worth a curve. It collects nothing, logs
 nothing and saves nothing.
@@ -7,7 +7,8 @@ nothing and saves nothing.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -26,12 +27,11 @@ Reference = Mapping[int, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Objective:
-    """Of M turns."""
+class Pass:
+    """What is left of a pass over M turns."""
 
-    loss: Tensor  # [M] what to minimise
-    terms: dict[str, Tensor]  # [M] each, detached and on the host
-    states: Tensor  # [M H] what the critic read, detached
+    terms: dict[str, Tensor]  # [M] each, on the host
+    states: Tensor  # [M H] what the critic read
     returns: Tensor  # [M] what it should have foretold
 
 
@@ -47,31 +47,31 @@ def update(
     """Train on `rows` and end the engine's iteration; metrics are means over all turns of all passes.
 
     `ppo/ratio_at_start` is the ratio furthest from 1 in the first mini-batch, before any step: what is trained is what
-    was sampled only where it is 1. Once a mini-batch's KL passes `target_kl` the remaining updates are skipped. What
-    the critic's head goes over in the end counts in no metric. Raises TrainingError at the first loss or gradient that
-    isn't finite.
+    was sampled only where it is 1. Once a mini-batch's KL passes `target_kl` the remaining updates are skipped. While
+    the engine trains the critic alone, the model reads the rows once, without a gradient or a step. What the critic's
+    head goes over in the end counts in no metric. Raises TrainingError at the first loss or gradient that isn't finite.
     """
     reference = reference_logprobs(model, renderer, rows, tokens_per_microbatch) if algo.kl_coef > 0 else None
-    passes: list[Objective] = []
+    passes: list[Pass] = []
     norms: list[dict[str, float]] = []
-    epochs = [minibatches(rows, algo.minibatch_turns, rng) for _ in range(algo.epochs)]
-    for minibatch in (part for epoch in epochs for part in epoch):
+    epochs = [minibatches(rows, algo.minibatch_turns, rng) for _ in range(1 if engine.critic_only else algo.epochs)]
+    for minibatch in chain.from_iterable(epochs):
         passes.append(accumulate(model, renderer, engine, minibatch, algo, reference, tokens_per_microbatch))
-        norms.append(engine.step())
-        if not all(map(math.isfinite, norms[-1].values())):
-            raise _not_finite("gradient norm", _idents_of_turns(minibatch), algo)
+        if engine.critic_only:
+            continue
+        norms.append(_step(engine, minibatch, algo))
         if algo.target_kl is not None and passes[-1].terms["approx_kl"].mean() > algo.target_kl:
             break
-    norm = fit_critic(model, engine, passes[-len(epochs[0]) :], algo, rng)
-    if not math.isfinite(norm):
-        raise _not_finite("the critic's gradient norm", _idents_of_turns(rows), algo)
+    # of the first epoch: it has each turn once, wherever a later one was cut short
+    fit_critic(model, engine, passes[: len(epochs[0])], rows, algo, rng)
     ratios = passes[0].terms["ratio"]
     metrics = {
         "ppo/ratio_at_start": float(ratios[(ratios - 1).abs().argmax()]),
-        **{f"ppo/{role}_grad_norm": float(np.mean([norm[role] for norm in norms])) for role in norms[0]},
         "ppo/updates": float(len(norms)),
         "ppo/lr": engine.learning_rate,
     }
+    for role in norms[0] if norms else ():
+        metrics[f"ppo/{role}_grad_norm"] = float(np.mean([norm[role] for norm in norms]))
     for name in passes[0].terms:
         if name != "ratio":
             metrics[f"ppo/{name}"] = float(torch.cat([part.terms[name] for part in passes]).mean())
@@ -87,24 +87,25 @@ def accumulate(
     algo: AlgoConfig,
     reference: Reference | None,
     tokens_per_microbatch: int,
-) -> Objective:
-    """Backward through one mini-batch, and its objective, in the order of its micro-batches.
+) -> Pass:
+    """Forward and, unless the critic alone learns, backward through one mini-batch, in the order of its micro-batches.
 
     Each micro-batch's sum is divided by the turns of the whole mini-batch, so how it was cut changes nothing.
     """
     turns = sum(len(row.spans) for row in minibatch)
-    parts: list[Objective] = []
+    parts: list[Pass] = []
     for rows in microbatches(minibatch, tokens_per_microbatch):
-        part = objective(model, renderer, rows, algo, reference)
+        with torch.set_grad_enabled(not engine.critic_only):
+            loss, part = objective(model, renderer, rows, algo, reference)
         idents = _idents_of_turns(rows)
         for name, values in part.terms.items():
             bad = [ident for ident, value in zip(idents, values.tolist(), strict=True) if not math.isfinite(value)]
             if bad:
                 raise _not_finite(f"ppo/{name}", bad, algo)
-        engine.backward(part.loss.sum() / turns)
-        parts.append(replace(part, loss=part.loss.detach()))  # or its graph would live on
-    return Objective(
-        loss=torch.cat([part.loss for part in parts]),
+        if not engine.critic_only:
+            engine.backward(loss.sum() / turns)
+        parts.append(part)
+    return Pass(
         terms={name: torch.cat([part.terms[name] for part in parts]) for name in parts[0].terms},
         states=torch.cat([part.states for part in parts]),
         returns=torch.cat([part.returns for part in parts]),
@@ -113,8 +114,8 @@ def accumulate(
 
 def objective(
     model: ActorCritic, renderer: Renderer, rows: Sequence[Row], algo: AlgoConfig, reference: Reference | None
-) -> Objective:
-    """Of the rows' turns, in their order."""
+) -> tuple[Tensor, Pass]:
+    """What to minimise, [M], and what else is known of the rows' turns, in their order."""
     batch = collate(rows, renderer)
     scores = model.score(batch.tokens)
     batch = to_device(batch, scores.values.device)
@@ -141,22 +142,25 @@ def objective(
         terms["kl_reference"] = reference_kl(scores.logprobs, reference_of_rows, batch.turn_of_token, len(value))
         loss = loss + algo.kl_coef * terms["kl_reference"]
     on_host = torch.stack(list(terms.values())).detach().cpu()
-    return Objective(loss, dict(zip(terms, on_host, strict=True)), scores.states, batch.returns)
+    return loss, Pass(dict(zip(terms, on_host, strict=True)), scores.states, batch.returns)
 
 
 def fit_critic(
-    model: ActorCritic, engine: Engine, passes: Sequence[Objective], algo: AlgoConfig, rng: np.random.Generator
-) -> float:
-    """Epochs of the critic's head over the states that it has read; the largest gradient norm. The model isn't run."""
+    model: ActorCritic,
+    engine: Engine,
+    passes: Sequence[Pass],
+    rows: Sequence[Row],
+    algo: AlgoConfig,
+    rng: np.random.Generator,
+) -> None:
+    """Epochs of the critic's head over the states that it has read in `rows`. The model isn't run."""
     states, returns = (torch.cat([getattr(part, name) for part in passes]) for name in ("states", "returns"))
     number = max(1, round(len(returns) / algo.minibatch_turns))
-    norms = [0.0]
     for _ in range(algo.value_epochs):
         order = torch.from_numpy(rng.permutation(len(returns))).to(returns.device)
         for part in order.tensor_split(number):
             engine.backward(algo.value_coef * value_loss(model.value(states[part]), returns[part]).mean())
-            norms.append(engine.step()["value"])
-    return float(np.max(norms))  # NaN, if there is one
+            _step(engine, rows, algo)
 
 
 def reference_logprobs(
@@ -180,6 +184,14 @@ def rollout_metrics(rows: Sequence[Row]) -> dict[str, float]:
         "ppo/advantage_std": float((returns - values).std()),
         "ppo/zero_advantage": float(np.isclose(returns, values, atol=1e-6).mean()),  # share of turns that teach nothing
     }
+
+
+def _step(engine: Engine, rows: Sequence[Row], algo: AlgoConfig) -> dict[str, float]:
+    norms = engine.step()
+    for role, norm in norms.items():
+        if not math.isfinite(norm):
+            raise _not_finite(f"ppo/{role}_grad_norm", _idents_of_turns(rows), algo)
+    return norms
 
 
 def _idents_of_turns(rows: Sequence[Row]) -> list[str]:

@@ -91,7 +91,7 @@ class Sampler:
         """One reply a prompt. Greedy replies still carry the log-probs of the policy at its own temperature."""
         agent = self.agent
         batch = self.prefill(prompts, max_new_tokens)
-        values = agent.value_head(batch.hidden).tolist()
+        values = agent.value(batch.hidden).tolist()
         temperatures = agent.temperatures(batch.hidden)
         count = len(prompts)
         draws = torch.from_numpy(np.stack([rng.random(max_new_tokens) for rng in rngs])).to(agent.device)
@@ -131,7 +131,7 @@ class Sampler:
     @torch.no_grad()
     def values(self, prompts: Sequence[Prompt]) -> list[float]:
         """The critic's estimate for each prompt."""
-        return self.agent.value_head(self.prefill(prompts, 0).hidden).tolist() if prompts else []
+        return self.agent.value(self.prefill(prompts, 0).hidden).tolist() if prompts else []
 
     def decode(self, chosen: Tensor, positions: Tensor, valid: Tensor | None, cache: Cache) -> Tensor:
         """[n H] states after one more token a row."""

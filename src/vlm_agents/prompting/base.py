@@ -26,7 +26,8 @@ class PromptFormat(Protocol):
         """Read a reply. Never raises and never guesses: what holds no legal action has `error` set.
 
         Errors begin with words that can be counted: empty reply, no JSON, no <key> key, empty action, illegal action,
-        no scores, no score for, bad score. Spans are set wherever the reply has the part, even beside an error.
+        cut off after, no scores, no score for, bad score. Spans are set wherever the reply has the part, even beside an
+        error.
         """
         ...
 

@@ -121,7 +121,7 @@ def play_model(
     return sampled | play_panel(cfg, envs, model_policy(cfg, agent, greedy=True), episodes, "_greedy", agent)
 
 
-def wilson_interval(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(successes: float, n: float, z: float = 1.959964) -> tuple[float, float]:
     """95 % interval of a success rate (Wilson 1927): honest at 0, at 1 and for small n."""
     share = successes / n
     centre = share + z * z / (2 * n)

@@ -6,6 +6,7 @@ Between iterations a run is weights, optimizer and counters, nothing else: every
 
 import time
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,9 @@ def iterate(
     peaks = peak_bytes(agent.device, "rollout")
     rng = np.random.default_rng(run.seed_for("update", iteration))
     rewarded, foretold = predictor.reward(trajectories) if predictor else (trajectories, {})
-    rows = build_rows(rewarded, agent.renderer, algo)
+    # a critic that knows nothing yet first learns what really came: with less than 1 its own guesses would be mixed in
+    credit = replace(algo, gae_lambda=1.0) if engine.critic_only else algo
+    rows = build_rows(rewarded, agent.renderer, credit)
     learned = update(agent, agent.renderer, engine, rows, algo, rng, cfg.hardware.tokens_per_microbatch)
     if predictor:
         foretold |= predictor.learn(trajectories, rng)
