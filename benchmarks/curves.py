@@ -32,9 +32,11 @@ def main() -> int:
     figure, axes = pyplot.subplots(1, len(PANELS), figsize=(11, 3), layout="constrained")
     for axis, (panel, label) in zip(axes, PANELS.items(), strict=True):
         curves = [curve(folder, f"rollout/{panel}") for folder in folders]
+        shared = sorted(set.intersection(*(set(single) for single in curves)))
+        if not shared:
+            sys.exit(f"{', '.join(map(str, folders))} have no iteration in common: name runs of stage=ppo")
         for single in curves:
             axis.plot(list(single), list(single.values()), color="tab:blue", alpha=0.35, linewidth=0.8)
-        shared = sorted(set.intersection(*(set(single) for single in curves)))
         mean = np.mean([[single[step] for step in shared] for single in curves], axis=0)
         axis.plot(
             shared,

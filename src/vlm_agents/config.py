@@ -43,9 +43,9 @@ def at_least(what: str, value: float, bound: float) -> None:
         raise ConfigError(f"{what}={value} must be at least {bound}")
 
 
-def in_unit(what: str, value: float) -> None:
-    if not 0.0 <= value <= 1.0:
-        raise ConfigError(f"{what}={value} must lie between 0 and 1")
+def between(what: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{what}={value} must lie between {low} and {high}")
 
 
 # ---- env -------------------------------------------------------------------------------------------------------------
@@ -78,8 +78,7 @@ class EchoConfig(EnvConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("env.turns", self.turns, 1)
-        if not 2 <= self.colors <= 8:
-            raise ConfigError(f"env.colors={self.colors} must lie between 2 and 8")
+        between("env.colors", self.colors, 2, 8)
 
 
 @dataclass
@@ -125,8 +124,7 @@ class NumberLineConfig(CardsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 2 <= self.highest <= 99:
-            raise ConfigError(f"env.highest={self.highest} must lie between 2 and 99")
+        between("env.highest", self.highest, 2, 99)
 
 
 @dataclass
@@ -153,8 +151,7 @@ class PointsConfig(CardsConfig):
         super().__post_init__()
         one_of("env.faces", self.faces, Faces)
         at_least("env.target", self.target, 1)
-        if not 2 <= self.cards <= 4:
-            raise ConfigError(f"env.cards={self.cards} must lie between 2 and 4")
+        between("env.cards", self.cards, 2, 4)
 
 
 @dataclass
@@ -198,7 +195,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         at_least("model.lora.rank", self.rank, 1)
-        in_unit("model.lora.dropout", self.dropout)
+        between("model.lora.dropout", self.dropout, 0, 1)
 
 
 @dataclass
@@ -342,7 +339,7 @@ class AlgoConfig:
     def __post_init__(self) -> None:
         one_of("algo.name", self.name, Literal["ppo"])
         for name in ("gamma", "gae_lambda", "min_lr_ratio"):
-            in_unit(f"algo.{name}", getattr(self, name))
+            between(f"algo.{name}", getattr(self, name), 0, 1)
         for name in ("epochs", "minibatch_turns"):
             at_least(f"algo.{name}", getattr(self, name), 1)
         for name in ("thought_coef", "value_coef", "entropy_coef", "turn_entropy_coef", "kl_coef", "target_kl"):
@@ -423,7 +420,7 @@ class CollectConfig(StageConfig):
     def __post_init__(self) -> None:
         one_of("stage.policy", self.policy, PolicyName)
         one_of("stage.rater", self.rater, RaterName)
-        in_unit("stage.noise", self.noise)
+        between("stage.noise", self.noise, 0, 1)
         at_least("stage.episodes", self.episodes, 1)
         at_least("stage.num_envs", self.num_envs, 1)
 
@@ -443,7 +440,7 @@ class PreprocessConfig(StageConfig):
 
     def __post_init__(self) -> None:
         one_of("stage.label", self.label, Literal["reply", "advice", "played"])
-        in_unit("stage.val_fraction", self.val_fraction)
+        between("stage.val_fraction", self.val_fraction, 0, 1)
         if not 0 <= self.min_score <= 10:
             raise ConfigError(f"stage.min_score={self.min_score} must lie between 0 and 10")
 

@@ -108,7 +108,7 @@ def read_episodes(run_dir: Path, pictures: bool = True) -> Iterator[Trajectory]:
 def _lines(path: Path) -> Iterator[tuple[bytes, str]]:
     """Each whole line, and what to call it in an error."""
     if not path.is_file():
-        raise DataError(f"no {path}: it is written by stage=collect, ppo and eval; run one of them first")
+        raise DataError(f"no {path}: it is written by stage=collect, ppo and eval, and none of them has run there")
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):

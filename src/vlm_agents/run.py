@@ -59,6 +59,11 @@ def panel_seeds(env_id: str, n: int) -> list[int]:
     return [TRAINING_SEEDS + stable_hash("panel", env_id, index) % TRAINING_SEEDS for index in range(n)]
 
 
+def held_out(seed: int) -> bool:
+    """Is it kept for panels, and never trained on?"""
+    return seed >= TRAINING_SEEDS
+
+
 def seed_everything(seed: int) -> None:
     """Seed the global generators of Python, NumPy and torch."""
     import torch

@@ -212,12 +212,15 @@ def test_what_is_no_action_is_refused(game: type[CardsConfig]) -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("NumberLine", {"highest": 1}, "highest=1 must be at least 2"),
+        ("NumberLine", {"highest": 1}, "highest=1 must lie between 2 and 99"),
+        ("NumberLine", {"highest": 100}, "highest=100 must lie between 2 and 99"),
         ("Blackjack", {"compat": "rlvlm"}, "Did you mean 'rl4vlm'"),
         ("Points24", {"compat": "rlvlm"}, "Did you mean 'rl4vlm'"),
         ("Points24", {"faces": "eleven"}, "faces=eleven is not one of ten, rank"),
         ("Points24", {"kind": "points"}, "kind=points is not one of ezpoints, points24"),
-        ("EZPoints", {"cards": 0}, "cards=0 must be at least 2"),
+        ("Points24", {"target": 0}, "target=0 must be at least 1"),
+        ("Points24", {"cards": 5}, "cards=5 must lie between 2 and 4"),
+        ("EZPoints", {"cards": 0}, "cards=0 must lie between 2 and 4"),
     ],
 )
 def test_gymnasium_make_checks_its_settings(name: str, settings: dict, message: str) -> None:

@@ -100,6 +100,13 @@ def test_only_solved_episodes_by_default(run_stage: RunStage, echo_episodes: Pat
     assert metrics_of(folder)["preprocess/validation"] == 0
 
 
+def test_what_was_played_on_held_out_seeds_is_refused(run_stage: RunStage, tmp_path: Path):
+    words = ("stage.policy=expert", "stage.episodes=2", "stage.num_envs=2")
+    folder = run_stage(tmp_path / "eval", "stage=eval", *words)
+    with pytest.raises(DataError, match=r"eval played held-out seeds, such as \d+: trained on, they would say nothing"):
+        run_stage(tmp_path / "chats", "stage=preprocess", f"stage.data=[{folder}]")
+
+
 def test_an_interrupted_run_starts_anew(run_stage: RunStage, echo_episodes: Path, tmp_path: Path):
     words = ["stage=preprocess", f"stage.data=[{echo_episodes}]"]
     folder = run_stage(tmp_path, *words)

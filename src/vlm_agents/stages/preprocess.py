@@ -23,7 +23,7 @@ from vlm_agents.llava_data import read_llava
 from vlm_agents.policies import is_random
 from vlm_agents.progress import say
 from vlm_agents.prompting import PromptFormat, make_format
-from vlm_agents.run import Run, stable_hash
+from vlm_agents.run import Run, held_out, stable_hash
 from vlm_agents.types import Prompt, Trajectory, Turn
 
 FEATURES = datasets.Features(
@@ -93,6 +93,11 @@ def rows_of(
         if source.is_file():
             raise DataError(f"{source}: chats in LLaVA's layout are one JSON list in a file named *.json")
         for trajectory in read_episodes(source):
+            if held_out(trajectory.seed):
+                raise DataError(
+                    f"{source} played held-out seeds, such as {trajectory.seed}: trained on, they would say nothing of "
+                    "a model any more. Collect episodes of your own with stage=collect"
+                )
             yield from chats(trajectory, stage, prompt_format, counts, pngs)
         return
     for example in read_llava(source, Path(stage.images or source.parent), counts):

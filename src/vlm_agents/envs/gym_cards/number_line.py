@@ -6,7 +6,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from vlm_agents.config import at_least
+from vlm_agents.config import between
 from vlm_agents.envs.base import check_action
 from vlm_agents.envs.gym_cards import drawing
 
@@ -23,7 +23,7 @@ class NumberLineGame(gymnasium.Env[np.ndarray, Any]):
     text = ""
 
     def __init__(self, highest: int = 5, max_turns: int | None = None, render_mode: str | None = None) -> None:
-        at_least("highest", highest, 2)
+        between("highest", highest, 2, 99)  # more than two digits find no place in the picture
         self.highest = highest
         self.max_turns = 2 * highest if max_turns is None else max_turns
         self.render_mode = render_mode

@@ -7,7 +7,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from vlm_agents.config import Compat, Faces, at_least, one_of
+from vlm_agents.config import Compat, Faces, at_least, between, one_of
 from vlm_agents.envs.base import check_action
 from vlm_agents.envs.gym_cards import drawing
 from vlm_agents.envs.gym_cards.cards import Card, draw, with_suit
@@ -44,7 +44,8 @@ class PointsGame(gymnasium.Env[np.ndarray, Any]):
         one_of("kind", kind, Kind)
         one_of("faces", faces, Faces)
         one_of("compat", compat, Compat)
-        at_least("cards", cards, 2)
+        between("cards", cards, 2, 4)  # five find no place in the picture
+        at_least("target", target, 1)
         self.plain = kind == "ezpoints"
         self.target = target
         self.count = cards
