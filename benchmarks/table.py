@@ -63,13 +63,12 @@ def difference(first: dict[int, float], second: dict[int, float]) -> str:
 
 
 def main() -> None:
-    lines, baselines, solved, successes = [], {}, {}, {}
+    lines, baselines, solved, evaluations = [], {}, {}, {}
     for argument in sys.argv[1:]:
         name, _, named = argument.partition("=")
         folders = [Path(folder) for folder in named.split(",")]
         name = name.replace("_", " ")
-        runs = [read(folder) for folder in folders]
-        successes[name] = [run["eval/success"] for run in runs]
+        runs = evaluations[name] = [read(folder) for folder in folders]
         solved[name] = rates(folders)
         lines.append(line(name, runs, *interval(solved[name], len(runs))))
         for run in runs:
@@ -81,9 +80,11 @@ def main() -> None:
     for text in filter(None, [baselines.get("random"), *lines, baselines.get("expert")]):
         print(text)
     for (before, first), (after, second) in pairwise(solved.items()):
-        gains = zip(successes[before], successes[after], strict=False)
-        each = ", ".join(f"{new - old:+.3f}" for old, new in gains) if len(successes[after]) > 1 else ""
-        print(f"{after} - {before}: {difference(first, second)}{each and ', by run ' + each}")
+        each = ""
+        if len(evaluations[before]) == len(evaluations[after]) > 1:  # else no run has one that it is to be held against
+            pairs = zip(evaluations[before], evaluations[after], strict=True)
+            each = ", by run " + ", ".join(f"{new['eval/success'] - old['eval/success']:+.3f}" for old, new in pairs)
+        print(f"{after} - {before}: {difference(first, second)}{each}")
 
 
 if __name__ == "__main__":
