@@ -93,6 +93,13 @@ def test_a_run_that_is_not_finished_has_no_weights_to_start_from(run_stage: RunS
         run_stage(tmp_path / "run", "stage=ppo", f"stage.init={tmp_path / 'sft'}")
 
 
+def test_a_run_of_another_model_gives_no_weights(run_stage: RunStage, tmp_path: Path):
+    trained = run_stage(tmp_path / "sft", *PPO)
+    with pytest.raises(ConfigError, match=r"stage.init=.*/sft is a run of model=tiny, not tiny_llava: set model=tiny$"):
+        run_stage(tmp_path / "run", "stage=eval", "model=tiny_llava", f"stage.init={trained}")
+    assert not (tmp_path / "run").exists()
+
+
 def test_torn_weights_are_no_weights(run_stage: RunStage, tiny_model: Path, tmp_path: Path):
     folder = tmp_path / "model"
     folder.mkdir()

@@ -90,6 +90,7 @@ class Run:
     @classmethod
     def open(cls, cfg: RunConfig, overrides: Sequence[str], sweep: Path | None = None) -> Self:
         """Create or continue the run directory; ConfigError if it is finished, in use, or of another configuration."""
+        refuse_other_model(cfg)
         folder = Path(cfg.run_dir)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -241,17 +242,31 @@ def settings_of(cfg: RunConfig) -> str:
 
 def refuse_other_settings(snapshot: Path, settings: str) -> None:
     """ConfigError naming the first setting in which the run that is there differs from the one that is asked for."""
-    try:
-        before = yaml.safe_load(snapshot.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise DataError(f"{snapshot} is unreadable: delete {snapshot.parent}, or choose another name=") from error
-    old, new = dict(flat(before)), dict(flat(yaml.safe_load(settings)))
+    old, new = flat_settings(snapshot), dict(flat(yaml.safe_load(settings)))
     for key in sorted(old.keys() | new.keys()):
         if key not in MAY_CHANGE and key.split(".")[0] not in MAY_CHANGE and old.get(key) != new.get(key):
             raise ConfigError(
                 f"{snapshot.parent} holds a run with {key}={old.get(key)}, not {new.get(key)}: "
                 f"give the old value to continue it, choose another name=, or delete that directory"
             )
+
+
+def refuse_other_model(cfg: RunConfig) -> None:
+    """ConfigError where `stage.init` is a run of another model than `cfg` says: the record would name the wrong one."""
+    init = Path(getattr(cfg.stage, "init", None) or "")
+    if not (init / "DONE").is_file():  # no run, but a folder of weights, or nothing
+        return
+    trained = flat_settings(init / "config.yaml")["model.name"]
+    if trained != cfg.model.name:
+        raise ConfigError(f"stage.init={init} is a run of model={trained}, not {cfg.model.name}: set model={trained}")
+
+
+def flat_settings(snapshot: Path) -> dict[str, Any]:
+    """What a run's config.yaml says, by dotted names; DataError where it can't be read."""
+    try:
+        return dict(flat(yaml.safe_load(snapshot.read_text())))
+    except (OSError, AttributeError, yaml.YAMLError) as error:
+        raise DataError(f"{snapshot} is unreadable: delete {snapshot.parent}, or choose another name=") from error
 
 
 def played_by(cfg: RunConfig) -> str:

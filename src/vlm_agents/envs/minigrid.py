@@ -148,7 +148,8 @@ def _make(env_id: str) -> MiniGridEnv:
     known = [name for name in gymnasium.registry if name.startswith(("MiniGrid-", "BabyAI-"))]
     if env_id not in known:
         raise EnvError(
-            f"env.id={env_id} is not an id of the minigrid package.{did_you_mean(env_id, known)} List them with: "
+            f"env.id={env_id} is not an id of the minigrid package; other games are other choices of env=."
+            f"{did_you_mean(env_id, known)} List the ids with: "
             'python -c "import minigrid, gymnasium; gymnasium.pprint_registry()"'
         )
     with warnings.catch_warnings():
