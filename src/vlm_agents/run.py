@@ -1,4 +1,4 @@
-"""The directory of one run: snapshot, seeds, metrics, checkpoints, resume, DONE. Knows no stage and no model.
+"""The directory of one run: snapshot, seeds, metrics, checkpoints, resume, DONE. Knows stages and models by name alone.
 
     config.yaml  overrides  commit      what was asked, of which code
     metrics.jsonl                       one object a line: step and metrics
@@ -242,7 +242,8 @@ def settings_of(cfg: RunConfig) -> str:
 
 def refuse_other_settings(snapshot: Path, settings: str) -> None:
     """ConfigError naming the first setting in which the run that is there differs from the one that is asked for."""
-    old, new = flat_settings(snapshot), dict(flat(yaml.safe_load(settings)))
+    old = flat_settings(snapshot, f"delete {snapshot.parent}, or choose another name=")
+    new = dict(flat(yaml.safe_load(settings)))
     for key in sorted(old.keys() | new.keys()):
         if key not in MAY_CHANGE and key.split(".")[0] not in MAY_CHANGE and old.get(key) != new.get(key):
             raise ConfigError(
@@ -252,21 +253,27 @@ def refuse_other_settings(snapshot: Path, settings: str) -> None:
 
 
 def refuse_other_model(cfg: RunConfig) -> None:
-    """ConfigError where `stage.init` is a run of another model than `cfg` says: the record would name the wrong one."""
-    init = Path(getattr(cfg.stage, "init", None) or "")
-    if not (init / "DONE").is_file():  # no run, but a folder of weights, or nothing
+    """ConfigError where the run at `stage.init` had another model than `cfg` says: the record would name the wrong one.
+
+    A folder of weights, or a part of a run, doesn't say whose it is.
+    """
+    init = getattr(cfg.stage, "init", None)
+    if init is None or played_by(cfg) != cfg.model.name:
         return
-    trained = flat_settings(init / "config.yaml")["model.name"]
-    if trained != cfg.model.name:
+    snapshot = Path(init) / "config.yaml"
+    if not (Path(init) / "DONE").is_file() or not snapshot.is_file():
+        return
+    trained = flat_settings(snapshot, f"put it back, or set stage.init={init}/model").get("model.name")
+    if trained not in (None, cfg.model.name):
         raise ConfigError(f"stage.init={init} is a run of model={trained}, not {cfg.model.name}: set model={trained}")
 
 
-def flat_settings(snapshot: Path) -> dict[str, Any]:
-    """What a run's config.yaml says, by dotted names; DataError where it can't be read."""
+def flat_settings(snapshot: Path, mend: str) -> dict[str, Any]:
+    """What a run's config.yaml says, by dotted names; DataError, with what to do, where it can't be read."""
     try:
         return dict(flat(yaml.safe_load(snapshot.read_text())))
     except (OSError, AttributeError, yaml.YAMLError) as error:
-        raise DataError(f"{snapshot} is unreadable: delete {snapshot.parent}, or choose another name=") from error
+        raise DataError(f"{snapshot} is unreadable: {mend}") from error
 
 
 def played_by(cfg: RunConfig) -> str:

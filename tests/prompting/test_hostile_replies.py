@@ -1,6 +1,7 @@
 """Replies that nobody thought of: mutated, random, nested, huge. Nothing raises, nothing is read that isn't there."""
 
 import json
+import re
 import time
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from vlm_agents.config import PromptConfig
-from vlm_agents.prompting import make_format
+from vlm_agents.prompting import base, make_format
 from vlm_agents.prompting.base import find_object, read_object
 
 LEGAL = ("turn left", "turn right", "go forward", "pick up", "hit", "stand", "1", "10", "+", "-")
@@ -159,3 +160,10 @@ def test_a_hundred_kilobytes_take_linear_time(head: str, unit: str) -> None:
         FORMATS[name].parse(text, LEGAL, np.random.default_rng(0))
     # About 0.05 s; quadratic time would be minutes.
     assert time.perf_counter() - began < 2
+
+
+def test_no_group_is_repeated_possessively() -> None:
+    """Before Python 3.11.5 such a group may end too far on, which no test on a newer one would show."""
+    patterns = [item for item in vars(base).values() if isinstance(item, re.Pattern)] + list(base.STRING.values())
+    assert len(patterns) > 5
+    assert not [found.pattern for found in patterns if re.search(r"\)(?:[*+?]|\{[\d,]+\})\+", found.pattern)]

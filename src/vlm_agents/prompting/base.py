@@ -81,8 +81,10 @@ def outcome(turn: Turn) -> str:
 # ---- the scanner -----------------------------------------------------------------------------------------------------
 # It reads every JSON object as JSON does, and also what models make of JSON: single quotes, bare keys and values,
 # unescaped quotes, missing or spare commas, a missing end. One rule does most of that: a value ends only where its
-# object could end or go on (CLOSE). Possessive quantifiers keep it linear in time, whatever the text.
-QUOTED = r""" "(?:[^"\\]|\\.)*+" | '(?:[^'\\]|\\.)*+' """
+# object could end or go on (CLOSE). Possessive quantifiers keep it linear in time, whatever the text; on single
+# characters alone, as before Python 3.11.5 those on groups may end too far on (python/cpython#100061).
+INSIDE = {quote: rf"[^{quote}\\]*+ (?: \\. [^{quote}\\]*+ )*" for quote in "\"'"}  # of a quoted string
+QUOTED = f""" "{INSIDE['"']}" | '{INSIDE["'"]}' """
 BARE = r"[\w\ -]++"
 CLOSE = rf"""(?: [\s,]*+ (?: \}} | \Z | (?:{QUOTED}) \s*+ : )
               | \s*+ , [\s,]*+ (?: {BARE} \s*+ : | ["'][\w\ -]*+ \Z ) )"""
@@ -95,8 +97,9 @@ def pattern(source: str) -> re.Pattern[str]:
 KEY = pattern(rf"[\s,]*+ (?P<key> {QUOTED} | {BARE}) \s*+ : \s*+")
 END = pattern(r"[\s,]*+ \}")
 VALUE_END = pattern(CLOSE)
-STRING = {quote: pattern(rf"(?: [^{quote}\\]++ | \\. | {quote}(?!{CLOSE}) )*+") for quote in "\"'"}
-BRACKET = pattern(r' "(?:[^"\\]|\\.)*+"?+ | [\[\]{}] ')
+# up to a quote that closes it: any other is a character of the string, as is whatever stands behind a backslash
+STRING = {quote: pattern(rf"[^{quote}\\]*+ (?: (?!{quote}{CLOSE}) \\?+ . [^{quote}\\]*+ )*") for quote in "\"'"}
+BRACKET = pattern(rf""" "{INSIDE['"']} "?+ | [\[\]{{}}] """)
 SCALAR = pattern(r'[^,"\[\]{}]*+')
 DEBRIS = "\"'`}\\ \t\r\n"  # may stand behind a value that the reply's end cuts off
 
