@@ -24,7 +24,7 @@ def curve(folder: Path, name: str) -> dict[int, float]:
 
 
 def main() -> int:
-    if len(sys.argv) < 3:
+    if len(sys.argv) < 3 or not Path(sys.argv[1]).suffix:  # without OUT the first run would stand for it
         print(__doc__, file=sys.stderr)
         return 2
     folders = [Path(argument) for argument in sys.argv[2:] if "=" not in argument]

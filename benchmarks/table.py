@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from vlm_agents.episodes import read_episodes
 from vlm_agents.stages.playing import wilson_interval
@@ -20,9 +21,31 @@ from vlm_agents.stages.playing import wilson_interval
 COLUMNS = ("success", "positive_return", "return", "episode_length")
 
 
+# Settings of an env that change nothing about what is dealt under a seed.
+SHOWN_ONLY = {"invalid_penalty", "workers", "timeout_s", "observation", "size", "view", "tile_size", "describe"}
+
+
+def refuse_other_games(folders: list[Path]) -> None:
+    """Exit where one seed wouldn't deal the same in all of these evaluations: then no pairing means anything."""
+    games = [yaml.safe_load((folder / "config.yaml").read_text())["env"] for folder in folders]
+    for folder, game in zip(folders, games, strict=True):
+        for key in sorted((games[0].keys() | game.keys()) - SHOWN_ONLY):
+            if game.get(key) != games[0].get(key):
+                sys.exit(
+                    f"{folders[0]} has env.{key}={games[0].get(key)}, {folder} {game.get(key)}: one seed isn't the "
+                    "same episode there, give each a table of its own"
+                )
+
+
 def read(folder: Path) -> dict[str, float]:
     """The metrics of an evaluation."""
-    return json.loads((folder / "summary.json").read_text())["metrics"]
+    try:
+        metrics = json.loads((folder / "summary.json").read_text())["metrics"]
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f"{folder} is no finished run ({error}): name run directories of stage=eval, as name=outputs/x/eval")
+    if "eval/success" not in metrics:
+        sys.exit(f"{folder} is no run of stage=eval")
+    return metrics
 
 
 def line(name: str, runs: list[dict[str, float]], low: float, high: float, variant: str = "") -> str:
@@ -63,12 +86,16 @@ def difference(first: dict[int, float], second: dict[int, float]) -> str:
 
 
 def main() -> None:
-    lines, baselines, solved, evaluations = [], {}, {}, {}
+    if len(sys.argv) < 2 or not all("=" in argument for argument in sys.argv[1:]):
+        sys.exit(__doc__)
+    lines, baselines, solved, evaluations, read_before = [], {}, {}, {}, []
     for argument in sys.argv[1:]:
         name, _, named = argument.partition("=")
         folders = [Path(folder) for folder in named.split(",")]
         name = name.replace("_", " ")
         runs = evaluations[name] = [read(folder) for folder in folders]
+        read_before += folders
+        refuse_other_games(read_before)
         solved[name] = rates(folders)
         lines.append(line(name, runs, *interval(solved[name], len(runs))))
         for run in runs:

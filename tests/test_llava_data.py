@@ -79,6 +79,7 @@ BROKEN = [
     (record(), "conversations is []"),
     ({"conversations": list(SOUND)}, "no image in {'conversations': "),
     (record(*SOUND, image=None), "image is None"),
+    (record(human("Which colour?"), gpt("red"), image=[]), "image is []"),
     (record(*SOUND, image=[5]), "can't read picture 5 "),
     (record(*SOUND, image="7/green.png"), "no picture {folder}/7/green.png"),
     (record(*SOUND, image="cut.png"), "can't read picture 'cut.png' "),

@@ -4,6 +4,7 @@ Hydra composes YAML from `conf/` against these classes; `parse` turns the result
 door. Past it nobody sees a DictConfig, and nobody writes to the result.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -43,6 +44,11 @@ def at_least(what: str, value: float, bound: float) -> None:
         raise ConfigError(f"{what}={value} must be at least {bound}")
 
 
+def positive(what: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{what}={value} must be a positive number")
+
+
 def between(what: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         raise ConfigError(f"{what}={value} must lie between {low} and {high}")
@@ -62,8 +68,7 @@ class EnvConfig:
         at_least("env.invalid_penalty", self.invalid_penalty, 0)
         if self.max_steps is not None:
             at_least("env.max_steps", self.max_steps, 1)
-        if self.timeout_s <= 0:
-            raise ConfigError(f"env.timeout_s={self.timeout_s} must be positive")
+        positive("env.timeout_s", self.timeout_s)
 
 
 @dataclass
@@ -182,8 +187,7 @@ class PromptConfig:
         at_least("prompt.max_reply_tokens", self.max_reply_tokens, 1)
         if self.max_prompt_tokens is not None:
             at_least("prompt.max_prompt_tokens", self.max_prompt_tokens, 1)
-        if self.score_temperature <= 0:
-            raise ConfigError(f"prompt.score_temperature={self.score_temperature} must be positive")
+        positive("prompt.score_temperature", self.score_temperature)
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------
@@ -261,8 +265,10 @@ class ModelConfig:
                 )
         if self.architecture is not None and self.path is None and self.weights == "pretrained":
             raise ConfigError(f"model={self.name} has no weights of its own: set model.path, or model.weights=random")
-        if self.temperature <= 0:
-            raise ConfigError(f"model.temperature={self.temperature} must be positive; greedy runs are eval's business")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(
+                f"model.temperature={self.temperature} must be a positive number; greedy runs are eval's business"
+            )
         head = self.temperature_head
         if head is not None and not head.low < self.temperature < head.high:
             raise ConfigError(
@@ -395,8 +401,7 @@ class RemoteConfig:
         refuse_secrets("stage.remote.key_env", self.key_env)
         at_least("stage.remote.concurrency", self.concurrency, 1)
         at_least("stage.remote.retries", self.retries, 0)
-        if self.timeout_s <= 0:
-            raise ConfigError(f"stage.remote.timeout_s={self.timeout_s} must be positive")
+        positive("stage.remote.timeout_s", self.timeout_s)
 
 
 @dataclass
@@ -439,6 +444,8 @@ class PreprocessConfig(StageConfig):
     val_fraction: float = 0.02  # share of episodes held out for validation
 
     def __post_init__(self) -> None:
+        if self.data == []:
+            raise ConfigError("stage.data is empty: name run directories of stage=collect, or .json files")
         one_of("stage.label", self.label, Literal["reply", "advice", "played"])
         between("stage.val_fraction", self.val_fraction, 0, 1)
         if not 0 <= self.min_score <= 10:

@@ -88,7 +88,7 @@ def _messages(record: Any, folder: Path) -> Prompt:
     if any(MARK in text for role, text in zip(roles, texts, strict=True) if role != "user"):
         raise BrokenRecord(f"{MARK} outside of the human turns")
     image = record.get("image")
-    names = image if isinstance(image, list) else [_field(record, "image", str)]
+    names = image if isinstance(image, list) and image else [_field(record, "image", str)]
     if (marks := sum(text.count(MARK) for text in texts)) != len(names):
         raise BrokenRecord(f"{marks} {MARK} for {len(names)} pictures")
     images = iter([_image(folder, name) for name in names])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vlm_agents.errors import ModelError
 from vlm_agents.models import Agent, Sampler
 from vlm_agents.models.sampler import draw
 from vlm_agents.tensors import Row
@@ -141,6 +142,16 @@ def test_no_banned_token_is_ever_sampled(load: Load, chats: list[Prompt]):
     assert len(sampled) > 500
     assert not agent.banned[sampled].any()
     assert len(set(sampled)) > 150
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_weights_that_are_no_numbers_are_told(load: Load, chats: list[Prompt], greedy: bool):
+    agent = load()
+    with torch.no_grad():
+        for weight in agent.parameters():
+            weight.fill_(float("nan"))
+    with pytest.raises(ModelError, match="logits aren't finite"):
+        sample(agent, chats, greedy=greedy)
 
 
 def test_a_reply_of_one_token(brief_agent: Agent, chats: list[Prompt], row_of: RowOf):

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
+from vlm_agents.errors import ModelError
 from vlm_agents.models.actor_critic import WORTH_SHARING, Agent, causal_mask, entropy_of
 from vlm_agents.models.rendering import Rendered
 from vlm_agents.types import Prompt, Reply
@@ -105,8 +106,12 @@ class Sampler:
             chosen = distribution.argmax(-1) if greedy else draw(distribution, draws[live, step])
             rows = live.cpu().numpy()
             tokens[rows, step] = chosen.cpu().numpy()
-            logprobs[rows, step] = distribution.gather(-1, chosen[:, None]).squeeze(-1).cpu().numpy()
             entropies[rows, step] = entropy_of(distribution).cpu().numpy()
+            if np.isnan(entropies[rows, step]).any():  # then `chosen` may name no token at all
+                raise ModelError(
+                    "the model's logits aren't finite: its weights are broken, as by a learning rate too high"
+                )
+            logprobs[rows, step] = distribution.gather(-1, chosen[:, None]).squeeze(-1).cpu().numpy()
             ended = chosen == agent.renderer.end_of_turn
             # a finished row may stay in the cache for a while: only its first end of turn counts
             done = rows[ended.cpu().numpy()]
