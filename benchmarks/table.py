@@ -13,26 +13,25 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from vlm_agents.episodes import read_episodes
+from vlm_agents.run import flat_settings
 from vlm_agents.stages.playing import wilson_interval
 
 COLUMNS = ("success", "positive_return", "return", "episode_length")
-
-
 # Settings of an env that change nothing about what is dealt under a seed.
 SHOWN_ONLY = {"invalid_penalty", "workers", "timeout_s", "observation", "size", "view", "tile_size", "describe"}
 
 
 def refuse_other_games(folders: list[Path]) -> None:
     """Exit where one seed wouldn't deal the same in all of these evaluations: then no pairing means anything."""
-    games = [yaml.safe_load((folder / "config.yaml").read_text())["env"] for folder in folders]
+    games = [flat_settings(folder / "config.yaml", "name another run") for folder in folders]
     for folder, game in zip(folders, games, strict=True):
-        for key in sorted((games[0].keys() | game.keys()) - SHOWN_ONLY):
-            if game.get(key) != games[0].get(key):
+        for key in sorted(games[0].keys() | game.keys()):
+            group, _, setting = key.partition(".")
+            if group == "env" and setting not in SHOWN_ONLY and game.get(key) != games[0].get(key):
                 sys.exit(
-                    f"{folders[0]} has env.{key}={games[0].get(key)}, {folder} {game.get(key)}: one seed isn't the "
+                    f"{folders[0]} has {key}={games[0].get(key)}, {folder} {game.get(key)}: one seed isn't the "
                     "same episode there, give each a table of its own"
                 )
 
@@ -82,21 +81,21 @@ def difference(first: dict[int, float], second: dict[int, float]) -> str:
     """Mean success of the second minus the first over the seeds of both, with a normal 95 % interval over seeds."""
     gains = np.array([second[seed] - first[seed] for seed in first.keys() & second.keys()])
     mean, spread = gains.mean(), 1.96 * gains.std(ddof=1) / np.sqrt(len(gains))
-    return f"{mean:+.3f} [{mean - spread:+.3f}, {mean + spread:+.3f}] on the same {len(gains)} seeds"
+    return f"{mean:+.4f} [{mean - spread:+.4f}, {mean + spread:+.4f}] on the same {len(gains)} seeds"
 
 
 def main() -> None:
     if len(sys.argv) < 2 or not all("=" in argument for argument in sys.argv[1:]):
         sys.exit(__doc__)
-    lines, baselines, solved, evaluations, read_before = [], {}, {}, {}, []
-    for argument in sys.argv[1:]:
-        name, _, named = argument.partition("=")
-        folders = [Path(folder) for folder in named.split(",")]
-        name = name.replace("_", " ")
-        runs = evaluations[name] = [read(folder) for folder in folders]
-        read_before += folders
-        refuse_other_games(read_before)
-        solved[name] = rates(folders)
+    arguments = [argument.partition("=") for argument in sys.argv[1:]]
+    named = {name.replace("_", " "): [Path(folder) for folder in runs.split(",")] for name, _, runs in arguments}
+    if len(named) < len(arguments):
+        sys.exit("two have one name: a line of the table each, so a name each")
+    evaluations = {name: [read(folder) for folder in folders] for name, folders in named.items()}
+    refuse_other_games([folder for folders in named.values() for folder in folders])
+    solved = {name: rates(folders) for name, folders in named.items()}
+    lines, baselines = [], {}
+    for name, runs in evaluations.items():
         lines.append(line(name, runs, *interval(solved[name], len(runs))))
         for run in runs:
             for policy in ("random", "expert"):
