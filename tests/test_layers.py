@@ -21,7 +21,7 @@ rollout
 policies episodes llava_data env_pool report
 envs experts | prompting | models | learn | tracking | checkpoints | judge remote answers | sandbox
 config tensors
-types errors files progress
+types errors files pictures progress
 """
 CELLS = [[cell.split() for cell in line.split("|")] for line in LAYERS.strip().splitlines()]
 

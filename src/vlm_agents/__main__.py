@@ -31,7 +31,7 @@ from omegaconf.errors import (
 )
 
 from vlm_agents.config import conf_dir, parse, refuse_secrets, register
-from vlm_agents.errors import ConfigError, VlmAgentsError, did_you_mean
+from vlm_agents.errors import ConfigError, VlmAgentsError, did_you_mean, harmless
 
 FLAGS = (
     *("--help", "-h", "--debug", "--cfg", "-c", "--multirun", "-m", "--run", "-r", "--resolve", "--info", "-i"),
@@ -145,7 +145,7 @@ def run_stage(composed: DictConfig) -> dict[str, float]:
 def report(error: VlmAgentsError, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    print("error: " + harmless(" ".join(str(error).split())), file=sys.stderr)
     return 2
 
 

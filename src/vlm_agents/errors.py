@@ -1,6 +1,15 @@
 """The errors of this package. Each says what is wrong, where, and how to mend it; nothing here prints or exits."""
 
-__all__ = ["ConfigError", "DataError", "EnvError", "ModelError", "TrainingError", "VlmAgentsError", "did_you_mean"]
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "EnvError",
+    "ModelError",
+    "TrainingError",
+    "VlmAgentsError",
+    "did_you_mean",
+    "harmless",
+]
 
 import difflib
 from collections.abc import Iterable
@@ -34,3 +43,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the closest known word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def harmless(text: str) -> str:
+    """The text with control characters spelled out, but for line ends and tabs: a terminal would obey them."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

@@ -6,13 +6,15 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from vlm_agents.errors import harmless
+
 console = Console(stderr=True)
 Item = TypeVar("Item")
 
 
 def say(line: str) -> None:
     """One plain line for whoever watches, above any bar."""
-    console.print(line, highlight=False, soft_wrap=True)
+    console.print(harmless(line), highlight=False, markup=False, soft_wrap=True)
 
 
 def track(items: Iterable[Item], label: str, total: int) -> Iterator[Item]:
