@@ -82,6 +82,12 @@ class Scores:
 class ActorCritic(Protocol):
     """A policy and a critic over the same tokens."""
 
+    @property
+    def exact(self) -> bool:
+        """Does `score` give the log-probs that sampling gave, within 1e-4? In half precision it doesn't: there a
+        row's numbers depend on what else is in its batch."""
+        ...
+
     def score(self, tokens: Tokens) -> Scores: ...
 
     def reference_logprobs(self, tokens: Tokens) -> Tensor:

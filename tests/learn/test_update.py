@@ -24,6 +24,8 @@ WHOLE = 10_000  # tokens: everything in one micro-batch
 class TinyAgent(nn.Module):
     """A policy and a critic over the mean embedding of all tokens so far; the reference is how it was born."""
 
+    exact = True
+
     def __init__(self, vocabulary: int = 12) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -188,6 +190,29 @@ def test_the_ratio_at_start_tells_the_worst_turn_of_either_side(renderer: Render
         shift = np.array([off, 0, 0, 0], dtype=np.float32)
         all_rows[index] = replace(all_rows[index], old_logprobs=all_rows[index].old_logprobs + shift)
     assert run(agent, renderer, all_rows)["ppo/ratio_at_start"] == pytest.approx(np.exp(-0.3), rel=1e-5)
+
+
+def test_what_an_inexact_model_scores_takes_the_place_of_what_was_sampled(renderer: Renderer, make_rows: MakeRows):
+    """In half precision sampling and scoring differ: the ratio is then between two passes of the update."""
+    agent = TinyAgent()
+    agent.exact = False
+    all_rows = make_rows(agent, [6] * 8)
+    for index, off in ((2, 0.1), (5, 0.3)):  # as if sampled with a probability e^off times too large
+        shift = np.array([off, 0, 0, 0], dtype=np.float32)
+        all_rows[index] = replace(all_rows[index], old_logprobs=all_rows[index].old_logprobs + shift)
+    metrics = run(agent, renderer, all_rows, tokens=40, epochs=2, minibatch_turns=4, kl_coef=0.1)
+    assert metrics["ppo/ratio_at_start"] == pytest.approx(1.0, abs=1e-6)
+    # k3(-0.1) = e^-0.1 - 1 + 0.1 = 0.0048374, k3(-0.3) = 0.0408182, and six turns of 0
+    assert metrics["ppo/mismatch_kl"] == pytest.approx((0.0048374 + 0.0408182) / 8, rel=1e-4)
+    assert metrics["ppo/approx_kl"] > 0
+
+
+def test_an_exact_model_tells_the_mismatch_of_its_first_mini_batch(renderer: Renderer, make_rows: MakeRows):
+    agent = TinyAgent()
+    off = np.array([0.3, 0, 0, 0], dtype=np.float32)
+    all_rows = [replace(row, old_logprobs=row.old_logprobs + off) for row in make_rows(agent, [6] * 8)]
+    metrics = run(agent, renderer, all_rows, epochs=2, minibatch_turns=4)
+    assert metrics["ppo/mismatch_kl"] == pytest.approx(0.0408182, rel=1e-4)
 
 
 def test_target_kl_skips_the_remaining_updates(renderer: Renderer, make_rows: MakeRows):

@@ -7,7 +7,7 @@ nothing and saves nothing.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -19,7 +19,7 @@ from vlm_agents.errors import TrainingError
 from vlm_agents.learn.advantages import explained_variance
 from vlm_agents.learn.batch import collate, microbatches, minibatches, to_device
 from vlm_agents.learn.engine import Engine
-from vlm_agents.learn.losses import ppo_policy_loss, reference_kl, turn_entropy_loss, turn_mean, value_loss
+from vlm_agents.learn.losses import k3, ppo_policy_loss, reference_kl, turn_entropy_loss, turn_mean, value_loss
 from vlm_agents.tensors import ActorCritic, Renderer, Row
 
 # Keyed by the identity of a row: idents repeat where one seed is played twice, and rows hold arrays, so have no hash.
@@ -47,14 +47,23 @@ def update(
     """Train on `rows` and end the engine's iteration; metrics are means over all turns of all passes.
 
     `ppo/ratio_at_start` is the ratio furthest from 1 in the first mini-batch, before any step: what is trained is what
-    was sampled only where it is 1. Once a mini-batch's KL passes `target_kl` the remaining updates are skipped. While
-    the engine trains the critic alone, the model reads the rows once, without a gradient or a step. What the critic's
-    head goes over in the end counts in no metric. Raises TrainingError at the first loss or gradient that isn't finite.
+    was sampled only where it is 1. A model that isn't `exact` reads the rows once more for that, and the old log-probs
+    are then its own instead of the sampler's. `ppo/mismatch_kl` says how far the two are apart: the k3 estimate of
+    KL(sampler || update) of a turn before any step, over the first mini-batch, or over all turns of a model that isn't
+    exact. Once a mini-batch's KL passes `target_kl` the remaining updates are skipped. While the engine trains the
+    critic alone, the model reads the rows once, without a gradient or a step. What the critic's head goes over in the
+    end counts in no metric. Raises TrainingError at the first loss or gradient that isn't finite.
     """
+    epochs = [minibatches(rows, algo.minibatch_turns, rng) for _ in range(1 if engine.critic_only else algo.epochs)]
+    mismatch = None
+    if not model.exact:
+        own = rescored(model, renderer, epochs[0], tokens_per_microbatch)
+        mismatch = mismatch_kl([(row, own[id(row)]) for row in rows])
+        rows = [own[id(row)] for row in rows]
+        epochs = [[[own[id(row)] for row in minibatch] for minibatch in epoch] for epoch in epochs]
     reference = reference_logprobs(model, renderer, rows, tokens_per_microbatch) if algo.kl_coef > 0 else None
     passes: list[Pass] = []
     norms: list[dict[str, float]] = []
-    epochs = [minibatches(rows, algo.minibatch_turns, rng) for _ in range(1 if engine.critic_only else algo.epochs)]
     for minibatch in chain.from_iterable(epochs):
         passes.append(accumulate(model, renderer, engine, minibatch, algo, reference, tokens_per_microbatch))
         if engine.critic_only:
@@ -67,6 +76,7 @@ def update(
     ratios = passes[0].terms["ratio"]
     metrics = {
         "ppo/ratio_at_start": float(ratios[(ratios - 1).abs().argmax()]),
+        "ppo/mismatch_kl": float(passes[0].terms["approx_kl"].mean()) if mismatch is None else mismatch,
         "ppo/updates": float(len(norms)),
         "ppo/lr": engine.learning_rate,
     }
@@ -173,6 +183,32 @@ def reference_logprobs(
         pieces = logprobs.split([len(row.old_logprobs) for row in part])
         found.update(zip(map(id, part), pieces, strict=True))
     return found
+
+
+@torch.no_grad()
+def rescored(
+    model: ActorCritic, renderer: Renderer, epoch: Sequence[Sequence[Row]], tokens_per_microbatch: int
+) -> dict[int, Row]:
+    """Per row of an epoch's mini-batches, the row with the log-probs that the update's own passes give now.
+
+    In the micro-batches of that epoch: a row's numbers depend on those that it is padded and summed with.
+    """
+    found: dict[int, Row] = {}
+    for part in chain.from_iterable(microbatches(minibatch, tokens_per_microbatch) for minibatch in epoch):
+        logprobs = model.score(renderer.collate(part)).logprobs.cpu()
+        pieces = logprobs.split([len(row.old_logprobs) for row in part])
+        found |= {id(row): replace(row, old_logprobs=own.numpy()) for row, own in zip(part, pieces, strict=True)}
+    return found
+
+
+def mismatch_kl(pairs: Sequence[tuple[Row, Row]]) -> float:
+    """Mean over all turns of the k3 estimate of KL(first || second) by the log-probs of two versions of each row."""
+    drifts = []
+    for sampled, own in pairs:
+        lengths = [end - start for start, end in sampled.spans]
+        drift = own.old_logprobs.astype(np.float64) - sampled.old_logprobs
+        drifts.append(np.add.reduceat(drift, np.cumsum([0, *lengths[:-1]])))
+    return float(k3(torch.from_numpy(np.concatenate(drifts))).mean())
 
 
 def rollout_metrics(rows: Sequence[Row]) -> dict[str, float]:

@@ -107,6 +107,10 @@ class Agent(nn.Module):
     def device(self) -> torch.device:
         return self.family.embed_tokens.weight.device
 
+    @property
+    def exact(self) -> bool:
+        return self.family.embed_tokens.weight.dtype == torch.float32
+
     # ---- forward -----------------------------------------------------------------------------------------------------
     def score(self, tokens: Tokens) -> Scores:
         """Log-probs [K] and entropies [K] of the reply tokens, values [M] of the turns; differentiable."""
@@ -215,7 +219,7 @@ class Agent(nn.Module):
 
     @property
     def checkpointing(self) -> bool:
-        return bool(getattr(self.family.text, "gradient_checkpointing", False)) and torch.is_grad_enabled()
+        return bool(getattr(self.family.text, "gradient_checkpointing", False))
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:
@@ -224,7 +228,7 @@ class Agent(nn.Module):
         transformers does so in train mode only. Here the layers alone are switched to it, and not the dropout inside
         them: what is scored is what was sampled.
         """
-        modules = self.model.modules() if self.checkpointing else ()
+        modules = self.model.modules() if self.checkpointing and torch.is_grad_enabled() else ()
         layers = [
             module for module in modules if isinstance(module, GradientCheckpointingLayer) and not module.training
         ]
