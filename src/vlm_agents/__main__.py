@@ -63,6 +63,17 @@ Examples:
 """
 
 
+class Harmless(logging.Formatter):
+    """Log lines for a terminal, which must not obey them: they quote data, envs and servers."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return harmless(super().format(record))
+
+
+if logging.lastResort:  # what prints warnings here: no other handler is set
+    logging.lastResort.setFormatter(Harmless())
+
+
 class Refused(BaseException):
     """Carries an error of the user past Hydra, which would add a line of its own to an Exception."""
 
@@ -144,7 +155,7 @@ def run_stage(composed: DictConfig) -> dict[str, float]:
 
 def report(error: VlmAgentsError, debug: bool) -> int:
     if debug:
-        traceback.print_exception(error)
+        print(harmless("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     print("error: " + harmless(" ".join(str(error).split())), file=sys.stderr)
     return 2
 
