@@ -63,17 +63,6 @@ Examples:
 """
 
 
-class Harmless(logging.Formatter):
-    """Log lines for a terminal, which must not obey them: they quote data, envs and servers."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return harmless(super().format(record))
-
-
-if logging.lastResort:  # what prints warnings here: no other handler is set
-    logging.lastResort.setFormatter(Harmless())
-
-
 class Refused(BaseException):
     """Carries an error of the user past Hydra, which would add a line of its own to an Exception."""
 

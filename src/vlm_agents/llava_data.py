@@ -137,8 +137,9 @@ def _short(value: Any) -> str:
 def _image(folder: Path, name: Any) -> Image.Image:
     if not isinstance(name, str):
         raise BrokenRecord(f"can't read picture {_short(name)} (its name is no text)")
+    folder = Path(os.path.abspath(folder))
     path = Path(os.path.abspath(folder / name))  # without "..", and not resolved: a link in the folder may lead out
-    if not path.is_relative_to(os.path.abspath(folder)):
+    if not path.is_relative_to(folder):
         raise BrokenRecord(
             f"picture {_short(name)} lies outside of {folder}: write its absolute path, and set stage.images to a "
             "folder above it"
