@@ -67,6 +67,20 @@ def test_a_missing_picture_is_named_with_the_line_that_wants_it(collected: Path,
     assert_refused(command(tmp_path, "stage=preprocess"), "episodes.jsonl:1", "can't read image", "Put it back")
 
 
+def test_what_data_is_called_and_says_can_not_steer_the_terminal(tmp_path: Path):
+    """Names in a LLaVA file reach a warning, and a log line stays one line."""
+    said = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "red"}]
+    records = [{"image": name, "conversations": said} for name in ("\x1b[2Jgone\x9b\nerror: no.png", "../it.png")]
+    (tmp_path / "chats.json").write_text(json.dumps(records))
+    done = command(tmp_path, "stage=preprocess", "stage.data=[chats.json]")
+    assert_refused(done, "no picture", "\\x1b[2Jgone\\x9b error: no.png")
+    assert not {"\x1b", "\x9b"} & set(done.stdout + done.stderr)
+    warned = [line for line in done.stdout.splitlines() if "skipped" in line]
+    assert len(warned) == 2
+    assert "\\x1b[2Jgone\\x9b\\nerror: no.png; skipped" in warned[0]
+    assert "'../it.png' lies outside of" in warned[1]
+
+
 def test_data_that_nobody_wrote_names_its_stage(tmp_path: Path):
     assert_refused(command(tmp_path, "stage=preprocess"), "outputs/mine/collect/episodes.jsonl", "stage=collect")
     assert_refused(command(tmp_path, "stage=sft"), "outputs/mine/preprocess/train.parquet", "stage=preprocess")

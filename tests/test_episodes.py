@@ -1,10 +1,14 @@
 """What is written is what is read; what is broken is named; what was whole stays whole."""
 
 import dataclasses
+import json
 import logging
 import math
+import os
 import resource
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -149,14 +153,81 @@ def test_a_corrupted_line_is_named(run_dir: Path, broken: bytes):
         next(episodes)
 
 
-@pytest.mark.parametrize("harm", ["missing", "cut", "empty"])
+def at(*keys: str | int) -> Callable[[dict, Any], None]:
+    """Sets what lies there in an episode."""
+
+    def change(episode: dict, value: Any) -> None:
+        *path, last = keys
+        for key in path:
+            episode = episode[key]
+        episode[last] = value
+
+    return change
+
+
+TURN = ("turns", 0)
+IMAGE = (*TURN, "observation", "images", 0)
+
+
+WRONG = [
+    (at("env"), 5, "5 is no str"),
+    (at("seed"), "5", "'5' is no int"),
+    (at("seed"), True, "True is no int"),
+    (at("seed"), 1.0, "1.0 is no int"),
+    (at("seed"), 1 << 63, "9223372036854775808 is no int"),
+    (at("stop"), "won", "'won' is no "),
+    (at("bootstrap"), math.nan, "nan is no float"),
+    (at("bootstrap"), -(10**400), "is no float"),
+    (at("turns"), {}, "{} is no tuple"),
+    (at("turns", 0), None, "None is no Turn"),
+    (at(*TURN, "prompt"), "text", "'text' is no tuple"),
+    (at(*TURN, "prompt", 0, "role"), "boss", "'boss' is no "),
+    (at(*TURN, "reply", "text"), ["a"], "['a'] is no str"),
+    (at(*TURN, "reply", "logprobs"), [0.0, math.inf], "is no tuple"),
+    (at(*TURN, "reply", "token_ids"), [1, [2]], "is no tuple"),
+    (at(*TURN, "parsed", "action_span"), [1], "[1] is no tuple"),
+    (at(*TURN, "step", "reward"), None, "None is no float"),
+    (at(*TURN, "step", "terminated"), 1, "1 is no bool"),
+    (at(*TURN, "step", "metrics"), {"success": "yes"}, "is no Mapping"),
+    (at(*IMAGE), 7, "7 is no Image"),
+    (at(*IMAGE), "../images/0123456789abcdef", "such a name is 16 hex digits"),
+    (at(*IMAGE), "0123456789ABCDEF", "such a name is 16 hex digits"),
+]
+
+
+@pytest.mark.parametrize(("change", "value", "said"), WRONG, ids=[said for *_, said in WRONG])
+@pytest.mark.parametrize("pictures", [True, False])
+def test_a_wrong_type_is_named_with_its_line(
+    run_dir: Path, change: Callable[[dict, Any], None], value: Any, said: str, pictures: bool
+):
+    first, second, third = lines(run_dir)
+    episode = json.loads(second)
+    change(episode, value)
+    (run_dir / "episodes.jsonl").write_bytes(first + json.dumps(episode).encode() + b"\n" + third)
+    with pytest.raises(DataError) as refused:
+        list(read_episodes(run_dir, pictures))
+    assert str(refused.value).startswith(f"{run_dir}/episodes.jsonl:2: not an episode (")
+    assert said in str(refused.value)
+
+
+def test_a_line_that_nests_too_deeply_is_named(run_dir: Path):
+    (run_dir / "episodes.jsonl").write_text('{"env": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    with pytest.raises(DataError, match=r"episodes\.jsonl:1: not an episode"):
+        list(read_episodes(run_dir))
+
+
+@pytest.mark.parametrize("harm", ["missing", "cut", "empty", "bomb", "pipe"])
 def test_a_broken_image_is_named_with_the_line_that_wants_it(run_dir: Path, harm: str):
     (second,) = (episode for episode in read_episodes(run_dir) if episode.seed == 3)
     names = {path: Image.open(path).tobytes() for path in (run_dir / "images").iterdir()}
     (path,) = (path for path, pixels in names.items() if pixels == second.turns[2].observation.images[0].tobytes())
     del second
-    if harm == "missing":
+    if harm in ("missing", "pipe"):
         path.unlink()
+        if harm == "pipe":
+            os.mkfifo(path)
+    elif harm == "bomb":
+        Image.new("1", (10_000, 10_000)).save(path)  # 12 kB
     else:
         path.write_bytes(path.read_bytes()[: 60 if harm == "cut" else 0])
     with pytest.raises(DataError, match=rf"episodes\.jsonl:2: can't read image {path} "):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -32,11 +33,12 @@ def record(*said: Any, image: Any = "7/red.png") -> dict[str, Any]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Pictures: 7/red.png, 7/blue.jpg, and cut.png, which ends too early."""
+    """Pictures: 7/red.png, 7/blue.jpg, cut.png, which ends too early, and pipe.png, which never begins."""
     (tmp_path / "7").mkdir()
     Image.new("RGBA", (28, 28), "red").save(tmp_path / "7" / "red.png")
     Image.new("RGB", (28, 28), "blue").save(tmp_path / "7" / "blue.jpg")
     (tmp_path / "cut.png").write_bytes((tmp_path / "7" / "red.png").read_bytes()[:50])
+    os.mkfifo(tmp_path / "pipe.png")
     return tmp_path
 
 
@@ -52,7 +54,7 @@ def test_each_thing_that_gpt_said_is_an_example(folder: Path):
         record(human("<image>\nWhich colour?"), gpt("red")),
         record(
             {"from": "system", "value": "Be terse."},
-            human("Compare\n<image>\n<image>"),
+            human("<image>\n<image>\nCompare"),
             gpt("red, blue"),
             human("And mixed?"),
             gpt("purple"),
@@ -72,7 +74,43 @@ def test_each_thing_that_gpt_said_is_an_example(folder: Path):
     assert counts == {"records": 2, "records_skipped": 0}
 
 
+@pytest.mark.parametrize(
+    "said", ["<image>\nWhich?", "Which?\n<image>", " <image> Which?", "<image>", "Which?<image>\n"]
+)
+def test_one_mark_at_an_end_is_a_picture_before_the_text(folder: Path, said: str):
+    (one,) = read_llava(written(folder, record(human(said), gpt("red"))), folder, Counter())
+    (message,) = one.prompt
+    assert (message.text, len(message.images)) == (said.replace("<image>", "").strip(), 1)
+
+
+def test_pictures_are_as_a_viewer_shows_them(folder: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: what is stored as 28 wide is 14 wide
+    Image.new("RGB", (28, 14), "blue").save(folder / "turned.jpg", exif=exif)
+    Image.new("RGBA", (28, 28), (0, 0, 0, 0)).save(folder / "clear.png")
+    Image.new("I;16", (28, 28), 0x8000).save(folder / "deep.png")
+    names = ["turned.jpg", "clear.png", "deep.png"]
+    path = written(folder, *(record(*SOUND, image=name) for name in names))
+    turned, clear, deep = (example.prompt[0].images[0] for example in read_llava(path, folder, Counter()))
+    assert (turned.size, dict(turned.getexif())) == ((14, 28), {})
+    assert clear.getpixel((0, 0)) == (255, 255, 255)
+    assert deep.getpixel((0, 0)) == (128, 128, 128)
+
+
+def test_a_folder_of_pictures_holds_what_its_own_links_point_to(folder: Path, tmp_path_factory: pytest.TempPathFactory):
+    other = tmp_path_factory.mktemp("other")
+    Image.new("RGB", (28, 28), "lime").save(other / "lime.png")
+    (folder / "linked").symlink_to(other)
+    names = ["linked/lime.png", str(folder / "7" / "red.png"), "7/../7/red.png"]
+    path = written(
+        folder, *(record(*SOUND, image=name) for name in names), record(*SOUND, image=str(other / "lime.png"))
+    )
+    assert [example.record for example in read_llava(path, folder, Counter())] == [0, 1, 2]
+    assert [example.record for example in read_llava(path, other, Counter())] == [3]  # its absolute path lies there
+
+
 SOUND = (human("<image>\nWhich colour?"), gpt("red"))
+TWO = ["7/red.png", "7/blue.jpg"]
 BROKEN = [
     ("a text", "no conversations in 'a text'"),
     ({"image": "7/red.png"}, "no conversations in {'image': '7/red.png'}"),
@@ -93,6 +131,16 @@ BROKEN = [
     (record(human("Which colour?"), gpt("red")), "0 <image> for 1 pictures"),
     (record(human("<image><image>"), gpt("red")), "2 <image> for 1 pictures"),
     (record(human("Which colour?"), gpt("<image>red")), "<image> outside of the human turns"),
+    (record(human("Is <image> red?"), gpt("yes")), "<image> in the middle of a text: "),
+    (record(human("First: <image> Second: <image>"), gpt("red"), image=TWO), "<image> in the middle of a text: "),
+    (record(human("<image>\nor\n<image>"), gpt("red"), image=TWO), "<image> in the middle of a text: "),
+    (record(human("Compare\n<image>\n<image>"), gpt("red"), image=TWO), "<image> in the middle of a text: "),
+    (record(*SOUND, image="../outside.png"), "picture '../outside.png' lies outside of {folder}: "),
+    (record(*SOUND, image="7/../../outside.png"), "picture '7/../../outside.png' lies outside of {folder}: "),
+    (record(*SOUND, image="/outside.png"), "picture '/outside.png' lies outside of {folder}: "),
+    (record(*SOUND, image="pipe.png"), "can't read picture 'pipe.png' (it is no ordinary file)"),
+    (record(*SOUND, image="a\0.png"), "can't read picture 'a\\x00.png' "),
+    (record(*SOUND, image="x" * 300), "can't read picture 'xxx"),
 ]
 
 

@@ -1,5 +1,7 @@
 """Captioned frames, GIFs and the HTML report, from episodes made here."""
 
+import base64
+import io
 import json
 import re
 from dataclasses import replace
@@ -101,6 +103,32 @@ def test_caption_of_any_text_stays_inside_its_canvas(thought: str):
     # lean out of its line by 2 pixels.
     for box in ((352, 0, 366, 368), (674, 0, 688, 368), (352, 354, 688, 368)):
         assert {colour for _, colour in frame.crop(box).getcolors(1 << 16) or []} == {(255, 255, 255)}
+
+
+@pytest.mark.timeout(20)
+def test_caption_of_millions_of_characters_takes_no_time():
+    """Only what is shown is measured: one word of 40,000 characters took half a minute."""
+    for word in ("x" * 2_000_000, "\u0301" * 2_000_000):
+        turn = make_turn(thought=word)
+        assert captioned_frame(turn, 0).size == captioned_frame(make_turn(), 0).size
+        captioned_frame(replace(turn, observation=Observation(word), parsed=Parsed(word, error=word)), 0)
+
+
+def test_gif_of_an_env_with_an_endless_name(tmp_path: Path):
+    endless = replace(episode(make_turn()), env="e" * 2_000_000, policy="p" * 2_000_000)
+    episode_gif(endless, tmp_path / "episode.gif")
+    episode_gif(replace(endless, env="e" * 400, policy="p" * 400), tmp_path / "short.gif")
+    assert (tmp_path / "episode.gif").read_bytes() == (tmp_path / "short.gif").read_bytes()
+
+
+def test_a_transparent_frame_is_shown_over_white(tmp_path: Path):
+    clear = Image.new("RGBA", (56, 56), (0, 0, 0, 0))
+    turn = replace(make_turn(), observation=Observation("", (clear,)))
+    assert captioned_frame(turn, 0).getpixel((16 + 168, 16 + 168)) == (255, 255, 255)
+    data = Page(report(tmp_path, episode(turn))).data
+    url = data["images"][data["episodes"][0]["seen"][0][0][0]][0]
+    with Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))) as shown:
+        assert shown.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_frame_without_images_shows_the_text():

@@ -144,7 +144,7 @@ def run_stage(composed: DictConfig) -> dict[str, float]:
 
 def report(error: VlmAgentsError, debug: bool) -> int:
     if debug:
-        traceback.print_exception(error)
+        print(harmless("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     print("error: " + harmless(" ".join(str(error).split())), file=sys.stderr)
     return 2
 

@@ -8,19 +8,22 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Callable, Iterator
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cache, partial
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 from weakref import WeakValueDictionary
 
 from PIL import Image
 
 from vlm_agents.errors import DataError
 from vlm_agents.files import append_line, atomic_write, sync, writing
+from vlm_agents.pictures import opened
 from vlm_agents.types import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -29,6 +32,14 @@ LINES = "episodes.jsonl"
 IMAGES = "images"
 SYNC_EVERY = 1000  # pictures
 BLANK = Image.new("1", (1, 1))
+NAME = re.compile("[0-9a-f]{16}")  # of an image: no line can name a file of another folder
+# What JSON has for a plain type, and how large a number may be.
+PLAIN: dict[type, tuple[set[type], float | None]] = {
+    str: ({str}, None),
+    bool: ({bool}, None),
+    int: ({int}, 2**63 - 1),
+    float: ({float, int}, sys.float_info.max),
+}
 
 
 class EpisodeWriter:
@@ -124,7 +135,7 @@ def _reading(where: str) -> Iterator[None]:
         yield
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DataError(
             f"{where}: not an episode ({error!r}). Delete this line, or run the stage that wrote it again"
         ) from error
@@ -145,9 +156,9 @@ class _Images:
 
     def _open(self, path: Path) -> Image.Image:
         try:
-            with Image.open(path) as file:
+            with opened(path) as file:
                 return file.copy()  # a plain Image, equal to the one that was saved
-        except (OSError, SyntaxError) as error:  # SyntaxError is how Pillow calls a broken PNG
+        except DataError as error:
             raise DataError(
                 f"can't read image {path} ({error}). Put it back, or delete this line of the episodes"
             ) from error
@@ -159,17 +170,37 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def _decode(kind: Any, value: Any, load: Callable[[str], Image.Image]) -> Any:
-    """The JSON `value` as the type that it was written from. Fields that it lacks take their default."""
-    inner = get_args(kind)
-    if get_origin(kind) is UnionType:
+    """The JSON `value` as the type that it was written from; TypeError or ValueError where it is none.
+
+    Fields that it lacks take their default.
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is UnionType:
         return None if value is None else _decode(inner[0], value, load)
-    if get_origin(kind) is tuple:
-        if inner[0] in (int, float, str):
-            return tuple(value)
-        return tuple(_decode(inner[0], item, load) for item in value)
-    if kind is Image.Image:
-        return load(value)
-    if isinstance(kind, type) and is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
         hints = _hints(kind)
         return kind(**{name: _decode(hints[name], item, load) for name, item in value.items()})
-    return value
+    if origin is tuple and inner[0] not in PLAIN and isinstance(value, list):
+        return tuple(_decode(inner[0], item, load) for item in value)
+    if kind is Image.Image and isinstance(value, str):
+        if not NAME.fullmatch(value):
+            raise ValueError(f"{value!r:.60} names no image: such a name is 16 hex digits")
+        return load(value)
+    if _fits(kind, value):
+        return tuple(value) if origin is tuple else value
+    raise TypeError(f"{value!r:.60} is no {getattr(kind, '__name__', kind)}")
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    """Is a JSON value of this plain type, or made of it? Numbers must be finite, and integers have 64 bits at most."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value in inner
+    if origin is Mapping:
+        return isinstance(value, dict) and _fits(tuple[inner[1], ...], list(value.values()))
+    if origin is not tuple:
+        return kind in PLAIN and _fits(tuple[kind, ...], [value])
+    if not isinstance(value, list) or (inner[1] is not ... and len(value) != len(inner)):
+        return False
+    types, most = PLAIN[inner[0]]
+    return set(map(type, value)) <= types and (most is None or all(abs(number) <= most for number in value))

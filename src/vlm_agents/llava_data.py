@@ -3,11 +3,16 @@
     {"image": "7/0.png",
      "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", "value": "..."}]}
 
+A Message's pictures stand before its text, so what is read are the records where that changes no order: marks before
+the text of their turn, or one mark behind it (which LLaVA's own code moves to the front too). A picture lies inside the
+folder of pictures by its path; a link there may lead out of it, as whoever made the link wanted.
+
 Only reading: records that aren't sound are skipped, named and counted; what becomes of the rest is decided elsewhere.
 """
 
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +21,12 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from vlm_agents.errors import DataError
+from vlm_agents.pictures import read_picture
 from vlm_agents.types import Message, Prompt, Role
 
 logger = logging.getLogger(__name__)
 
-MARK = "<image>"  # a picture's place in a text; in a Message pictures stand before the text, wherever their marks were
+MARK = "<image>"  # a picture's place in a text
 ROLES: dict[str, Role] = {"system": "system", "human": "user", "gpt": "assistant"}
 
 
@@ -87,6 +93,8 @@ def _messages(record: Any, folder: Path) -> Prompt:
         raise BrokenRecord("conversations begin with a gpt turn")
     if any(MARK in text for role, text in zip(roles, texts, strict=True) if role != "user"):
         raise BrokenRecord(f"{MARK} outside of the human turns")
+    if not all(_before_text(text) for text in texts):
+        raise BrokenRecord(f"{MARK} in the middle of a text: pictures can't stand there yet, only before the text")
     image = record.get("image")
     names = image if isinstance(image, list) and image else [_field(record, "image", str)]
     if (marks := sum(text.count(MARK) for text in texts)) != len(names):
@@ -96,6 +104,13 @@ def _messages(record: Any, folder: Path) -> Prompt:
         Message(role, text.replace(MARK, "").strip(), tuple(next(images) for _ in range(text.count(MARK))))
         for role, text in zip(roles, texts, strict=True)
     )
+
+
+def _before_text(text: str) -> bool:
+    """May its pictures be told before it? Nothing but the last has words behind it, or there is but one, at an end."""
+    pieces = text.split(MARK)
+    worded = [place for place, piece in enumerate(pieces) if piece.strip()]
+    return len(worded) <= 1 and (len(pieces) == 2 or worded in ([], [len(pieces) - 1]))
 
 
 def _field(node: Any, key: str, kind: type) -> Any:
@@ -120,11 +135,18 @@ def _short(value: Any) -> str:
 
 
 def _image(folder: Path, name: Any) -> Image.Image:
+    if not isinstance(name, str):
+        raise BrokenRecord(f"can't read picture {_short(name)} (its name is no text)")
+    folder = Path(os.path.abspath(folder))
+    path = Path(os.path.abspath(folder / name))  # without "..", and not resolved: a link in the folder may lead out
+    if not path.is_relative_to(folder):
+        raise BrokenRecord(
+            f"picture {_short(name)} lies outside of {folder}: write its absolute path, and set stage.images to a "
+            "folder above it"
+        )
     try:
-        with Image.open(folder / name) as file:
-            return file.convert("RGB")
-    except FileNotFoundError as error:
-        raise BrokenRecord(f"no picture {folder / name}") from error
-    # SyntaxError is how Pillow calls a broken PNG; TypeError: a name that is no string
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
+        return read_picture(path)
+    except DataError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise BrokenRecord(f"no picture {path}") from error
         raise BrokenRecord(f"can't read picture {_short(name)} ({error})") from error

@@ -5,21 +5,22 @@ reads a run directory. The page itself is the package's `report.html` and `repor
 """
 
 import base64
-import bisect
 import hashlib
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import resources
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from vlm_agents.errors import DataError
 from vlm_agents.files import atomic_write
+from vlm_agents.pictures import as_shown
 from vlm_agents.types import Observation, Parsed, Prompt, Trajectory, Turn
 
 Size = tuple[int, int]
@@ -85,7 +86,7 @@ def _picture(observation: Observation) -> Image.Image:
     """The observation's images in a row, or its text where it has none, at a size that can be looked at."""
     if not observation.images:
         return _text_picture(observation.text)
-    images = [image.convert("RGB") for image in observation.images]
+    images = [as_shown(image) for image in observation.images]
     row = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)), PAPER)
     left = 0
     for image in images:
@@ -98,7 +99,7 @@ def _picture(observation: Observation) -> Image.Image:
 
 def _text_picture(text: str) -> Image.Image:
     picture = Image.new("RGB", (SMALL_SIDE, SMALL_SIDE), PAPER)
-    lines = [line for paragraph in text.splitlines() for line in _wrap(paragraph, 15)]
+    lines = (line for paragraph in text.splitlines() for line in _wrap(paragraph, 15))
     _write(ImageDraw.Draw(picture), (MARGIN, MARGIN), lines, 15, INK, CAPTION_WIDTH)
     return picture
 
@@ -113,45 +114,49 @@ def _compose(
     canvas.paste(picture, (MARGIN + (width - picture.width) // 2, MARGIN + (height - picture.height) // 2))
     draw = ImageDraw.Draw(canvas)
     left, bottom = width + 2 * MARGIN, MARGIN + height
-    draw.text((left, MARGIN), heading, MUTED, _font(13))
+    draw.text((left, MARGIN), heading[:CAPTION_WIDTH], MUTED, _font(13))
     draw.text((left, bottom), facts, MUTED, _font(13), anchor="ld")
-    verdict_lines = _wrap(verdict, 18)[:4]
+    verdict_lines = list(islice(_wrap(verdict, 18), 4))
     verdict_top = bottom - 28 - 24 * len(verdict_lines)
     draw.rectangle((left, verdict_top - 10, left + 32, verdict_top - 8), colour)
-    _write(draw, (left, verdict_top), verdict_lines, 18, colour, 24 * len(verdict_lines))
+    _write(draw, (left, verdict_top), iter(verdict_lines), 18, colour, 24 * len(verdict_lines))
     _write(draw, (left, MARGIN + 24), _wrap(body, 15), 15, INK, verdict_top - MARGIN - 24 - 14)
     return canvas
 
 
 def _write(
-    draw: ImageDraw.ImageDraw, at: tuple[int, int], lines: list[str], size: int, colour: str, height: int
+    draw: ImageDraw.ImageDraw, at: tuple[int, int], lines: Iterator[str], size: int, colour: str, height: int
 ) -> None:
     """Write as many lines as fit into `height`; an ellipsis tells that some were left out."""
     pitch = size * 4 // 3
-    shown = lines[: height // pitch]
-    if shown and len(shown) < len(lines):
+    shown = list(islice(lines, height // pitch))
+    if shown and next(lines, None) is not None:
         shown[-1] = shown[-1][:-3] + "..."
     for row, line in enumerate(shown):
         draw.text((at[0], at[1] + row * pitch), line, colour, _font(size))
 
 
-def _wrap(text: str, size: int) -> list[str]:
-    """Break text into lines of the caption's width, between words where it can, inside a word that is too long."""
+def _wrap(text: str, size: int) -> Iterator[str]:
+    """Break text into lines of the caption's width, between words where it can, inside a word that is too long.
+
+    Only what is asked for is measured, and no more than a character a pixel at once: texts may be of any length.
+    """
     measure = _font(size).getlength
-    lines, line = [], ""
+    line = ""
     for word in text.split():
-        if measure(f"{line} {word}") <= CAPTION_WIDTH:
+        if len(word) <= CAPTION_WIDTH and measure(f"{line} {word}") <= CAPTION_WIDTH:
             line = f"{line} {word}".lstrip()
             continue
         if line:
-            lines.append(line)
+            yield line
         line = word
-        while measure(line) > CAPTION_WIDTH:
-            prefixes = range(1, len(line))
-            fit = max(1, bisect.bisect(prefixes, CAPTION_WIDTH, key=lambda end, line=line: measure(line[:end])))
-            lines.append(line[:fit])
+        while len(line) > CAPTION_WIDTH or measure(line) > CAPTION_WIDTH:
+            prefixes = range(1, min(len(line), CAPTION_WIDTH))
+            fit = max(1, bisect(prefixes, CAPTION_WIDTH, key=lambda end, line=line: measure(line[:end])))
+            yield line[:fit]
             line = line[fit:]
-    return [*lines, line] if line else lines
+    if line:
+        yield line
 
 
 def _signed(value: float) -> str:
@@ -227,9 +232,13 @@ class _Pool:
         self.images: list[tuple[str, int, int]] = []  # data URL, width, height
         self.messages: list[tuple[str, str, list[int]]] = []  # role, text, images
         self._index: dict[object, int] = {}
+        self._places: dict[int, int] = {}  # by the identity of images that the episodes hold
 
-    def add_images(self, images: Iterable[Image.Image]) -> list[int]:
-        return [self._add_image(image.convert("RGB")) for image in images]
+    def add_images(self, images: Sequence[Image.Image]) -> list[int]:
+        for image in images:
+            if id(image) not in self._places:  # a frame comes back in every later prompt: look at it once
+                self._places[id(image)] = self._add_image(as_shown(image))
+        return [self._places[id(image)] for image in images]
 
     def _add_image(self, image: Image.Image) -> int:
         key = image.size, hashlib.sha256(image.tobytes()).digest()

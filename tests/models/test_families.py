@@ -42,6 +42,18 @@ def test_pictures_without_three_channels_are_made_rgb(agent: Agent, picture: Pic
     assert torch.equal(one, other)
 
 
+def test_pictures_are_told_apart_by_what_they_show(agent: Agent, picture: Picture):
+    """A palette and transparency count: equal bytes need not look alike."""
+    warm, cold = picture(84, 56).convert("P"), picture(84, 56).convert("P")
+    cold.putpalette([255 - level for level in warm.getpalette() or []])
+    clear = picture(84, 56).convert("RGBA")
+    clear.putalpha(0)
+    white = Image.new("RGB", clear.size, "white")
+    batch = agent.images.batch([warm, cold, clear, white])
+    assert batch["image_index"].tolist() == [0, 1, 2, 2]
+    assert torch.equal(agent.family.pixels([clear])["pixel_values"], agent.family.pixels([white])["pixel_values"])
+
+
 def test_each_picture_is_encoded_as_if_alone(agent: Agent, picture: Picture):
     images = [picture(84, 56, 1), picture(100, 75, 2), picture(56, 56, 3)]
     with torch.no_grad():

@@ -12,6 +12,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from vlm_agents.models.families import Family
+from vlm_agents.pictures import as_shown
 
 ENCODE_AT_ONCE = 64  # frames through the vision part in one pass
 KEEP_BYTES = 2 << 30  # of features; past it the oldest are encoded anew when needed
@@ -66,7 +67,7 @@ class ImageStore:
 
 
 def key_of(image: Image) -> str:
-    """A picture's content as a key; pictures with equal pixels and size are one."""
-    digest = hashlib.blake2b(image.tobytes(), digest_size=16)
-    digest.update(f"{image.mode}{image.size}".encode())
+    """A picture's content as a key; pictures that show the same are one."""
+    digest = hashlib.blake2b(as_shown(image).tobytes(), digest_size=16)
+    digest.update(f"{image.size}".encode())
     return digest.hexdigest()

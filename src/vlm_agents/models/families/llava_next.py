@@ -10,6 +10,7 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 
 from vlm_agents.errors import ModelError
 from vlm_agents.models.families.base import Kind, LanguageParts, Mm, one_after_another
+from vlm_agents.pictures import as_shown
 
 
 class LlavaNext(LanguageParts):
@@ -53,7 +54,7 @@ class LlavaNext(LanguageParts):
         return self._counts[size]
 
     def pixels(self, images: Sequence[Image.Image]) -> Mm:
-        out = self.image_processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+        out = self.image_processor(images=[as_shown(image) for image in images], return_tensors="pt")
         return {"pixel_values": out["pixel_values"], "image_sizes": out["image_sizes"]}
 
     def encode(self, mm: Mm) -> list[Tensor]:

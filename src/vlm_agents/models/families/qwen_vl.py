@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vlm_agents.models.families.base import Kind, LanguageParts, Mm
+from vlm_agents.pictures import as_shown
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -52,7 +53,7 @@ class QwenVL(LanguageParts):
         height, width = self.grid(images[0].size)
         if len(sizes) == 1 and images[0].size == (width * patch, height * patch):
             return self._patches(images, height, width)
-        out = self.image_processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+        out = self.image_processor(images=[as_shown(image) for image in images], return_tensors="pt")
         return {"pixel_values": out["pixel_values"], "image_grid_thw": out["image_grid_thw"]}
 
     def _patches(self, images: Sequence[Image.Image], height: int, width: int) -> Mm:
@@ -61,7 +62,7 @@ class QwenVL(LanguageParts):
         The stock processor goes picture by picture, which costs more than the tiny model's forward pass.
         """
         processor, merge, patch = self.image_processor, self.merge, self.image_processor.patch_size
-        frames = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+        frames = torch.from_numpy(np.stack([np.asarray(as_shown(image)) for image in images]))
         n = len(images)
         frames = frames.view(n, height // merge, merge, patch, width // merge, merge, patch, 3)
         # to [n, block row, block column, row in block, column in block, channel, y, x], the order of the patches, while

@@ -17,6 +17,7 @@ from transformers.utils.hub import cached_file
 
 from vlm_agents.errors import ModelError
 from vlm_agents.models.families.base import Kind, LanguageParts, Mm, one_after_another, unknown
+from vlm_agents.pictures import as_shown
 
 
 class Unlisted(LanguageParts):
@@ -72,7 +73,7 @@ class Unlisted(LanguageParts):
         return self.tokens_each
 
     def pixels(self, images: Sequence[Image.Image]) -> Mm:
-        out = self.image_processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+        out = self.image_processor(images=[as_shown(image) for image in images], return_tensors="pt")
         if (shape := list(out["pixel_values"].shape)) != [len(images), *shape[-3:]]:
             raise self.unlike(f"{len(images)} pictures make pixel_values of shape {shape}, not one row each")
         return {"pixel_values": out["pixel_values"]}
