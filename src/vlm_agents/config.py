@@ -458,6 +458,7 @@ class SftConfig(StageConfig):
 
     name: str = "sft"
     data: str = MISSING  # run directory of stage=preprocess
+    skip_bad: bool = False  # leave out the rows that can't be trained on, instead of refusing them all before it begins
     init: str | None = None
     epochs: float = 1.0
     batch_size: int = 64
