@@ -306,6 +306,16 @@ def test_what_a_text_says_is_text(
         assert said.count(text) == 4
 
 
+@pytest.mark.parametrize("text", ["a</think>b", " \n<a>| b\t", "\u2003wide\u2003", "  ", ""])
+def test_a_template_strips_a_text_and_reads_nothing_in_it(agent: Agent, text: str):
+    template = CHAT_TEMPLATE.replace("part['text']", "part['text'].split('</think>')[-1] | trim")
+    renderer = with_template(agent, template)
+    plain = with_template(agent, CHAT_TEMPLATE)
+    assert template != CHAT_TEMPLATE
+    chat, stripped = ((Message("user", said), Message("assistant", said)) for said in (text, text.strip()))
+    assert renderer.render(chat).ids.tolist() == plain.render(stripped).ids.tolist()
+
+
 def test_half_a_character_is_named(agent: Agent):
     with pytest.raises(DataError, match=r"holds '\\ud83d', half of a surrogate pair"):
         agent.renderer.render((Message("user", "broken \ud83d"),))
