@@ -82,7 +82,10 @@ class Chats(Dataset[Row]):
 
         def blank(picture: bytes) -> Image.Image:
             if picture not in sizes:
-                sizes[picture] = read_picture(picture).size
+                try:
+                    sizes[picture] = read_picture(picture).size
+                except DataError as error:
+                    raise DataError(f"one of its pictures can't be read ({error})") from error
             return Image.new("1", sizes[picture])
 
         found = {}
