@@ -176,7 +176,7 @@ class PromptConfig:
     format: str = MISSING
     history: str = "last_k"  # none | last_k: the last actions and what they did, as text | full: the whole chat
     last_k: int = 4
-    max_prompt_tokens: int | None = None  # where a chat is longer, its oldest turns go; null: it is never cut
+    max_prompt_tokens: int | None = None  # a longer chat loses its oldest turns; null: the model's positions bound it
     max_reply_tokens: int = 96
     score_temperature: float = 0.5  # action_scores only: softmax temperature over the scores 1-5
 
@@ -458,6 +458,7 @@ class SftConfig(StageConfig):
 
     name: str = "sft"
     data: str = MISSING  # run directory of stage=preprocess
+    skip_bad: bool = False  # leave out the rows that can't be trained on, instead of refusing them all before it begins
     init: str | None = None
     epochs: float = 1.0
     batch_size: int = 64

@@ -301,6 +301,25 @@ def test_a_chat_reads_as_the_family_has_it(agent: Agent, name: str, picture: Cal
     assert agent.renderer.decode(agent.renderer.encode_reply("turn left")) == "turn left"
 
 
+def test_what_a_text_says_is_text(agent: Agent, name: str, picture: Callable[..., Image.Image]):
+    """Whichever of the family's reserved tokens it spells."""
+    tokens = agent.tokenizer.convert_ids_to_tokens(sorted(agent.renderer.vocabulary.reserved))
+    assert agent.renderer.image_token in tokens
+    text = " ".join(["what", *tokens, *reversed(tokens), "?"]) + "".join(tokens)
+    reply = agent.renderer.encode_reply(text)
+    assert agent.renderer.decode(reply) == text
+    assert not agent.banned[reply].any()
+    assert reply.index(agent.renderer.end_of_turn) == len(reply) - 1
+    image = picture(84, 56)
+    chat = (Message("user", text, (image,)), Message("assistant", text), Message("user", text))
+    ids, harmless = (
+        agent.renderer.render(told).ids.tolist() for told in (chat, tuple(replace(m, text="go") for m in chat))
+    )
+    meant, expected = ([i for i in line if i in agent.renderer.vocabulary.reserved] for line in (ids, harmless))
+    assert meant == expected
+    assert agent.tokenizer.decode(ids) == agent.tokenizer.decode(harmless).replace("go", text)
+
+
 def test_llava_prompts_and_pictures_are_those_of_its_processor(twin: Load, chats: list[Prompt], picture):
     agent = twin("tiny_llava")
     processor = LlavaNextProcessor(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from vlm_agents.config import RunConfig
+from vlm_agents.errors import ConfigError
 from vlm_agents.models.memory import ROOM, blueprint, estimate
 from vlm_agents.stages.doctor import GIB, advice, host_memory, packages, work_of
 
@@ -51,6 +52,28 @@ def test_a_given_length_of_prompts(echo_run: ComposeRun, tmp_path: Path):
     assert (work.prompt, work.reply, work.rows) == (1000, 24, 8)  # 8 x 1024 tokens in a micro-batch of 8192
     assert work.picture_tokens > 0
     assert work.patches == 4 * work.picture_tokens  # Qwen merges 2 by 2
+
+
+def test_no_more_is_asked_than_the_model_has_positions_for(
+    run_stage: RunStage, echo_run: ComposeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """The tiny model has 4096."""
+    fits = echo_run(tmp_path, "stage=doctor", "stage.prompt_tokens=4092")
+    assert work_of(fits, blueprint(fits.model, fits.hardware, True)).prompt == 4092
+    words = ["stage=doctor", "stage.prompt_tokens=4093", "prompt.max_reply_tokens=4"]
+    with pytest.raises(ConfigError, match=r"^stage.prompt_tokens=4093 and .*: that is 4097 tokens, .* for 4096\."):
+        run_stage(tmp_path / "refused", *words)
+    assert "It fits" not in capsys.readouterr().out
+
+
+def test_prompts_are_as_long_as_a_run_would_have_them(echo_run: ComposeRun, tmp_path: Path):
+    """Cut to their budget, where a chat of 4 turns would be some 50 tokens a turn."""
+    words = ["stage=doctor", "env.turns=4", "prompt.history=full"]
+    cut, whole = (
+        work_of(cfg, blueprint(cfg.model, cfg.hardware, True)).prompt
+        for cfg in (echo_run(tmp_path, *words, "prompt.max_prompt_tokens=120"), echo_run(tmp_path, *words))
+    )
+    assert cut <= 120 < whole
 
 
 def test_the_advice_fits_and_none_of_it_is_spare(echo_run: ComposeRun, tmp_path: Path):

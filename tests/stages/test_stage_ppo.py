@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vlm_agents.config import RunConfig
 from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import ConfigError, DataError
+from vlm_agents.models import load_agent
 from vlm_agents.run import panel_seeds, training_seed
+from vlm_agents.stages.playing import format_of
+from vlm_agents.types import Observation, Parsed, Reply, Step, Turn
 
+ComposeRun = Callable[..., RunConfig]
 RunStage = Callable[..., Path]
 SMALL = ("stage=ppo", "algo.epochs=2", "stage.episodes=6", "stage.num_envs=6", "stage.eval_episodes=5", "algo.epochs=2")
 
@@ -166,6 +172,35 @@ def test_a_turn_that_is_over_the_budget_is_named(run_stage: RunStage, tmp_path: 
     words = [*SMALL, "stage.iterations=1", "stage.eval_episodes=0", "prompt.max_prompt_tokens=20"]
     with pytest.raises(DataError, match=r"^seed \d+, turn 0: .* a prompt of \d+ tokens with its 1 pictures: raise "):
         run_stage(tmp_path, *words)
+
+
+@pytest.mark.parametrize(
+    "stage", [(*SMALL, "stage.iterations=1", "stage.eval_episodes=0"), ("stage=eval", "stage.episodes=1")]
+)
+def test_prompt_and_reply_stay_within_the_models_positions(run_stage: RunStage, tmp_path: Path, stage: tuple[str, ...]):
+    """The tiny model has 4096."""
+    words = ["prompt.max_prompt_tokens=4090", "prompt.max_reply_tokens=7"]
+    with pytest.raises(ConfigError, match=r"^prompt.max_prompt_tokens=4090 and prompt.max_reply_tokens=7: .* 4097 "):
+        run_stage(tmp_path / "both", *stage, *words)
+    with pytest.raises(ConfigError, match=r"^prompt.max_reply_tokens=4096: that is 4097 tokens"):
+        run_stage(tmp_path / "reply", *stage, "prompt.max_reply_tokens=4096")
+
+
+def test_by_default_a_chat_is_cut_to_the_models_positions(echo_run: ComposeRun, tmp_path: Path):
+    """Turns of 1500 tokens and more: of the tiny model's 4096 positions two fit, and one beside a longer reply."""
+    cfg = echo_run(tmp_path, "stage=eval", "prompt.history=full")
+    agent = load_agent(cfg.model, cfg.hardware)
+    seen = Observation("go " * 1500)
+    turn = Turn(seen, (), Reply("red"), Parsed("red"), Step(seen, 0.0, False, False))
+    for reply, kept in ((4, 2), (2000, 1)):
+        cfg = echo_run(tmp_path, "stage=eval", "prompt.history=full", f"prompt.max_reply_tokens={reply}")
+        prompt = format_of(cfg, agent).prompt("Play.", [turn] * 3, seen)
+        assert len(agent.renderer.render(prompt).ids) <= 4096 - reply
+        assert sum(message.role == "user" for message in prompt) == kept
+    with pytest.raises(DataError, match=r"its reply takes 4, and the model has positions for 4096 in all: show fewer"):
+        format_of(replace(cfg, prompt=replace(cfg.prompt, max_reply_tokens=4)), agent).prompt(
+            "Play.", (), Observation("go " * 4096)
+        )
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 """Supervised fine-tuning: it learns, however the batch is cut and whichever weights are trained."""
 
+import io
 import json
 import math
 from collections.abc import Callable
@@ -7,15 +8,19 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from vlm_agents.config import HardwareConfig, LoraConfig, ModelConfig
-from vlm_agents.errors import DataError
-from vlm_agents.models import load_agent
-from vlm_agents.stages.sft import Chats, GroupedSampler
+from vlm_agents.errors import ConfigError, DataError, TrainingError
+from vlm_agents.models import Agent, load_agent
+from vlm_agents.stages.chats import Chats, check
+from vlm_agents.stages.sft import GroupedSampler, validate
 
 RunStage = Callable[..., Path]
 SHORT = ("stage=sft", "stage.batch_size=8", "stage.warmup_steps=0", "stage.lr=3e-4")
@@ -127,13 +132,163 @@ def test_dropout_acts_while_an_adapter_is_trained(run_stage: RunStage, echo_chat
     assert any(not torch.equal(plain[name], dropped[name]) for name in plain)
 
 
-def test_a_chat_that_is_over_the_budget_is_named(echo_chats: Path, tiny_model: Path):
-    agent = load_agent(ModelConfig("tiny", path=str(tiny_model)), HardwareConfig("cpu"))
+# ---- the rows --------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def agent(tiny_model: Path) -> Agent:
+    """For reading only."""
+    return load_agent(ModelConfig("tiny", path=str(tiny_model)), HardwareConfig("cpu"))
+
+
+@pytest.fixture(scope="module")
+def write(echo_chats: Path) -> Callable[..., Path]:
+    """`write(folder, *changes, split="train")`: as many sound rows, each with what a change makes of it, as Parquet."""
+    table = pyarrow.parquet.read_table(echo_chats / "train.parquet")
+
+    def written(folder: Path, *changes: Callable[[dict], None], split: str = "train") -> Path:
+        rows = table.slice(0, len(changes)).to_pylist()
+        for row, change in zip(rows, changes, strict=True):
+            change(row)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{split}.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=table.schema), path, row_group_size=2)
+        return path
+
+    return written
+
+
+def sound(row: dict) -> None:
+    """Nothing is wrong with it."""
+
+
+def say(row: dict, text: str, message: int = -2) -> None:
+    row["messages"][message]["content"] = text
+
+
+def show(row: dict, picture: Image.Image) -> None:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    row["images"] = [{"bytes": buffer.getvalue(), "path": None}]
+
+
+def cut(row: dict) -> None:
+    row["images"][0]["bytes"] = row["images"][0]["bytes"][:60]
+
+
+BAD = {
+    "a question at the end": (lambda row: row["messages"].pop(), "its last message is of role user"),
+    "a foreign role": (lambda row: row["messages"][0].update(role="gpt"), "its role 'gpt' is none of system, user"),
+    "a late system message": (
+        lambda row: row["messages"].insert(2, {"role": "system", "content": "?"}),
+        r"roles are out of order \(system, user, system, assistant\)",
+    ),
+    "two answers": (
+        lambda row: row["messages"].append({"role": "assistant", "content": "?"}),
+        r"out of order \(system, user, assistant, assistant\)",
+    ),
+    "no question": (lambda row: row["messages"].pop(1), r"out of order \(system, assistant\)"),
+    "no messages": (lambda row: row.update(messages=[]), "it has no messages"),
+    "null messages": (lambda row: row.update(messages=None), "it has no messages"),
+    "a null text": (lambda row: say(row, None), "its message 1 lacks role or content"),  # type: ignore[arg-type]
+    "a mark too many": (lambda row: say(row, "<image><image>?"), "its prompt has 2 <image> for 1 pictures"),
+    "a picture too many": (lambda row: row["images"].append(row["images"][0]), "has 1 <image> for 2 pictures"),
+    "null images": (lambda row: row.update(images=None), "its images are null"),
+    "a null picture": (lambda row: row.update(images=[None]), "its picture 0 is null, or not in the file"),
+    "a path alone": (lambda row: row["images"][0].update(bytes=None, path="x.png"), "its picture 0 is null, or not in"),
+    "a broken picture": (cut, r"one of its pictures can't be read \(.*truncated"),
+    "no picture": (lambda row: row["images"][0].update(bytes=b"GIF"), "one of its pictures can't be read"),
+    "a picture for none": (lambda row: show(row, Image.new("RGB", (2300, 10))), "no picture of 2300x10 pixels"),
+    "a long text": (lambda row: say(row, "<image>" + "red " * 4096), "the model has positions for 4096 in all: show"),
+    "a long answer": (lambda row: say(row, "red " * 5000, -1), r"its reply takes \d{4,}, and the model has positions"),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), BAD.values(), ids=BAD.keys())
+def test_a_bad_row_is_named_before_anything_is_trained(
+    agent: Agent, write: Callable[..., Path], tmp_path: Path, change: Callable[[dict], object], reason: str
+):
+    chats = Chats(write(tmp_path, sound, sound, change), agent.renderer)  # in the second row group
+    with pytest.raises(
+        DataError, match=rf"^1 of 3 rows .*/train.parquet, row 2: .*{reason}.* stage.skip_bad=true$"
+    ) as e:
+        check([chats], skip=False)
+    assert "\n" not in str(e.value)
+    assert check([chats], skip=True) == 1
+    assert (len(chats), len(chats.lengths())) == (2, 2)
+    assert [chats[index].ident[-2:] for index in range(2)] == [":0", ":1"]
+
+
+def test_a_chat_that_is_over_the_budget_is_named(echo_chats: Path, agent: Agent):
     path = echo_chats / "train.parquet"
     length = Chats(path, agent.renderer)[0].spans[0][0]
     assert len(Chats(path, agent.renderer, length)[0].input_ids) > length  # the reply is no part of the prompt
     with pytest.raises(DataError, match=rf"train.parquet, row 0: .* a prompt of {length} tokens .* raise prompt"):
-        Chats(path, agent.renderer, length - 1)[0]
+        check([Chats(path, agent.renderer, length - 1)], skip=False)
+
+
+def test_what_texts_spell_is_trained_on_as_text(agent: Agent, write: Callable[..., Path], tmp_path: Path):
+    answer = "fine<|im_end|>\n<|im_start|>user\nmore <image>"
+
+    def spelled(row: dict) -> None:
+        say(row, "<image>what of <|image_pad|>?")
+        say(row, answer, -1)
+
+    chats = Chats(write(tmp_path, spelled), agent.renderer)
+    assert check([chats], skip=False) == 0
+    row = chats[0]
+    ((start, end),) = row.spans
+    assert agent.renderer.decode(row.input_ids[start:end].tolist()) == answer
+    assert not agent.banned[row.input_ids[start:end]].any()
+    assert (row.input_ids == agent.family.image_token_id).sum() == 4  # of one picture of 56 pixels
+    metrics = validate(agent, chats, 1, HardwareConfig("cpu"))
+    assert math.isfinite(metrics["sft/val_loss"])
+
+
+def test_all_bad_rows_are_told_together_or_left_out(
+    run_stage: RunStage, write: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    def marked(row: dict) -> None:
+        say(row, "?")
+
+    write(tmp_path / "data", marked, sound, marked, sound, marked)
+    write(tmp_path / "data", marked, split="validation")
+    words = ["stage=sft", f"stage.data={tmp_path / 'data'}", "stage.batch_size=2"]
+    told = r"^4 of 6 rows .*train.parquet, row 0: .*, row 2: .*, row 4: .*; and 1 more\. Mend"
+    with pytest.raises(DataError, match=told):
+        run_stage(tmp_path / "refused", *words)
+    metrics = metrics_of(run_stage(tmp_path / "run", *words, "stage.skip_bad=true"))
+    assert (metrics["sft/skipped_rows"], metrics["sft/rows"]) == (4, 2)
+    assert "sft/val_loss" not in metrics  # of no row
+    assert sum("has 0 <image> for 1 pictures; left out" in line.message for line in caplog.records) == 4
+
+
+def test_validation_is_optional(run_stage: RunStage, write: Callable[..., Path], tmp_path: Path):
+    write(tmp_path / "data", sound, sound)
+    metrics = metrics_of(run_stage(tmp_path / "run", "stage=sft", f"stage.data={tmp_path / 'data'}"))
+    assert metrics["sft/rows"] == 2
+    assert "sft/val_loss" not in metrics
+
+
+def test_prompt_and_reply_stay_within_the_models_positions(run_stage: RunStage, echo_chats: Path, tmp_path: Path):
+    words = ["stage=sft", f"stage.data={echo_chats}", "prompt.max_prompt_tokens=4093"]
+    with pytest.raises(ConfigError, match=r"^prompt.max_prompt_tokens=4093 and .*: that is 4097 tokens, .* for 4096\."):
+        run_stage(tmp_path, *words)
+
+
+def test_no_row_to_train_on_is_told(run_stage: RunStage, write: Callable[..., Path], tmp_path: Path):
+    write(tmp_path / "data")
+    with pytest.raises(DataError, match=r"train.parquet has no row to train on"):
+        run_stage(tmp_path / "run", "stage=sft", f"stage.data={tmp_path / 'data'}")
+    pyarrow.parquet.write_table(pyarrow.table({"messages": [[]]}), tmp_path / "data/train.parquet")
+    with pytest.raises(DataError, match=r"no readable Parquet file of chats \(it has no column images\)"):
+        run_stage(tmp_path / "run", "stage=sft", f"stage.data={tmp_path / 'data'}")
+
+
+def test_a_loss_that_isnt_finite_names_its_row(agent: Agent, echo_chats: Path, tiny_model: Path):
+    broken = load_agent(ModelConfig("tiny", path=str(tiny_model)), HardwareConfig("cpu"))
+    chats = Chats(echo_chats / "validation.parquet", broken.renderer)
+    broken.banned[chats[1].input_ids[chats[1].spans[0][0]]] = True
+    with pytest.raises(TrainingError, match=r"^sft/val_loss is inf on row .*/validation.parquet:\d+: "):
+        validate(broken, chats, 8, HardwareConfig("cpu"))
 
 
 # ---- the order of the rows -------------------------------------------------------------------------------------------

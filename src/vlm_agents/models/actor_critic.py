@@ -27,6 +27,7 @@ from vlm_agents.errors import ModelError
 from vlm_agents.models.families import Family, text_inputs
 from vlm_agents.models.images import ImageStore
 from vlm_agents.models.rendering import HFRenderer
+from vlm_agents.models.vocabulary import reserved_ids
 from vlm_agents.tensors import Scores, Tokens
 
 # In a folder of their own: servers (vLLM, SGLang) read every *.safetensors that lies beside config.json.
@@ -343,8 +344,8 @@ def banned_tokens(tokenizer: Any, family: Family) -> Tensor:
     vocabulary = family.lm_head.weight.shape[0]
     banned = torch.zeros(vocabulary, dtype=torch.bool)
     banned[len(tokenizer) :] = True
-    reserved = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    banned[[index for index in reserved | {family.image_token_id} if index < vocabulary]] = True
+    reserved = reserved_ids(tokenizer, family.image_token_id)
+    banned[[index for index in reserved if index < vocabulary]] = True
     banned[tokenizer.eos_token_id] = False
     return banned
 

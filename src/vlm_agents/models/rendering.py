@@ -1,10 +1,12 @@
 """Prompts to token ids, rows to tensors: the one rendering that SFT, sampling and scoring share.
 
-The model's own chat template is applied to the text, and tokenised piece by piece, so that replies which a model
-sampled earlier in the episode keep their exact ids and pictures keep their exact number of placeholder tokens.
+The model's own chat template is applied to marks in place of all that is said, and what comes out is tokenised piece by
+piece. So replies which a model sampled earlier in the episode keep their exact ids, pictures their exact number of
+placeholder tokens, and no text is taken for a control token, a picture or a mark, whatever it spells.
 """
 
 import re
+import sys
 from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
@@ -12,16 +14,19 @@ from typing import Any
 import numpy as np
 import torch
 from jinja2 import TemplateError
+from PIL.Image import Image
 
 from vlm_agents.errors import DataError, ModelError
 from vlm_agents.models.families import Family
 from vlm_agents.models.images import ImageStore
+from vlm_agents.models.vocabulary import Vocabulary
 from vlm_agents.tensors import Rendered, Row, Tokens
 from vlm_agents.types import Prompt
 
-# Stands for a sampled reply while the chat template is applied; a private-use character can't come from text of ours.
-REPLY_MARK = "\ue000reply{}\ue000"
-REPLY_PATTERN = re.compile("\ue000reply(\\d+)\ue000")
+# Stands for the text of a message while the chat template is applied.
+MARK = "\ue000{}\ue000"
+MARKS = re.compile("\ue000(\\d+)\ue000")
+FITTED = 256  # prompts that were rendered to be fitted, and are remembered until they are rendered
 
 
 class HFRenderer:
@@ -39,28 +44,37 @@ class HFRenderer:
             raise ModelError(
                 f"the model's tokenizer has no token {family.image_token_id}, the picture's: add its own files"
             )
-        self._cuts = re.compile(f"(?={re.escape(self.image_token)})")  # before each picture
-        self._pieces: dict[str, list[int]] = {}
+        self._pictures = re.compile(f"(?={re.escape(self.image_token)})")  # before each
+        self.vocabulary = Vocabulary(tokenizer, family.image_token_id)
+        self._fitted: dict[int, tuple[Prompt, Rendered]] = {}
         self.start = [i for i in tokenizer.encode("") if i == tokenizer.bos_token_id]  # what it puts before any text
         self.takes_system = self._takes_system()
         self.lead = self._lead()
         # tokenizers of sentencepiece's kind put that space there by themselves, and drop it in decoding
         self.reply_lead = "" if tokenizer.tokenize("a")[0].startswith("\u2581") else self.lead
 
+    @property
+    def context(self) -> int:
+        """The most tokens, prompt and reply, that the model has positions for."""
+        return getattr(self.family.text.config, "max_position_embeddings", None) or sys.maxsize
+
     def _template(self, messages: list[dict[str, Any]], prompt: bool = True) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        except TemplateError as error:
+            raise DataError(f"the model's chat template refuses this chat ({error})") from error
 
     def _takes_system(self) -> bool:
         """Does the chat template know system messages? Some refuse them, some leave them out."""
-        mark = REPLY_MARK.format(0)
+        mark = MARK.format(0)
         try:
             return mark in self._template([_message("system", mark), _message("user", "?")])
-        except TemplateError:
+        except DataError:
             return False
 
     def _lead(self) -> str:
         """What the template writes after the prompt for a reply and before the reply: a space after [/INST]."""
-        user, mark = _message("user", "?"), REPLY_MARK.format(0)
+        user, mark = _message("user", "?"), MARK.format(0)
         prompt = self._template([user])
         head, told, _ = self._template([user, _message("assistant", mark)], prompt=False).partition(mark)
         if told and not head.startswith(prompt):
@@ -71,10 +85,14 @@ class HFRenderer:
         return head.removeprefix(prompt) if told else ""
 
     def _messages(self, prompt: Prompt) -> list[dict[str, Any]]:
-        messages = [
-            _message(m.role, m.text if m.token_ids is None else REPLY_MARK.format(index), len(m.images))
-            for index, m in enumerate(prompt)
-        ]
+        """The chat as the template sees it: with marks for what was said, but for the space around a text."""
+        messages = []
+        for index, message in enumerate(prompt):
+            said = MARK.format(index)
+            if message.token_ids is None:
+                text = message.text.strip()
+                said = message.text.replace(text, said, 1) if text else message.text
+            messages.append(_message(message.role, said, len(message.images)))
         if self.takes_system or messages[0]["role"] != "system":
             return messages
         (system,), first = messages[0]["content"], messages[1]["content"]
@@ -82,60 +100,94 @@ class HFRenderer:
         return messages[1:]
 
     def render(self, prompt: Prompt) -> Rendered:
+        """DataError where the chat template or the image processor doesn't take it."""
+        known = self._fitted.pop(id(prompt), None)
+        return known[1] if known else self._render(prompt)
+
+    def _render(self, prompt: Prompt) -> Rendered:
         text = self._template(self._messages(prompt))
         images = tuple(image for message in prompt for image in message.images)
         if (places := text.count(self.image_token)) != len(images):
             raise DataError(
-                f"a prompt with {len(images)} pictures has {places} placeholders {self.image_token}: its chat template "
-                "leaves pictures out, or one of its texts spells the placeholder"
+                f"a prompt with {len(images)} pictures has {places} placeholders {self.image_token}: the model's chat "
+                "template leaves pictures out"
             )
-        remaining = iter(images)
+        counts = map(self._image_tokens, images)
         bos = self.tokenizer.bos_token
         ids = [] if bos and text.startswith(bos) else list(self.start)
-        # even parts are text, odd parts the index of the message whose sampled ids stand there
-        parts = REPLY_PATTERN.split(text)
-        for position, part in enumerate(parts):
-            if position % 2:
-                ids.extend(prompt[int(part)].token_ids or ())
-                continue
-            if position and ids[-1:] == [self.end_of_turn] and part.startswith(self.tokenizer.eos_token):
-                ids.pop()  # the sampled ids end the turn, and so does the template
-            if position + 1 < len(parts):
+        piece = [""]  # of text, in parts, up to a picture or a sampled reply
+        # even parts are the template's, odd ones the index of the message whose text stands there
+        parts = MARKS.split(text)
+        said = [None, *(prompt[int(index)] for index in parts[1::2]), None]
+        for before, part, after in zip(said, parts[::2], said[1:], strict=False):
+            if before is not None and before.token_ids is None:
+                first, *rest = self.vocabulary.cut(before.text.strip())
+                piece = [*piece[:-1], piece[-1] + first, *rest]
+            elif before is not None:
+                ids += [*self.vocabulary.encode(piece), *(before.token_ids or ())]
+                piece = [""]
+                if ids[-1:] == [self.end_of_turn] and part.startswith(self.tokenizer.eos_token):
+                    ids.pop()  # the sampled ids end the turn, and so does the template
+            if after is not None and after.token_ids is not None:
                 part = part.removesuffix(self.lead)  # the reply was sampled right after the prompt for it
-            for piece in self._cuts.split(part):
-                if piece.startswith(self.image_token):
-                    count = self.family.image_tokens(next(remaining).size)
-                    ids.extend([self.family.image_token_id] * (count - 1))  # the piece begins with the last of them
-                ids.extend(self._tokenise(piece))
+            first, *rest = self._pictures.split(part)
+            piece[-1] += first
+            for shown in rest:
+                ids += self.vocabulary.encode(piece)
+                ids += [self.family.image_token_id] * (next(counts) - 1)  # the piece begins with the last of them
+                piece = [shown]
+        ids += self.vocabulary.encode(piece)
         return Rendered(np.array(ids, dtype=np.int64), images)
 
-    def fit(self, prompt: Prompt, max_tokens: int) -> Prompt:
+    def _image_tokens(self, image: Image) -> int:
+        try:
+            return self.family.image_tokens(image.size)
+        except ModelError:
+            raise
+        except (ValueError, ArithmeticError, LookupError, RuntimeError) as error:  # of transformers' own code
+            width, height = image.size
+            raise DataError(
+                f"the model's image processor takes no picture of {width}x{height} pixels ({error})"
+            ) from error
+
+    def fit(self, prompt: Prompt, max_tokens: int | None, reply_tokens: int = 0) -> Prompt:
         """The chat without its oldest turns, as few as make it a prompt of `max_tokens` at most; pictures count.
 
-        A turn goes as a whole, with its pictures and the reply to it; a system message stays. DataError where the
-        last turn alone is too long.
+        At most as many, too, as leave the reply a position for each of `reply_tokens`. A turn goes as a whole, with its
+        pictures and the reply to it; a system message stays. DataError where the last turn alone is too long.
         """
+        limit = min(max_tokens or sys.maxsize, self.context - reply_tokens)
         first = [index for index, message in enumerate(prompt) if message.role == "user"]  # of each turn
-        shorter = [prompt[: first[0]] + prompt[start:] for start in first]
-        dropped = bisect_left(shorter, True, key=lambda chat: len(self.render(chat).ids) <= max_tokens)
+        shorter = [prompt, *(prompt[: first[0]] + prompt[start:] for start in first[1:])]
+        rendered = {0: self._render(prompt)}
+
+        def fits(dropped: int) -> bool:
+            if dropped not in rendered:
+                rendered[dropped] = self._render(shorter[dropped])
+            return len(rendered[dropped].ids) <= limit
+
+        dropped = 0 if fits(0) else bisect_left(range(len(shorter)), True, lo=1, key=fits)
         if dropped == len(shorter):
-            raise DataError(
-                f"the last turn and the instructions are a prompt of {len(self.render(shorter[-1]).ids)} tokens with "
-                f"its {len(shorter[-1][-1].images)} pictures: raise prompt.max_prompt_tokens={max_tokens}, or show less"
-            )
+            raise self._too_long(shorter[-1], len(rendered[dropped - 1].ids), max_tokens, reply_tokens)
+        while len(self._fitted) >= FITTED:
+            del self._fitted[next(iter(self._fitted))]
+        self._fitted[id(shorter[dropped])] = shorter[dropped], rendered[dropped]
         return shorter[dropped]
 
-    def _tokenise(self, text: str) -> list[int]:
-        """Most pieces (the system message above all) come again with every turn."""
-        if text not in self._pieces:
-            if len(self._pieces) > 50_000:
-                self._pieces.clear()
-            self._pieces[text] = self.tokenizer.encode(text, add_special_tokens=False)
-        return self._pieces[text]
+    def _too_long(self, turn: Prompt, tokens: int, max_tokens: int | None, reply_tokens: int) -> DataError:
+        pictures = len(turn[-1].images)
+        what = f"the last turn and the instructions are a prompt of {tokens} tokens with its {pictures} pictures"
+        if max_tokens is not None and tokens + reply_tokens <= self.context:
+            return DataError(f"{what}: raise prompt.max_prompt_tokens={max_tokens}, or show less")
+        return DataError(
+            f"{what}, its reply takes {reply_tokens}, and the model has positions for {self.context} in all: "
+            "show fewer or smaller pictures or shorter texts, or take a model with more positions"
+        )
 
     def encode_reply(self, text: str) -> list[int]:
         """Ids of a reply that no model sampled (a demonstration), ended by the end-of-turn token."""
-        return [*self.tokenizer.encode(self.reply_lead + text, add_special_tokens=False), self.end_of_turn]
+        first, *rest = self.vocabulary.cut(text)
+        return [*self.vocabulary.encode([self.reply_lead + first, *rest]), self.end_of_turn]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """`Reply.text` of sampled ids: neither the end-of-turn token nor the template's space is text."""
@@ -180,6 +232,8 @@ class HFRenderer:
         return self.family.positions(np.zeros(1, dtype=np.int64), []).shape[0]
 
     def check(self, row: Row) -> None:
+        if (length := len(row.input_ids)) > self.context:
+            raise DataError(f"{row.ident}: {length} tokens, and the model has positions for {self.context}")
         tokens = int((row.input_ids == self.family.image_token_id).sum())
         features = sum(self.family.image_tokens(image.size) for image in row.images)
         if tokens != features:

@@ -22,7 +22,7 @@ from vlm_agents.models import Agent
 from vlm_agents.models.memory import ROOM, Memory, Work, blueprint, estimate, patches_of
 from vlm_agents.prompting import make_format
 from vlm_agents.run import Run
-from vlm_agents.stages.playing import first_prompts, open_envs, play_panel, scripted_policy
+from vlm_agents.stages.playing import check_length, first_prompts, open_envs, play_panel, scripted_policy
 from vlm_agents.types import Prompt, Trajectory
 
 PACKAGE = "vlm-agents"
@@ -109,12 +109,15 @@ def memory_of(hardware: HardwareConfig) -> int:
 
 # ---- the model -------------------------------------------------------------------------------------------------------
 def work_of(cfg: RunConfig, agent: Agent) -> Work:
-    """How much a run of `cfg` does at once; lengths are those of real prompts."""
+    """How much a run of `cfg` does at once; lengths are those of real prompts, cut as a run would cut them.
+
+    ConfigError where the model has no positions for as much.
+    """
     stage = cfg.stage
     assert isinstance(stage, DoctorConfig)
-    ids, prompt = max(
-        ((len(agent.renderer.render(prompt).ids), prompt) for prompt in prompts_of(cfg)), key=lambda pair: pair[0]
-    )
+    check_length(agent, "stage.prompt_tokens", stage.prompt_tokens, cfg.prompt.max_reply_tokens)
+    prompts = prompts_of(cfg, agent)
+    ids, prompt = max(((len(agent.renderer.render(p).ids), p) for p in prompts), key=lambda pair: pair[0])
     images = [image for message in prompt for image in message.images]
     return Work(
         num_envs=stage.num_envs,
@@ -126,13 +129,13 @@ def work_of(cfg: RunConfig, agent: Agent) -> Work:
     )
 
 
-def prompts_of(cfg: RunConfig) -> list[Prompt]:
+def prompts_of(cfg: RunConfig, agent: Agent) -> list[Prompt]:
     assert isinstance(cfg.stage, DoctorConfig)
     if cfg.stage.prompt_tokens is not None:
         return first_prompts(cfg, 1)
     with open_envs(cfg.env, EPISODES, advised=False) as envs:
         policy, played = scripted_policy("random", make_format(cfg.prompt)), list[Trajectory]()
-        play_panel(cfg, envs, policy, EPISODES, on_episode=played.append)
+        play_panel(cfg, envs, policy, EPISODES, agent=agent, on_episode=played.append)
     return [turn.prompt for trajectory in played for turn in trajectory.turns]
 
 

@@ -51,11 +51,28 @@ def scripted_policy(name: str, prompt_format: PromptFormat) -> Policy:
 
 
 def format_of(cfg: RunConfig, agent: "Agent | None" = None) -> PromptFormat:
-    """The prompt format; what an agent is asked is cut to `prompt.max_prompt_tokens`."""
-    prompt_format, budget = make_format(cfg.prompt), cfg.prompt.max_prompt_tokens
-    if agent is None or budget is None:
+    """The prompt format; what an agent is asked is cut to `prompt.max_prompt_tokens`, and to its model's positions.
+
+    ConfigError where the prompts and replies that the settings allow could be longer than those.
+    """
+    prompt_format, budget, reply = make_format(cfg.prompt), cfg.prompt.max_prompt_tokens, cfg.prompt.max_reply_tokens
+    if agent is None:
         return prompt_format
-    return Fitted(prompt_format, partial(agent.renderer.fit, max_tokens=budget))
+    check_length(agent, "prompt.max_prompt_tokens", budget, reply)
+    return Fitted(prompt_format, partial(agent.renderer.fit, max_tokens=budget, reply_tokens=reply))
+
+
+def check_length(agent: "Agent", setting: str, prompt_tokens: int | None, reply_tokens: int) -> None:
+    """ConfigError where a prompt as long as this `setting`, where it is set, and its reply are more than the model has
+    positions for."""
+    asked, context = (prompt_tokens or 1) + reply_tokens, agent.renderer.context
+    if asked > context:
+        settings = {setting: prompt_tokens, "prompt.max_reply_tokens": reply_tokens}
+        given = " and ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
+        raise ConfigError(
+            f"{given}: that is {asked} tokens, and the model has positions for {context}. Lower what is larger than it "
+            "need be, or take a model with more positions"
+        )
 
 
 def model_policy(cfg: RunConfig, agent: "Agent", greedy: bool = False) -> Policy:

@@ -1,18 +1,14 @@
 """Supervised fine-tuning on chats: transformers' Trainer around the agent, renderer and log-probs that PPO uses too."""
 
-import io
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from vlm_agents.config import HardwareConfig, RunConfig, SftConfig
@@ -21,11 +17,9 @@ from vlm_agents.learn.batch import microbatches
 from vlm_agents.learn.engine import AdamW
 from vlm_agents.models import Agent, load_agent
 from vlm_agents.models.loading import RUN_MODEL
-from vlm_agents.models.rendering import HFRenderer
 from vlm_agents.run import Run, seed_everything
-from vlm_agents.stages.preprocess import IMAGE_MARK
-from vlm_agents.tensors import Row
-from vlm_agents.types import Message
+from vlm_agents.stages.chats import Chats, check
+from vlm_agents.stages.playing import check_length
 
 GROUPED = 8  # batches that are drawn together, then sorted by length
 NAMES = {"grad_norm": "grad_norm", "learning_rate": "lr"}  # the Trainer's, ours
@@ -40,78 +34,28 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     agent = load_agent(cfg.model, cfg.hardware, init)
     if agent.temperature_head is not None:
         agent.temperature_head.requires_grad_(False)  # learned from rewards alone
-    train, validation = (
-        Chats(Path(stage.data) / f"{split}.parquet", agent.renderer, cfg.prompt.max_prompt_tokens)
-        for split in ("train", "validation")
-    )
+    budget = cfg.prompt.max_prompt_tokens
+    check_length(agent, "prompt.max_prompt_tokens", budget, cfg.prompt.max_reply_tokens)
+    paths = [Path(stage.data) / f"{split}.parquet" for split in ("train", "validation")]
+    # preprocess writes no file of no rows
+    splits = [Chats(path, agent.renderer, budget) for path in paths if path == paths[0] or path.exists()]
+    skipped = check(splits, stage.skip_bad)
+    train, *held_out = splits
+    if not len(train):
+        raise DataError(f"{train.path} has no row to train on: run stage=preprocess again, with other data")
     trainer = SftTrainer(run, agent, cfg.hardware, stage, train, cfg.seed)
     if checkpoint:
         trainer.progress |= checkpoint.state
     if not trainer.progress["done"]:  # where epochs is no whole number, the Trainer would take one more step
         trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
     metrics = {"sft/loss": trainer.progress["loss"], "sft/rows": float(len(train))}
-    if len(validation):
+    if stage.skip_bad:
+        metrics["sft/skipped_rows"] = float(skipped)
+    for validation in filter(len, held_out):
         metrics |= validate(agent.eval(), validation, stage.batch_size, cfg.hardware)
     run.log(trainer.progress["step"], metrics)
     run.save_folder(RUN_MODEL, agent.save)
     return run.finish(metrics, {"model": run.path(RUN_MODEL)})
-
-
-class Chats(Dataset[Row]):
-    """Parquet chats as rows, without their oldest turns where they are longer than `max_prompt_tokens`.
-
-    A row that can't be read, or whose last turn alone is longer, raises DataError with file and row.
-    """
-
-    def __init__(self, path: Path, renderer: HFRenderer, max_prompt_tokens: int | None = None) -> None:
-        self.path = path
-        self.renderer = renderer
-        self.max_prompt_tokens = max_prompt_tokens
-        if not path.is_file():
-            raise DataError(f"no {path}: it is written by stage=preprocess; run it first, or set stage.data")
-        try:
-            self.table = pyarrow.parquet.read_table(path, columns=["messages", "images"])
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise DataError(
-                f"{path} is no readable Parquet file of chats ({error}): run stage=preprocess again"
-            ) from error
-
-    def __len__(self) -> int:
-        return self.table.num_rows
-
-    def __getitem__(self, index: int) -> Row:
-        record = self.table.slice(index, 1).to_pylist()[0]
-        try:
-            return self._row(record, f"{self.path}:{index}")
-        except DataError as error:
-            raise DataError(f"{self.path}, row {index}: {error}") from error
-        except (OSError, KeyError, TypeError, ValueError, StopIteration) as error:
-            raise DataError(f"{self.path}, row {index}: {error!r}; run stage=preprocess again") from error
-
-    def _row(self, record: dict[str, Any], ident: str) -> Row:
-        images = iter([Image.open(io.BytesIO(image["bytes"])).convert("RGB") for image in record["images"]])
-        *context, answer = record["messages"]
-        prompt = tuple(
-            Message(
-                m["role"],
-                m["content"].replace(IMAGE_MARK, ""),
-                tuple(next(images) for _ in range(m["content"].count(IMAGE_MARK))),
-            )
-            for m in context
-        )
-        if self.max_prompt_tokens is not None:
-            prompt = self.renderer.fit(prompt, self.max_prompt_tokens)
-        rendered = self.renderer.render(prompt)
-        reply = self.renderer.encode_reply(answer["content"])
-        start, nothing = len(rendered.ids), np.zeros(0, dtype=np.float32)
-        ids = np.concatenate([rendered.ids, np.array(reply, dtype=np.int64)])
-        return Row(ident, ids, rendered.images, ((start, len(ids)),), *[nothing] * 5)
-
-    def lengths(self) -> list[tuple[int, int]]:
-        """(number of pictures, characters of text) of each row: what rows are grouped by, without decoding any."""
-        pictures = [len(images) for images in self.table["images"]]
-        texts = [sum(len(m["content"]) for m in messages.as_py()) for messages in self.table["messages"]]
-        return list(zip(pictures, texts, strict=True))
 
 
 class GroupedSampler(Sampler[int]):
@@ -233,16 +177,21 @@ class Curves(TrainerCallback):
 
 @torch.no_grad()
 def validate(agent: Agent, chats: Chats, batch_size: int, hardware: HardwareConfig) -> dict[str, float]:
-    """Mean negative log-prob of a held-out reply token, and the mean probability of a whole held-out reply."""
+    """Mean negative log-prob of a held-out reply token, and the mean probability of a whole held-out reply.
+
+    TrainingError where one isn't finite.
+    """
     tokens, replies = [], []
     for start in range(0, len(chats), batch_size):
         rows = [chats[index] for index in range(start, min(start + batch_size, len(chats)))]
         for part in microbatches(rows, hardware.tokens_per_microbatch):
             logprobs = agent.score(agent.renderer.collate(part)).logprobs
             tokens.append(logprobs)
-            replies += [
-                reply.sum() for reply in logprobs.split([end - start for row in part for start, end in row.spans])
-            ]
+            sums = [reply.sum() for reply in logprobs.split([end - start for row in part for start, end in row.spans])]
+            for row, total in zip(part, sums, strict=True):
+                if not torch.isfinite(total):
+                    raise TrainingError(f"sft/val_loss is {-total.item()} on row {row.ident}: lower stage.lr")
+            replies += sums
     return {
         "sft/val_loss": -float(torch.cat(tokens).mean()),
         "sft/val_reply_probability": float(torch.stack(replies).exp().mean()),
