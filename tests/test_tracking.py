@@ -146,7 +146,7 @@ def ailing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Answers]:
 
         do_POST = do_GET
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, format: str, *args: object) -> None:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

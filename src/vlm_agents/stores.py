@@ -17,32 +17,40 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from vlm_agents.config import flat
 from vlm_agents.files import atomic_write
 
 log = logging.getLogger(__name__)
 
 DEFAULT = "sqlite:///mlflow.db"  # relative, so that no folder's name needs escapes
 PATIENCE = 10  # seconds for an answer or a lock
+PARAMS_PER_CALL = 100  # MLflow's limits
+PARAM_LENGTH = 500
 FILES = "SELECT DISTINCT artifact_location FROM experiments WHERE artifact_location LIKE 'file:%'"
 
 
-def refused(error: Exception) -> bool:
-    """Would this one thing never be taken? Anything else may pass: a dead server, a lock, a full disk, an old token."""
-    from mlflow.exceptions import MlflowException
+def connect(
+    uri: str, experiment: str, folder: Path, sweep: Path | None, settings: Mapping[str, Any]
+) -> tuple[Any, str, bool, bool]:
+    """Find or make all that the run in `folder` needs, which may fail anywhere and be done again: a client, the id of
+    its MLflow run, whether that was there before, and whether it had all settings."""
+    from mlflow.entities import Param
 
-    if isinstance(error, MlflowException):
-        return error.get_http_status_code() == 400
-    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):  # requests' errors are among them
-        return getattr(getattr(error, "response", None), "status_code", 0) in (400, 413, 415, 422)
-    return True
-
-
-def masked(text: str) -> str:
-    """The text without what may be secret in an address, or in the environment for MLflow."""
-    for name in ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD"):
-        if os.environ.get(name):
-            text = text.replace(os.environ[name], "***")
-    return re.sub(r"(?<=://)\S+(?=@)|(?<=\?)\S+", "***", text)
+    name = f"{settings['name']}/{settings['stage']['name']}"
+    tags = {"stage": settings["stage"]["name"], "env": settings["env"]["id"], "model": settings["model"]["name"]}
+    if settings["algo"] is not None:
+        tags["algo"] = settings["algo"]["name"]
+    with opened(uri, sweep) as client:
+        experiment_id = open_experiment(client, uri, experiment)
+        if sweep is not None:
+            tags["mlflow.parentRunId"], _ = open_run(client, experiment_id, sweep, name, tags)
+            name += f"/{folder.name}"
+    run_id, was_there = open_run(client, experiment_id, folder, name, tags)
+    known = client.get_run(run_id).data.params
+    params = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in flat(settings) if key not in known]
+    for start in range(0, len(params), PARAMS_PER_CALL):
+        client.log_batch(run_id, params=params[start : start + PARAMS_PER_CALL])
+    return client, run_id, was_there, not params
 
 
 def database_of(uri: str) -> Path | None:
@@ -139,18 +147,38 @@ def open_experiment(client: Any, uri: str, name: str) -> str:
 
 
 def open_run(client: Any, experiment: str, folder: Path, name: str, tags: Mapping[str, str]) -> tuple[str, bool]:
-    """Id of the MLflow run that belongs to `folder`, and whether it is new. The folder's mlflow_run_id remembers it."""
+    """Id of the MLflow run that belongs to `folder`, which its mlflow_run_id remembers, and whether it was there."""
     from mlflow.exceptions import MlflowException
 
     note = folder / "mlflow_run_id"
     if note.exists():
         try:
             client.update_run(note.read_text(), status="RUNNING")
-            return note.read_text(), False
+            return note.read_text(), True
         except MlflowException as error:
             if error.get_http_status_code() not in (400, 404):  # deleted, or another store's
                 raise
             log.warning("this run is not in MLflow's store any more, a new one is begun there")
     run_id = client.create_run(experiment, tags=dict(tags), run_name=name).info.run_id
     atomic_write(note, run_id)
-    return run_id, True
+    return run_id, False
+
+
+# ---- what MLflow answers ---------------------------------------------------------------------------------------------
+def refused(error: Exception) -> bool:
+    """Would this one thing never be taken? Anything else may pass: a dead server, a lock, a full disk, an old token."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        return error.get_http_status_code() == 400
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):  # requests' errors are among them
+        return getattr(getattr(error, "response", None), "status_code", 0) in (400, 413, 415, 422)
+    return True
+
+
+def masked(text: str) -> str:
+    """The text without what may be secret in an address, or in the environment for MLflow."""
+    for name in ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD"):
+        if os.environ.get(name):
+            text = text.replace(os.environ[name], "***")
+    return re.sub(r"(?<=://)\S+(?=@)|(?<=\?)\S+", "***", text)

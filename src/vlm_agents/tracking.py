@@ -24,17 +24,15 @@ import yaml
 from PIL import Image
 
 from vlm_agents import stores
-from vlm_agents.config import flat
 from vlm_agents.errors import DataError, harmless
 from vlm_agents.stores import masked, refused
 
 log = logging.getLogger(__name__)
 
-PATIENCE = stores.PATIENCE  # a run waits so long for MLflow when it starts, and twice that at its end
+PATIENCE = stores.PATIENCE  # seconds that a run waits for MLflow when it starts, and twice that at its end
+LONGEST = 60  # seconds that it waits at its end while MLflow takes one thing after another
 PAUSES = 1, 300  # seconds between two tries, which double from the one to the other
-METRICS_PER_CALL = 500
-PARAMS_PER_CALL = 100  # MLflow's limits
-PARAM_LENGTH = 500
+METRICS_PER_CALL = 500  # MLflow takes 1000
 QUIET = {  # unless the environment says otherwise: it is we who try again, and no address is printed
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -67,14 +65,27 @@ class Tracker:
         self._goes_on = False
         self._status = ""
         self._stuck = False
+        self._heard = 0.0  # when MLflow last took something
         self._complaints: set[str] = set()
         self._tried, self._news, self._closing = Event(), Event(), Event()
         self._thread: Thread | None = None
-        if settings["tracking"]["name"] == "mlflow":
+        if settings["tracking"]["name"] == "mlflow" and self._importable():
             self._uri, self._experiment = self._where()
             self._thread = Thread(target=self._follow, name="mlflow", daemon=True)
             self._thread.start()
             self._tried.wait(PATIENCE)
+
+    def _importable(self) -> bool:
+        """Import MLflow, which takes seconds, before there is the thread: two that import can trip each other up."""
+        os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
+        try:
+            import mlflow  # noqa: F401
+        except Exception as error:  # noqa: BLE001 - whatever ails the tracker must not stop the run
+            self._complain("MLflow is off, metrics.jsonl goes on", error)
+            return False
+        for chatty in ("mlflow", "alembic"):  # tales of migrations, and tracebacks of what is told here in a line
+            logging.getLogger(chatty).setLevel(logging.CRITICAL)
+        return True
 
     def _where(self) -> tuple[str, str]:
         """Address of the store and name of the experiment: as set, or as MLflow's own environment variables have it."""
@@ -111,7 +122,9 @@ class Tracker:
         self._status = status
         self._closing.set()
         self._news.set()
-        self._thread.join(2 * PATIENCE)
+        start = self._heard = time.monotonic()
+        while self._thread.is_alive() and time.monotonic() < min(self._heard + 2 * PATIENCE, start + LONGEST):
+            self._thread.join(0.1)
         complete = not (self._thread.is_alive() or self._stuck or self._points)
         if not complete:
             command = f"python -m vlm_agents.tracking {shlex.quote(os.path.relpath(self._folder))} sends it"
@@ -127,7 +140,7 @@ class Tracker:
             try:
                 self._send(last)
                 self._stuck, pause = False, PAUSES[0]
-            except Exception as error:  # noqa: BLE001 - whatever ails the tracker must not stop the run
+            except Exception as error:  # noqa: BLE001 - as above
                 if not self._stuck:
                     self._complain("MLflow takes nothing for now and is tried again; metrics.jsonl goes on", error)
                 self._stuck = True
@@ -143,7 +156,11 @@ class Tracker:
 
     def _send(self, last: bool) -> None:
         """Send all that waits, the points first: trouble with files mustn't hold them up."""
-        client = self._client = self._client or self._connect()
+        if self._client is None:
+            where = self._uri, self._experiment, self._folder, self._sweep
+            self._client, self._run_id, self._goes_on, settings_known = stores.connect(*where, self._settings)
+            if not settings_known:
+                self._files.appendleft((self._folder / "config.yaml", "", 0))
         while self._points:
             batch = [self._points[index] for index in range(min(len(self._points), METRICS_PER_CALL))]
             new = {(point.key, point.step): point for point in batch if point.step not in self._steps_of(point.key)}
@@ -152,21 +169,25 @@ class Tracker:
                 self._steps[key].add(step)
             for _ in batch:
                 self._points.popleft()
+            self._heard = time.monotonic()
         if last:
-            client.set_terminated(self._run_id, self._status)
+            self._client.set_terminated(self._run_id, self._status)
         while self._files:
-            path, key, step = self._files[0]
-            try:
-                if key:
-                    with Image.open(path) as image:
-                        client.log_image(self._run_id, image, key=key, step=step)
-                else:
-                    client.log_artifact(self._run_id, str(path))
-            except Exception as error:
-                if not refused(error):
-                    raise
-                self._complain(f"MLflow refuses {path.name}, and does without it", error)
+            self._send_file(*self._files[0])
             self._files.popleft()
+            self._heard = time.monotonic()
+
+    def _send_file(self, path: Path, key: str, step: int) -> None:
+        try:
+            if key:
+                with Image.open(path) as image:
+                    self._client.log_image(self._run_id, image, key=key, step=step)
+            else:
+                self._client.log_artifact(self._run_id, str(path))
+        except Exception as error:
+            if not refused(error):
+                raise
+            self._complain(f"MLflow refuses {path.name}, and does without it", error)
 
     def _log(self, points: Sequence[Point]) -> None:
         """All of them in one call; where that is refused, each in its own, so that one doesn't spoil the rest."""
@@ -195,33 +216,6 @@ class Tracker:
         if reason not in self._complaints:
             self._complaints.add(reason)
             log.warning("%s", harmless(f"{text} ({reason})"))
-
-    def _connect(self) -> Any:
-        """Find or make store, experiment and run. All of this can be done twice: it may fail anywhere."""
-        os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
-        from mlflow.entities import Param
-
-        for chatty in ("mlflow", "alembic"):  # tales of migrations, and tracebacks of what is told here in a line
-            logging.getLogger(chatty).setLevel(logging.CRITICAL)
-        settings = self._settings
-        tags = {"stage": settings["stage"]["name"], "env": settings["env"]["id"], "model": settings["model"]["name"]}
-        if settings["algo"] is not None:
-            tags["algo"] = settings["algo"]["name"]
-        name = f"{settings['name']}/{settings['stage']['name']}"
-        with stores.opened(self._uri, self._sweep) as client:
-            experiment = stores.open_experiment(client, self._uri, self._experiment)
-            if self._sweep is not None:
-                tags["mlflow.parentRunId"], _ = stores.open_run(client, experiment, self._sweep, name, tags)
-                name += f"/{self._folder.name}"
-        self._run_id, fresh = stores.open_run(client, experiment, self._folder, name, tags)
-        self._goes_on = not fresh
-        known = client.get_run(self._run_id).data.params
-        params = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in flat(settings) if key not in known]
-        for start in range(0, len(params), PARAMS_PER_CALL):
-            client.log_batch(self._run_id, params=params[start : start + PARAMS_PER_CALL])
-        if params:
-            self._files.appendleft((self._folder / "config.yaml", "", 0))
-        return client
 
 
 def points_of(step: int, metrics: Mapping[str, float | None]) -> list[Point]:
