@@ -47,8 +47,15 @@ def look(store: str):
     return client
 
 
-def folder_of(store: str) -> Path:
-    return Path(store.removeprefix("sqlite:///")).parent
+@pytest.fixture
+def made(compose_run, store: str, tmp_path: Path) -> Path:
+    """The store's folder, in which a run was tracked."""
+    folder = Path(store.removeprefix("sqlite:///")).parent
+    if not (folder / "mlruns").exists():
+        with Run.open(compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={store}"), []) as run:
+            pass
+        shutil.rmtree(run.dir)
+    return folder
 
 
 def run_id_of(run: Run) -> str:
@@ -200,7 +207,7 @@ def test_trouble_costs_seconds_and_two_lines(
 
 
 def test_what_was_missed_is_sent_as_soon_as_the_store_is_back(
-    compose_run, store: str, look, told, tmp_path: Path
+    compose_run, made: Path, look, told, tmp_path: Path
 ) -> None:
     where = tmp_path / "a_file"
     where.touch()  # in the place of a folder
@@ -210,7 +217,7 @@ def test_what_was_missed_is_sent_as_soon_as_the_store_is_back(
             run.log(step, {"a": float(step)})
         run.image("b", Image.new("RGB", (4, 4)), step=1)
         where.unlink()
-        shutil.copytree(folder_of(store), where)
+        shutil.copytree(made, where)
         deadline = time.monotonic() + 10
         while run._tracker._files and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -222,7 +229,7 @@ def test_what_was_missed_is_sent_as_soon_as_the_store_is_back(
 
 
 def test_a_finished_run_is_sent_later(
-    compose_run, store: str, look, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    compose_run, made: Path, look, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     where = tmp_path / "a_file"
     where.touch()
@@ -235,7 +242,7 @@ def test_a_finished_run_is_sent_later(
     assert "is continued by its name=" in capsys.readouterr().err
     assert tracking.main([str(run.dir)]) == 1
     where.unlink()
-    shutil.copytree(folder_of(store), where)
+    shutil.copytree(made, where)
     for _ in range(2):  # the second has nothing to send
         assert tracking.main([str(run.dir)]) == 0
         assert points_of(look(uri), run, "a") == [(1, 0.5), (2, 0.25)]
@@ -257,9 +264,9 @@ def test_a_continued_run_sends_what_the_killed_one_could_not(compose_run, store:
     assert math.isnan(two)
 
 
-def test_a_locked_database_holds_nothing_up(compose_run, store: str, look, told) -> None:
+def test_a_locked_database_holds_nothing_up(compose_run, store: str, made: Path, look, told) -> None:
     cfg = compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={store}")
-    with Run.open(cfg, []) as run, closing(sqlite3.connect(folder_of(store) / "mlflow.db")) as other:
+    with Run.open(cfg, []) as run, closing(sqlite3.connect(made / "mlflow.db")) as other:
         other.execute("BEGIN EXCLUSIVE")
         start = time.monotonic()
         for step in range(20):
@@ -300,19 +307,19 @@ def test_what_the_user_deletes_there_is_told_once(compose_run, store: str, look,
     assert "experiment doomed was deleted: restore it there, or set another tracking.experiment" in told()[2]
 
 
-def test_a_database_is_made_beside_the_rest_of_a_killed_attempt(store: str) -> None:
-    assert {path.name for path in folder_of(store).iterdir()} == {"mlflow.db", "mlflow.db.lock", "mlruns"}
+def test_a_database_is_made_beside_the_rest_of_a_killed_attempt(made: Path) -> None:
+    assert {path.name for path in made.iterdir()} == {"mlflow.db", "mlflow.db.lock", "mlruns"}
 
 
 # ---- where the store is ----------------------------------------------------------------------------------------------
 def test_the_default_store_lies_in_the_working_directory_whatever_its_name(
-    compose_run, store: str, look, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compose_run, made: Path, look, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fresh database takes seconds: this one is a copy, whose experiment is left out."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     here = tmp_path / "a?b #1 100%41 ä"
     here.mkdir()
-    shutil.copy(folder_of(store) / "mlflow.db", here)
+    shutil.copy(made / "mlflow.db", here)
     monkeypatch.chdir(here)
     with Run.open(compose_run("stage=ppo", "tracking=mlflow", "tracking.experiment=fresh"), []) as run:
         run.log(1, {"a": 1.0})
@@ -327,9 +334,9 @@ def test_the_default_store_lies_in_the_working_directory_whatever_its_name(
 
 
 def test_a_relative_address_is_taken(
-    compose_run, store: str, look, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compose_run, made: Path, look, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(folder_of(store), tmp_path / "sub")
+    shutil.copytree(made, tmp_path / "sub")
     monkeypatch.chdir(tmp_path)
     uri = "sqlite:///sub/mlflow.db"
     with Run.open(compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={uri}"), []) as run:
@@ -339,9 +346,9 @@ def test_a_relative_address_is_taken(
     assert (tmp_path / "sub/mlruns" / run_id_of(run) / "artifacts/config.yaml").exists()
 
 
-def test_files_follow_a_folder_that_moved(compose_run, store: str, look, tmp_path: Path) -> None:
+def test_files_follow_a_folder_that_moved(compose_run, made: Path, look, tmp_path: Path) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
-    shutil.copytree(folder_of(store), old)
+    shutil.copytree(made, old)
     stores.settle(old / "mlflow.db")
     client = look(f"sqlite:///{old}/mlflow.db")
     before = client.create_run(client.get_experiment_by_name("vlm_agents").experiment_id).info
@@ -364,8 +371,8 @@ def test_files_follow_a_folder_that_moved(compose_run, store: str, look, tmp_pat
     assert not old.exists()
 
 
-def test_files_that_somebody_keeps_elsewhere_stay_there(compose_run, store: str, look, tmp_path: Path) -> None:
-    shutil.copy(folder_of(store) / "mlflow.db", tmp_path)
+def test_files_that_somebody_keeps_elsewhere_stay_there(compose_run, made: Path, look, tmp_path: Path) -> None:
+    shutil.copy(made / "mlflow.db", tmp_path)
     elsewhere = tmp_path / "disk/mlruns"
     elsewhere.mkdir(parents=True)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
