@@ -19,7 +19,7 @@ __main__ worker
 stages run
 rollout
 policies episodes llava_data env_pool report
-envs experts | prompting | models | learn | tracking | checkpoints | judge remote answers | sandbox
+envs experts | prompting | models | learn | tracking stores | checkpoints | judge remote answers | sandbox
 config tensors
 types errors files pictures progress
 """
@@ -29,7 +29,7 @@ CELLS = [[cell.split() for cell in line.split("|")] for line in LAYERS.strip().s
 DOORS = {
     "hydra": ["__main__.py", "config.py"],
     "omegaconf": ["__main__.py", "config.py"],
-    "mlflow": ["tracking.py"],
+    "mlflow": ["tracking.py", "stores.py"],
     "deepspeed": ["learn/engine.py"],
     "transformers": ["models", "stages/sft.py"],
     "peft": ["models"],

@@ -1,34 +1,61 @@
 """MLflow on a real sqlite store, and what happens when there is none."""
 
-import json
-import logging
+import math
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from vlm_agents import stores, tracking
+from vlm_agents.__main__ import main
+from vlm_agents.config import TrackingConfig
+from vlm_agents.errors import ConfigError
 from vlm_agents.run import Run
-from vlm_agents.tracking import Tracker
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Made by the first run that is tracked in it: MLflow needs seconds for a new one."""
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+    """Made by the first run that is tracked in it: MLflow needs seconds for a new one. An earlier process was killed
+    when it made one."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    half = folder / ".mlflow.db.half"
+    half.mkdir()
+    (half / "mlflow.db").write_bytes(b"SQLite format 3")
+    return f"sqlite:///{folder / 'mlflow.db'}"
 
 
 @pytest.fixture
 def look(store: str):
-    """`look()` opens the store as a reader."""
+    """`look()` opens the store as a reader, `look(uri)` another one."""
 
-    def client() -> Any:
+    def client(uri: str = store) -> Any:
         from mlflow import MlflowClient  # takes seconds
 
-        return MlflowClient(tracking_uri=store)
+        return MlflowClient(tracking_uri=uri)
 
     return client
+
+
+@pytest.fixture
+def made(compose_run, store: str, tmp_path: Path) -> Path:
+    """The store's folder, in which a run was tracked."""
+    folder = Path(store.removeprefix("sqlite:///")).parent
+    if not (folder / "mlruns").exists():
+        with Run.open(compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={store}"), []) as run:
+            pass
+        shutil.rmtree(run.dir)
+    return folder
 
 
 def run_id_of(run: Run) -> str:
@@ -101,44 +128,314 @@ def test_jobs_of_a_sweep_have_one_parent(compose_run, store: str, look, tmp_path
 def test_a_run_that_the_store_lost_is_begun_anew(compose_run, store: str, look) -> None:
     cfg = compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={store}")
     with Run.open(cfg, []) as run:
-        first = run_id_of(run)
-        run.path("mlflow_run_id").write_text("0" * 32)
+        pass
+    first = run_id_of(run)
+    run.path("mlflow_run_id").write_text("0" * 32)
     with Run.open(cfg, []) as run:
         assert run_id_of(run) not in (first, "0" * 32)
 
 
-def test_without_a_store_the_run_goes_on(compose_run, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    cfg = compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri=sqlite:///{tmp_path}/a_file/mlflow.db")
-    (tmp_path / "a_file").touch()
-    with caplog.at_level(logging.WARNING), Run.open(cfg, []) as run:
+# ---- MLflow in trouble -----------------------------------------------------------------------------------------------
+Answers = Callable[[str], str]
+
+
+@pytest.fixture
+def ailing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Answers]:
+    """`ailing("500")` is the address of a server that answers so, `ailing("hangs")` of one that never answers."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # seconds
+    released = Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path.startswith("/hangs"):
+                released.wait()
+            self.send_error(500)
+
+        do_POST = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
+    yield lambda how: f"http://127.0.0.1:{server.server_port}/{how}"
+    released.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "vlm_agents.tracking"]
+
+
+def points_of(client: Any, run: Run, key: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in client.get_metric_history(run_id_of(run), key)]
+
+
+@pytest.mark.parametrize("trouble", ["closed", "500", "hangs", "no such store", "lock held"])
+def test_trouble_costs_seconds_and_two_lines(
+    compose_run, ailing: Answers, told, trouble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "PATIENCE", 0.5)
+    uri = {
+        "closed": "http://127.0.0.1:9",
+        "no such store": "nonsense://x",
+        "lock held": f"sqlite:///{tmp_path}/mlflow.db",
+    }
+    cfg = compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={uri.get(trouble) or ailing(trouble)}")
+    hold = "import fcntl, sys; file = open(sys.argv[1], 'wb'); fcntl.lockf(file, 2); print(flush=True); input()"
+    words = [sys.executable, "-c", hold, str(tmp_path / "mlflow.db.lock")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout
+        holder.stdout.readline()
+        start = time.monotonic()
+        with Run.open(cfg, []) as run:
+            opened = time.monotonic()
+            for step in range(100):
+                run.log(step, {"a": 1.0})
+            run.image("b", Image.new("RGB", (4, 4)), step=1)
+            run.finish({"a": 1.0})
+            assert time.monotonic() - opened < 2  # nothing of it waits for MLflow
+        assert time.monotonic() - start < 9
+        holder.communicate(b"\n")
+    assert len(run.path("metrics.jsonl").read_text().splitlines()) == 100
+    assert run.path("DONE").exists()
+    first, last = told()
+    assert first.startswith("MLflow takes nothing for now and is tried again; metrics.jsonl goes on (")
+    assert last.endswith(f"python -m vlm_agents.tracking {os.path.relpath(run.dir)} sends it")
+
+
+def test_what_was_missed_is_sent_as_soon_as_the_store_is_back(
+    compose_run, made: Path, look, told, tmp_path: Path
+) -> None:
+    where = tmp_path / "a_file"
+    where.touch()  # in the place of a folder
+    uri = f"sqlite:///{where}/mlflow.db"
+    with Run.open(compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={uri}"), []) as run:
+        for step in range(600):  # more than one call takes
+            run.log(step, {"a": float(step)})
+        run.image("b", Image.new("RGB", (4, 4)), step=1)
+        where.unlink()
+        shutil.copytree(made, where)
+        deadline = time.monotonic() + 10
+        while run._tracker._files and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert points_of(look(uri), run, "a") == [(step, float(step)) for step in range(600)]
+        run.log(600, {"a": 600.0})
+    assert len(told()) == 1
+    assert points_of(look(uri), run, "a")[-1] == (600, 600.0)
+    assert {entry.path for entry in look(uri).list_artifacts(run_id_of(run))} == {"config.yaml", "images"}
+
+
+def test_a_finished_run_is_sent_later(
+    compose_run, made: Path, look, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = tmp_path / "a_file"
+    where.touch()
+    uri = f"sqlite:///{where}/mlflow.db"
+    with Run.open(compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={uri}"), []) as run:
+        run.log(1, {"a": 0.5, "bad": float("nan")})
+        run.log(2, {"a": 0.25})
+        assert tracking.main([str(run.dir)]) == 2  # not finished yet
+        run.finish({"success": 1.0})
+    assert "is continued by its name=" in capsys.readouterr().err
+    assert tracking.main([str(run.dir)]) == 1
+    where.unlink()
+    shutil.copytree(made, where)
+    for _ in range(2):  # the second has nothing to send
+        assert tracking.main([str(run.dir)]) == 0
+        assert points_of(look(uri), run, "a") == [(1, 0.5), (2, 0.25)]
+        assert points_of(look(uri), run, "success") == [(2, 1.0)]
+    assert look(uri).get_run(run_id_of(run)).info.status == "FINISHED"
+
+
+def test_a_continued_run_sends_what_the_killed_one_could_not(compose_run, store: str, look) -> None:
+    words = ("stage=ppo", f"tracking.uri={store}")
+    with Run.open(compose_run(*words, "tracking=jsonl"), []) as run:
+        run.log(1, {"a": 1.0})
+        run.path("metrics.jsonl").open("a").write('not json\n["step"]\n{"step": 2, "a": null}\n')
+        run.save_checkpoint(2, lambda folder: None, {})
+    with Run.open(compose_run(*words, "tracking=mlflow"), []) as run:
+        run.restore()
+        run.log(3, {"a": 3.0})
+    (_, one), (_, two), (_, three) = points_of(look(), run, "a")
+    assert (one, three) == (1.0, 3.0)
+    assert math.isnan(two)
+
+
+def test_a_locked_database_holds_nothing_up(compose_run, store: str, made: Path, look, told) -> None:
+    cfg = compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={store}")
+    with Run.open(cfg, []) as run, closing(sqlite3.connect(made / "mlflow.db")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        start = time.monotonic()
+        for step in range(20):
+            run.log(step, {"a": 1.0})
+        assert time.monotonic() - start < 1
+        other.rollback()
+    assert points_of(look(), run, "a") == [(step, 1.0) for step in range(20)]
+    assert told() == []
+
+
+def test_what_is_refused_spoils_nothing_else(compose_run, store: str, look, told) -> None:
+    with Run.open(compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={store}"), []) as run:
+        for step in (1, 2):
+            run.log(step, {"a": 1.0, "what?\x1b": 2.0, "b": 3.0})  # MLflow wants letters, digits and _-./: alone
+        run.artifact(run.path("not_there.txt"))
+        run.finish({})
+    assert points_of(look(), run, "a") == [(1, 1.0), (2, 1.0)]
+    assert points_of(look(), run, "b") == [(1, 3.0), (2, 3.0)]
+    assert {entry.path for entry in look().list_artifacts(run_id_of(run))} == {"config.yaml", "summary.json"}
+    name, file = told()
+    assert name.startswith("MLflow refuses what?\\x1b, and does without it (")
+    assert file.startswith("MLflow refuses not_there.txt, and does without it (")
+
+
+def test_what_the_user_deletes_there_is_told_once(compose_run, store: str, look, told, tmp_path: Path) -> None:
+    words = ("stage=ppo", "tracking=mlflow", f"tracking.uri={store}", "tracking.experiment=doomed")
+    with Run.open(compose_run(*words), []) as run:
+        look().delete_run(run_id_of(run))
+        for step in range(5):
+            run.log(step, {"a": 1.0})
+    first, *_, last = told()
+    assert "must be in the 'active' state" in first
+    assert last == "MLflow lacks a part of this run; once MLflow works again, the run sends it when it is continued"
+    assert len(told()) == 2
+    look().delete_experiment(look().get_experiment_by_name("doomed").experiment_id)
+    with Run.open(compose_run(*words, f"run_dir={tmp_path / 'next'}"), []):
+        pass
+    assert "experiment doomed was deleted: restore it there, or set another tracking.experiment" in told()[2]
+
+
+def test_a_database_is_made_beside_the_rest_of_a_killed_attempt(made: Path) -> None:
+    assert {path.name for path in made.iterdir()} == {"mlflow.db", "mlflow.db.lock", "mlruns"}
+
+
+# ---- where the store is ----------------------------------------------------------------------------------------------
+def test_the_default_store_lies_in_the_working_directory_whatever_its_name(
+    compose_run, made: Path, look, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fresh database takes seconds: this one is a copy, whose experiment is left out."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    here = tmp_path / "a?b #1 100%41 ä"
+    here.mkdir()
+    shutil.copy(made / "mlflow.db", here)
+    monkeypatch.chdir(here)
+    with Run.open(compose_run("stage=ppo", "tracking=mlflow", "tracking.experiment=fresh"), []) as run:
         run.log(1, {"a": 1.0})
         run.image("b", Image.new("RGB", (4, 4)), step=1)
-        run.finish({"a": 1.0})
-    assert [json.loads(line) for line in run.path("metrics.jsonl").read_text().splitlines()] == [{"step": 1, "a": 1.0}]
-    assert run.path("DONE").exists()
-    warnings = [record.getMessage() for record in caplog.records if record.name == "vlm_agents.tracking"]
-    assert len(warnings) == 1
-    assert warnings[0].startswith("MLflow is off for the rest of this run")
+    assert {path.name for path in tmp_path.iterdir()} == {here.name, "run"}
+    assert {path.name for path in here.iterdir()} == {"mlflow.db", "mlflow.db.lock", "mlruns"}
+    artifacts = here / "mlruns" / run_id_of(run) / "artifacts"
+    assert {path.name for path in artifacts.iterdir()} == {"config.yaml", "images"}
+    client = look("sqlite:///mlflow.db")
+    assert points_of(client, run, "a") == [(1, 1.0)]
+    assert {entry.path for entry in client.list_artifacts(run_id_of(run))} == {"config.yaml", "images"}
 
 
-def test_a_failure_midway_is_told_once(compose_run, store: str, caplog: pytest.LogCaptureFixture) -> None:
-    with Run.open(compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={store}"), []) as run:
-        tracker = run._tracker
-        tracker._run_id = "gone"  # someone deletes the run in the UI
-        with caplog.at_level(logging.WARNING):
-            run.log(1, {"a": 1.0})
-            run.log(2, {"a": 2.0})
-    assert sum("MLflow is off" in record.getMessage() for record in caplog.records) == 1
+def test_a_relative_address_is_taken(
+    compose_run, made: Path, look, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(made, tmp_path / "sub")
+    monkeypatch.chdir(tmp_path)
+    uri = "sqlite:///sub/mlflow.db"
+    with Run.open(compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={uri}"), []) as run:
+        run.log(1, {"a": 1.0})
+    assert points_of(look(uri), run, "a") == [(1, 1.0)]
+    assert (tmp_path / "sub/mlflow.db.lock").exists()
+    assert (tmp_path / "sub/mlruns" / run_id_of(run) / "artifacts/config.yaml").exists()
 
 
-@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "nonsense://x"])
-def test_a_bad_uri_never_raises(compose_run, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    start = time.monotonic()
-    tracker = Tracker(compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={uri}"), "", None)
-    tracker.metrics(1, {"a": 1.0})
-    tracker.close("FINISHED")
-    assert time.monotonic() - start < 10
+def test_files_follow_a_folder_that_moved(compose_run, made: Path, look, tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(made, old)
+    stores.settle(old / "mlflow.db")
+    client = look(f"sqlite:///{old}/mlflow.db")
+    before = client.create_run(client.get_experiment_by_name("vlm_agents").experiment_id).info
+    assert before.artifact_uri == (old / "mlruns" / before.run_id / "artifacts").as_uri()
+    picture = old / "mlruns" / before.run_id / "artifacts/images/old.png"
+    picture.parent.mkdir(parents=True)
+    picture.touch()
+    old.rename(new)
+    uri = f"sqlite:///{new}/mlflow.db"
+    for name, pictures in (("continued", 2), ("fresh", 1)):
+        cfg = compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={uri}", f"run_dir={tmp_path / name}")
+        if name == "continued":
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "mlflow_run_id").write_text(before.run_id)
+        with Run.open(cfg, []) as run:
+            run.image("b", Image.new("RGB", (4, 4)), step=1)
+        assert len(list((new / "mlruns" / run_id_of(run) / "artifacts/images").glob("*.png"))) == pictures
+        told = look(uri).list_artifacts(run_id_of(run), "images")  # as the UI finds them
+        assert sum(entry.path.endswith(".png") for entry in told) == pictures
+    assert not old.exists()
+
+
+def test_files_that_somebody_keeps_elsewhere_stay_there(compose_run, made: Path, look, tmp_path: Path) -> None:
+    shutil.copy(made / "mlflow.db", tmp_path)
+    elsewhere = tmp_path / "disk/mlruns"
+    elsewhere.mkdir(parents=True)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    for name, place in (("own", elsewhere.as_uri()), ("bucket", "s3://bucket/mlruns")):
+        look(uri).create_experiment(name, place)
+    stores.settle(tmp_path / "mlflow.db")
+    assert look(uri).get_experiment_by_name("own").artifact_location == elsewhere.as_uri()
+    assert look(uri).get_experiment_by_name("bucket").artifact_location == "s3://bucket/mlruns"
+
+
+def test_the_environment_names_store_and_experiment(
+    compose_run, store: str, look, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    with Run.open(compose_run("stage=ppo", "tracking=mlflow"), []) as run:
+        run.log(1, {"a": 1.0})
+    assert capfd.readouterr().out == f"MLflow: {store}, which MLFLOW_TRACKING_URI names\n"
+    experiment = look().get_run(run_id_of(run)).info.experiment_id
+    assert look().get_experiment(experiment).name == "mine"
+
+
+# ---- secrets ---------------------------------------------------------------------------------------------------------
+SECRET = "hunter2"
+
+
+def test_secrets_of_the_environment_are_masked(
+    compose_run, told, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:{SECRET}@127.0.0.1:9?token={SECRET}")
+    with Run.open(compose_run("stage=ppo", "tracking=mlflow"), []) as run:
+        run.log(1, {"a": 1.0})
+    out, err = capfd.readouterr()
+    assert out == "MLflow: http://***@127.0.0.1:9?***, which MLFLOW_TRACKING_URI names\n"
+    kept = [path.read_text() for path in run.dir.iterdir() if path.is_file()]
+    assert not any(SECRET in text for text in (out, err, *told(), *kept))
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [f"http://user:{SECRET}@host", f"https://{SECRET}@host", f"http://host?token={SECRET}", f"mysql://u:{SECRET}@h/db"],
+)
+def test_an_address_with_a_secret_is_refused(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI") as caught:
+        TrackingConfig("mlflow", uri)
+    assert SECRET not in str(caught.value)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # main sets it
+    monkeypatch.setattr("sys.argv", ["vlm-agents", "-m", "stage=collect", "seed=0,1", f"tracking.uri='{uri}'"])
+    assert main() == 2
+    out, err = capfd.readouterr()
+    assert "MLFLOW_TRACKING_URI" in err
+    assert SECRET not in out + err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "uri", ["sqlite:////home/me@work/mlflow.db", "postgresql://host/db", "http://host:5000/mlflow"]
+)
+def test_an_address_without_a_secret_is_taken(uri: str) -> None:
+    assert TrackingConfig("mlflow", uri).uri == uri
 
 
 def test_jsonl_knows_no_mlflow(compose_run, tmp_path: Path) -> None:

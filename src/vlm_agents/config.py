@@ -297,11 +297,12 @@ class HardwareConfig:
 @dataclass
 class TrackingConfig:
     name: str = MISSING  # jsonl: metrics.jsonl only | mlflow: that, and MLflow
-    uri: str | None = None  # null: sqlite:///<cwd>/mlflow.db
-    experiment: str = "vlm_agents"
+    uri: str | None = None  # null: what MLFLOW_TRACKING_URI says, else sqlite:///mlflow.db
+    experiment: str | None = None  # null: what MLFLOW_EXPERIMENT_NAME says, else vlm_agents
 
     def __post_init__(self) -> None:
         one_of("tracking.name", self.name, Literal["jsonl", "mlflow"])
+        refuse_secrets("tracking.uri", self.uri or "")
 
 
 # ---- algo ------------------------------------------------------------------------------------------------------------
@@ -366,7 +367,7 @@ ADDRESS = "http(s)://<host>[:<port>]/<path>, without user, key or query"
 
 
 def refuse_secrets(setting: str, value: str) -> None:
-    """ConfigError, which doesn't repeat the value, where one of RemoteConfig's settings may hold a key.
+    """ConfigError, which doesn't repeat the value, where a server's address, or a setting beside it, may hold a key.
 
     For the command line too: Hydra notes the overrides of a sweep before anybody else sees them.
     """
@@ -375,6 +376,11 @@ def refuse_secrets(setting: str, value: str) -> None:
         raise ConfigError(f"{setting} must be {ADDRESS}: {key_goes}")
     if setting == "stage.remote.key_env" and re.search(r"[^A-Z0-9_,]", value):
         raise ConfigError(f"{setting} must be a variable's name, of A-Z, 0-9 and _: {key_goes}")
+    if setting == "tracking.uri" and not value.startswith(("sqlite:", "file:")) and re.search(r"[@?#]", value):
+        raise ConfigError(
+            f"{setting} must be written without user, password and query, as it is kept in config.yaml: put an address "
+            "with them into the environment variable MLFLOW_TRACKING_URI, and leave tracking.uri out"
+        )
 
 
 @dataclass

@@ -107,7 +107,7 @@ class Run:
         atomic_write(folder / "config.yaml", settings)
         atomic_write(folder / "overrides", "".join(f"{word}\n" for word in overrides))
         atomic_write(folder / "commit", commit() + "\n")
-        return cls(cfg, lock, Tracker(cfg, settings, sweep))
+        return cls(cfg, lock, Tracker(dataclasses.asdict(cfg), folder, sweep))
 
     def __enter__(self) -> Self:
         return self
@@ -137,7 +137,7 @@ class Run:
         with writing(path):
             path.parent.mkdir(exist_ok=True)
             image.save(path)
-        self._tracker.image(key, image, step)
+        self._tracker.image(key, path, step)
 
     def save_folder(self, name: str, write: Callable[[Path], None]) -> Path:
         """Have `write` fill a folder of the run directory, which is there whole or not at all."""

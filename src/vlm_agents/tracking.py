@@ -1,159 +1,263 @@
-"""MLflow beside metrics.jsonl. The only file that knows MLflow, and it imports it only when chosen.
+"""MLflow beside metrics.jsonl: a copy that a thread of its own makes, so that no server, lock or disk holds up a run.
 
-Tracking is a convenience: the first failure is told once, then the tracker is off and the run goes on.
+What can't be sent now is sent later: while the run lasts, when it is continued, and once it is finished by
+
+    python -m vlm_agents.tracking <run directory>...
 """
 
-import dataclasses
-import fcntl
+import json
 import logging
+import math
 import os
+import shlex
+import sqlite3
+import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from threading import Event, Thread
+from typing import Any, NamedTuple
 
-from PIL.Image import Image
+import yaml
+from PIL import Image
 
-from vlm_agents.config import RunConfig, flat
+from vlm_agents import stores
+from vlm_agents.errors import DataError, harmless
+from vlm_agents.stores import masked, refused
 
 log = logging.getLogger(__name__)
 
-SQLITE = "sqlite:///"
-PARAMS_PER_CALL = 100  # MLflow's limits
-PARAM_LENGTH = 500
+PATIENCE = stores.PATIENCE  # seconds that a run waits for MLflow when it starts, and twice that at its end
+LONGEST = 60  # seconds that it waits at its end while MLflow takes one thing after another
+PAUSES = 1, 300  # seconds between two tries, which double from the one to the other
+METRICS_PER_CALL = 500  # MLflow takes 1000
+QUIET = {  # unless the environment says otherwise: it is we who try again, and no address is printed
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": str(PATIENCE),
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+
+
+class Point(NamedTuple):
+    """One number of a curve. Its time stays the same however often it is sent: MLflow knows it again."""
+
+    key: str
+    value: float
+    time: int  # milliseconds
+    step: int
 
 
 class Tracker:
-    """One MLflow run, or nothing: with tracking=jsonl and after a failure every call is without effect."""
+    """One MLflow run that follows a run directory; nothing with tracking=jsonl. No call raises, or waits long."""
 
-    def __init__(self, cfg: RunConfig, settings: str, sweep: Path | None) -> None:
+    def __init__(self, settings: Mapping[str, Any], folder: Path, sweep: Path | None) -> None:
+        """`settings` are a RunConfig's, as nested dictionaries; `sweep` is the folder of the sweep, where it is one."""
+        self._settings, self._folder, self._sweep = settings, folder, sweep
+        self._points: deque[Point] = deque()  # what waits to be sent; the thread alone takes out
+        self._files: deque[tuple[Path, str, int]] = deque()  # with a key and a step: a picture
+        self._read_back = False  # was metrics.jsonl?
+        self._steps: dict[str, set[int]] = {}  # at which MLflow has a metric
         self._client: Any = None
         self._run_id = ""
         self._goes_on = False
-        self._told: dict[str, set[int]] = {}  # the steps at which MLflow has a metric
-        if cfg.tracking.name == "mlflow":
-            try:
-                self._start(cfg, settings, sweep)
-            except Exception as error:  # noqa: BLE001 - whatever ails the tracker must not stop the run
-                self._give_up(error)
+        self._status = ""
+        self._stuck = False
+        self._heard = 0.0  # when MLflow last took something
+        self._complaints: set[str] = set()
+        self._tried, self._news, self._closing = Event(), Event(), Event()
+        self._thread: Thread | None = None
+        if settings["tracking"]["name"] == "mlflow" and self._importable():
+            self._uri, self._experiment = self._where()
+            self._thread = Thread(target=self._follow, name="mlflow", daemon=True)
+            self._thread.start()
+            self._tried.wait(PATIENCE)
 
-    def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """All of them in one call, at one step; but for those that MLflow has, as a resumed run repeats some steps."""
-        if self._client is not None:
-            from mlflow.entities import Metric
+    def _importable(self) -> bool:
+        """Import MLflow, which takes seconds, before there is the thread: two that import can trip each other up."""
+        os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
+        try:
+            import mlflow  # noqa: F401
+        except Exception as error:  # noqa: BLE001 - whatever ails the tracker must not stop the run
+            self._complain("MLflow is off, metrics.jsonl goes on", error)
+            return False
+        for chatty in ("mlflow", "alembic"):  # tales of migrations, and tracebacks of what is told here in a line
+            logging.getLogger(chatty).setLevel(logging.CRITICAL)
+        return True
 
-            now = int(time.time() * 1000)
-            new = {key: value for key, value in metrics.items() if step not in self._steps_of(key)}
-            self._call("log_batch", metrics=[Metric(key, float(value), now, step) for key, value in new.items()])
-            for key in new:
-                self._told[key].add(step)
+    def _where(self) -> tuple[str, str]:
+        """Address of the store and name of the experiment: as set, or as MLflow's own environment variables have it."""
+        uri, experiment = (self._settings["tracking"][name] for name in ("uri", "experiment"))
+        if not uri and (uri := os.environ.get("MLFLOW_TRACKING_URI")):
+            print(f"MLflow: {harmless(masked(uri))}, which MLFLOW_TRACKING_URI names", flush=True)
+        return uri or stores.DEFAULT, experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "vlm_agents"
 
-    def _steps_of(self, key: str) -> set[int]:
-        if key not in self._told:
-            history = self._call("get_metric_history", key) if self._goes_on else None
-            self._told[key] = {point.step for point in history or ()}
-        return self._told[key]
+    # ---- what the run tells ----------------------------------------------------------------------------------------
+    def metrics(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """To be called once metrics.jsonl has them. The first call sends what earlier processes left there, too."""
+        if self._thread is not None:
+            if not self._read_back:
+                self._points.extend(points_in(self._folder / "metrics.jsonl"))
+                self._read_back = True
+            self._points.extend(points_of(step, metrics))
+            self._news.set()
 
-    def image(self, key: str, image: Image, step: int) -> None:
-        self._call("log_image", image, key=key, step=step)
+    def image(self, key: str, path: Path, step: int) -> None:
+        self._add(path, key, step)
 
     def artifact(self, path: Path) -> None:
-        self._call("log_artifacts" if path.is_dir() else "log_artifact", str(path))
+        self._add(path)
 
-    def close(self, status: str) -> None:
-        """End the MLflow run as FINISHED, FAILED or KILLED."""
-        self._call("set_terminated", status)
+    def _add(self, path: Path, key: str = "", step: int = 0) -> None:
+        if self._thread is not None:
+            self._files.append((path, key, step))
+            self._news.set()
 
-    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        if self._client is not None:
+    def close(self, status: str) -> bool:
+        """End the MLflow run as FINISHED, FAILED or KILLED. False, and a line of advice, where it lacks something."""
+        if self._thread is None:
+            return True
+        self._status = status
+        self._closing.set()
+        self._news.set()
+        start = self._heard = time.monotonic()
+        while self._thread.is_alive() and time.monotonic() < min(self._heard + 2 * PATIENCE, start + LONGEST):
+            self._thread.join(0.1)
+        complete = not (self._thread.is_alive() or self._stuck or self._points)
+        if not complete:
+            command = f"python -m vlm_agents.tracking {shlex.quote(os.path.relpath(self._folder))} sends it"
+            later = command if (self._folder / "DONE").exists() else "the run sends it when it is continued"
+            log.warning("MLflow lacks a part of this run; once MLflow works again, %s", later)
+        return complete
+
+    # ---- the thread ------------------------------------------------------------------------------------------------
+    def _follow(self) -> None:
+        pause = PAUSES[0]
+        while True:
+            last = self._closing.is_set()
             try:
-                return getattr(self._client, method)(self._run_id, *args, **kwargs)
+                self._send(last)
+                self._stuck, pause = False, PAUSES[0]
             except Exception as error:  # noqa: BLE001 - as above
-                self._give_up(error)
-        return None
+                if not self._stuck:
+                    self._complain("MLflow takes nothing for now and is tried again; metrics.jsonl goes on", error)
+                self._stuck = True
+            self._tried.set()
+            if last:
+                return
+            if self._stuck:
+                self._closing.wait(pause)
+                pause = min(2 * pause, PAUSES[1])
+            else:
+                self._news.wait()
+                self._news.clear()
 
-    def _give_up(self, error: Exception) -> None:
-        self._client = None
-        reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
-        log.warning("MLflow is off for the rest of this run (%s); metrics.jsonl goes on", reason)
+    def _send(self, last: bool) -> None:
+        """Send all that waits, the points first: trouble with files mustn't hold them up."""
+        if self._client is None:
+            where = self._uri, self._experiment, self._folder, self._sweep
+            self._client, self._run_id, self._goes_on, settings_known = stores.connect(*where, self._settings)
+            if not settings_known:
+                self._files.appendleft((self._folder / "config.yaml", "", 0))
+        while self._points:
+            batch = [self._points[index] for index in range(min(len(self._points), METRICS_PER_CALL))]
+            new = {(point.key, point.step): point for point in batch if point.step not in self._steps_of(point.key)}
+            self._log(list(new.values()))
+            for key, step in new:
+                self._steps[key].add(step)
+            for _ in batch:
+                self._points.popleft()
+            self._heard = time.monotonic()
+        if last:
+            self._client.set_terminated(self._run_id, self._status)
+        while self._files:
+            self._send_file(*self._files[0])
+            self._files.popleft()
+            self._heard = time.monotonic()
 
-    def _start(self, cfg: RunConfig, settings: str, sweep: Path | None) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        from mlflow import MlflowClient
-
-        for chatty in ("mlflow", "alembic"):  # tales of database migrations
-            logging.getLogger(chatty).setLevel(logging.WARNING)
-        uri = cfg.tracking.uri or f"{SQLITE}{Path.cwd() / 'mlflow.db'}"
-        tags = {"stage": cfg.stage.name, "env": cfg.env.id, "model": cfg.model.name}
-        if cfg.algo is not None:
-            tags["algo"] = cfg.algo.name
-        with exclusive(uri, sweep):
-            client = MlflowClient(tracking_uri=uri)
-            experiment = experiment_id(client, uri, cfg.tracking.experiment)
-            if sweep is not None:
-                parent, _ = open_run(client, experiment, sweep, f"{cfg.name}/{cfg.stage.name}", tags)
-                tags["mlflow.parentRunId"] = parent
-        name = f"{cfg.name}/{cfg.stage.name}" + (f"/{Path(cfg.run_dir).name}" if sweep else "")
-        self._run_id, fresh = open_run(client, experiment, Path(cfg.run_dir), name, tags)
-        self._client = client
-        self._goes_on = not fresh
-        if fresh:
-            self._describe(cfg, settings)
-
-    def _describe(self, cfg: RunConfig, settings: str) -> None:
-        from mlflow.entities import Param
-
-        params = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in flat(dataclasses.asdict(cfg))]
-        for start in range(0, len(params), PARAMS_PER_CALL):
-            self._call("log_batch", params=params[start : start + PARAMS_PER_CALL])
-        self._call("log_text", settings, "config.yaml")
-
-
-@contextmanager
-def exclusive(uri: str, sweep: Path | None) -> Iterator[None]:
-    """One process at a time sets up a store: two that create one sqlite file break each other's migrations."""
-    database = Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
-    path = database.with_name(f"{database.name}.lock") if database else sweep and sweep / "lock"
-    if database and not database.exists():
-        print(f"making {database} for MLflow, once", flush=True)
-    if path is None:
-        yield
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX)
-        yield
-
-
-def experiment_id(client: Any, uri: str, name: str) -> str:
-    """Id of the experiment, made when missing; pictures and files of a sqlite store live beside its database."""
-    from mlflow.exceptions import MlflowException
-
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        return found.experiment_id
-    artifacts = Path(uri.removeprefix(SQLITE)).parent / "mlruns" if uri.startswith(SQLITE) else None
-    try:
-        return client.create_experiment(name, artifact_location=artifacts and artifacts.as_uri())
-    except MlflowException:  # another process was faster, on a server
-        found = client.get_experiment_by_name(name)
-        if found is None:
-            raise
-        return found.experiment_id
-
-
-def open_run(client: Any, experiment: str, folder: Path, name: str, tags: Mapping[str, str]) -> tuple[str, bool]:
-    """Id of the MLflow run that belongs to `folder`, and whether it is new. The folder's mlflow_run_id remembers it."""
-    from mlflow.exceptions import MlflowException
-
-    note = folder / "mlflow_run_id"
-    if note.exists():
+    def _send_file(self, path: Path, key: str, step: int) -> None:
         try:
-            client.update_run(note.read_text(), status="RUNNING")
-            return note.read_text(), False
-        except MlflowException as error:
-            log.warning("this run is not in MLflow's store any more, a new one is begun there: %s", error)
-    run_id = client.create_run(experiment, tags=dict(tags), run_name=name).info.run_id
-    note.write_text(run_id)
-    return run_id, True
+            if key:
+                with Image.open(path) as image:
+                    self._client.log_image(self._run_id, image, key=key, step=step)
+            else:
+                self._client.log_artifact(self._run_id, str(path))
+        except Exception as error:
+            if not refused(error):
+                raise
+            self._complain(f"MLflow refuses {path.name}, and does without it", error)
+
+    def _log(self, points: Sequence[Point]) -> None:
+        """All of them in one call; where that is refused, each in its own, so that one doesn't spoil the rest."""
+        from mlflow.entities import Metric
+
+        try:
+            if points:
+                self._client.log_batch(self._run_id, metrics=[Metric(*point) for point in points])
+        except Exception as error:
+            if not refused(error):
+                raise
+            if len(points) == 1:
+                self._complain(f"MLflow refuses {points[0].key}, and does without it", error)
+            else:
+                for point in points:
+                    self._log([point])
+
+    def _steps_of(self, key: str) -> set[int]:
+        if key not in self._steps:
+            history = self._client.get_metric_history(self._run_id, key) if self._goes_on else ()
+            self._steps[key] = {point.step for point in history}
+        return self._steps[key]
+
+    def _complain(self, text: str, error: Exception) -> None:
+        reason = masked(str(error).strip().split("\n", 1)[0] or type(error).__name__)
+        if reason not in self._complaints:
+            self._complaints.add(reason)
+            log.warning("%s", harmless(f"{text} ({reason})"))
+
+
+def points_of(step: int, metrics: Mapping[str, float | None]) -> list[Point]:
+    now = int(time.time() * 1000)
+    return [Point(key, math.nan if value is None else float(value), now, step) for key, value in metrics.items()]
+
+
+def points_in(path: Path) -> list[Point]:
+    """What metrics.jsonl holds; a damaged line is left out."""
+    points: list[Point] = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with suppress(ValueError, TypeError, AttributeError, KeyError):
+            metrics = json.loads(line)
+            points += points_of(int(metrics.pop("step")), metrics)
+    return points
+
+
+def send(folder: Path) -> bool:
+    """Send MLflow what it lacks of a finished run, whatever the run's tracking was. Whether it has everything now."""
+    try:
+        settings = yaml.safe_load((folder / "config.yaml").read_text())
+        summary = json.loads((folder / "summary.json").read_text())
+        settings["tracking"]["name"] = "mlflow"
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
+        raise DataError(f"{folder} holds no finished run; one that isn't is continued by its name=") from error
+    tracker = Tracker(settings, folder, None)
+    last = max((point.step for point in points_in(folder / "metrics.jsonl")), default=0)
+    tracker.metrics(last, summary["metrics"])
+    tracker.artifact(folder / "summary.json")
+    return tracker.close("FINISHED")
+
+
+def main(folders: Sequence[str]) -> int:
+    """Send finished runs, and have the default store find its files where they are now. The exit status."""
+    with suppress(sqlite3.Error):
+        stores.settle(Path("mlflow.db").absolute())
+    try:
+        return 0 if all(send(Path(folder)) for folder in folders) else 1
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

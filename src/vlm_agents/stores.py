@@ -1,0 +1,184 @@
+"""MLflow's store: where it lies, that it is whole, what its errors mean, the experiment and the run in it.
+
+Knows no metrics. Raises whatever MLflow, SQLAlchemy and the file system raise: the tracker asks again later.
+"""
+
+import fcntl
+import logging
+import os
+import re
+import shutil
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from vlm_agents.config import flat
+from vlm_agents.files import atomic_write
+
+log = logging.getLogger(__name__)
+
+DEFAULT = "sqlite:///mlflow.db"  # relative, so that no folder's name needs escapes
+PATIENCE = 10  # seconds for an answer or a lock
+PARAMS_PER_CALL = 100  # MLflow's limits
+PARAM_LENGTH = 500
+FILES = "SELECT DISTINCT artifact_location FROM experiments WHERE artifact_location LIKE 'file:%'"
+
+
+def connect(
+    uri: str, experiment: str, folder: Path, sweep: Path | None, settings: Mapping[str, Any]
+) -> tuple[Any, str, bool, bool]:
+    """Find or make all that the run in `folder` needs, which may fail anywhere and be done again: a client, the id of
+    its MLflow run, whether that was there before, and whether it had all settings."""
+    from mlflow.entities import Param
+
+    name = f"{settings['name']}/{settings['stage']['name']}"
+    tags = {"stage": settings["stage"]["name"], "env": settings["env"]["id"], "model": settings["model"]["name"]}
+    if settings["algo"] is not None:
+        tags["algo"] = settings["algo"]["name"]
+    with opened(uri, sweep) as client:
+        experiment_id = open_experiment(client, uri, experiment)
+        if sweep is not None:
+            tags["mlflow.parentRunId"], _ = open_run(client, experiment_id, sweep, name, tags)
+            name += f"/{folder.name}"
+    run_id, was_there = open_run(client, experiment_id, folder, name, tags)
+    known = client.get_run(run_id).data.params
+    params = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in flat(settings) if key not in known]
+    for start in range(0, len(params), PARAMS_PER_CALL):
+        client.log_batch(run_id, params=params[start : start + PARAMS_PER_CALL])
+    return client, run_id, was_there, not params
+
+
+def database_of(uri: str) -> Path | None:
+    """The file of a sqlite store, as SQLAlchemy reads the address; None for any other store."""
+    from sqlalchemy import make_url
+
+    name = make_url(uri).database if uri.startswith("sqlite") else None
+    return None if not name or name.startswith((":", "file:")) else Path(name).absolute()
+
+
+@contextmanager
+def opened(uri: str, sweep: Path | None) -> Iterator[Any]:
+    """A client of the store, which is made when it is a missing sqlite file. One process at a time sets up a store: two
+    that create one database break each other's migrations, and two jobs would each make their sweep's parent run."""
+    from mlflow import MlflowClient
+
+    database = database_of(uri)
+    lock = database.with_name(f"{database.name}.lock") if database else sweep and sweep / "lock"
+    with exclusive(lock) if lock else nullcontext():
+        if database:
+            make(database)
+            settle(database)
+        yield MlflowClient(tracking_uri=uri)
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold a lock; TimeoutError when another process keeps it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as lock:
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"another process holds {path}") from None
+                time.sleep(0.05)
+        yield
+
+
+def make(database: Path) -> None:
+    """An empty store where there is none, whole or not at all: MLflow can't go on with migrations that were killed."""
+    if database.exists() and database.stat().st_size:
+        return
+    from mlflow import MlflowClient
+
+    print(f"making {database} for MLflow, once", flush=True)
+    half = database.with_name(f".{database.name}.half")
+    shutil.rmtree(half, ignore_errors=True)  # of a process that was killed
+    half.mkdir()
+    MlflowClient(tracking_uri=f"sqlite:///{os.path.relpath(half / database.name)}").search_experiments(max_results=1)
+    os.replace(half / database.name, database)
+    shutil.rmtree(half)
+
+
+def settle(database: Path) -> None:
+    """Have pictures and files live beside the database, even when its folder moved: MLflow keeps absolute addresses.
+
+    What lies in a folder of another name, or elsewhere with nothing beside the database, is left there."""
+    if not database.exists():
+        return
+    beside = database.parent / "mlruns"
+    with closing(sqlite3.connect(database, timeout=PATIENCE)) as db, db:
+        db.execute("BEGIN IMMEDIATE")  # a locked or read-only database is found here; MLflow would try for minutes
+        for (old,) in db.execute(FILES).fetchall():
+            place = Path(url2pathname(urlsplit(old).path))
+            if place.name == beside.name and place != beside and (beside.exists() or not place.exists()):
+                new = beside.as_uri()
+                db.execute("UPDATE experiments SET artifact_location = ? WHERE artifact_location = ?", (new, old))
+                db.execute(
+                    "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?) WHERE instr(artifact_uri, ?) = 1",
+                    (new, len(old) + 1, f"{old}/"),
+                )
+
+
+def open_experiment(client: Any, uri: str, name: str) -> str:
+    """Id of the experiment, made when missing; pictures and files of a sqlite store live beside its database."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        database = database_of(uri)
+        try:
+            return client.create_experiment(name, database and (database.parent / "mlruns").as_uri())
+        except MlflowException:  # another process was faster, on a server
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage != "active":
+        raise LookupError(f"experiment {name} was deleted: restore it there, or set another tracking.experiment")
+    return found.experiment_id
+
+
+def open_run(client: Any, experiment: str, folder: Path, name: str, tags: Mapping[str, str]) -> tuple[str, bool]:
+    """Id of the MLflow run that belongs to `folder`, which its mlflow_run_id remembers, and whether it was there."""
+    from mlflow.exceptions import MlflowException
+
+    note = folder / "mlflow_run_id"
+    if note.exists():
+        try:
+            client.update_run(note.read_text(), status="RUNNING")
+            return note.read_text(), True
+        except MlflowException as error:
+            if error.get_http_status_code() not in (400, 404):  # deleted, or another store's
+                raise
+            log.warning("this run is not in MLflow's store any more, a new one is begun there")
+    run_id = client.create_run(experiment, tags=dict(tags), run_name=name).info.run_id
+    atomic_write(note, run_id)
+    return run_id, False
+
+
+# ---- what MLflow answers ---------------------------------------------------------------------------------------------
+def refused(error: Exception) -> bool:
+    """Would this one thing never be taken? Anything else may pass: a dead server, a lock, a full disk, an old token."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        return error.get_http_status_code() == 400
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):  # requests' errors are among them
+        return getattr(getattr(error, "response", None), "status_code", 0) in (400, 413, 415, 422)
+    return True
+
+
+def masked(text: str) -> str:
+    """The text without what may be secret in an address, or in the environment for MLflow."""
+    for name in ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD"):
+        if os.environ.get(name):
+            text = text.replace(os.environ[name], "***")
+    return re.sub(r"(?<=://)\S+(?=@)|(?<=\?)\S+", "***", text)
