@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from vlm_agents.config import PromptConfig
-from vlm_agents.prompting import base, make_format
-from vlm_agents.prompting.base import find_object, read_object
+from vlm_agents.prompting import make_format, objects
+from vlm_agents.prompting.base import find_object
+from vlm_agents.prompting.objects import read_object
 
 LEGAL = ("turn left", "turn right", "go forward", "pick up", "hit", "stand", "1", "10", "+", "-")
 NAMES = ("cot_json", "action_only", "action_scores")
@@ -164,6 +165,6 @@ def test_a_hundred_kilobytes_take_linear_time(head: str, unit: str) -> None:
 
 def test_no_group_is_repeated_possessively() -> None:
     """Before Python 3.11.5 such a group may end too far on, which no test on a newer one would show."""
-    patterns = [item for item in vars(base).values() if isinstance(item, re.Pattern)] + list(base.STRING.values())
+    patterns = [item for item in vars(objects).values() if isinstance(item, re.Pattern)] + list(objects.STRING.values())
     assert len(patterns) > 5
     assert not [found.pattern for found in patterns if re.search(r"\)(?:[*+?]|\{[\d,]+\})\+", found.pattern)]
