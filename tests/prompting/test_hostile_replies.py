@@ -2,7 +2,11 @@
 
 import json
 import re
+import sys
 import time
+from collections import Counter
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -89,6 +93,22 @@ def test_ten_thousand_hostile_replies() -> None:
             assert first[1] < second[0], repr(text)
     assert time.perf_counter() - began < 5
     assert 1000 < read < 9000  # both outcomes are well represented
+
+
+def test_the_benchmark_s_replies_are_read_for_what_they_name() -> None:
+    """The first thousand of benchmarks/adversarial_replies.py, through each format."""
+    source = Path(__file__).parents[2] / "benchmarks" / "adversarial_replies.py"
+    spec = spec_from_file_location(source.stem, source)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[source.stem] = adversarial = module_from_spec(spec)  # where dataclasses look their module up
+    spec.loader.exec_module(adversarial)
+    outcomes: Counter[tuple[str, str, bool]] = Counter()
+    assert list(adversarial.faults(1000, 0, outcomes)) == []
+    for name in adversarial.NAMES:
+        assert outcomes[name, "sound", True] > 50
+        assert outcomes[name, "unfinished", False] > 50
+        assert outcomes[name, "behind thinking", True] > 50
 
 
 def random_json(rng: np.random.Generator, depth: int = 0) -> Any:
