@@ -163,8 +163,8 @@ def summarise(trajectories: Iterable[Trajectory], prefix: str = "rollout") -> di
         for name, found in _figures(trajectory).items():
             values[name] += found
     if not values:
-        first = f"the first: {errors[0]}" if errors else "none"
-        raise TrainingError(f"none of {len(errors)} episodes came to an end: mend the env. Its errors: {first}")
+        told = f"mend the env. The first error: {errors[0]}" if errors else "none was played"
+        raise TrainingError(f"none of {len(errors)} episodes came to an end: {told}")
     means = {name: float(np.mean(found)) for name, found in values.items() if found}
     return {f"{prefix}/{name}": value for name, value in {**means, "env_errors": float(len(errors))}.items()}
 

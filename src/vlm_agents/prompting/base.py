@@ -92,17 +92,20 @@ class Found(NamedTuple):
 def find_object(text: str, key: str) -> Found:
     """The field `key` and the thoughts of the answer's first object that has `key`, sound JSON before the rest."""
     start, error = answer_start(text)
-    objects = [] if error else list(objects_in(text, start))
-    if not objects:
+    chosen: dict[str, Field] | None = None
+    for fields, place in () if error else objects_in(text, start):
+        if chosen is None or (key in fields and key not in chosen):
+            chosen = fields
+        if key in fields and is_json(text[slice(*place)]):
+            chosen = fields
+            break
+    if chosen is None:
         return Found(None, (0, start) if start else None, error or "no JSON")
-    holders = [found for found in objects if key in found[0]]
-    sound = (found for found in holders if is_json(text[slice(*found[1])]))
-    fields, _ = next(sound, (holders or objects)[0])
-    answer, thoughts = fields.get(key), fields.get("thoughts")
+    answer, thoughts = chosen.get(key), chosen.get("thoughts")
     span = thoughts.span if thoughts else None
     if start:  # one thought from the thinking to the end of `thoughts`, as far as the answer doesn't stand between
         span = (0, span[1] if span and not (answer and answer.span < span) else start)
-    return Found(answer, span, None if holders else f"no {key} key")
+    return Found(answer, span, None if answer else f"no {key} key")
 
 
 QUOTES = " \"'`\u201c\u201d\u2018\u2019"

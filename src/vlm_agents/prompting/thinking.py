@@ -18,8 +18,9 @@ def answer_start(text: str) -> tuple[int, str | None]:
     Behind an opening one everything is thinking, cut off. Marks inside an object of sound JSON are text.
     """
     start = 0
-    if MARK.search(text) and (marks := list(MARK.finditer(_without_objects(text)))):
-        start = marks[-1].end() if any(marks[-1].groups()) else len(text)
+    if MARK.search(text):
+        for mark in MARK.finditer(_without_objects(text)):
+            start = mark.end() if any(mark.groups()) else len(text)
     if text[start:].strip():
         return start, None
     return start, "no answer" if start else "empty reply"
