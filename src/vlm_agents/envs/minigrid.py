@@ -14,7 +14,7 @@ from minigrid.core.grid import Grid
 from minigrid.core.world_object import Door, WorldObj
 from minigrid.envs.gotodoor import GoToDoorEnv
 from minigrid.envs.gotoobject import GoToObjectEnv
-from minigrid.envs.wfc import WFCEnv
+from minigrid.envs.wfc import WFCEnv  # pyright: ignore[reportPrivateImportUsage]
 from minigrid.minigrid_env import MiniGridEnv
 from PIL import Image
 
