@@ -34,7 +34,7 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't imp
 FORMAT = make_format(PromptConfig("cot_json"))
 PENALTY = 0.25
 BAD_SEED = 3
-Fault = Literal["raise", "kill", "hang", "never starts"]
+Fault = Literal["raise", "exit", "interrupt", "leave", "kill", "hang", "never starts"]
 
 
 class Walk:
@@ -81,6 +81,12 @@ class Walk:
         match self.fault:
             case "raise":
                 raise ValueError("boom")
+            case "exit":
+                sys.exit(3)
+            case "interrupt":
+                raise KeyboardInterrupt
+            case "leave":
+                os._exit(3)
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "hang":
@@ -343,8 +349,12 @@ def test_workers_and_this_process_play_the_same_episodes():
 FAULTS = [
     ("raise", False, "ValueError: boom"),
     ("raise", True, "ValueError: boom"),
+    ("exit", False, "SystemExit: 3"),
+    ("exit", True, "SystemExit: 3"),
+    ("interrupt", True, "KeyboardInterrupt"),
+    ("leave", True, "its worker process died (exit code 3)"),
     ("kill", True, "its worker process died (exit code -9)"),
-    ("hang", True, "no answer within 1 s"),
+    ("hang", True, "no answer within env.timeout_s=1 s"),
 ]
 
 
@@ -356,10 +366,151 @@ def test_a_broken_env_costs_its_own_episode_only(fault: Fault, workers: bool, er
     harmed = play(Says(RIGHT), seeds, partial(Walk, fault), workers=workers, timeout_s=1.0 if fault == "hang" else 30.0)
     for expected, found in zip(sound, harmed, strict=True):
         if expected.seed == BAD_SEED:
-            expected = replace(expected, turns=expected.turns[:1], stop="env_error", error=error)
+            told = f"Walk, seed {BAD_SEED}: {error}"
+            expected = replace(expected, turns=expected.turns[:1], stop="env_error", error=told)
         assert found == replace(expected, bootstrap=found.bootstrap)  # Says numbers its values
     assert time.monotonic() - begun < 15.0
     assert not multiprocessing.active_children()
+
+
+def test_the_user_s_interrupt_ends_the_run():
+    with pytest.raises(KeyboardInterrupt):
+        play(Says(RIGHT), [BAD_SEED], partial(Walk, "interrupt"))
+
+
+class Answers(Walk):
+    """Answers the second step of BAD_SEED's episode with something else."""
+
+    def __init__(self, spoil: Callable[[Step], object]) -> None:
+        super().__init__()
+        self.spoil = spoil
+
+    def step(self, action: str | None) -> Step:
+        step = super().step(action)
+        return self.spoil(step) if self.seed == BAD_SEED and self.turn == 2 else step  # type: ignore[return-value]
+
+
+def without(name: str) -> Callable[[Step], Step]:
+    return lambda step: replace(step, metrics={key: value for key, value in step.metrics.items() if key != name})
+
+
+def metric(**values: object) -> Callable[[Step], Step]:
+    return lambda step: replace(step, metrics={**step.metrics, **values})  # type: ignore[dict-item]
+
+
+def field(**values: object) -> Callable[[Step], Step]:
+    return lambda step: replace(step, **values)  # type: ignore[arg-type]
+
+
+def shown(**values: object) -> Callable[[Step], Step]:
+    return lambda step: replace(step, observation=replace(step.observation, **values))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error"),
+    [
+        (field(reward=float("nan")), "the reward is nan, no finite number"),
+        (field(reward=np.float32("inf")), "the reward is np.float32(inf), no finite number"),
+        (field(reward=None), "the reward is None, no finite number"),
+        (field(reward="1"), "the reward is '1', no finite number"),
+        (field(reward=10**400), "OverflowError: int too large to convert to float"),
+        (field(terminated=None), "terminated is None, neither True nor False"),
+        (field(truncated=2), "truncated is 2, neither True nor False"),
+        (field(metrics=None), "metrics is None, no mapping of names to numbers"),
+        (metric(progress=float("nan")), "metrics['progress'] is nan, no finite number"),
+        (metric(progress=None), "metrics['progress'] is None, no finite number"),
+        (metric(success=0.5), "metrics['success'] is 0.5, neither 0 nor 1"),
+        (without("success"), "metrics['success'] is None, neither 0 nor 1"),
+        (without("legal"), "metrics['legal'] is None, neither 0 nor 1"),
+        (without("changed"), "metrics['changed'] is None, neither 0 nor 1"),
+        (field(observation="at 1"), "the observation is 'at 1', no Observation"),
+        (shown(text=b"at 1"), "the text is b'at 1', no text"),
+        (shown(text="a\ud83d"), "the text has half a surrogate pair at character 1, no text for a tokenizer"),
+        (shown(state_key=1), "state_key is 1, no text"),
+        (shown(legal_actions="left"), "legal_actions is 'left', neither a tuple of texts nor None"),
+        (shown(legal_actions=("left", 1)), "a legal action is 1, no text"),
+        (shown(images=None), "images is None, no tuple of pictures"),
+        (shown(images=("a.png",)), "a picture is 'a.png', no PIL image"),
+        (shown(images=(Image.new("RGB", (0, 5)),)), "a picture is (0, 5), without a pixel"),
+        (
+            shown(advice=Advice("a\udc00", "left")),
+            "the advised thought has half a surrogate pair at character 1, no te",
+        ),
+        (lambda _: None, "what came of the step is None, no Step"),
+        (lambda step: (step.observation, 1.0, False, False, {}), "what came of the step is (Observation(text='at 2'"),
+    ],
+)
+def test_an_answer_that_is_none_costs_its_own_episode_only(spoil: Callable[[Step], object], error: str):
+    sound = play(Says(RIGHT), [4, 2])
+    first, broken, last = play(Says(RIGHT), [4, BAD_SEED, 2], partial(Answers, spoil))
+    assert [replace(episode, bootstrap=0.0) for episode in (first, last)] == [
+        replace(episode, bootstrap=0.0) for episode in sound
+    ]
+    assert (broken.stop, len(broken.turns)) == ("env_error", 1)
+    assert (broken.error or "").startswith(f"Walk, seed {BAD_SEED}: {error}")
+    metrics = summarise([first, broken, last])
+    assert (metrics["rollout/env_errors"], metrics["rollout/return"]) == (1.0, (4 + 2) / 2)
+
+
+def test_a_reset_that_answers_as_gymnasium_does_is_an_env_error():
+    class Gymnasium(Walk):
+        def reset(self, seed: int) -> Observation:
+            return super().reset(seed), {}  # type: ignore[return-value]
+
+    (episode,) = play(Says(RIGHT), [2], Gymnasium)
+    assert (episode.stop, episode.turns) == ("env_error", ())
+    assert (episode.error or "").startswith("Walk, seed 2: the observation is (Observation(text='at 0'")
+
+
+def test_an_answer_in_numpy_s_types_is_made_plain():
+    picture = Image.new("RGBA", (2, 1))  # all transparent: white to a viewer
+    odd = [
+        field(reward=np.float32(0.5), terminated=np.bool_(True), truncated=np.bool_(True)),
+        metric(success=np.int64(1), progress=np.float16(0.5)),
+        shown(images=[picture], legal_actions=["left"], text=np.str_("at 2")),
+    ]
+
+    def spoil(step: Step) -> Step:
+        for change in odd:
+            step = change(step)
+        return step
+
+    (episode,) = play(Says(RIGHT), [BAD_SEED], partial(Answers, spoil))
+    step = episode.turns[-1].step
+    assert (episode.stop, episode.bootstrap) == ("success", 0.0)
+    assert (step.reward, step.terminated, step.truncated) == (0.5, True, False)  # it ended: nothing is cut off
+    assert step.metrics == {"success": 1.0, "legal": 1.0, "changed": 1.0, "progress": 0.5}
+    plain = {type(value) for value in (step.reward, step.terminated, *step.metrics.values(), step.observation.text)}
+    assert plain == {float, bool, str}
+    assert step.observation.legal_actions == ("left",)
+    assert [(image.mode, image.getpixel((1, 0))) for image in step.observation.images] == [("RGB", (255, 255, 255))]
+
+
+def test_what_an_env_says_cannot_command_the_terminal(caplog: pytest.LogCaptureFixture):
+    def spoil(step: Step) -> Step:
+        raise ValueError("\x1b[2Jgone")
+
+    (episode,) = play(Says(RIGHT), [BAD_SEED], partial(Answers, spoil))
+    assert episode.error == f"Walk, seed {BAD_SEED}: ValueError: \\x1b[2Jgone"
+    assert "\x1b" not in caplog.text
+
+
+class Stuck(Walk):
+    """Can't be closed."""
+
+    def close(self) -> None:
+        sys.exit("stuck")
+
+
+@pytest.mark.parametrize("workers", [False, True])
+def test_an_env_that_cannot_be_closed_loses_nothing_that_was_played(workers: bool):
+    assert [episode.stop for episode in play(Says(RIGHT), [1, 2], Stuck, workers=workers)] == ["success"] * 2
+    assert not multiprocessing.active_children()
+
+
+def test_an_env_that_cannot_be_made_is_one_line():
+    with pytest.raises(EnvError, match=r"^the env can't be made: SystemExit: 3$"):
+        EnvPool(lambda: sys.exit(3), 1)
 
 
 @pytest.mark.parametrize("workers", [False, True])

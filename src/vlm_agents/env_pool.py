@@ -6,7 +6,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import closing, suppress
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,8 @@ from gymnasium.error import NoAsyncCallError
 from gymnasium.spaces import Discrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 
-from vlm_agents.envs.base import Env
-from vlm_agents.errors import EnvError
+from vlm_agents.envs.base import Env, checked_observation, checked_step
+from vlm_agents.errors import EnvError, VlmAgentsError, harmless
 from vlm_agents.types import Observation, Step
 
 logger = logging.getLogger(__name__)
@@ -27,14 +27,20 @@ RESTARTS = 3  # of one slot in a row, without a finished step between them, befo
 class EnvPool:
     """Slots with an env each, in this process or each in a worker process of its own.
 
-    An env that raises, or a worker that dies or doesn't answer within `timeout_s`, answers with an EnvError; its slot
-    gets a new env, in a new process, at the next reset. An env in this process can't be timed out.
+    An env that raises or answers with what is no Observation or Step, or a worker that dies or doesn't answer within
+    `timeout_s`, answers with an EnvError; its slot gets a new env, in a new process, at the next reset. An env in this
+    process can't be timed out.
     """
 
     def __init__(self, make: Callable[[], Env], num_envs: int, workers: bool = False, timeout_s: float = 60.0) -> None:
-        with closing(make()) as env:  # here too, so that a wrong id fails at once and in plain words
-            self.name = env.name
-            self.instructions = env.instructions
+        try:
+            env = make()  # here too, so that a wrong id fails at once and in plain words
+            self.name, self.instructions = env.name, env.instructions
+        except VlmAgentsError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise EnvError(f"the env can't be made: {_told(error)}") from error
+        _close(env)
         self.num_envs = num_envs
         self._timeout_s = timeout_s
         self._start = partial(_Worker, make, timeout_s) if workers else partial(_Here, make)
@@ -80,11 +86,12 @@ class EnvPool:
         self._failures[slot] += 1
         first = str(error) not in self._seen
         self._seen.add(str(error))
-        logger.warning("%s, slot %d: %s", self.name, slot, error, exc_info=error if first else None)
+        told = first and hasattr(error, "__notes__")  # the env's traceback
+        logger.warning("%s, slot %d: %s", self.name, slot, error, exc_info=error if told else None)
         if self._failures[slot] > RESTARTS:
             raise EnvError(
-                f"{self.name}: slot {slot} failed {self._failures[slot]} times in a row without finishing a step. "
-                f"Mend the env, or raise env.timeout_s if it is only slow. Last cause: {error}"
+                f"{self.name}: slot {slot} failed {self._failures[slot]} times in a row without finishing a step: "
+                f"mend the env. Last cause: {error}"
             ) from error
 
 
@@ -104,15 +111,23 @@ class _Bridge(gymnasium.Env):
         self._env: Env | None = None
 
     def ask(self, call: str, argument: Any) -> Any:
-        """The env's answer; an EnvError if it raised. That is text only, for not every exception survives a pipe."""
+        """The env's answer, checked; an EnvError if it raised or is no answer.
+
+        That is text only, for not every exception survives a pipe.
+        """
         try:
             if self._env is None:
                 self._env = self._make()
-            return getattr(self._env, call)(argument)
-        except Exception as error:  # noqa: BLE001 (foreign code: whatever it raises costs its own episode only)
-            answer = EnvError(f"{type(error).__name__}: {error}")
-            answer.add_note(traceback.format_exc())
-            return answer
+            answer = getattr(self._env, call)(argument)
+            return checked_observation(answer) if call == "reset" else checked_step(answer)
+        except EnvError as error:
+            return EnvError(harmless(str(error)))
+        except (Exception, SystemExit, KeyboardInterrupt) as error:  # foreign code: it costs its own episode only
+            if isinstance(error, KeyboardInterrupt) and multiprocessing.parent_process() is None:
+                raise  # the user's; in a worker the parent has it too
+            failure = EnvError(_told(error))
+            failure.add_note(harmless(traceback.format_exc()))
+            return failure
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
         return 0, {"answer": self.ask("reset", seed)}
@@ -122,7 +137,18 @@ class _Bridge(gymnasium.Env):
 
     def close(self) -> None:
         if self._env is not None:
-            self._env.close()
+            _close(self._env)
+
+
+def _close(env: Env) -> None:
+    try:
+        env.close()
+    except (Exception, SystemExit) as error:  # noqa: BLE001 (foreign code, and all is played)
+        logger.warning("closing an env: %s", _told(error))
+
+
+def _told(error: BaseException) -> str:
+    return harmless(": ".join(filter(None, (type(error).__name__, str(error)))))
 
 
 class _Here:
@@ -176,7 +202,7 @@ class _Worker:
         try:
             return wait(timeout=max(deadline - time.monotonic(), 0.0))[-1]["answer"][0]
         except multiprocessing.TimeoutError:
-            return EnvError(f"no answer within {self._timeout_s:g} s")
+            return EnvError(f"no answer within env.timeout_s={self._timeout_s:g} s")
         except (EOFError, OSError, NoAsyncCallError):
             process = self._vector.processes[0]
             process.join(timeout=1.0)

@@ -36,6 +36,9 @@ class _Episode:
     def over(self) -> bool:
         return self.error is not None or self.truncated or (bool(self.turns) and self.turns[-1].step.terminated)
 
+    def fail(self, env: str, error: EnvError) -> None:
+        self.error = f"{env}, seed {self.seed}: {error}"
+
     def query(self, instructions: str, prompt_format: PromptFormat) -> Query:
         assert self.now is not None
         try:
@@ -80,7 +83,7 @@ def _refill(envs: EnvPool, active: dict[int, _Episode], waiting: deque[_Episode]
     for slot, answer in envs.reset({slot: episode.seed for slot, episode in starting.items()}).items():
         episode = starting[slot]
         if isinstance(answer, EnvError):
-            episode.error = str(answer)
+            episode.fail(envs.name, answer)
         else:
             episode.now = answer
     active |= starting
@@ -103,7 +106,7 @@ def _play_turn(
     for (slot, episode), query, reply, parsed in zip(playing.items(), queries, replies, readings, strict=True):
         step = steps[slot]
         if isinstance(step, EnvError):
-            episode.error = str(step)
+            episode.fail(envs.name, step)
             continue
         if parsed.action is None:
             step = replace(step, reward=step.reward - invalid_penalty)
@@ -152,15 +155,16 @@ def summarise(trajectories: Iterable[Trajectory], prefix: str = "rollout") -> di
     The episodes are gone through once and not kept: they may be more than fit into memory.
     """
     values: defaultdict[str, list[float]] = defaultdict(list)
-    errors: list[str | None] = []
+    errors: list[str] = []
     for trajectory in trajectories:
         if trajectory.stop == "env_error":
-            errors.append(trajectory.error)
+            errors.append(str(trajectory.error))
             continue
         for name, found in _figures(trajectory).items():
             values[name] += found
     if not values:
-        raise TrainingError(f"none of {len(errors)} episodes came to an end; env errors: {set(errors) or 'none'}")
+        told = f"mend the env. The first error: {errors[0]}" if errors else "none was played"
+        raise TrainingError(f"none of {len(errors)} episodes came to an end: {told}")
     means = {name: float(np.mean(found)) for name, found in values.items() if found}
     return {f"{prefix}/{name}": value for name, value in {**means, "env_errors": float(len(errors))}.items()}
 

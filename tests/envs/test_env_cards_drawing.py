@@ -4,7 +4,7 @@ from itertools import combinations, product
 
 import numpy as np
 import pytest
-from PIL import ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 from vlm_agents.envs.gym_cards import drawing
 from vlm_agents.envs.gym_cards.cards import SUITS, Card
@@ -86,11 +86,39 @@ def test_a_formula_of_any_length_shows_its_last_symbol() -> None:
 
 
 def test_the_original_s_formula_leaves_the_picture() -> None:
-    formula = ["10", "+"] * 6
+    formula = ["10", "+"] * 8
     hand = [ACE] * 4
-    seen = drawing.points(hand, formula, wrap=False)
-    np.testing.assert_array_equal(seen, drawing.points(hand, [*formula, "*", "9"], wrap=False))
-    np.testing.assert_array_equal(seen[250:], drawing.points(hand, [], wrap=False)[250:])
+    seen = drawing.points(hand, formula, original=True)
+    np.testing.assert_array_equal(seen, drawing.points(hand, [*formula, "*", "9"], original=True))
+    np.testing.assert_array_equal(seen[262:], drawing.points(hand, [], original=True)[262:])
+
+
+@pytest.mark.parametrize(
+    ("formula", "end"),
+    [
+        # In DejaVu Sans of 16 pixels a digit takes 10, + 13, * 8, - and brackets 6, / and a blank 5; it begins at 10.
+        ("1 2 3 4", 10 + 4 * 10 + 3 * 5),
+        ("+ + + + + + + + + + + + + + +", 10 + 15 * 13 + 14 * 5),
+        ("( ( 10 - 4 ) * ( 7 - 3 ) ) / ( 5 - 4 ) - ( 1", 10 + 8 * 10 + 10 * 6 + 8 + 5 + 3 * 6 + 21 * 5),  # 22 symbols
+        ("( ( 10 + 4 ) * ( 7 + 3 ) ) / ( 5 + 4 ) + ( 10", 300),  # 324, cut off
+    ],
+)
+def test_the_original_s_formula_is_as_long_as_there(formula: str, end: int) -> None:
+    hand, symbols = [ACE] * 4, formula.split()
+    seen = drawing.points(hand, symbols, original=True)
+    columns = np.flatnonzero((seen != drawing.points(hand, [], original=True)).any((0, 2)))
+    assert columns[-1] == pytest.approx(end - 1, abs=2)  # up to two columns of a symbol's width stay empty
+
+
+@pytest.mark.parametrize(("cards", "rows"), [(2, (258, 282)), (4, (210, 259))])
+def test_the_original_s_formula_stands_where_it_stood(cards: int, rows: tuple[int, int]) -> None:
+    empty = drawing.points([ACE] * cards, [], original=True)
+    written = (empty != drawing.FELT).any(-1)[190:].nonzero()
+    assert rows[0] <= 190 + written[0].min() < rows[0] + 8
+    assert written[1].min() == pytest.approx(11, abs=1)
+    full = drawing.points([ACE] * cards, ["(", "7"], original=True)
+    changed = np.flatnonzero((full != empty).any((1, 2)))
+    assert rows[0] <= changed[0] <= changed[-1] < rows[1]
 
 
 def test_hands_of_every_size_lie_inside_without_overlapping() -> None:
@@ -106,11 +134,19 @@ def test_hands_of_every_size_lie_inside_without_overlapping() -> None:
     assert all(top + size[1] <= 140 for _, top, size in drawing._places(12, 30, cut=False))
 
 
-def test_the_font_comes_along_with_its_licence() -> None:
-    assert ImageFont.truetype(drawing.FONT, 20).getname() == ("DejaVu Sans", "Bold")
+def written(letter: str, font: ImageFont.FreeTypeFont) -> bytes:
+    tile = Image.new("L", (32, 32))
+    ImageDraw.Draw(tile).text((0, 0), letter, 255, font)
+    return tile.tobytes()
+
+
+def test_the_fonts_come_along_with_their_licence() -> None:
     letters = "0123456789AJQK+-*/()=_:\u2660"
-    tiles = {drawing._text(letter, 20, drawing.INK, drawing.PAPER).tobytes() for letter in letters}
-    assert len(tiles) == len(letters)  # all differ, from the box of one that is missing too
+    for file, style in ((drawing.FONT, "Bold"), (drawing.THIN, "Book")):
+        font = drawing._font(20, file)
+        assert font.getname() == ("DejaVu Sans", style)
+        tiles = {written(letter, font) for letter in letters}
+        assert len(tiles) == len(letters)  # all differ, from the box of one that is missing too
     licence = (drawing.FONT.parent / "LICENSE").read_text()
     assert "Copyright (c) 2003 by Bitstream" in licence
     assert "Permission is hereby granted" in licence

@@ -1,5 +1,7 @@
 """The MiniGrid adapter: words, pictures, limits and keys, each against minigrid itself."""
 
+from importlib.resources import files
+
 import numpy as np
 import pytest
 from minigrid.core.world_object import Key
@@ -177,3 +179,9 @@ def test_unknown_id_says_how_to_list_them() -> None:
 @pytest.mark.filterwarnings("error")
 def test_an_old_version_makes_no_noise() -> None:
     MiniGrid(MiniGridConfig(id="MiniGrid-MultiRoom-N4-S5-v0"))
+
+
+@pytest.mark.skipif((files("minigrid") / "envs/wfc/patterns").is_dir(), reason="a minigrid with the pictures")
+def test_a_level_that_the_package_cannot_grow_says_what_it_needs() -> None:
+    with pytest.raises(EnvError, match=r"^env.id=MiniGrid-WFC-MazeSimple-v0 needs .* pip install -e 'Minigrid\[wfc\]'"):
+        make_env(MiniGridConfig(id="MiniGrid-WFC-MazeSimple-v0"))

@@ -2,6 +2,7 @@
 
 import re
 
+import gymnasium
 import numpy as np
 import pytest
 
@@ -10,11 +11,13 @@ from vlm_agents.envs import make_env
 from vlm_agents.envs.base import Env
 from vlm_agents.errors import ConfigError
 from vlm_agents.experts import with_expert
+from vlm_agents.experts.babyai import UNSOLVED
 
 LEVELS = [
     f"BabyAI-{name}-v0"
     for name in ("GoToRedBall", "GoToLocal", "OpenDoor", "PickupLoc", "PutNextLocal", "UnlockLocal", "GoToSeqS5R2")
 ]
+DEBUG = [f"BabyAI-{name}Debug-v0" for name in ("OpenDoor", "OpenRedBlueDoors", "PickupDist")]
 
 
 def advised(env_id: str) -> Env:
@@ -41,6 +44,16 @@ def play(env: Env, seed: int, strays: float, rng: np.random.Generator) -> float:
 def test_bot_wins(env_id: str, strays: float) -> None:
     env, rng = advised(env_id), np.random.default_rng(0)
     assert [play(env, seed, strays, rng) for seed in range(8)] == [1.0] * 8
+
+
+@pytest.mark.parametrize("env_id", DEBUG)
+def test_bot_wins_where_a_wrong_door_or_grip_ends_the_game(env_id: str) -> None:
+    env, rng = advised(env_id), np.random.default_rng(0)
+    assert [play(env, seed, 0.0, rng) for seed in range(8)] == [1.0] * 8
+
+
+def test_every_level_that_is_refused_exists() -> None:
+    assert set(gymnasium.registry) >= UNSOLVED
 
 
 def test_thought_is_the_scene_then_the_mission() -> None:
@@ -86,7 +99,9 @@ def test_bot_gives_up_on_an_opened_box_and_is_fresh_after_a_reset() -> None:
     assert env.reset(0).advice
 
 
-@pytest.mark.parametrize("env_id", ["BabyAI-KeyInBox-v0", "BabyAI-PutNextS5N2Carrying-v0"])
+@pytest.mark.parametrize(
+    "env_id", ["BabyAI-KeyInBox-v0", "BabyAI-PutNextS5N2Carrying-v0", "BabyAI-OpenDoorsOrderN2Debug-v0"]
+)
 def test_a_level_beyond_the_bot_is_refused(env_id: str) -> None:
     with pytest.raises(ConfigError, match=rf"{env_id} has no expert"):
         advised(env_id)

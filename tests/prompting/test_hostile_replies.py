@@ -2,15 +2,20 @@
 
 import json
 import re
+import sys
 import time
+from collections import Counter
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from vlm_agents.config import PromptConfig
-from vlm_agents.prompting import base, make_format
-from vlm_agents.prompting.base import find_object, read_object
+from vlm_agents.prompting import make_format, objects
+from vlm_agents.prompting.base import find_object
+from vlm_agents.prompting.objects import read_object
 
 LEGAL = ("turn left", "turn right", "go forward", "pick up", "hit", "stand", "1", "10", "+", "-")
 NAMES = ("cot_json", "action_only", "action_scores")
@@ -90,6 +95,22 @@ def test_ten_thousand_hostile_replies() -> None:
     assert 1000 < read < 9000  # both outcomes are well represented
 
 
+def test_the_benchmark_s_replies_are_read_for_what_they_name() -> None:
+    """The first thousand of benchmarks/adversarial_replies.py, through each format."""
+    source = Path(__file__).parents[2] / "benchmarks" / "adversarial_replies.py"
+    spec = spec_from_file_location(source.stem, source)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[source.stem] = adversarial = module_from_spec(spec)  # where dataclasses look their module up
+    spec.loader.exec_module(adversarial)
+    outcomes: Counter[tuple[str, str, bool]] = Counter()
+    assert list(adversarial.faults(1000, 0, outcomes)) == []
+    for name in adversarial.NAMES:
+        assert outcomes[name, "sound", True] > 50
+        assert outcomes[name, "unfinished", False] > 50
+        assert outcomes[name, "behind thinking", True] > 50
+
+
 def random_json(rng: np.random.Generator, depth: int = 0) -> Any:
     kind = rng.integers(8 if depth < 3 else 5)
     if kind <= 1:
@@ -164,6 +185,6 @@ def test_a_hundred_kilobytes_take_linear_time(head: str, unit: str) -> None:
 
 def test_no_group_is_repeated_possessively() -> None:
     """Before Python 3.11.5 such a group may end too far on, which no test on a newer one would show."""
-    patterns = [item for item in vars(base).values() if isinstance(item, re.Pattern)] + list(base.STRING.values())
+    patterns = [item for item in vars(objects).values() if isinstance(item, re.Pattern)] + list(objects.STRING.values())
     assert len(patterns) > 5
     assert not [found.pattern for found in patterns if re.search(r"\)(?:[*+?]|\{[\d,]+\})\+", found.pattern)]

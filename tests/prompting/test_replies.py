@@ -302,6 +302,69 @@ def test_an_action_that_could_be_two_is_none() -> None:
     assert parse("action_only", "Go Left", legal).error == "illegal action 'Go Left'"
 
 
+# ---- replies that begin with thinking --------------------------------------------------------------------------------
+DRAFT = '{"thoughts": "draft", "action": "hit"}'
+# reply, action, error, and where the thought ends: in front of this
+THINKING = [
+    (f"<think>I could {DRAFT}, but</think>{CANONICAL}", "turn left", None, '", "action": "turn left'),
+    (f"<think>\n\n</think>\n\n{CANONICAL}", "turn left", None, '", "action": "turn left'),
+    (f"I could {DRAFT}, but\n</think>\n{CANONICAL}", "turn left", None, '", "action": "turn left'),  # opened before
+    (f"<thinking>{DRAFT}</thinking>{CANONICAL}", "turn left", None, '", "action": "turn left'),
+    (f"[THINK]{DRAFT}[/THINK]{CANONICAL}", "turn left", None, '", "action": "turn left'),
+    (f"◁think▷{DRAFT}◁/think▷{CANONICAL}", "turn left", None, '", "action": "turn left'),
+    (f"<think>a</think>{DRAFT}<think>b</think>{CANONICAL}", "turn left", None, '", "action": "turn left'),
+    (f'<think>{{"action": "hit</think>{CANONICAL}', "turn left", None, '", "action": "turn left'),
+    (f"<think>set {{1, 2</think>{CANONICAL}", "turn left", None, '", "action": "turn left'),
+    (f'<think>{DRAFT}</think>{{"action": "turn left", "thoughts": "so"}}', "turn left", None, '{"action": "turn left"'),
+    (f'<think>{DRAFT}</think>{{"action": "turn left"}}', "turn left", None, '{"action": "turn left"'),
+    # no answer
+    (f"<think>I could {DRAFT}, but", None, "no answer", None),
+    (f"<think>I could {DRAFT}", None, "no answer", None),
+    (f"<think>{DRAFT}</think>", None, "no answer", None),
+    (f"<think>{DRAFT}</think> \n", None, "no answer", " \n"),
+    (f"<think>a</think>{CANONICAL}<think>or rather", None, "no answer", None),
+    (f"<think>{DRAFT}</think>I don't know", None, "no JSON", "I don't know"),
+    (f'<think>{DRAFT}</think>{{"thoughts": "so"}}', None, "no action key", '"}'),
+    # marks that the answer itself spells
+    ('{"thoughts": "<think>a</think> b", "action": "turn left"}', "turn left", None, '", "action"'),
+    ('{"thoughts": "then </think> ends it", "action": "turn left"}', "turn left", None, '", "action"'),
+    ('{"thoughts": "<think> begins it", "action": "turn left"}', "turn left", None, '", "action"'),
+    (f'<think>{DRAFT}</think>{{"thoughts": "</think>", "action": "turn left"}}', "turn left", None, '", "action": "tu'),
+    (f'<think>{DRAFT} {{"thoughts": "</think>", "action": "hit"}}', None, "no answer", None),
+]
+
+
+@pytest.mark.parametrize(("text", "action", "error", "end"), THINKING)
+def test_the_answer_stands_behind_the_thinking(
+    text: str, action: str | None, error: str | None, end: str | None
+) -> None:
+    parsed = parse("cot_json", text)
+    assert (parsed.action, parsed.error) == (action, error)
+    assert parsed.thought_span is not None
+    assert text[parsed.thought_span[1] :].startswith(end) if end else parsed.thought_span[1] == len(text)
+    if text[0] != "{":  # the thinking is part of the thought
+        assert parsed.thought_span[0] == 0
+    if action:
+        assert cut(text, parsed.action_span) == action
+
+
+@pytest.mark.parametrize("name", ["cot_json", "action_only", "action_scores", "rl4vlm"])
+def test_no_format_plays_a_draft(name: str) -> None:
+    # At temperature 0.01 another action than the one with the highest score has probability e^-400.
+    made = prompt_format(name, 0.01)
+    draft, answer = made.write("a draft", "hit", LEGAL), made.write("so", "turn left", LEGAL)
+    for text in (f"<think>{draft}</think>{answer}", f"{draft}\n</think>\n\n{answer}\n"):
+        parsed = made.parse(text, LEGAL, np.random.default_rng(0))
+        assert (parsed.action, parsed.error) == ("turn left", None)
+        assert parsed.thought_span is not None
+        assert parsed.action_span is not None
+        assert draft in cut(text, parsed.thought_span)
+        assert parsed.thought_span[1] <= parsed.action_span[0] >= text.index("</think>") + len("</think>")
+    for text in (f"<think>{draft}", f"<think>{draft}</think>", f"<think>{draft}</think>\n\n"):
+        parsed = made.parse(text, LEGAL, np.random.default_rng(0))
+        assert (parsed.action, parsed.error) == (None, "no action key" if name == "rl4vlm" else "no answer")
+
+
 # ---- scores ----------------------------------------------------------------------------------------------------------
 TWO = ("hit", "stand")
 

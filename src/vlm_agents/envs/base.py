@@ -1,16 +1,22 @@
-"""What an env is to the rest of the package, and the check that holds every env to it.
+"""What an env is to the rest of the package, the check that holds every env to it, and the one on every answer.
 
 Text in, pictures and text out. No behaviour is inherited from here: an env is whatever satisfies the Protocol.
 """
 
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image
 
 from vlm_agents.errors import EnvError
-from vlm_agents.types import Observation, Step
+from vlm_agents.pictures import as_shown
+from vlm_agents.types import Advice, Observation, Step
+
+FACTS = ("success", "legal", "changed")  # metrics that every step has, each 0 or 1
 
 
 class Env(Protocol):
@@ -54,6 +60,66 @@ def check_action(game: Any, action: Any) -> None:
         raise EnvError(f"{type(game).__name__}.step({action!r}): its actions are 0 to {game.action_space.n - 1}")
 
 
+# ---- each answer -----------------------------------------------------------------------------------------------------
+def checked_observation(seen: Observation) -> Observation:
+    """The same in plain types, its pictures loaded and RGB. EnvError where a part isn't what `Observation` says."""
+    _expect(isinstance(seen, Observation), "the observation", seen, "no Observation")
+    legal, advice = seen.legal_actions, seen.advice
+    if legal is not None:
+        _expect(isinstance(legal, tuple | list), "legal_actions", legal, "neither a tuple of texts nor None")
+        legal = tuple(_text("a legal action", action) for action in legal)
+    if advice is not None:
+        thought, action = _text("the advised thought", advice.thought), _text("the advised action", advice.action)
+        advice = Advice(thought, action, None if advice.distance is None else int(advice.distance))
+    _expect(isinstance(seen.images, tuple | list), "images", seen.images, "no tuple of pictures")
+    images = tuple(map(_picture, seen.images))
+    return Observation(_text("the text", seen.text), images, legal, _text("state_key", seen.state_key), advice)
+
+
+def checked_step(step: Step) -> Step:
+    """The same in plain types; where both ends are said, termination is the one that counts. EnvError as above."""
+    _expect(isinstance(step, Step), "what came of the step", step, "no Step")
+    for name in ("terminated", "truncated"):
+        _expect(isinstance(getattr(step, name), bool | np.bool_), name, getattr(step, name), "neither True nor False")
+    _expect(isinstance(step.metrics, Mapping), "metrics", step.metrics, "no mapping of names to numbers")
+    metrics = {_text("a metric's name", name): _number(f"metrics['{name}']", x) for name, x in step.metrics.items()}
+    for name in FACTS:
+        _expect(metrics.get(name) in (0.0, 1.0), f"metrics['{name}']", metrics.get(name), "neither 0 nor 1")
+    terminated = bool(step.terminated)
+    truncated = bool(step.truncated) and not terminated
+    reward = _number("the reward", step.reward)
+    return Step(checked_observation(step.observation), reward, terminated, truncated, metrics)
+
+
+def _picture(image: Image.Image) -> Image.Image:
+    _expect(isinstance(image, Image.Image), "a picture", image, "no PIL image")
+    image.load()  # else a broken file would be found out far from the env that opened it
+    _expect(min(image.size) > 0, "a picture", image.size, "without a pixel")
+    return image if image.mode == "RGB" and not image.getexif() else as_shown(image)
+
+
+def _text(name: str, value: str) -> str:
+    _expect(isinstance(value, str), name, value, "no text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise EnvError(
+            f"{name} has half a surrogate pair at character {error.start}, no text for a tokenizer"
+        ) from error
+    return str(value)
+
+
+def _number(name: str, value: float) -> float:
+    _expect(isinstance(value, Real | np.bool_) and math.isfinite(value), name, value, "no finite number")
+    return float(value)
+
+
+def _expect(right: bool, name: str, value: object, wrong: str) -> None:
+    if not right:
+        raise EnvError(f"{name} is {value!r:.60}, {wrong}")
+
+
+# ---- all that an env must do -----------------------------------------------------------------------------------------
 def check_contract(make: Callable[[], Env], seeds: tuple[int, ...] = (0, 1, 2)) -> None:
     """Play a few episodes and raise EnvError at the first thing that an env must not do."""
     first, second = make(), make()
@@ -87,7 +153,7 @@ def _check_episode(first: Env, second: Env, seed: int) -> None:
 
 def _check_step(env: Env, before: Observation, action: str | None, step: Step) -> None:
     metrics = step.metrics
-    for name in ("success", "legal", "changed"):
+    for name in FACTS:
         _require(metrics.get(name) in (0.0, 1.0), env, f"metrics['{name}'] is {metrics.get(name)}, not 0 or 1")
     _require(not (step.terminated and step.truncated), env, "both terminates and truncates")
     _require(not metrics["success"] or step.terminated, env, "succeeds without terminating")

@@ -14,6 +14,7 @@ from minigrid.core.grid import Grid
 from minigrid.core.world_object import Door, WorldObj
 from minigrid.envs.gotodoor import GoToDoorEnv
 from minigrid.envs.gotoobject import GoToObjectEnv
+from minigrid.envs.wfc import WFCEnv  # pyright: ignore[reportPrivateImportUsage]
 from minigrid.minigrid_env import MiniGridEnv
 from PIL import Image
 
@@ -156,8 +157,14 @@ def _make(env_id: str) -> MiniGridEnv:
         warnings.filterwarnings("ignore", message=".*out of date", category=DeprecationWarning)
         try:
             world = gymnasium.make(env_id, disable_env_checker=True).unwrapped
-        except gymnasium.error.DependencyNotInstalled as error:  # of the WFC ids
-            raise EnvError(f"env.id={env_id}: {error}") from error
+            if isinstance(world, WFCEnv):
+                world.config.wfc_kwargs  # noqa: B018 (else the first reset finds out what is missing)
+        except (gymnasium.error.DependencyNotInstalled, OSError) as error:
+            raise EnvError(
+                f"env.id={env_id} needs two packages and a picture that minigrid's package on PyPI leaves out. Clone "
+                "https://github.com/Farama-Foundation/Minigrid and run pip install -e 'Minigrid[wfc]', or choose "
+                "another env.id"
+            ) from error
     assert isinstance(world, MiniGridEnv)
     return world
 

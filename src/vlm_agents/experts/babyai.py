@@ -1,7 +1,7 @@
 """The expert of BabyAI-*: minigrid's own bot, told of every action that was played.
 
 The bot explores with the agent's own view, so its way isn't the shortest and its length isn't known beforehand. It
-gives up on a box that was opened; ids that it can't solve at all are refused.
+gives up on a box that was opened; ids whose kind of mission it can't solve are refused.
 """
 
 from minigrid.core.actions import Actions
@@ -13,7 +13,16 @@ from vlm_agents.errors import ConfigError
 from vlm_agents.experts.scene import scene
 from vlm_agents.types import Advice
 
-UNSOLVED = ("KeyInBox", "Carrying", "Debug")
+# Measured over all 96 ids, 20 seeds each, the bot alone: it wins every seed of 87 ids, 18 of GoToImpUnlock, 19 of
+# SynthS5R2 and 14 of UnlockToUnlock. Of the six below, it wins no seed of four. In OpenDoorsOrder*Debug, where a door
+# out of turn ends the game, it wins all missions of one door (34 of 120 seeds) and none of two.
+UNSOLVED = frozenset(
+    f"BabyAI-{name}-v0"
+    for name in (
+        *("KeyInBox", "PutNextS5N2Carrying", "PutNextS6N3Carrying", "PutNextS7N4Carrying"),
+        *("OpenDoorsOrderN2Debug", "OpenDoorsOrderN4Debug"),
+    )
+)
 DEEPEST = 100  # subgoals; missions that the bot solves need about ten
 
 
@@ -21,7 +30,7 @@ class BotExpert:
     """Advises by BabyAIBot. None once the bot has given up, until the next reset."""
 
     def __init__(self, game: MiniGrid) -> None:
-        if any(part in game.name for part in UNSOLVED):
+        if game.name in UNSOLVED:
             raise ConfigError(f"env.id={game.name} has no expert: minigrid's bot can't solve its kind of level")
         self.world = game.world
         self.actions = game.actions

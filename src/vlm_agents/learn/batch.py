@@ -30,8 +30,8 @@ def rows(trajectories: Sequence[Trajectory], renderer: Renderer, algo: AlgoConfi
     """
     episodes = usable(trajectories)
     if not episodes:
-        errors = sorted({trajectory.error or trajectory.stop for trajectory in trajectories})
-        raise TrainingError(f"none of {len(trajectories)} episodes is usable ({'; '.join(errors)}): mend the env first")
+        first = next((trajectory.error or trajectory.stop for trajectory in trajectories), "there is none")
+        raise TrainingError(f"none of {len(trajectories)} episodes is usable ({first}): mend the env first")
     credit = [_credit(episode, algo) for episode in episodes]
     normalised = iter(normalise(np.concatenate([advantages for advantages, _ in credit])))
     built: list[Row] = []

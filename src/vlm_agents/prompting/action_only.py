@@ -6,13 +6,14 @@ import numpy as np
 
 from vlm_agents.config import PromptConfig
 from vlm_agents.prompting.base import LegalActions, chat, match_action
+from vlm_agents.prompting.thinking import answer_start
 from vlm_agents.types import Observation, Parsed, Prompt, Turn
 
 RULE = "Answer with the action only."
 
 
 class ActionOnly:
-    """The action is everything but the white space around it."""
+    """The action is everything behind the thinking, but for the white space around it."""
 
     def __init__(self, cfg: PromptConfig) -> None:
         self.cfg = cfg
@@ -21,12 +22,14 @@ class ActionOnly:
         return chat(f"{instructions}\n{RULE}", history, now, self.cfg)
 
     def parse(self, text: str, legal_actions: LegalActions, rng: np.random.Generator) -> Parsed:
-        value = text.strip()
-        if not value:
-            return Parsed(None, error="empty reply")
-        start = text.index(value)
+        start, error = answer_start(text)
+        thought = (0, start) if start else None
+        if error:
+            return Parsed(None, thought, error=error)
+        value = text[start:].strip()
+        begin = text.index(value, start)
         action, error = match_action(value, legal_actions)
-        return Parsed(action, action_span=(start, start + len(value)), error=error)
+        return Parsed(action, thought, (begin, begin + len(value)), error)
 
     def write(self, thought: str, action: str, legal_actions: LegalActions) -> str:
         return action

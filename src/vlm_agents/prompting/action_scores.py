@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from vlm_agents.config import PromptConfig
-from vlm_agents.prompting.base import LegalActions, chat, find_object, match_action, quoted, read_object
+from vlm_agents.prompting.base import LegalActions, chat, find_object, match_action, quoted
+from vlm_agents.prompting.objects import read_object
 from vlm_agents.types import Observation, Parsed, Prompt, Turn
 
 RULE = 'Score each action 1-5 in JSON: {"thoughts": "...", "scores": {"<action>": 3, ...}}'

@@ -1,7 +1,8 @@
 """The card games' replies as RL4VLM reads them, for comparison with its numbers: a JSON object by looks alone.
 
-Whatever stands behind the first `"action":` is searched for every action as a substring, so "white" holds a "hit" and
-"11" a "1". Nothing here is better for that; `cot_json` is the format to train with.
+Whatever stands behind the first `"action":` after the thinking, if there is any, is searched for every action as a
+substring, so "white" holds a "hit" and "11" a "1". Nothing here is better for that; `cot_json` is the format to train
+with.
 """
 
 import json
@@ -12,6 +13,7 @@ import numpy as np
 
 from vlm_agents.config import PromptConfig
 from vlm_agents.prompting.base import LegalActions, chat
+from vlm_agents.prompting.thinking import answer_start
 from vlm_agents.types import Observation, Parsed, Prompt, Turn
 
 KEY = re.compile('"action":', re.IGNORECASE | re.ASCII)
@@ -27,8 +29,9 @@ class RL4VLM:
         return chat(f"{instructions}\n{rule(now.legal_actions)}", history, now, self.cfg)
 
     def parse(self, text: str, legal_actions: LegalActions, rng: np.random.Generator) -> Parsed:
-        key = KEY.search(text)
-        found = words_in(text[key.end() :] if key else text[-1:], legal_actions or ())
+        start, _ = answer_start(text)
+        key = KEY.search(text, start)
+        found = words_in(text[key.end() :] if key else text[start:][-1:], legal_actions or ())
         action = found[0] if len(found) == 1 else None
         error = None if action else "several actions" if found else "no legal action" if key else "no action key"
         if key is None:

@@ -1,4 +1,4 @@
-"""Pictures of the card games, 300x300 RGB, drawn with the font that lies in `assets`.
+"""Pictures of the card games, 300x300 RGB, drawn with the fonts that lie in `assets`.
 
 What is drawn is drawn once and kept as a tile; a picture is a background and the tiles laid onto it.
 """
@@ -16,6 +16,7 @@ from vlm_agents.envs.gym_cards.cards import Card
 SIDE = 300
 SPACE = spaces.Box(0, 255, (SIDE, SIDE, 3), np.uint8)
 FONT = Path(__file__).parent / "assets" / "DejaVuSans-Bold.ttf"
+THIN = FONT.with_name("DejaVuSans.ttf")  # the original's, hinted as there: a pixel more a symbol cuts long formulas
 FINE = 4  # what is round is drawn this much larger, then reduced
 
 Color = tuple[int, int, int]
@@ -51,22 +52,33 @@ def blackjack(dealer: Sequence[Card | None], player: Sequence[Card], cut: bool =
     return canvas
 
 
-def points(cards: Sequence[Card], formula: Sequence[str], wrap: bool = True) -> np.ndarray:
-    """[300 300 3] the cards and the formula below them; without `wrap` it runs out of the picture."""
+def points(cards: Sequence[Card], formula: Sequence[str], original: bool = False) -> np.ndarray:
+    """[300 300 3] the cards and the formula below them; an `original` one runs out of the picture."""
     canvas = _ground(FELT).copy()
     width, height, top = (136, 180, 7) if len(cards) == 2 else (70, 112, 44)
     gap = (SIDE - width * len(cards)) // (len(cards) + 1)
     for place, card in enumerate(cards):
         _lay(canvas, _card(card, width, height), gap + place * (width + gap), top)
+    if original:
+        return _with_original_formula(canvas, len(cards), " ".join(formula))
     _lay(canvas, _text("Formula:", 18, PAPER, FELT), MARGIN, 193)
     left, row = MARGIN, 216
     for word in formula:
         tile = _text(word, SYMBOL_SIZE, PAPER, FELT)
-        if wrap and left + tile.shape[1] > SIDE - MARGIN:
+        if left + tile.shape[1] > SIDE - MARGIN:
             left, row = MARGIN, row + LINE
         _lay(canvas, tile, left, row)
         left += tile.shape[1] + 6
     return canvas
+
+
+def _with_original_formula(canvas: np.ndarray, cards: int, formula: str) -> np.ndarray:
+    """A copy with the formula in the original's font, size and place: one line, symbols a blank apart."""
+    picture = Image.fromarray(canvas)
+    lines = ((258, 20, f"Formula: {formula}"),) if cards == 2 else ((210, 16, "Formula:"), (240, 16, formula))
+    for top, size, line in lines:
+        ImageDraw.Draw(picture).text((MARGIN, top), line, PAPER, _font(size, THIN))
+    return np.array(picture)
 
 
 def _places(count: int, top: int, cut: bool) -> Iterable[tuple[int, int, tuple[int, int]]]:
@@ -92,8 +104,8 @@ def _ground(color: Color) -> np.ndarray:
 
 
 @cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(FONT, size, layout_engine=ImageFont.Layout.BASIC)
+def _font(size: int, file: Path = FONT) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC)
 
 
 @cache

@@ -25,7 +25,7 @@ class PointsGame(gymnasium.Env[np.ndarray, Any]):
     A formula that is worth `target` and uses each card once earns 10, any other costs 1. A number that isn't (left) in
     the hand costs 1 and puts a blank into the formula, which means nothing but makes it longer. Once the formula is
     longer than `longest` the next action is in vain: truncated, -1. `compat="rl4vlm"`: Python's arithmetic on the
-    symbols written in a row, and one line of formula that leaves the picture.
+    symbols written in a row, and a formula in its font and place, whose one line may leave the picture.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 2}  # noqa: RUF012 (Gymnasium reads it off the class)
@@ -88,7 +88,7 @@ class PointsGame(gymnasium.Env[np.ndarray, Any]):
         return self.render(), 0.0 if legal else -1.0, False, self.turn >= self.max_turns, self._info(legal=legal)
 
     def render(self) -> np.ndarray:
-        return drawing.points(self.cards, self._shown(), wrap=not self.original)
+        return drawing.points(self.cards, self._shown(), original=self.original)
 
     @property
     def left(self) -> tuple[int, ...]:
