@@ -18,15 +18,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlm_agents import endpoint
 from vlm_agents.__main__ import main
 from vlm_agents.config import PromptConfig, RemoteConfig
+from vlm_agents.endpoint import retry_after
 from vlm_agents.envs.echo import COLORS, OVER
 from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import ConfigError, ModelError
 from vlm_agents.judge import Judge, read_score
 from vlm_agents.policies import RemotePolicy, is_random
 from vlm_agents.prompting import make_format
-from vlm_agents.remote import ChatClient, retry_after
+from vlm_agents.remote import ChatClient
 from vlm_agents.run import Run
 from vlm_agents.types import Message, Observation, Parsed, Prompt, Query, Reply, Step, Turn
 
@@ -48,6 +50,7 @@ class Server:
     def __init__(self) -> None:
         self.answer: Callable[[dict[str, Any]], str | Answer] = lambda request: "yes"
         self.requests: list[dict[str, Any]] = []
+        self.blanks: list[dict[str, Any]] = []  # asked to learn whether it answers anything
         self.headers: list[dict[str, str]] = []
         self.times: list[float] = []
         self.models: list[str] | None = None
@@ -69,7 +72,7 @@ class Server:
             return Answer(404, b"no such page")
         request = json.loads(body)
         with self._lock:
-            self.requests.append(request)
+            (self.blanks if text_of(request) == "Say yes." else self.requests).append(request)
             self.headers.append(headers)
             self.times.append(time.monotonic())
             self._at_once += 1
@@ -123,6 +126,12 @@ def server() -> Iterator[Server]:
     running = Server()
     yield running
     running.close()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits of milliseconds between tries."""
+    monkeypatch.setattr(endpoint, "FIRST_WAIT_S", 0.01)
 
 
 @pytest.fixture
@@ -240,11 +249,13 @@ def test_odd_answers_are_data(
     "body",
     [b"<html>Welcome</html>", b"{}", b"[]", b'{"choices": []}', b'{"choices": [{"message": {"content": 3}}]}', b"\xff"],
 )
-def test_what_is_no_chat_completion_is_an_error(server: Server, client, tmp_path: Path, body: bytes):
+def test_what_is_no_chat_completion_is_an_error(server: Server, client, quick: None, tmp_path: Path, body: bytes):
     server.answer = lambda request: Answer(200, body)
-    with pytest.raises(ModelError, match=r"no chat completion \(.*\): is stage\.remote\.url the part before"):
+    with pytest.raises(
+        ModelError, match=r"2 times, .* no chat completion \(.*\): is stage\.remote\.url the part before"
+    ):
         complete(client(), "a")
-    assert len(server.requests) == 1
+    assert len(server.requests) == 2
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 

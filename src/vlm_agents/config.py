@@ -4,6 +4,7 @@ Hydra composes YAML from `conf/` against these classes; `parse` turns the result
 door. Past it nobody sees a DictConfig, and nobody writes to the result.
 """
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -387,6 +388,7 @@ class RemoteConfig:
     concurrency: int = 8  # requests under way at once
     timeout_s: float = 60.0  # for one try
     retries: int = 4  # of a request that was refused for now (429, 5xx), or got no answer; waits double up to 30 s
+    request: dict[str, Any] | None = None  # fields to add to each request, or to replace; null leaves one out
     cache: str = "outputs/.answers"  # folder of all answers so far, shared by all runs: what it holds isn't asked again
 
     def __post_init__(self) -> None:
@@ -402,6 +404,13 @@ class RemoteConfig:
         at_least("stage.remote.concurrency", self.concurrency, 1)
         at_least("stage.remote.retries", self.retries, 0)
         positive("stage.remote.timeout_s", self.timeout_s)
+        for name in {"model", "messages", "n", "stream"} & set(self.request or ()):
+            fix = "set stage.remote.model" if name == "model" else "what is asked and how it is answered stays as it is"
+            raise ConfigError(f"stage.remote.request can't have a field {name}: {fix}")
+        try:
+            json.dumps(self.request, allow_nan=False)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"stage.remote.request={self.request} can't be sent as JSON: {error}") from error
 
 
 @dataclass
