@@ -91,7 +91,7 @@ def load(path: Path) -> Completion | None:
         for one in fields(answer):
             value = getattr(answer, one.name)
             if type(value) is not (str if one.name == "finish" else one.type):
-                raise TypeError(f"{one.name} is {value!r}")
+                raise TypeError(f"{one.name} is of type {type(value).__name__}")
         return answer
     except FileNotFoundError:
         return None

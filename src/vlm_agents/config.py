@@ -388,7 +388,7 @@ class RemoteConfig:
     concurrency: int = 8  # requests under way at once
     timeout_s: float = 60.0  # for one try
     retries: int = 4  # of a request that was refused for now (429, 5xx), or got no answer; waits double up to 30 s
-    request: dict[str, Any] | None = None  # fields to add to each request, or to replace; null leaves one out
+    request: Any = None  # {field: value} to add to each request, or to replace there; a null leaves the field out
     cache: str = "outputs/.answers"  # folder of all answers so far, shared by all runs: what it holds isn't asked again
 
     def __post_init__(self) -> None:
@@ -404,7 +404,14 @@ class RemoteConfig:
         at_least("stage.remote.concurrency", self.concurrency, 1)
         at_least("stage.remote.retries", self.retries, 0)
         positive("stage.remote.timeout_s", self.timeout_s)
-        for name in {"model", "messages", "n", "stream"} & set(self.request or ()):
+        self._check_request()
+
+    def _check_request(self) -> None:
+        if self.request is None:
+            return
+        if not (isinstance(self.request, dict) and all(isinstance(name, str) for name in self.request)):
+            raise ConfigError("stage.remote.request must be fields: 'stage.remote.request={seed: null, top_p: 0.9}'")
+        for name in {"model", "messages", "n", "stream"} & set(self.request):
             fix = "set stage.remote.model" if name == "model" else "what is asked and how it is answered stays as it is"
             raise ConfigError(f"stage.remote.request can't have a field {name}: {fix}")
         try:

@@ -87,7 +87,7 @@ class Endpoint:
     async def close(self) -> None:
         await self._http.aclose()
 
-    async def complete(self, request: Mapping[str, Any], retries: int, patience: float = PATIENCE_S) -> Completion:
+    async def complete(self, request: Mapping[str, Any], retries: int, patience: float) -> Completion:
         """The server's answer; ModelError if it refuses, or still fails after `retries` more tries.
 
         A server that has answered before may be restarting: it is waited for up to `patience` seconds.

@@ -9,6 +9,7 @@ import asyncio
 import base64
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ from PIL import Image
 
 from vlm_agents.answers import Answers, Completion
 from vlm_agents.config import RemoteConfig
-from vlm_agents.endpoint import Endpoint
+from vlm_agents.endpoint import PATIENCE_S, Endpoint
 from vlm_agents.errors import ModelError
 from vlm_agents.types import Message, Prompt
 
@@ -32,6 +33,7 @@ class ChatClient:
     def __init__(self, cfg: RemoteConfig, folder: Path) -> None:
         self._cfg = cfg
         self._endpoint = Endpoint(cfg)
+        self._folder = folder
         self._answers = Answers(folder, Path(cfg.cache), cfg.url.rstrip("/"))
         self._loop = asyncio.Runner()
         self._refused: list[tuple[bytes, Completion]] = []  # since the last answer; not kept until the next one
@@ -91,6 +93,24 @@ class ChatClient:
         self._keep_refused()
         return self._answers.counts()
 
+    def why_unread(self) -> str:
+        """What became of the answers that could not be read, what may help, and where they are."""
+        self._keep_refused()
+        answers = self._answers.all_of_run()
+        unread = [answer for answer in answers if not answer.readable]
+        refused = [answer.refused for answer in unread if answer.refused]
+        cut = sum(answer.finish == "length" for answer in unread)
+        field = next((name for name in self._cfg.request or () if name.startswith("max_")), "max_tokens")
+        reasons = [
+            f"{cut} were cut off ('stage.remote.request={{{field}: 1024}}' allows more)" if cut else "",
+            f"{len(refused)} were refused ({refused[0]})" if refused else "",
+            f"{other} say something else (a bigger model may not)"
+            if (other := len(unread) - cut - len(refused))
+            else "",
+        ]
+        said = ", ".join(filter(None, reasons))
+        return f"of {len(answers)} answers {len(unread)} can't be read: {said}. See {os.path.relpath(self._folder)}"
+
     async def _ask(self, request: dict[str, Any], readable: Callable[[str], bool], samples: int) -> Completion:
         answer = await self._answer(request, readable)
         for again in range(1, samples):
@@ -119,10 +139,10 @@ class ChatClient:
     async def _said(self, request: dict[str, Any]) -> Completion:
         """The server's answer, an empty one where it can't take this prompt; ModelError where it can't take any."""
         try:
-            return await self._endpoint.complete(request, self._cfg.retries)
+            return await self._endpoint.complete(request, self._cfg.retries, PATIENCE_S)
         except ModelError as error:
             try:
-                await self._endpoint.complete(blank(request), min(self._cfg.retries, 1), patience=0.0)
+                await self._endpoint.complete(blank(request), min(self._cfg.retries, 1), 0.0)
             except ModelError:
                 raise error from None
             in_a_row = len(self._refused) + 1
