@@ -591,13 +591,22 @@ def test_only_plain_web_addresses(client, url: str):
     assert "sk-1" not in str(caught.value)
 
 
+def test_a_key_among_the_fields_of_a_request_is_not_shown(client):
+    with pytest.raises(ConfigError, match=r"stage\.remote\.request holds what looks like a key") as caught:
+        client(request={"extra": {"api_key": "sk-1"}})
+    assert "sk-1" not in str(caught.value)
+
+
 def test_a_key_where_its_variable_belongs_is_not_shown(client):
     with pytest.raises(ConfigError, match=r"stage\.remote\.key_env must be a variable's name") as caught:
         client(key_env="sk-1")
     assert "sk-1" not in str(caught.value)
 
 
-@pytest.mark.parametrize("override", [f"stage.remote.url='{SECRET[0]}'", "+stage.remote.key_env=sk-1"])
+@pytest.mark.parametrize(
+    "override",
+    [f"stage.remote.url='{SECRET[0]}'", "+stage.remote.key_env=sk-1", "stage.remote.request={api_key: sk-1}"],
+)
 @pytest.mark.parametrize("sweep", [[], ["-m", "seed=0,1"]], ids=["run", "sweep"])
 def test_a_secret_on_the_command_line_is_written_nowhere(
     override: str, sweep: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -724,7 +733,7 @@ QUOTED_KEY = "sk-s3cret%2F%2Bkey%3D"
 @pytest.mark.parametrize(
     ("status", "shown"),
     [
-        (308, r"it moved to http://127\.0\.0\.1:1/\?key=\$SOME_KEY: set"),
+        (308, r"it moved to http://127\.0\.0\.1:1/x{265}\$SOME_KEY: set"),
         (404, r"one of \$SOME_KEY\."),
         (500, r"1 times \(x{290} \$SOME_KEY\): see"),  # cut only after it
     ],
@@ -734,7 +743,7 @@ def test_a_key_that_a_server_repeats_is_not_shown(
 ):
     monkeypatch.setenv("SOME_KEY", KEY)
     server.models = [key]
-    headers = {"Location": f"http://127.0.0.1:1/?key={key}"} if status == 308 else {}
+    headers = {"Location": f"http://127.0.0.1:1/{'x' * 265}{key}"} if status == 308 else {}
     server.answer = lambda request: Answer(status, f"{'x' * 290} {key}".encode(), headers)
     with pytest.raises(ModelError, match=shown) as caught:
         complete(client(key_env="SOME_KEY", retries=0), "a")

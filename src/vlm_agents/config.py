@@ -376,6 +376,9 @@ def refuse_secrets(setting: str, value: str) -> None:
         raise ConfigError(f"{setting} must be {ADDRESS}: {key_goes}")
     if setting == "stage.remote.key_env" and re.search(r"[^A-Z0-9_,]", value):
         raise ConfigError(f"{setting} must be a variable's name, of A-Z, 0-9 and _: {key_goes}")
+    secret = r"(?i)api_?key|authorization|password|secret"
+    if setting.startswith("stage.remote.request") and re.search(secret, f"{setting} {value}"):
+        raise ConfigError(f"stage.remote.request holds what looks like a key: {key_goes}")
 
 
 @dataclass
@@ -415,9 +418,10 @@ class RemoteConfig:
             fix = "set stage.remote.model" if name == "model" else "what is asked and how it is answered stays as it is"
             raise ConfigError(f"stage.remote.request can't have a field {name}: {fix}")
         try:
-            json.dumps(self.request, allow_nan=False)
+            text = json.dumps(self.request, allow_nan=False)
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"stage.remote.request={self.request} can't be sent as JSON: {error}") from error
+            raise ConfigError(f"stage.remote.request can't be sent as JSON: {error}") from error
+        refuse_secrets("stage.remote.request", text)
 
 
 @dataclass

@@ -170,19 +170,19 @@ class Endpoint:
                 fix = "raise stage.remote.timeout_s or lower stage.remote.concurrency"
                 return self._error(f"no answer within {self._cfg.timeout_s:g} s, {tries} times", f"{fix}. {again}")
         fix = f"is the server running there, and is stage.remote.url right? {again}"
-        return self._error(f"can't be reached ({reason(failure)}), {tries} times", fix)
+        return self._error(f"can't be reached ({self._quoted(reason(failure))}), {tries} times", fix)
 
     async def _refused(self, failure: Failure, request: Mapping[str, Any]) -> ModelError:
         if isinstance(failure, Said):
             return self._error(f"status {failure.status}", await self._fix(failure, request), failure.body)
         fix = "have $SSL_CERT_FILE name a file of the certificates that sign the server's own"
-        return self._error(f"can't be reached ({reason(failure)})", fix)
+        return self._error(f"can't be reached ({self._quoted(reason(failure))})", fix)
 
     async def _fix(self, said: Said, request: Mapping[str, Any]) -> str:
         """How to mend what the server refused."""
         cfg = self._cfg
         if 300 <= said.status < 400 and (elsewhere := said.headers.get("Location")):
-            return f"it moved to {elsewhere[:QUOTED]}: set stage.remote.url accordingly"
+            return f"it moved to {self._quoted(elsewhere)}: set stage.remote.url accordingly"
         if said.status == 402 or b"insufficient_quota" in said.body:
             return "the account is used up: fill it, then give the same command again: what was answered is kept"
         if said.status in (401, 403):
@@ -200,13 +200,17 @@ class Endpoint:
         """The models that the server lists, if it does."""
         try:
             said = await self._say("GET", "models")
-            return [str(model["id"])[:QUOTED] for model in json.loads(said.body)["data"]]
+            return [self._quoted(str(model["id"])) for model in json.loads(said.body)["data"]]
         except (Unreadable, TimeoutError, httpx2.RequestError, ValueError, LookupError, TypeError, RecursionError):
             return []
 
     def _error(self, what: str, fix: str, body: bytes = b"") -> ModelError:
-        said = " ".join(self.masked(body[: 2 * LARGEST].decode(errors="replace")).split())[:QUOTED]
-        return ModelError(self.masked(f"{self._address()}: {what}{f' ({said})' if said else ''}: {fix}"))
+        said = self._quoted(body.decode(errors="replace"))
+        return ModelError(f"{self._address()}: {what}{f' ({said})' if said else ''}: {fix}")
+
+    def _quoted(self, text: str) -> str:
+        """What others said, for an error: short, and without the key or a part of it."""
+        return " ".join(self.masked(text).split())[:QUOTED]
 
     def _address(self) -> str:
         return f"{self._cfg.url.rstrip('/')}/chat/completions"
@@ -269,7 +273,7 @@ def reason(error: BaseException | None) -> str:
         if isinstance(error, OSError) and error.errno and not isinstance(error, ssl.SSLError | socket.gaierror):
             said = os.strerror(error.errno)
         error = error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error.__cause__ or error.__context__
-    return said[:QUOTED] or "the connection broke"
+    return said or "the connection broke"
 
 
 # ---- tries -----------------------------------------------------------------------------------------------------------
