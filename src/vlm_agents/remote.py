@@ -104,7 +104,7 @@ class ChatClient:
         reasons = [
             f"{cut} were cut off ('stage.remote.request={{{field}: 1024}}' allows more)" if cut else "",
             f"{len(refused)} were refused ({refused[0]})" if refused else "",
-            f"{other} say something else (a bigger model may not)"
+            f"{other} say something else (a bigger model may do better)"
             if (other := len(unread) - cut - len(refused))
             else "",
         ]
