@@ -19,7 +19,7 @@ __main__ worker
 stages run
 rollout
 policies episodes llava_data env_pool report
-envs experts | prompting | models | learn | tracking stores | checkpoints | judge remote answers | sandbox
+envs experts | prompting | models | learn | tracking stores | checkpoints | judge remote endpoint answers | sandbox
 config tensors
 types errors files pictures progress
 """
@@ -37,7 +37,7 @@ DOORS = {
     "datasets": ["stages"],
     "minigrid": ["envs", "experts"],
     "gymnasium": ["envs", "env_pool.py"],
-    "httpx2": ["remote.py"],
+    "httpx2": ["endpoint.py"],
 }
 
 

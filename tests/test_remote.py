@@ -3,11 +3,15 @@
 import base64
 import importlib
 import io
+import itertools
 import json
+import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,15 +22,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlm_agents import endpoint, remote
 from vlm_agents.__main__ import main
 from vlm_agents.config import PromptConfig, RemoteConfig
+from vlm_agents.endpoint import retry_after
 from vlm_agents.envs.echo import COLORS, OVER
 from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import ConfigError, ModelError
 from vlm_agents.judge import Judge, read_score
 from vlm_agents.policies import RemotePolicy, is_random
 from vlm_agents.prompting import make_format
-from vlm_agents.remote import ChatClient, retry_after
+from vlm_agents.remote import ChatClient, message_json
 from vlm_agents.run import Run
 from vlm_agents.types import Message, Observation, Parsed, Prompt, Query, Reply, Step, Turn
 
@@ -35,11 +41,12 @@ Play = Callable[..., dict[str, float]]
 
 @dataclass
 class Answer:
-    """One HTTP answer as it stands; status 0: hang up."""
+    """One HTTP answer as it stands; status 0: hang up. `more` follows the body, piece by piece, until it is hung up."""
 
     status: int = 200
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
+    more: Iterable[bytes] = ()
 
 
 class Server:
@@ -48,6 +55,7 @@ class Server:
     def __init__(self) -> None:
         self.answer: Callable[[dict[str, Any]], str | Answer] = lambda request: "yes"
         self.requests: list[dict[str, Any]] = []
+        self.blanks: list[dict[str, Any]] = []  # asked to learn whether it answers anything
         self.headers: list[dict[str, str]] = []
         self.times: list[float] = []
         self.models: list[str] | None = None
@@ -69,7 +77,7 @@ class Server:
             return Answer(404, b"no such page")
         request = json.loads(body)
         with self._lock:
-            self.requests.append(request)
+            (self.blanks if text_of(request) == "Say yes." else self.requests).append(request)
             self.headers.append(headers)
             self.times.append(time.monotonic())
             self._at_once += 1
@@ -88,11 +96,13 @@ def handler(server: Server) -> type[BaseHTTPRequestHandler]:
         wbufsize = -1  # an answer in one piece: in two, TCP waits 40 ms for the second
 
         def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            self._send(server.post(self.path, dict(self.headers), body))
+            body = self.rfile.read(length := int(self.headers["Content-Length"]))
+            if len(body) == length:  # else the client has given up
+                self._send(server.post(self.path, dict(self.headers), body))
 
         def do_GET(self) -> None:
             listed = self.path == "/v1/models" and server.models is not None
+            server.headers.append(dict(self.headers))
             models = json.dumps({"data": [{"id": name} for name in server.models or ()]}).encode()
             self._send(Answer(200, models) if listed else Answer(404, b"no such page"))
 
@@ -105,6 +115,11 @@ def handler(server: Server) -> type[BaseHTTPRequestHandler]:
                 self.send_header(key, value)
             self.end_headers()
             self.wfile.write(answer.body)
+            with suppress(ConnectionError):
+                for piece in answer.more:
+                    self.close_connection = True
+                    self.wfile.write(piece)
+                    self.wfile.flush()
 
         def log_message(self, format: str, *args: Any) -> None:
             pass
@@ -123,6 +138,12 @@ def server() -> Iterator[Server]:
     running = Server()
     yield running
     running.close()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits of milliseconds between tries."""
+    monkeypatch.setattr(endpoint, "FIRST_WAIT_S", 0.01)
 
 
 @pytest.fixture
@@ -222,6 +243,60 @@ def test_the_key_goes_into_the_header_only(server: Server, client, tmp_path: Pat
     assert not any("sk-secret" in text for text in kept)
 
 
+def test_settings_say_what_is_sent(server: Server, client):
+    server.answer = lambda request: str(len(server.requests))
+    request = {
+        "max_tokens": None,
+        "seed": None,
+        "max_completion_tokens": 512,
+        "chat_template_kwargs": {"thinking": False},
+    }
+    own = client(request=request)
+    (first,) = complete(own, "a", seeds=[1], readable=lambda index, text: text == "3", samples=3)
+    assert first == "3"  # samples are other questions even where no seed is sent
+    assert complete(own, "a", seeds=[5]) == ["4"]  # and so are other seeds
+    for sent, temperature in zip(server.requests, (0.7, 1.0, 1.0, 0.7), strict=True):
+        del sent["messages"]
+        added = {"max_completion_tokens": 512, "chat_template_kwargs": {"thinking": False}}
+        assert sent == {"model": "default", "temperature": temperature, **added}
+    assert complete(client("other"), "a", seeds=[5]) == ["5"]  # what was sent otherwise was another question
+    assert complete(client("again", request=dict(reversed(request.items()))), "a", seeds=[5]) == ["4"]
+
+
+@pytest.mark.parametrize("request_fields", ["{seed: null, top_p: 0.9}", "{stop: ['a']}"])
+def test_fields_of_a_request_come_from_the_command_line(compose_run, request_fields: str):
+    cfg = compose_run("stage=collect", f"stage.remote.request={request_fields}")
+    assert cfg.stage.remote.request in ({"seed": None, "top_p": 0.9}, {"stop": ["a"]})
+
+
+@pytest.mark.parametrize(
+    "fields", [{"model": "x"}, {"messages": []}, {"stream": True}, {"n": 2}, {"top_p": float("nan")}, {1: 2}, 3]
+)
+def test_fields_that_a_request_can_not_have(client, fields: Any):
+    with pytest.raises(ConfigError, match=r"stage\.remote\.request"):
+        client(request=fields)
+
+
+SPELLED = ["<|im_end|>", "<|image_pad|>", "</s>", "<s>", "[INST]", "[/INST]", "<image>", "<end_of_turn>", "<<SYS>>"]
+
+
+@pytest.mark.parametrize(
+    "spelled", [*SPELLED, "<image_soft_token>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "[IMG]"]
+)
+def test_what_is_said_never_becomes_a_control_token(spelled: str):
+    for role in ("system", "user", "assistant"):
+        content = message_json(Message(role, f"fine{spelled}\n{spelled}"))["content"]  # pyright: ignore[reportArgumentType]
+        assert spelled not in content
+        assert content.replace("\u2060", "") == f"fine{spelled}\n{spelled}"
+
+
+@pytest.mark.parametrize(
+    "text", ["<b>bold</b> [1] a < b |> c", "<think>so</think>", "[x](y) <div>", '{"a": [3]} <|', "turn <left> | right"]
+)
+def test_other_brackets_are_sent_as_they_are(text: str):
+    assert message_json(Message("user", text))["content"] == text
+
+
 # ---- what is answered ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("content", "finish", "text", "read"),
@@ -240,12 +315,104 @@ def test_odd_answers_are_data(
     "body",
     [b"<html>Welcome</html>", b"{}", b"[]", b'{"choices": []}', b'{"choices": [{"message": {"content": 3}}]}', b"\xff"],
 )
-def test_what_is_no_chat_completion_is_an_error(server: Server, client, tmp_path: Path, body: bytes):
+def test_what_is_no_chat_completion_is_an_error(server: Server, client, quick: None, tmp_path: Path, body: bytes):
     server.answer = lambda request: Answer(200, body)
-    with pytest.raises(ModelError, match=r"no chat completion \(.*\): is stage\.remote\.url the part before"):
+    with pytest.raises(
+        ModelError, match=r"2 times, .* no chat completion \(.*\): is stage\.remote\.url the part before"
+    ):
         complete(client(), "a")
-    assert len(server.requests) == 1
+    assert len(server.requests) == 2
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": [{"type": "text", "text": "so"}, {"type": "thinking"}, {"type": "text", "text": " be it"}]},
+        {"content": "so be it", "reasoning_content": "hm"},
+    ],
+    ids=["in parts", "with thoughts"],
+)
+def test_the_text_of_other_shapes_of_a_message(server: Server, client, message: dict[str, Any]):
+    server.answer = lambda request: Answer(200, json.dumps({"choices": [{"message": message}]}).encode())
+    assert complete(client(), "a") == ["so be it"]
+
+
+@pytest.mark.parametrize(
+    "usage",
+    ["1e999", "-3", '"7"', "NaN", "true", "[]", "null", "1e300"],
+)
+def test_tokens_that_are_no_count_are_0(server: Server, client, usage: str):
+    whole = f'{{"choices": [{{"message": {{"content": "yes"}}}}], "usage": {{"prompt_tokens": {usage}}}}}'
+    bare = f'{{"choices": [{{"message": {{"content": "yes"}}}}], "usage": {usage}}}'
+    server.answer = lambda request: Answer(200, (whole if text_of(request) == "a" else bare).encode())
+    answers = client().complete([say("a"), say("b")], 8, 1.0)
+    assert [(one.text, one.prompt_tokens, one.completion_tokens) for one in answers] == [("yes", 0, 0)] * 2
+
+
+def endless(piece: bytes, pause: float = 0.0) -> Iterator[bytes]:
+    while True:
+        yield piece
+        time.sleep(pause)
+
+
+BOMB = zlib.compressobj(9, wbits=31)
+GZIP_BOMB = BOMB.compress(b"[" * 2**20 * 64) + BOMB.flush()  # 64 MB in 65 kB
+GZIPPED = {"Content-Encoding": "gzip", "Connection": "close"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (Answer(200, GZIP_BOMB, {"Content-Encoding": "gzip"}), r"no chat completion \(more than 8 MB\)"),
+        (Answer(200, b"not packed", {"Content-Encoding": "gzip"}), r"no chat completion \(damaged gzip\)"),
+        (Answer(500, GZIP_BOMB, {"Content-Encoding": "gzip"}), r"no chat completion \(more than 8 MB\)"),
+        (Answer(200, b"", {"Content-Length": str(2**40)}, endless(b" " * 2**18)), r"\(more than 8 MB\)"),
+        (Answer(200, b"{", {"Content-Length": "99"}, endless(b" ", 0.1)), r"no answer within 0\.3 s, 1 times: raise"),
+        (Answer(200, b"[" * 100_000), r"no chat completion \(\[\[\["),
+        (Answer(200, b""), r"1 times, what came back is no chat completion: is"),
+        (Answer(200, b"{", {"Content-Length": "99"}, [b" "]), r"can't be reached \(.*\), 1 times"),
+    ],
+    ids=["bomb", "damaged", "refused with a bomb", "endless", "dripping", "nested", "empty", "broken off"],
+)
+def test_an_answer_has_so_much_time_and_room(server: Server, client, answer: Answer, said: str):
+    server.answer = lambda request: answer
+    start = time.monotonic()
+    with pytest.raises(ModelError, match=said):
+        complete(client(retries=0, timeout_s=0.3), "a")
+    assert time.monotonic() - start < 4  # one try, and one of a blank question
+
+
+def test_headers_that_drip_have_no_more_time(client):
+    """Neither have those of the list of models."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def drip() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    threading.Thread(target=dripping, args=(connection,), daemon=True).start()
+
+        def dripping(connection: socket.socket) -> None:
+            with suppress(OSError), connection:
+                for byte in itertools.cycle(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 10_000):
+                    connection.send(bytes([byte]))
+                    time.sleep(0.05)
+
+        threading.Thread(target=drip, daemon=True).start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        start = time.monotonic()
+        with pytest.raises(ModelError, match=r"no answer within 0\.3 s, 1 times"):
+            complete(client(url=url, retries=0, timeout_s=0.3), "a")
+        assert time.monotonic() - start < 2
+
+
+def test_what_is_packed_all_the_same_is_read(server: Server, client):
+    packed = zlib.compressobj(wbits=31)
+    body = packed.compress(chat_completion("yes").body) + packed.flush()
+    server.answer = lambda request: Answer(200, body, {"Content-Encoding": "gzip"})
+    assert complete(client(), "a") == ["yes"]
+    assert server.headers[0]["Accept-Encoding"] == "identity"
 
 
 # ---- trying again ----------------------------------------------------------------------------------------------------
@@ -325,6 +492,50 @@ def test_after_an_error_nothing_more_is_asked(server: Server, client):
     assert time.monotonic() - start < 5  # the one that waited was woken
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer(529),
+        Answer(200, b"<html>overloaded</html>"),
+        Answer(200, b'{"error": {"message": "overloaded", "code": 502}}'),
+        Answer(200, b'{"choices": []}'),
+        Answer(200, b'{"choices": [', {"Content-Length": "500"}, [b" "]),
+        Answer(503, b"", {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}),
+        Answer(503, b"", {"Retry-After": "Wed, 21 Oct 99999999999999999999 07:28:00 GMT"}),
+    ],
+    ids=["529", "a page", "an error", "no choice", "broken off", "a date", "no date"],
+)
+def test_what_gateways_say_for_a_while_is_tried_again(server: Server, client, quick: None, answer: Answer):
+    server.answer = lambda request: "yes" if len(server.requests) > 1 else answer
+    assert complete(client(), "a") == ["yes"]
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("status", [404, 502, 503, 504])
+def test_a_server_that_has_answered_may_be_away(
+    server: Server, client, quick: None, caplog: pytest.LogCaptureFixture, status: int
+):
+    """While it restarts, a gateway says so in its place; that takes longer than a few tries."""
+    server.answer = lambda request: Answer(status) if 1 < len(server.requests) < 6 else "yes"
+    patient = client(retries=1)
+    assert complete(patient, "a") == complete(patient, "b") == ["yes"]
+    assert len(server.requests) == 1 + 5
+    assert [record.getMessage().split("/v1")[1] for record in caplog.records] == [
+        "/chat/completions is away: asked again for up to 10 minutes"
+    ]
+
+
+def test_a_server_is_not_waited_for_without_end(server: Server, client, quick: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(remote, "PATIENCE_S", 0.3)
+    last = replace(chat_completion("yes"), headers={"Connection": "close"})
+    server.answer = lambda request: last
+    patient = client(retries=1)
+    complete(patient, "a")
+    server.close()
+    with pytest.raises(ModelError, match=r"can't be reached \(Connection refused\), \d+ times"):
+        patient.complete([say("b")], 8, 0.7)
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 def test_a_missing_and_a_wrong_key(server: Server, client, monkeypatch: pytest.MonkeyPatch):
     server.answer = lambda request: Answer(401, b"no such key: sk-secret")
@@ -380,13 +591,22 @@ def test_only_plain_web_addresses(client, url: str):
     assert "sk-1" not in str(caught.value)
 
 
+def test_a_key_among_the_fields_of_a_request_is_not_shown(client):
+    with pytest.raises(ConfigError, match=r"stage\.remote\.request holds what looks like a key") as caught:
+        client(request={"extra": {"api_key": "sk-1"}})
+    assert "sk-1" not in str(caught.value)
+
+
 def test_a_key_where_its_variable_belongs_is_not_shown(client):
     with pytest.raises(ConfigError, match=r"stage\.remote\.key_env must be a variable's name") as caught:
         client(key_env="sk-1")
     assert "sk-1" not in str(caught.value)
 
 
-@pytest.mark.parametrize("override", [f"stage.remote.url='{SECRET[0]}'", "+stage.remote.key_env=sk-1"])
+@pytest.mark.parametrize(
+    "override",
+    [f"stage.remote.url='{SECRET[0]}'", "+stage.remote.key_env=sk-1", "stage.remote.request={api_key: sk-1}"],
+)
 @pytest.mark.parametrize("sweep", [[], ["-m", "seed=0,1"]], ids=["run", "sweep"])
 def test_a_secret_on_the_command_line_is_written_nowhere(
     override: str, sweep: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -405,6 +625,157 @@ def test_a_secret_on_the_command_line_is_written_nowhere(
 def test_settings_that_can_not_work(client, name: str, value: float):
     with pytest.raises(ConfigError, match=f"stage.remote.{name}="):
         client(**{name: value})
+
+
+def but_red(request: dict[str, Any]) -> str | Answer:
+    return Answer(400, b'{"error": {"code": "content_filter"}}') if "red" in text_of(request) else "yes"
+
+
+@pytest.mark.parametrize("batches", [["a", "red", "b"], ["red"]], ids=["among others", "alone"])
+def test_a_prompt_that_is_refused_is_passed_over(server: Server, client, tmp_path: Path, batches: list[str]):
+    server.answer = but_red
+    first = client()
+    answers = first.complete(list(map(say, batches)), 8, 0.7, readable=lambda index, text: text == "yes", samples=3)
+    assert [answer.text for answer in answers] == ["" if text == "red" else "yes" for text in batches]
+    refused = answers[batches.index("red")]
+    assert "status 400" in refused.refused
+    assert "content_filter" in refused.refused
+    assert not refused.readable
+    assert (first.counts()["unparsable"], first.counts()["answers"]) == (1, len(batches))
+    assert len(server.requests) == len(batches)  # another sample would be refused too
+    assert complete(client(), *batches) == [answer.text for answer in answers]
+    assert len(server.requests) == len(batches)  # nor does a run that is continued ask again
+    server.answer = lambda request: "yes"
+    assert complete(client("other"), "red") == ["yes"]  # another run may
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [Answer(status) for status in (403, 413, 422, 451, 500, 503)] + [Answer(200, b"{}"), Answer(0)],
+    ids=["403", "413", "422", "451", "500", "503", "no completion", "hung up"],
+)
+def test_whatever_becomes_of_one_prompt_alone(server: Server, client, quick: None, answer: Answer):
+    server.answer = lambda request: answer if text_of(request) == "red" else "yes"
+    assert complete(client(), "a", "red", "b") == ["yes", "", "yes"]
+
+
+def test_the_blank_question_has_the_form_of_the_one_that_was_refused(server: Server, client):
+    """So a limit on pictures, or a model that takes none, is no fault of one prompt."""
+    server.answer = lambda request: Answer(400, b"at most 1 picture") if len(pictures_of(request)) > 1 else "yes"
+    pictures = tuple(Image.new("RGB", (9, 9), color) for color in ("red", "blue"))
+    with pytest.raises(ModelError, match="at most 1 picture"):
+        client().complete([(Message("system", "rules"), Message("user", "look", pictures))], 8, 0.7)
+    (request,), (blank,) = server.requests, server.blanks
+    assert {name: value for name, value in blank.items() if name != "messages"} == {
+        name: value for name, value in request.items() if name != "messages"
+    }
+    assert [message["role"] for message in blank["messages"]] == ["system", "user"]
+    assert [color_of(picture) for picture in pictures_of(blank)] == [(255, 255, 255)] * 2
+    assert "rules" not in json.dumps(blank)
+
+
+def test_a_server_that_refuses_every_prompt_is_given_up(server: Server, client, tmp_path: Path):
+    server.answer = lambda request: "yes" if text_of(request) == "Say yes." else Answer(400, b"no")
+    for _ in range(2):
+        with pytest.raises(ModelError, match=r"status 400 \(no\): .* \(16 prompts in a row came to this\)"):
+            complete(client(concurrency=1), *map(str, range(40)))
+    assert len(server.requests) == 2 * 16
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]  # when that is mended, all are asked again
+    server.answer = lambda request: "yes"
+    assert complete(client(), "0") == ["yes"]
+
+
+def refusal(param: str | None, message: str) -> bytes:
+    return json.dumps({"error": {"message": message, "param": param}}).encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "fix"),
+    [
+        (
+            refusal(
+                "max_tokens", "'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+            ),
+            r"set 'stage\.remote\.request=\{max_tokens: null, max_completion_tokens: 8\}' for a model",
+        ),
+        (refusal(None, "seed: Extra inputs are not permitted"), r"set 'stage\.remote\.request=\{seed: null\}', which"),
+        (
+            refusal("temperature", "Only the default (1) is taken"),
+            r"request=\{temperature: null\}', which leaves it out",
+        ),
+        (b"[" * 100_000 + b" top_k unknown", r"'stage\.remote\.request=\{top_k: null\}'"),
+        (refusal("model", "not today"), "the server can't serve this request, see what it says"),
+    ],
+    ids=["max_tokens", "seed", "temperature", "ours", "none"],
+)
+def test_a_field_that_a_model_refuses_is_told_with_its_setting(server: Server, client, body: bytes, fix: str):
+    server.answer = lambda request: Answer(400, body)
+    with pytest.raises(ModelError, match=fix):
+        complete(client(request={"top_k": 3}), "a")
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "answer", [Answer(402, b"Insufficient Balance"), Answer(429, b'{"error": {"code": "insufficient_quota"}}')]
+)
+def test_an_account_that_is_used_up(server: Server, client, answer: Answer):
+    server.answer = lambda request: answer
+    with pytest.raises(ModelError, match="the account is used up: fill it, then give the same command again"):
+        complete(client(retries=9), "a")
+    assert len(server.requests) == 1
+
+
+KEY = "sk-s3cret/+key="
+QUOTED_KEY = "sk-s3cret%2F%2Bkey%3D"
+
+
+@pytest.mark.parametrize("key", [KEY, QUOTED_KEY], ids=["plain", "quoted"])
+@pytest.mark.parametrize(
+    ("status", "shown"),
+    [
+        (308, r"it moved to http://127\.0\.0\.1:1/x{265}\$SOME_KEY: set"),
+        (404, r"one of \$SOME_KEY\."),
+        (500, r"1 times \(x{290} \$SOME_KEY\): see"),  # cut only after it
+    ],
+)
+def test_a_key_that_a_server_repeats_is_not_shown(
+    server: Server, client, monkeypatch: pytest.MonkeyPatch, key: str, status: int, shown: str
+):
+    monkeypatch.setenv("SOME_KEY", KEY)
+    server.models = [key]
+    headers = {"Location": f"http://127.0.0.1:1/{'x' * 265}{key}"} if status == 308 else {}
+    server.answer = lambda request: Answer(status, f"{'x' * 290} {key}".encode(), headers)
+    with pytest.raises(ModelError, match=shown) as caught:
+        complete(client(key_env="SOME_KEY", retries=0), "a")
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_key_that_a_model_repeats_is_not_kept(
+    server: Server, client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("SOME_KEY", KEY)
+    server.answer = lambda request: Answer(400, KEY.encode()) if text_of(request) == "red" else f"{KEY}, {QUOTED_KEY}!"
+    own = client(key_env="SOME_KEY")
+    assert complete(own, "a", "red") == ["$SOME_KEY, $SOME_KEY!", ""]
+    assert own.counts()["answers"] == 2
+    kept = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(kept) == 3  # both in the run, and one in the cache
+    assert not any("s3cret" in text for text in kept)
+    server.answer = lambda request: "yes" if text_of(request) == "b" else "none"
+    monkeypatch.setenv("SOME_KEY", "yes")  # a word, as where no key is needed
+    assert complete(client("other", key_env="SOME_KEY"), "b") == ["yes"]
+
+
+def test_a_redirect_is_not_followed(server: Server, client, monkeypatch: pytest.MonkeyPatch):
+    other = Server()
+    monkeypatch.setenv("SOME_KEY", KEY)
+    for status in (301, 302, 303, 307, 308):
+        moved = Answer(status, b"", {"Location": f"{other.url}/chat/completions"})
+        server.answer = lambda request, moved=moved: moved
+        with pytest.raises(ModelError, match="it moved to"):
+            complete(client(key_env="SOME_KEY"), "a")
+    other.close()
+    assert not other.headers
 
 
 # ---- what is kept ----------------------------------------------------------------------------------------------------
@@ -449,7 +820,12 @@ def test_a_run_finds_its_answers_at_another_address_and_another_run_does_not(ser
     assert len(server.requests) == 2  # who knows which model has this name there
 
 
-@pytest.mark.parametrize("content", ["", '{"text": "ye', "[]", '{"score": 7}', "\0" * 40])
+KEPT = {"text": "yes", "finish": "stop", "prompt_tokens": 1, "completion_tokens": 1}
+DAMAGED = ["", '{"text": "ye', "[]", '{"score": 7}', "\0" * 40, "[" * 100_000]
+DAMAGED += [json.dumps(KEPT | change) for change in ({"text": 3}, {"prompt_tokens": "1"}, {"readable": None})]
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
 def test_a_damaged_answer_is_ignored_with_a_warning(
     server: Server, client, tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
 ):
@@ -537,9 +913,9 @@ def play(compose_run, server: Server) -> Play:
     """`play(folder, "stage=collect", ...)`: runs a stage on Echo, with the server as what is remote; the metrics."""
 
     def run(folder: Path, *words: str) -> dict[str, float]:
-        remote = [f"stage.remote.url={server.url}", "stage.remote.retries=0", "stage.remote.concurrency=4"]
-        remote += [f"stage.remote.cache={folder}_cache"]
-        cfg = compose_run("env=echo", "prompt=action_only", "prompt.max_reply_tokens=4", *remote, *words)
+        settings = [f"stage.remote.url={server.url}", "stage.remote.retries=0", "stage.remote.concurrency=4"]
+        settings += [f"stage.remote.cache={folder}_cache"]
+        cfg = compose_run("env=echo", "prompt=action_only", "prompt.max_reply_tokens=4", *settings, *words)
         cfg.run_dir = str(folder)
         with Run.open(cfg, words) as opened:
             return importlib.import_module(f"vlm_agents.stages.{cfg.stage.name}").main(cfg, opened)
@@ -627,6 +1003,28 @@ def test_a_second_collect_asks_nothing(play: Play, server: Server, tmp_path: Pat
     assert metrics["collect/cached_prompt_tokens"] == 18 * 11  # 6 episodes of 3 turns
 
 
+def test_a_prompt_that_a_server_refuses_is_counted_and_told(
+    play: Play, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    def answer(request: dict[str, Any]) -> str | Answer:
+        blank = text_of(request) == "Say yes."
+        red = not blank and color_of(pictures_of(request)[-1]) == COLORS["red"]
+        return Answer(400, b"content_filter \x1b]0;") if red else "red" if blank else looks(request)
+
+    server.answer = answer
+    metrics = play(tmp_path, *COLLECT, "stage.policy=remote")
+    turns = [turn for episode in read_episodes(tmp_path) for turn in episode.turns]
+    silent = [turn for turn in turns if not turn.reply.text]
+    assert {color_of(turn.observation.images[0]) for turn in silent} == {COLORS["red"]}
+    assert {turn.parsed.error for turn in silent} == {"empty reply"}
+    assert metrics["collect/invalid_rate"] == pytest.approx(len(silent) / len(turns), rel=1e-9)
+    assert 0 < metrics["collect/unparsable"] == len(server.blanks) <= len(silent)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{len(silent)} of 18 replies hold no legal action: of 18 answers {len(silent)} can't be read: " in said
+    assert f"{len(silent)} were refused (http" in said
+    assert "\x1b" not in said
+
+
 # ---- the rater -------------------------------------------------------------------------------------------------------
 def test_a_remote_rater_sees_before_and_after(play: Play, server: Server, tmp_path: Path):
     """It gives 9 where the last picture is the black one after the end, says nothing sound of red, and 0 elsewhere."""
@@ -693,6 +1091,42 @@ def test_a_rater_is_told_what_was_thought_and_done(server: Server, client):
     ],
 )
 def test_only_a_sound_score_counts(text: str, score: float | None):
+    assert read_score(text) == score
+
+
+@pytest.mark.parametrize(("finish", "why"), [("stop", "18 say something else"), ("length", "18 were cut off")])
+def test_a_rater_that_rates_nothing_is_told(
+    play: Play, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], finish: str, why: str
+):
+    server.answer = lambda request: chat_completion("hm", finish)
+    metrics = play(tmp_path, *COLLECT, "stage.rater=remote", "stage.episodes=2")
+    assert metrics["collect/unrated"] == 6.0
+    # 2 episodes of 3 steps, each asked for three times; but for what looks the same
+    asked = len(server.requests)
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        f"6 of 6 steps have no rating: of {asked} answers {asked} can't be read: {why.replace('18', str(asked))}"
+        in said
+    )
+    assert "/remote" in said
+
+
+def test_scores_are_read_in_linear_time():
+    for text in ("{" * 400_000, '{"score": ' * 50_000, "{" + "a" * 400_000, '{"score": ' + "[" * 400_000 + "}"):
+        start = time.monotonic()
+        assert read_score(text) is None
+        assert time.monotonic() - start < 1
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ('<think>maybe {"score": 3}?</think>{"score": 8}', 8.0),
+        ('maybe {"score": 3}?</think>\n{"score": 8}', 8.0),
+        ('<think>maybe {"score": 3}', None),
+    ],
+)
+def test_a_draft_is_no_score(text: str, score: float | None):
     assert read_score(text) == score
 
 

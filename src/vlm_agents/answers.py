@@ -9,7 +9,7 @@ and remembers which of them it asked for itself: what is counted is the cost of 
 import hashlib
 import json
 import logging
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 class Completion:
     """One answer. `readable` is what the caller's check said of it; tokens are 0 where the server counts none.
 
-    `cached` says that another run had asked for it.
+    `cached` says that another run had asked for it; `refused`, with an empty text, what the server said instead.
     """
 
     text: str
@@ -31,6 +31,7 @@ class Completion:
     completion_tokens: int
     readable: bool = True
     cached: bool = False
+    refused: str = ""
 
 
 class Answers:
@@ -54,13 +55,13 @@ class Answers:
     def keep(self, question: bytes, answer: Completion) -> None:
         content = json.dumps(asdict(answer))
         atomic_write(self._in_run(question), content)  # first: a run killed in between counts what it paid for
-        if not answer.cached:
+        if not answer.cached and not answer.refused:  # another run may ask again
             atomic_write(self._in_cache(question), content)
 
     def counts(self) -> dict[str, float]:
         """How many answers the run has asked for and how many it found in the cache, their tokens, and how many of
         both were not readable."""
-        answers = [answer for path in self._folder.glob("*.json") if (answer := load(path))]
+        answers = self.all_of_run()
         counts = {"unparsable": float(sum(not answer.readable for answer in answers))}
         for cached, prefix in ((False, ""), (True, "cached_")):
             some = [answer for answer in answers if answer.cached == cached]
@@ -68,6 +69,9 @@ class Answers:
             counts[f"{prefix}prompt_tokens"] = float(sum(answer.prompt_tokens for answer in some))
             counts[f"{prefix}completion_tokens"] = float(sum(answer.completion_tokens for answer in some))
         return counts
+
+    def all_of_run(self) -> list[Completion]:
+        return [answer for path in sorted(self._folder.glob("*.json")) if (answer := load(path))]
 
     def _in_run(self, question: bytes) -> Path:
         return self._folder / f"{digest(question)}.json"
@@ -83,9 +87,14 @@ def digest(question: bytes) -> str:
 def load(path: Path) -> Completion | None:
     """The answer in that file; None if there is none, or nothing sound."""
     try:
-        return Completion(**json.loads(path.read_bytes()))
+        answer = Completion(**json.loads(path.read_bytes()))
+        for one in fields(answer):
+            value = getattr(answer, one.name)
+            if type(value) is not (str if one.name == "finish" else one.type):
+                raise TypeError(f"{one.name} is of type {type(value).__name__}")
+        return answer
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         logger.warning("%s: ignored, for it can't be read as an answer (%s)", path, error)
         return None

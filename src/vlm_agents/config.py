@@ -4,6 +4,7 @@ Hydra composes YAML from `conf/` against these classes; `parse` turns the result
 door. Past it nobody sees a DictConfig, and nobody writes to the result.
 """
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -381,6 +382,9 @@ def refuse_secrets(setting: str, value: str) -> None:
             f"{setting} must be written without user, password and query, as it is kept in config.yaml: put an address "
             "with them into the environment variable MLFLOW_TRACKING_URI, and leave tracking.uri out"
         )
+    secret = r"(?i)api_?key|authorization|password|secret"
+    if setting.startswith("stage.remote.request") and re.search(secret, f"{setting} {value}"):
+        raise ConfigError(f"stage.remote.request holds what looks like a key: {key_goes}")
 
 
 @dataclass
@@ -393,6 +397,7 @@ class RemoteConfig:
     concurrency: int = 8  # requests under way at once
     timeout_s: float = 60.0  # for one try
     retries: int = 4  # of a request that was refused for now (429, 5xx), or got no answer; waits double up to 30 s
+    request: Any = None  # {field: value} to add to each request, or to replace there; a null leaves the field out
     cache: str = "outputs/.answers"  # folder of all answers so far, shared by all runs: what it holds isn't asked again
 
     def __post_init__(self) -> None:
@@ -408,6 +413,21 @@ class RemoteConfig:
         at_least("stage.remote.concurrency", self.concurrency, 1)
         at_least("stage.remote.retries", self.retries, 0)
         positive("stage.remote.timeout_s", self.timeout_s)
+        self._check_request()
+
+    def _check_request(self) -> None:
+        if self.request is None:
+            return
+        if not (isinstance(self.request, dict) and all(isinstance(name, str) for name in self.request)):
+            raise ConfigError("stage.remote.request must be fields: 'stage.remote.request={seed: null, top_p: 0.9}'")
+        for name in {"model", "messages", "n", "stream"} & set(self.request):
+            fix = "set stage.remote.model" if name == "model" else "what is asked and how it is answered stays as it is"
+            raise ConfigError(f"stage.remote.request can't have a field {name}: {fix}")
+        try:
+            text = json.dumps(self.request, allow_nan=False)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"stage.remote.request can't be sent as JSON: {error}") from error
+        refuse_secrets("stage.remote.request", text)
 
 
 @dataclass

@@ -62,10 +62,11 @@ def read_score(text: str) -> float | None:
 
 
 def scores_in(text: str) -> Iterator[float]:
-    for found in re.findall(r"\{[^{}]*\}", text):
+    said = text.rpartition("</think>")[2].partition("<think>")[0]  # a draft in the model's thoughts is no rating
+    for found in re.findall(r"\{[^{}]*\}", said):
         try:
             score = json.loads(found).get("score")
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(score, int | float) and not isinstance(score, bool) and 0 <= score <= 10:
             yield float(score)

@@ -1,62 +1,46 @@
 """A chat model behind an OpenAI-compatible server: prompts go in, completions come out in order.
 
-Knows HTTP, and nothing of games or replies' formats. What was answered once, to this run or to another one, is not
-asked again: see `answers`. The key goes into the request's header and nowhere else.
+Knows requests, and nothing of games, replies' formats or HTTP. What was answered once, to this run or to another one,
+is not asked again: see `answers`. A prompt that the server refuses or fails at, while it answers the same question
+with nothing in it, is answered by an empty text, and the run goes on.
 """
 
+import asyncio
 import base64
 import io
 import json
-import logging
 import os
-import random
 import re
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-import httpx2
-from PIL.Image import Image
+from PIL import Image
 
 from vlm_agents.answers import Answers, Completion
 from vlm_agents.config import RemoteConfig
-from vlm_agents.errors import ConfigError, ModelError, did_you_mean
+from vlm_agents.endpoint import PATIENCE_S, Endpoint
+from vlm_agents.errors import ModelError
 from vlm_agents.types import Message, Prompt
 
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # between tries; it doubles
-PATIENCE_S = 600.0  # a server that asks to stay away for longer is given up
-QUOTED = 300  # characters of a server's message in an error
-LISTED = 20  # models of a server in an error
-
-logging.getLogger("httpx2").setLevel(logging.WARNING)  # else a line for each request
+IN_A_ROW = 16  # refused prompts, or two for each request under way, without one answer between: no prompt's fault
 
 
 class ChatClient:
-    """POST {url}/chat/completions, from `cfg.concurrency` threads. `folder` keeps the run's answers."""
+    """Asks from `cfg.concurrency` coroutines at once. `folder` keeps the run's answers."""
 
     def __init__(self, cfg: RemoteConfig, folder: Path) -> None:
         self._cfg = cfg
-        self._key = os.environ.get(cfg.key_env, "").strip()
-        if not (self._key.isascii() and self._key.isprintable()):
-            raise ConfigError(f"${cfg.key_env} holds characters that no key has: set it anew")
-        self._stop = threading.Event()
+        self._endpoint = Endpoint(cfg)
+        self._folder = folder
         self._answers = Answers(folder, Path(cfg.cache), cfg.url.rstrip("/"))
-        self._http = httpx2.Client(
-            base_url=cfg.url,
-            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
-            timeout=cfg.timeout_s,
-            limits=httpx2.Limits(max_connections=cfg.concurrency),
-            trust_env=not on_loopback(cfg.url),  # no proxy leads to this machine's own loopback
-        )
+        self._loop = asyncio.Runner()
+        self._refused: list[tuple[bytes, Completion]] = []  # since the last answer; not kept until the next one
 
     def close(self) -> None:
-        self._http.close()
+        self._loop.run(self._endpoint.close())
+        self._loop.close()
 
     def complete(
         self,
@@ -84,130 +68,153 @@ class ChatClient:
             }
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
-        questions = [encoded(request) for request in requests]
+        questions = [self._question(request) for request in requests]
         places = {question: index for index, question in enumerate(questions)}  # none is asked twice at once
 
-        def ask(index: int) -> Completion:
-            return self._ask(requests[index], lambda text: readable(index, text), samples)
+        async def ask_all() -> list[Completion]:
+            free = asyncio.Semaphore(self._cfg.concurrency)
 
-        self._stop.clear()
-        with ThreadPoolExecutor(self._cfg.concurrency) as pool:
+            async def ask(index: int) -> Completion:
+                async with free:
+                    return await self._ask(requests[index], lambda text: readable(index, text), samples)
+
             try:
-                answers = dict(zip(places, pool.map(ask, places.values()), strict=True))
-            finally:
-                self._stop.set()  # after an error nobody waits for another try
+                async with asyncio.TaskGroup() as group:  # after an error, what is under way is given up
+                    tasks = [group.create_task(ask(index)) for index in places.values()]
+            except BaseExceptionGroup as errors:
+                raise errors.exceptions[0]  # noqa: B904 - its context is the group
+            return [task.result() for task in tasks]
+
+        answers = dict(zip(places, self._loop.run(ask_all()), strict=True))
         return [answers[question] for question in questions]
 
     def counts(self) -> dict[str, float]:
         """What the answers of this run cost, see Answers.counts."""
+        self._keep_refused()
         return self._answers.counts()
 
-    def _ask(self, request: dict[str, Any], readable: Callable[[str], bool], samples: int) -> Completion:
-        answer = self._answer(request, readable)
+    def why_unread(self) -> str:
+        """What became of the answers that could not be read, what may help, and where they are."""
+        self._keep_refused()
+        answers = self._answers.all_of_run()
+        unread = [answer for answer in answers if not answer.readable]
+        refused = [answer.refused for answer in unread if answer.refused]
+        cut = sum(answer.finish == "length" for answer in unread)
+        field = next((name for name in self._cfg.request or () if name.startswith("max_")), "max_tokens")
+        reasons = [
+            f"{cut} were cut off ('stage.remote.request={{{field}: 1024}}' allows more)" if cut else "",
+            f"{len(refused)} were refused ({refused[0]})" if refused else "",
+            f"{other} say something else (a bigger model may do better)"
+            if (other := len(unread) - cut - len(refused))
+            else "",
+        ]
+        said = ", ".join(filter(None, reasons))
+        return f"of {len(answers)} answers {len(unread)} can't be read: {said}. See {os.path.relpath(self._folder)}"
+
+    async def _ask(self, request: dict[str, Any], readable: Callable[[str], bool], samples: int) -> Completion:
+        answer = await self._answer(request, readable)
         for again in range(1, samples):
-            if answer.readable:
+            if answer.readable or answer.refused:
                 break
             # hot enough to say something else
             fresh = {"seed": request["seed"] + again, "temperature": max(request["temperature"], 1.0)}
-            answer = self._answer({**request, **fresh}, readable)
+            answer = await self._answer({**request, **fresh}, readable)
         return answer
 
-    def _answer(self, request: dict[str, Any], readable: Callable[[str], bool]) -> Completion:
+    async def _answer(self, request: dict[str, Any], readable: Callable[[str], bool]) -> Completion:
         """The kept answer to exactly this request, else the server's."""
-        question = encoded(request)
+        question = self._question(request)
         if kept := self._answers.of_run(question):
             return kept
-        answer = self._answers.of_cache(question) or self._read(self._post(question))
-        answer = replace(answer, readable=readable(answer.text))
-        self._answers.keep(question, answer)
+        answer = self._answers.of_cache(question) or await self._said(self._sent(request))
+        text = self._endpoint.masked(answer.text)  # the cache may be older than the masking
+        answer = replace(answer, text=text, readable=not answer.refused and readable(text))
+        if answer.refused:
+            self._refused.append((question, answer))
+        else:
+            self._keep_refused()
+            self._answers.keep(question, answer)
         return answer
 
-    # ---- HTTP ------------------------------------------------------------------------------------------------------
-    def _post(self, body: bytes) -> httpx2.Response:
-        """The server's answer; ModelError if it refuses, or still fails after `retries` more tries."""
-        headers = {"Content-Type": "application/json"}
-        tries = 0
-        while True:
-            tries += 1
+    async def _said(self, request: dict[str, Any]) -> Completion:
+        """The server's answer, an empty one where it can't take this prompt; ModelError where it can't take any."""
+        try:
+            return await self._endpoint.complete(request, self._cfg.retries, PATIENCE_S)
+        except ModelError as error:
             try:
-                outcome = self._http.post("chat/completions", content=body, headers=headers)
-            except httpx2.RequestError as error:
-                outcome = error
-            else:
-                if outcome.is_success:
-                    return outcome
-                if not may_pass(outcome.status_code):
-                    raise self._error(f"status {outcome.status_code}", self._fix(outcome), outcome)
-            wait = waiting_time(outcome, tries)
-            if tries > self._cfg.retries or wait > PATIENCE_S or self._stop.wait(wait):
-                raise self._gave_up(outcome, tries, wait)
+                await self._endpoint.complete(blank(request), min(self._cfg.retries, 1), 0.0)
+            except ModelError:
+                raise error from None
+            in_a_row = len(self._refused) + 1
+            if in_a_row >= max(IN_A_ROW, 2 * self._cfg.concurrency):
+                raise ModelError(f"{error} ({in_a_row} prompts in a row came to this)") from error
+            return Completion("", "stop", 0, 0, refused=str(error))
 
-    def _gave_up(self, outcome: httpx2.Response | httpx2.RequestError, tries: int, wait: float) -> ModelError:
-        again = "Then give the same command again: what was answered is kept"
-        if isinstance(outcome, httpx2.Response):
-            fix = f"wait for {wait:.0f} s" if wait > PATIENCE_S else "see its log, or lower stage.remote.concurrency"
-            return self._error(f"status {outcome.status_code}, {tries} times", f"{fix}. {again}", outcome)
-        if isinstance(outcome, httpx2.TimeoutException):
-            fix = "raise stage.remote.timeout_s or lower stage.remote.concurrency"
-            return self._error(f"no answer within {self._cfg.timeout_s:g} s, {tries} times", f"{fix}. {again}")
-        fix = f"is the server running there, and is stage.remote.url right? {again}"
-        return self._error(f"can't be reached ({outcome}), {tries} times", fix)
+    def _keep_refused(self) -> None:
+        """The server answers: what it refused before stays refused, and a resumed run won't ask for it."""
+        while self._refused:
+            self._answers.keep(*self._refused.pop())
 
-    def _fix(self, response: httpx2.Response) -> str:
-        """How to mend what the server refused."""
-        cfg = self._cfg
-        match response.status_code:
-            case 401 | 403:
-                return f"${cfg.key_env} {'holds a key that is refused' if self._key else 'is empty'}: set it to a key"
-            case 400 | 404 if (models := self._models()) and cfg.model not in models:
-                known = ", ".join(models[:LISTED])
-                return f"set stage.remote.model to one of {known}.{did_you_mean(cfg.model, models)}"
-            case 404 | 405:
-                return "stage.remote.url is the part before /chat/completions and mostly ends in /v1: is it right?"
-            case _ if response.has_redirect_location:
-                return f"it moved to {response.headers['Location']}: set stage.remote.url accordingly"
-        return "the server can't serve this request, see what it says"
+    def _question(self, request: dict[str, Any]) -> bytes:
+        """What names the answer: our request, with its seed even where none is sent, and how it is changed."""
+        changes = self._cfg.request
+        return encoded(request) + (b" " + json.dumps(changes, sort_keys=True).encode() if changes else b"")
 
-    def _models(self) -> list[str]:
-        """The models that the server lists, if it does."""
-        try:
-            return [str(model["id"]) for model in self._http.get("models").json()["data"]]
-        except (httpx2.RequestError, ValueError, KeyError, TypeError):
-            return []
-
-    def _read(self, response: httpx2.Response) -> Completion:
-        try:
-            body = response.json()
-            choice, usage = body["choices"][0], body.get("usage") or {}
-            content = choice["message"].get("content") or ""
-            return Completion(
-                text=content.encode(errors="replace").decode(),  # half a surrogate pair can be said, but not be stored
-                finish="length" if choice.get("finish_reason") == "length" else "stop",
-                prompt_tokens=int(usage.get("prompt_tokens") or 0),
-                completion_tokens=int(usage.get("completion_tokens") or 0),
-            )
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            fix = "is stage.remote.url the part before /chat/completions of an OpenAI-compatible server?"
-            raise self._error("what came back is no chat completion", fix, response) from error
-
-    def _error(self, what: str, fix: str, response: httpx2.Response | None = None) -> ModelError:
-        said = "" if response is None else " ".join(response.text.split())
-        if self._key:
-            said = said.replace(self._key, f"${self._cfg.key_env}")  # some servers repeat it
-        quote = f" ({said[:QUOTED]})" if said else ""
-        return ModelError(f"{self._cfg.url.rstrip('/')}/chat/completions: {what}{quote}: {fix}")
+    def _sent(self, request: dict[str, Any]) -> dict[str, Any]:
+        fields = request | (self._cfg.request or {})
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 # ---- requests --------------------------------------------------------------------------------------------------------
+# What chat templates and tokenizers of servers take for more than text: <|im_end|>, </s>, [/INST], <image>, ...
+# Known spellings alone, since HTML and the thoughts of a model are text that a server shall see as it is.
+CONTROL = re.compile(
+    r"""<(?= [|\uff5c] [^<>\s]{1,64} [|\uff5c] >
+           | / ? (?: s | unk | pad | bos | eos | mask | BOS_TOKEN | EOS_TOKEN | (?i: img | image | video | audio) [\w-]*
+                   | im_\w+ | (?: start | end | begin | fake) _ (?: of | token) _\w+ | (?: start | end) _header_id
+                   | row_\d+_col_\d+ | global-img | patch | ref | box | quad | point ) >
+           | /? <? /? SYS >> )
+      | \[(?= /? (?: INST | SYSTEM_PROMPT | AVAILABLE_TOOLS | TOOL_CALLS | TOOL_RESULTS | TOOL_CONTENT | ARGS | THINK
+                   | IMG | IMG_BREAK | IMG_END | AUDIO | BEGIN_AUDIO | PREFIX | MIDDLE | SUFFIX ) \] )""",
+    re.VERBOSE,
+)
+
+
 def message_json(message: Message) -> dict[str, Any]:
     """The message as OpenAI's API has it: bare text, or parts with the pictures first."""
+    text = plain(message.text)
     if not message.images:
-        return {"role": message.role, "content": message.text}
+        return {"role": message.role, "content": text}
     parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": data_url(i)}} for i in message.images]
-    return {"role": message.role, "content": [*parts, {"type": "text", "text": message.text}]}
+    return {"role": message.role, "content": [*parts, {"type": "text", "text": text}]}
 
 
-def data_url(image: Image) -> str:
+def plain(text: str) -> str:
+    """The text with an invisible word joiner (U+2060) in what spells a control token or a picture's place.
+
+    A server tokenises the whole chat as one text: what an env or a model says would end turns, or stand for pictures.
+    """
+    return CONTROL.sub(lambda found: f"{found[0]}\u2060", text)
+
+
+def blank(request: dict[str, Any]) -> dict[str, Any]:
+    """The same question with nothing in it: as many small white pictures, and a plain text for each text."""
+    white = data_url(Image.new("RGB", (64, 64), "white"))
+
+    def emptied(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+        if isinstance(content, str):
+            return "Say yes."
+        return [
+            {"type": "text", "text": "Say yes."}
+            if part["type"] == "text"
+            else {"type": "image_url", "image_url": {"url": white}}
+            for part in content
+        ]
+
+    return request | {"messages": [one | {"content": emptied(one["content"])} for one in request["messages"]]}
+
+
+def data_url(image: Image.Image) -> str:
     png = io.BytesIO()
     image.save(png, "PNG")
     return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
@@ -215,31 +222,3 @@ def data_url(image: Image) -> str:
 
 def encoded(request: dict[str, Any]) -> bytes:
     return json.dumps(request).encode()
-
-
-# ---- tries -----------------------------------------------------------------------------------------------------------
-def may_pass(status: int) -> bool:
-    """Is this status worth another try?"""
-    return status in (408, 409, 429) or status >= 500
-
-
-def waiting_time(outcome: httpx2.Response | httpx2.RequestError, tries: int) -> float:
-    """Seconds until the next try: what the server asks for, else doubling, with jitter so that threads spread."""
-    asked = retry_after(outcome.headers.get("Retry-After", "")) if isinstance(outcome, httpx2.Response) else 0.0
-    return asked or random.uniform(0.5, 1.0) * min(FIRST_WAIT_S * 2 ** (tries - 1), LONGEST_WAIT_S)
-
-
-def retry_after(header: str) -> float:
-    """Seconds that a Retry-After header asks for, which holds seconds or a date; 0 without a sound one."""
-    if re.fullmatch(r"\d+(\.\d+)?", header):
-        return float(header)
-    try:
-        return max((parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds(), 0.0)
-    except (ValueError, TypeError):  # TypeError: a date without a time zone
-        return 0.0
-
-
-def on_loopback(url: str) -> bool:
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    return parts.scheme == "http" and (host in ("localhost", "::1") or host.startswith("127."))

@@ -17,7 +17,15 @@ from vlm_agents.remote import ChatClient
 from vlm_agents.report import write_report
 from vlm_agents.rollout import collect, summarise
 from vlm_agents.run import Run, training_seed
-from vlm_agents.stages.playing import format_of, has_expert, model_policy, open_envs, remote_policy, scripted_policy
+from vlm_agents.stages.playing import (
+    format_of,
+    has_expert,
+    model_policy,
+    open_envs,
+    remote_policy,
+    scripted_policy,
+    tell_unread,
+)
 from vlm_agents.types import Trajectory, Turn
 
 if TYPE_CHECKING:  # scripted and remote policies need no torch
@@ -55,10 +63,9 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     metrics = summarise(read_episodes(run.dir, pictures=False), "collect")
     if client:
         metrics |= {f"collect/{name}": count for name, count in client.counts().items()}
-    if stage.rater == "remote":
-        played = read_episodes(run.dir, pictures=False)
-        unrated = sum("quality" not in turn.step.metrics for trajectory in played for turn in trajectory.turns)
-        metrics["collect/unrated"] = float(unrated)
+        unrated = tell_unread(run.dir, client, stage.policy == "remote", stage.rater == "remote")
+        if stage.rater == "remote":
+            metrics["collect/unrated"] = float(unrated)
     run.log(0, metrics)
     report = run.path("report.html")
     write_report(

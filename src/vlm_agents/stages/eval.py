@@ -10,7 +10,15 @@ from vlm_agents.prompting import make_format
 from vlm_agents.remote import ChatClient
 from vlm_agents.report import episode_gif, write_report
 from vlm_agents.run import Run
-from vlm_agents.stages.playing import has_expert, open_envs, play_model, play_panel, remote_policy, scripted_policy
+from vlm_agents.stages.playing import (
+    has_expert,
+    open_envs,
+    play_model,
+    play_panel,
+    remote_policy,
+    scripted_policy,
+    tell_unread,
+)
 from vlm_agents.types import Trajectory
 
 NAMES = {"": "model, sampled", "_greedy": "model, greedy", "_random": "random", "_expert": "expert"}
@@ -46,6 +54,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
                 policy = remote_policy(cfg, client, samples=1)  # like the model, it has one try a turn
                 metrics = play_panel(cfg, envs, policy, stage.episodes, on_episode=keep)
                 metrics |= {f"eval/{name}": count for name, count in client.counts().items()}
+                tell_unread(run.dir, client, policy=True, rater=False)
         else:
             policy = scripted_policy(stage.policy, prompt_format)
             metrics = play_panel(cfg, envs, policy, stage.episodes, on_episode=keep)

@@ -4,16 +4,18 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm_agents.config import EnvConfig, RunConfig
 from vlm_agents.env_pool import EnvPool
 from vlm_agents.envs import make_env
 from vlm_agents.envs.base import Env
+from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import ConfigError, EnvError
 from vlm_agents.experts import with_expert
-from vlm_agents.policies import ExpertPolicy, ModelPolicy, Policy, RandomPolicy, RemotePolicy
-from vlm_agents.progress import track
+from vlm_agents.policies import ExpertPolicy, ModelPolicy, Policy, RandomPolicy, RemotePolicy, is_random
+from vlm_agents.progress import say, track
 from vlm_agents.prompting import Fitted, PromptFormat, make_format
 from vlm_agents.remote import ChatClient
 from vlm_agents.rollout import collect, summarise
@@ -84,6 +86,25 @@ def model_policy(cfg: RunConfig, agent: "Agent", greedy: bool = False) -> Policy
 def remote_policy(cfg: RunConfig, client: ChatClient, samples: int) -> Policy:
     """Samples at the temperature of `model`, as the model itself would; `samples` are drawn until one is legal."""
     return RemotePolicy(client, make_format(cfg.prompt), cfg.prompt.max_reply_tokens, cfg.model.temperature, samples)
+
+
+def tell_unread(folder: Path, client: ChatClient, policy: bool, rater: bool) -> int:
+    """Say how much of what a server was asked for the episodes in `folder` came to nothing, as `policy` or as `rater`.
+
+    Returns how many steps have no rating.
+    """
+    turns = played = illegal = unrated = 0
+    for trajectory in read_episodes(folder, pictures=False):
+        for turn in trajectory.turns:
+            turns += 1
+            played += not is_random(turn.reply)
+            illegal += turn.parsed.action is None
+            unrated += "quality" not in turn.step.metrics
+    missing = [f"{illegal} of {played} replies hold no legal action"] if policy and illegal else []
+    missing += [f"{unrated} of {turns} steps have no rating"] if rater and unrated else []
+    if missing:
+        say(f"{' and '.join(missing)}: {client.why_unread()}")
+    return unrated
 
 
 def first_prompts(cfg: RunConfig, episodes: int) -> list[Prompt]:
