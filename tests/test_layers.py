@@ -18,7 +18,7 @@ LAYERS = """
 __main__ worker
 stages run
 rollout
-policies episodes llava_data env_pool report
+policies episodes llava_data env_pool report chats
 envs experts | prompting | models | learn | tracking | checkpoints | judge remote answers | sandbox
 config tensors
 types errors files pictures progress

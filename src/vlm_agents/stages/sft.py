@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from vlm_agents.chats import IMAGE_MARK, read_chats
 from vlm_agents.config import HardwareConfig, RunConfig, SftConfig
 from vlm_agents.errors import DataError, TrainingError
 from vlm_agents.learn.batch import microbatches
@@ -23,7 +22,6 @@ from vlm_agents.models import Agent, load_agent
 from vlm_agents.models.loading import RUN_MODEL
 from vlm_agents.models.rendering import HFRenderer
 from vlm_agents.run import Run, seed_everything
-from vlm_agents.stages.preprocess import IMAGE_MARK
 from vlm_agents.tensors import Row
 from vlm_agents.types import Message
 
@@ -40,17 +38,16 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     agent = load_agent(cfg.model, cfg.hardware, init)
     if agent.temperature_head is not None:
         agent.temperature_head.requires_grad_(False)  # learned from rewards alone
-    train, validation = (
-        Chats(Path(stage.data) / f"{split}.parquet", agent.renderer, cfg.prompt.max_prompt_tokens)
-        for split in ("train", "validation")
-    )
+    train, validation = (Path(stage.data) / f"{split}.parquet" for split in ("train", "validation"))
+    train = Chats(train, agent.renderer, cfg.prompt.max_prompt_tokens)
+    validation = Chats(validation, agent.renderer, cfg.prompt.max_prompt_tokens) if validation.exists() else None
     trainer = SftTrainer(run, agent, cfg.hardware, stage, train, cfg.seed)
     if checkpoint:
         trainer.progress |= checkpoint.state
     if not trainer.progress["done"]:  # where epochs is no whole number, the Trainer would take one more step
         trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
     metrics = {"sft/loss": trainer.progress["loss"], "sft/rows": float(len(train))}
-    if len(validation):
+    if validation:  # not without rows, nor without the file
         metrics |= validate(agent.eval(), validation, stage.batch_size, cfg.hardware)
     run.log(trainer.progress["step"], metrics)
     run.save_folder(RUN_MODEL, agent.save)
@@ -67,14 +64,7 @@ class Chats(Dataset[Row]):
         self.path = path
         self.renderer = renderer
         self.max_prompt_tokens = max_prompt_tokens
-        if not path.is_file():
-            raise DataError(f"no {path}: it is written by stage=preprocess; run it first, or set stage.data")
-        try:
-            self.table = pyarrow.parquet.read_table(path, columns=["messages", "images"])
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise DataError(
-                f"{path} is no readable Parquet file of chats ({error}): run stage=preprocess again"
-            ) from error
+        self.table = read_chats(path)
 
     def __len__(self) -> int:
         return self.table.num_rows
