@@ -6,6 +6,7 @@ RUN is a finished stage=preprocess, MODEL the `model/` of a run, a Qwen family. 
 another virtual environment, with trl or llamafactory in whatever version, and without this package. There the
 Parquet is loaded, every row's token ids and labels are compared with ours, and two steps are trained.
 """
+# pyright: reportMissingImports=false
 
 import json
 import subprocess

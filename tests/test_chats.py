@@ -123,6 +123,7 @@ def test_a_full_disk_leaves_the_file_that_was_there(tmp_path: Path):
         ({"images": None}, "mark_in_text", "1 <image> for 0 pictures"),
         ({"images": [{"bytes": b"a"}] * 2}, "mark_in_text", "1 <image> for 2 pictures"),
         ({"messages": row(answer="\ud83d")["messages"]}, "half_character", r"half a surrogate pair, \\ud83d,"),
+        ({"env": "\ude00"}, "half_character", r"half a surrogate pair, \\ude00,"),
     ],
 )
 def test_what_no_model_can_take_is_told(change: dict[str, Any], name: str | None, text: str):

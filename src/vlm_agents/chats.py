@@ -158,5 +158,5 @@ def rows(table: pyarrow.Table) -> Iterator[dict[str, Any]]:
 
 def _bytes(row: dict[str, Any]) -> int:
     """What the row takes where it is unpacked. UnicodeEncodeError for half a surrogate pair, which has no bytes."""
-    texts = sum(len(message["content"].encode()) for message in row["messages"])
-    return texts + sum(len(image["bytes"]) for image in row["images"])
+    texts = [row.get("env", ""), *(message["content"] for message in row["messages"])]
+    return sum(len(text.encode()) for text in texts) + sum(len(image["bytes"]) for image in row["images"])
