@@ -18,7 +18,7 @@ LAYERS = """
 __main__ worker
 stages run
 rollout
-policies episodes llava_data env_pool report
+policies episodes llava_data env_pool report chats
 envs experts | prompting | models | learn | tracking stores | checkpoints | judge remote endpoint answers | sandbox
 config tensors
 types errors files pictures progress
@@ -34,7 +34,8 @@ DOORS = {
     "transformers": ["models", "stages/sft.py"],
     "peft": ["models"],
     "bitsandbytes": ["models"],
-    "datasets": ["stages"],
+    "datasets": [],  # others read what we write with it
+    "pyarrow": ["chats.py", "models/tiny.py"],
     "minigrid": ["envs", "experts"],
     "gymnasium": ["envs", "env_pool.py"],
     "httpx2": ["endpoint.py"],

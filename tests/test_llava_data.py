@@ -202,6 +202,18 @@ def test_preprocess_takes_it_beside_episodes_and_sft_learns_from_it(
     assert metrics["sft/rows"] == len(rows)
 
 
+def test_half_a_character_is_skipped_in_preprocess_by_record_and_turn(
+    run_stage: RunStage, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """What was said before it is learned."""
+    path = written(folder, record(*SOUND, human("And now?"), gpt("cut \ude00")), record(*SOUND, image="7/blue.jpg"))
+    chats = run_stage(tmp_path / "chats", "stage=preprocess", f"stage.data=[{path}]", "stage.val_fraction=0")
+    assert pyarrow.parquet.read_table(chats / "train.parquet")["seed"].to_pylist() == [0, 1]
+    metrics = json.loads((chats / "summary.json").read_text())["metrics"]
+    assert (metrics["preprocess/records_skipped"], metrics["preprocess/half_character"]) == (0, 1)
+    assert r"cards.json, record 0, turn 1: half a surrogate pair, \ude00, in a text; skipped" in caplog.text
+
+
 def test_pictures_may_lie_elsewhere(run_stage: RunStage, folder: Path, tmp_path: Path):
     (tmp_path / "texts").mkdir()
     path = written(tmp_path / "texts", record(*SOUND))

@@ -1,6 +1,8 @@
 """Preprocessing: which turns are kept and what is learned to be said there; and that others can read the Parquet."""
 
+import importlib.util
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,18 +12,27 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import AutoTokenizer
 
+from vlm_agents.config import HardwareConfig, ModelConfig
 from vlm_agents.envs.echo import COLORS
 from vlm_agents.episodes import EpisodeWriter, read_episodes
 from vlm_agents.errors import DataError
+from vlm_agents.models import load_agent
 from vlm_agents.policies import is_random
+from vlm_agents.stages.sft import Chats
 from vlm_agents.types import Advice, Message, Observation, Parsed, Reply, Step, Stop, Trajectory, Turn
 
 RunStage = Callable[..., Path]
+ROOT = Path(__file__).parents[2]
 
 
 def metrics_of(folder: Path) -> dict[str, float]:
     return json.loads((folder / "summary.json").read_text())["metrics"]
+
+
+def artifacts_of(folder: Path) -> dict[str, str]:
+    return json.loads((folder / "summary.json").read_text())["artifacts"]
 
 
 def table(folder: Path, split: str = "train") -> Any:
@@ -57,10 +68,28 @@ def test_load_dataset_reads_both_splits(echo_chats: Path, tmp_path: Path):
         assert len(both[split]) == metrics[f"preprocess/{split}"] > 0
     assert isinstance(both["train"].features["images"], datasets.List)
     assert isinstance(both["train"].features["images"].feature, datasets.Image)
+    assert artifacts_of(echo_chats) == {split: f"{split}.parquet" for split in files}
+
+
+def test_without_rows_to_hold_out_there_is_no_validation_file(run_stage: RunStage, echo_episodes: Path, tmp_path: Path):
+    """Neither an empty one, which `datasets` can't load, nor that of an earlier, interrupted try."""
+    words = ["stage=preprocess", f"stage.data=[{echo_episodes}]", "stage.val_fraction=0"]
+    folder = run_stage(tmp_path / "chats", *words)
+    (folder / "DONE").unlink()
+    (folder / "validation.parquet").write_bytes(b"of an earlier try")
+    run_stage(folder, *words)
+    assert not (folder / "validation.parquet").exists()
+    assert artifacts_of(folder) == {"train": "train.parquet"}
+    loaded = datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
+    assert isinstance(loaded, datasets.DatasetDict)
+    assert {split: len(rows) for split, rows in loaded.items()} == {"train": metrics_of(folder)["preprocess/train"]}
+
+    trained = run_stage(tmp_path / "sft", "stage=sft", "stage.batch_size=64", f"stage.data={folder}")
+    assert "sft/val_loss" not in metrics_of(trained)
 
 
 def test_the_readme_turns_a_row_into_what_trl_reads(echo_chats: Path):
-    readme = Path(__file__).parents[2] / "README.md"
+    readme = ROOT / "README.md"
     found: dict[str, Any] = {}
     exec(readme.read_text().split("```python\n")[1].split("```")[0], found)
     row = table(echo_chats).map(found["typed"])[0]
@@ -68,6 +97,38 @@ def test_the_readme_turns_a_row_into_what_trl_reads(echo_chats: Path):
     assert parts == [["text"], ["image", "text"], ["text"]]
     assert row["messages"][1]["content"][1]["text"].startswith("Turn ")
     assert row["images"][0].size == (56, 56)
+
+
+@pytest.fixture(scope="module")
+def interchange() -> Any:
+    """benchmarks/interchange.py, of which this much runs without TRL."""
+    spec = importlib.util.spec_from_file_location("interchange", ROOT / "benchmarks/interchange.py")
+    assert spec
+    assert spec.loader
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+def test_what_trl_is_given_are_the_tokens_that_sft_learns(interchange: Any, echo_chats: Path, tiny_model: Path):
+    agent = load_agent(ModelConfig("tiny", path=str(tiny_model)), HardwareConfig("cpu"))
+    ours = Chats(echo_chats / "train.parquet", agent.renderer)
+    for index, row in enumerate(table(echo_chats)):
+        given = interchange.for_trl(row, agent.tokenizer)
+        # a picture of 56 pixels takes 4 tokens, which a processor puts into the place of one
+        prompt = given["prompt"].replace("<|image_pad|>", "<|image_pad|>" * 4)
+        ((start, end),) = ours[index].spans
+        assert agent.tokenizer.encode(prompt) == ours[index].input_ids[:start].tolist()
+        assert agent.tokenizer.encode(given["completion"]) == ours[index].input_ids[start:end].tolist()
+
+
+def test_what_trl_is_given_has_its_pictures_in_their_places(interchange: Any, tiny_model: Path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    said = [("user", "First: <image> Second: <image>"), ("assistant", "red")]
+    row = {"messages": [{"role": role, "content": text} for role, text in said]}
+    picture = "<|vision_start|><|image_pad|><|vision_end|>"
+    prompt = f"<|im_start|>user\nFirst: {picture} Second: {picture}<|im_end|>\n<|im_start|>assistant\n"
+    assert interchange.for_trl(row, tokenizer) == {"prompt": prompt, "completion": "red<|im_end|>"}
 
 
 def test_no_episode_is_in_both_splits(echo_chats: Path, echo_episodes: Path):
@@ -184,10 +245,21 @@ def test_steps_without_a_rating_are_counted_and_data_without_any_is_refused(prep
         preprocess([turns[::2]], "stage.min_score=4", name="b")
 
 
-def test_a_text_that_holds_the_mark_of_a_picture_is_left_out(preprocess):
+def test_a_text_that_holds_the_mark_of_a_picture_is_left_out(preprocess, caplog: pytest.LogCaptureFixture):
     folder = preprocess([[turn("open"), turn("wait", text="a sign: <image>")]])
     assert answers(folder) == ["open"]
     assert metrics_of(folder)["preprocess/mark_in_text"] == 1
+    assert "a_collect, the episode of seed 0, turn 1: it has 2 <image> for 1 pictures" in caplog.text
+
+
+def test_a_text_with_half_a_character_is_named_and_left_out(preprocess, caplog: pytest.LogCaptureFixture):
+    """JSON can spell half a surrogate pair, which no file and no tokenizer takes."""
+    folder = preprocess([[turn("open"), turn("wait", text="a sign: \ud83d")]])
+    assert answers(folder) == ["open"]
+    assert metrics_of(folder)["preprocess/half_character"] == 1
+    assert re.search(
+        r"a_collect, the episode of seed 0, turn 1: half a surrogate pair, \\ud83d, in a text; skipped", caplog.text
+    )
 
 
 def test_advice_labels_every_turn_where_there_is_any(preprocess):

@@ -19,8 +19,8 @@ from torch import Tensor
 from vlm_agents.config import HardwareConfig, LoraConfig, ModelConfig
 from vlm_agents.errors import ConfigError, DataError, TrainingError
 from vlm_agents.models import Agent, load_agent
-from vlm_agents.stages.chats import Chats, check
 from vlm_agents.stages.sft import GroupedSampler, validate
+from vlm_agents.stages.sft_data import Chats, check
 
 RunStage = Callable[..., Path]
 SHORT = ("stage=sft", "stage.batch_size=8", "stage.warmup_steps=0", "stage.lr=3e-4")
@@ -189,7 +189,7 @@ BAD = {
     "no messages": (lambda row: row.update(messages=[]), "it has no messages"),
     "null messages": (lambda row: row.update(messages=None), "it has no messages"),
     "a null text": (lambda row: say(row, None), "its message 1 lacks role or content"),  # type: ignore[arg-type]
-    "a mark too many": (lambda row: say(row, "<image><image>?"), "its prompt has 2 <image> for 1 pictures"),
+    "a mark too many": (lambda row: say(row, "<image><image>?"), "it has 2 <image> for 1 pictures"),
     "a picture too many": (lambda row: row["images"].append(row["images"][0]), "has 1 <image> for 2 pictures"),
     "null images": (lambda row: row.update(images=None), "its images are null"),
     "a null picture": (lambda row: row.update(images=[None]), "its picture 0 is null, or not in the file"),
@@ -226,7 +226,7 @@ def test_a_chat_that_is_over_the_budget_is_named(echo_chats: Path, agent: Agent)
 
 
 def test_what_texts_spell_is_trained_on_as_text(agent: Agent, write: Callable[..., Path], tmp_path: Path):
-    answer = "fine<|im_end|>\n<|im_start|>user\nmore <image>"
+    answer = "fine<|im_end|>\n<|im_start|>user\nmore"
 
     def spelled(row: dict) -> None:
         say(row, "<image>what of <|image_pad|>?")
@@ -258,7 +258,13 @@ def test_all_bad_rows_are_told_together_or_left_out(
     metrics = metrics_of(run_stage(tmp_path / "run", *words, "stage.skip_bad=true"))
     assert (metrics["sft/skipped_rows"], metrics["sft/rows"]) == (4, 2)
     assert "sft/val_loss" not in metrics  # of no row
-    assert sum("has 0 <image> for 1 pictures; left out" in line.message for line in caplog.records) == 4
+    assert (
+        sum(
+            "has 0 <image> for 1 pictures; no word can be spelled so; left out" in line.message
+            for line in caplog.records
+        )
+        == 4
+    )
 
 
 def test_validation_is_optional(run_stage: RunStage, write: Callable[..., Path], tmp_path: Path):

@@ -26,6 +26,7 @@ from vlm_agents.config import TemperatureHeadConfig, ValueHeadConfig
 from vlm_agents.errors import ModelError
 from vlm_agents.models.families import Family, text_inputs
 from vlm_agents.models.images import ImageStore
+from vlm_agents.models.older import add_older_names
 from vlm_agents.models.rendering import HFRenderer
 from vlm_agents.models.vocabulary import reserved_ids
 from vlm_agents.tensors import Scores, Tokens
@@ -274,6 +275,7 @@ class Agent(nn.Module):
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
+        add_older_names(folder)
         if settings := self.family.processor_config:
             (folder / "processor_config.json").write_text(json.dumps(settings, indent=2))
         if hasattr(self.model, "disable_adapter"):

@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # transformers 5.17 hides it at the top
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
@@ -193,6 +194,8 @@ def draw_weights(config: Any, cfg: ModelConfig, hardware: HardwareConfig) -> Any
     with torch.random.fork_rng(), torch.device(hardware.device):
         torch.manual_seed(cfg.seed)
         model = AutoModelForImageTextToText.from_config(config, **settings_of(cfg, hardware))
+    # saved under the names that the hub's files have, as a model that was loaded from one: version 4 knows no others
+    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
     if not cfg.quantize:
         return model
     settings = settings_of(cfg, hardware) | four_bit(config.model_type, hardware)

@@ -1,24 +1,22 @@
 """Recorded episodes and LLaVA files to SFT data: one chat a turn, as Parquet with `messages` and `images`.
 
-`messages` are role and content, a picture's place marked by `<image>`; `images` are PNGs, in order. That is what
-`datasets` and LLaMA-Factory read; the README says what TRL wants.
+`datasets` and LLaMA-Factory read that; the README says what TRL wants.
 """
 
 import hashlib
 import io
+import logging
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
-import datasets
-import pyarrow
-import pyarrow.parquet
 from PIL.Image import Image
 
+from vlm_agents.chats import GROUP_BYTES, IMAGE_MARK, ChatWriter, digest, flaw
 from vlm_agents.config import PreprocessConfig, RunConfig
 from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import DataError
-from vlm_agents.files import atomic_write
 from vlm_agents.llava_data import read_llava
 from vlm_agents.policies import is_random
 from vlm_agents.progress import say
@@ -26,67 +24,66 @@ from vlm_agents.prompting import PromptFormat, make_format
 from vlm_agents.run import Run, held_out, stable_hash
 from vlm_agents.types import Prompt, Trajectory, Turn
 
-FEATURES = datasets.Features(
-    {
-        "messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
-        "images": [datasets.Image()],
-        "env": datasets.Value("string"),
-        "seed": datasets.Value("int64"),
-        "turn": datasets.Value("int32"),
-    }
-)
-IMAGE_MARK = "<image>"
 SPLITS = ("train", "validation")
+
+logger = logging.getLogger(__name__)
 
 
 def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     stage = cfg.stage
     assert isinstance(stage, PreprocessConfig)
     run.restore()  # an interrupted one starts anew
-    prompt_format = make_format(cfg.prompt)
     counts: Counter[str] = Counter()
-    rows: dict[str, list[dict]] = {split: [] for split in SPLITS}
-    seen: set[int] = set()
-    pngs: dict[bytes, bytes] = {}
-    for source in map(Path, stage.data):
-        for row in rows_of(source, stage, prompt_format, counts, pngs):
-            if sum(m["content"].count(IMAGE_MARK) for m in row["messages"]) != len(row["images"]):
-                counts["mark_in_text"] += 1  # every reader would look for a picture there
-                continue
+    pngs = Pngs()
+    with ExitStack() as stack:
+        files = {split: stack.enter_context(ChatWriter(run.path(f"{split}.parquet"))) for split in SPLITS}
+        for row in sound_rows(stage, make_format(cfg.prompt), counts, pngs):
             split = SPLITS[stable_hash("split", row["env"], row["seed"]) % 10_000 < stage.val_fraction * 10_000]
-            key = stable_hash(row["messages"], [image["bytes"] for image in row["images"]])
-            if key in seen and stage.label != "played":  # how often a move was played is what is learned there
-                counts["duplicates"] += 1
-                continue
-            seen.add(key)
-            rows[split].append(row)
-    if counts["turns_unrated"] and not counts["turns_rated"]:
-        raise DataError(
-            f"stage.min_score={stage.min_score:g} asks for ratings, and no step in {', '.join(stage.data)} has one: "
-            "run stage=collect with stage.rater=expert or remote, or set stage.min_score=0"
-        )
-    if not rows["train"]:
-        raise DataError(
-            f"no turn of {', '.join(stage.data)} is left to learn from ({dict(counts)}): collect more episodes, "
-            "or loosen stage.success_only and stage.min_score"
-        )
-    for split, content in rows.items():
-        parquet = io.BytesIO()
-        # Not through `datasets`: it stores a picture anew in every row, and where the disk is full the process dies.
-        # A dictionary page as large as needed stores each distinct picture of a row group once.
-        table = pyarrow.Table.from_pylist(content, schema=FEATURES.arrow_schema)
-        pyarrow.parquet.write_table(table, parquet, dictionary_pagesize_limit=1 << 30)
-        atomic_write(run.path(f"{split}.parquet"), parquet.getvalue())
+            files[split].add(row)
+        if counts["turns_unrated"] and not counts["turns_rated"]:
+            raise DataError(
+                f"stage.min_score={stage.min_score:g} asks for ratings, and no step in {', '.join(stage.data)} has "
+                "one: run stage=collect with stage.rater=expert or remote, or set stage.min_score=0"
+            )
+        if not files["train"]:
+            raise DataError(
+                f"no turn of {', '.join(stage.data)} is left to learn from ({dict(counts)}): collect more episodes, "
+                "or loosen stage.success_only and stage.min_score"
+            )
+        for file in files.values():
+            file.publish()
     metrics = {f"preprocess/{name}": float(count) for name, count in counts.items()}
-    metrics |= {f"preprocess/{split}": float(len(content)) for split, content in rows.items()}
-    metrics["preprocess/pictures"] = float(len(pngs))
+    metrics |= {f"preprocess/{split}": float(len(file)) for split, file in files.items()}
+    metrics["preprocess/pictures"] = float(len(pngs.seen))
     say(", ".join(f"{value:.0f} {name.removeprefix('preprocess/')}" for name, value in metrics.items()))
     run.log(0, metrics)
-    return run.finish(metrics, {split: run.path(f"{split}.parquet") for split in SPLITS})
+    return run.finish(metrics, {split: file.path for split, file in files.items() if len(file)})
+
+
+def sound_rows(
+    stage: PreprocessConfig, prompt_format: PromptFormat, counts: Counter[str], pngs: "Pngs"
+) -> Iterator[dict]:
+    """The rows of all sources, each chat once; one that no model can take is named, counted and left out."""
+    learned: set[bytes] = set()
+    for source in map(Path, stage.data):
+        record = "record" if source.suffix == ".json" else "the episode of seed"
+        for row in rows_of(source, stage, prompt_format, counts, pngs):
+            if problem := flaw(row):
+                counts[problem.name] += 1
+                logger.warning(
+                    "%s, %s %d, turn %d: %s; skipped", source, record, row["seed"], row["turn"], problem.text
+                )
+                continue
+            key = digest(row)
+            if key in learned and stage.label != "played":  # how often a move was played is what is learned there
+                counts["duplicates"] += 1
+                continue
+            learned.add(key)
+            yield row
 
 
 def rows_of(
-    source: Path, stage: PreprocessConfig, prompt_format: PromptFormat, counts: Counter[str], pngs: dict[bytes, bytes]
+    source: Path, stage: PreprocessConfig, prompt_format: PromptFormat, counts: Counter[str], pngs: "Pngs"
 ) -> Iterator[dict]:
     """The rows of a run directory, or of a file in LLaVA's layout, which says itself what is to be learned."""
     if source.suffix != ".json":
@@ -110,7 +107,7 @@ def chats(
     stage: PreprocessConfig,
     prompt_format: PromptFormat,
     counts: Counter[str],
-    pngs: dict[bytes, bytes],
+    pngs: "Pngs",
 ) -> Iterator[dict]:
     """The turns of an episode that are worth learning from; `counts` says why the others aren't."""
     counts["episodes"] += 1
@@ -127,13 +124,13 @@ def chats(
         yield chat(turn.prompt, text, pngs) | {"env": trajectory.env, "seed": trajectory.seed, "turn": index}
 
 
-def chat(prompt: Prompt, answer: str, pngs: dict[bytes, bytes]) -> dict:
+def chat(prompt: Prompt, answer: str, pngs: "Pngs") -> dict:
     """The columns of a row that sft reads."""
     messages = [{"role": m.role, "content": IMAGE_MARK * len(m.images) + m.text} for m in prompt]
     images = [image for message in prompt for image in message.images]
     return {
         "messages": [*messages, {"role": "assistant", "content": answer}],
-        "images": [{"bytes": png(image, pngs), "path": None} for image in images],
+        "images": [{"bytes": pngs.of(image), "path": None} for image in images],
     }
 
 
@@ -152,11 +149,23 @@ def label(turn: Turn, stage: PreprocessConfig, prompt_format: PromptFormat) -> s
     return prompt_format.write(advice.thought, action, turn.observation.legal_actions)
 
 
-def png(image: Image, made: dict[bytes, bytes]) -> bytes:
-    """The picture as PNG, each distinct one compressed once."""
-    key = hashlib.blake2b(image.tobytes() + repr(image.size).encode(), digest_size=16).digest()
-    if key not in made:
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        made[key] = buffer.getvalue()
-    return made[key]
+class Pngs:
+    """Pictures as PNGs. Each distinct one is compressed once in as many bytes of them as a row group has."""
+
+    def __init__(self) -> None:
+        self.seen: set[bytes] = set()  # a hash of each distinct picture
+        self._made: dict[bytes, bytes] = {}
+        self._size = 0
+
+    def of(self, image: Image) -> bytes:
+        key = hashlib.blake2b(image.tobytes() + repr(image.size).encode(), digest_size=16).digest()
+        if key not in self._made:
+            buffer = io.BytesIO()
+            image.save(buffer, "PNG")
+            if self._size > GROUP_BYTES:
+                self._made.clear()
+                self._size = 0
+            self._made[key] = buffer.getvalue()
+            self._size += len(self._made[key])
+            self.seen.add(key)
+        return self._made[key]

@@ -18,8 +18,8 @@ from vlm_agents.learn.engine import AdamW
 from vlm_agents.models import Agent, load_agent
 from vlm_agents.models.loading import RUN_MODEL
 from vlm_agents.run import Run, seed_everything
-from vlm_agents.stages.chats import Chats, check
 from vlm_agents.stages.playing import check_length
+from vlm_agents.stages.sft_data import Chats, check
 
 GROUPED = 8  # batches that are drawn together, then sorted by length
 NAMES = {"grad_norm": "grad_norm", "learning_rate": "lr"}  # the Trainer's, ours

@@ -1,28 +1,24 @@
 """The chats of stage=preprocess as rows to train on: read from Parquet, and all checked before the first is used."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 from PIL import Image
 from torch.utils.data import Dataset
 
+from vlm_agents.chats import IMAGE_MARK, flaw, read_chats
 from vlm_agents.errors import DataError
 from vlm_agents.models.rendering import HFRenderer
 from vlm_agents.pictures import read_picture
-from vlm_agents.stages.preprocess import IMAGE_MARK
 from vlm_agents.tensors import Row
 from vlm_agents.types import Message, Role
 
 logger = logging.getLogger(__name__)
 
-AT_ONCE = 64  # records; in one piece the pictures of a large file are more than Arrow can hold
 NAMED = 3  # bad rows in an error; the others are counted
 
 
@@ -128,62 +124,14 @@ def check(splits: Sequence[Chats], skip: bool) -> int:
 
 def read_records(path: Path) -> list[Chat | DataError]:
     """The file's records, each distinct text and picture kept once; in place of one that is no chat, what it lacks."""
-    if not path.is_file():
-        raise DataError(f"no {path}: it is written by stage=preprocess; run it first, or set stage.data")
     known: dict[Any, Any] = {}
     chats: list[Chat | DataError] = []
-    try:
-        for record in records_in(path):
-            try:
-                chats.append(chat_of(record, known))
-            except DataError as problem:
-                chats.append(problem)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is no readable Parquet file of chats ({error}): run stage=preprocess again") from error
+    for record in read_chats(path):
+        if problem := flaw(record):
+            chats.append(DataError(problem.text))
+            continue
+        *prompt, answer = record["messages"]
+        said = tuple((message["role"], known.setdefault(message["content"], message["content"])) for message in prompt)
+        pictures = tuple(known.setdefault(image["bytes"], image["bytes"]) for image in record["images"])
+        chats.append(Chat(said, answer["content"], pictures))
     return chats
-
-
-def records_in(path: Path) -> Iterator[dict[str, Any]]:
-    columns = ["messages", "images"]
-    with pyarrow.parquet.ParquetFile(path) as file:
-        if absent := set(columns) - set(file.schema_arrow.names):
-            raise pyarrow.ArrowInvalid(f"it has no column {' or '.join(sorted(absent))}")
-        for batch in file.iter_batches(AT_ONCE, columns=columns):
-            yield from batch.to_pylist()
-
-
-def chat_of(record: dict[str, Any], known: dict[Any, Any]) -> Chat:
-    """DataError says what is wrong with the record. `known` are texts and pictures that other records have."""
-    messages, images = record["messages"], record["images"]
-    if images is None:
-        raise DataError("its images are null: where there are none, that is an empty list")
-    if not isinstance(messages, list) or not messages:
-        raise DataError("it has no messages")
-    for place, message in enumerate(messages):
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise DataError(f"its message {place} lacks role or content")
-    roles = [message["role"] for message in messages]
-    check_roles(roles)
-    for place, image in enumerate(images):
-        if not isinstance(image, dict) or not isinstance(image.get("bytes"), bytes):
-            raise DataError(f"its picture {place} is null, or not in the file: its bytes belong there")
-    texts = [known.setdefault(message["content"], message["content"]) for message in messages]
-    if (marks := sum(text.count(IMAGE_MARK) for text in texts[:-1])) != len(images):
-        raise DataError(f"its prompt has {marks} {IMAGE_MARK} for {len(images)} pictures")
-    pictures = tuple(known.setdefault(image["bytes"], image["bytes"]) for image in images)
-    return Chat(tuple(zip(roles, texts, strict=True))[:-1], texts[-1], pictures)
-
-
-def check_roles(roles: Sequence[str]) -> None:
-    """DataError unless somebody asks and the assistant answers, at the end too, behind a system message or none."""
-    if foreign := set(roles) - set(get_args(Role)):
-        raise DataError(f"its role {min(foreign)!r} is none of {', '.join(get_args(Role))}")
-    if roles[-1] != "assistant":
-        raise DataError(
-            f"its last message is of role {roles[-1]}: what is learned is an assistant's message at the end"
-        )
-    said = roles[roles[0] == "system" :]
-    if said[0] != "user" or "system" in said or ("assistant", "assistant") in pairwise(said):
-        raise DataError(
-            f"its roles are out of order ({', '.join(roles)}): system or nothing, then user and assistant in turn"
-        )
