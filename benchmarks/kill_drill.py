@@ -31,7 +31,7 @@ import torch
 import yaml
 
 # Settings of all variants, which may have others.
-COMMON = "env=echo prompt=action_only prompt.max_reply_tokens=4 hardware.threads=1 tracking=jsonl".split()
+COMMON = ["env=echo", "prompt=action_only", "prompt.max_reply_tokens=4", "hardware.threads=1", "tracking=jsonl"]
 # What the variants start from: made once, never killed.
 MADE = {
     "collect": "stage=collect stage.episodes=96",
@@ -147,19 +147,20 @@ class Tally:
 def drill(server: Server, folder: Path, variant: str, kills: int, seed: int) -> Tally:
     """Run `variant` undisturbed, then kill it `kills` times."""
     words = list({word.split("=")[0]: word for word in [*COMMON, *VARIANTS[variant].split()]}.values())  # the last wins
-    stage, rng, tally, workers = VARIANTS[variant].split()[0].removeprefix("stage="), random.Random(seed), Tally(), variant == "workers"
+    stage = VARIANTS[variant].split()[0].removeprefix("stage=")
+    rng, tally, workers, seconds = random.Random(seed), Tally(), variant == "workers", 0.0
     plain(folder, [*words, f"name={variant}_0"])
     unbroken = folder / f"outputs/{variant}_0/{stage}"
     while tally.kills < kills or not tally.runs:
         tally.runs += 1
         name = f"{variant}_{tally.runs}"
         # the first is not killed: it says how long the variant takes
-        for chance in [] if tally.runs == 1 else range(min(rng.randint(1, 3), kills - tally.kills)):
-            status, _, killed = server.run([*words, f"name={name}"], rng.uniform(0, seconds), workers)
+        for _ in [] if tally.runs == 1 else range(rng.randint(1, 3)):
+            status, _seconds, killed = server.run([*words, f"name={name}"], rng.uniform(0, seconds), workers)
             tally.kills += killed
             if status != -signal.SIGKILL:
                 break  # done before that, or lost
-        status, took, _ = server.run([*words, f"name={name}"])
+        status, took, _killed = server.run([*words, f"name={name}"])
         if tally.runs == 1:
             seconds = took
         if status:
@@ -202,7 +203,9 @@ def content(path: Path) -> Any:
         case "mlflow_run_id" | "lock":
             return None
         case "config.yaml":
-            return {key: value for key, value in yaml.safe_load(path.read_text()).items() if key not in ("name", "run_dir")}
+            return {
+                key: value for key, value in yaml.safe_load(path.read_text()).items() if key not in ("name", "run_dir")
+            }
         case "overrides":
             return [line for line in path.read_text().splitlines() if not line.startswith("name=")]
         case "metrics.jsonl":

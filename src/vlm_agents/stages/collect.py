@@ -1,6 +1,6 @@
 """Play episodes and label them: episodes.jsonl with the pictures, each step rated 0-10. What is there already is kept.
 
-What was done is read off the episodes themselves, seed by seed: a run that was killed, or lost a line, plays what lacks.
+What was done is read off the episodes themselves: a run that was killed, or lost a line, plays the seeds that lack.
 """
 
 from collections import Counter
