@@ -7,6 +7,7 @@ three times at moments drawn over its length, and continued to its end. Every fi
 equal, but for the clock's: names and paths in the settings, seconds, `time/` and `speed/` metrics. In the variant
 `workers` an env's process is killed and not the run, which must then end; its episodes are others.
 All runs but the plain ones are forked from a process that has imported everything: that saves seconds a kill.
+tests/test_invariants.py has a few such kills, at chosen moments, and compares by `differences` too.
 """
 
 import argparse
