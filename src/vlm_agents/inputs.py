@@ -33,7 +33,14 @@ def inputs_of(cfg: RunConfig) -> Iterator[Path]:
 
 def hashes(paths: Iterable[Path]) -> dict[str, str]:
     """A hash of the content of each path that is a file."""
-    return {str(path): content_hash(path) for path in paths if path.is_file()}
+    found = {}
+    for path in paths:
+        try:
+            if path.is_file():
+                found[str(path)] = content_hash(path)
+        except OSError as error:
+            raise DataError(f"can't read {path}: {error.strerror}. Mend that, or name another one") from error
+    return found
 
 
 def content_hash(path: Path) -> str:
