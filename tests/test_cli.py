@@ -325,7 +325,7 @@ def test_a_sweep_goes_on_where_it_was_stopped(cli, capsys, as_stage, tmp_path: P
 def test_the_jobs_of_a_sweep_share_no_directory(cli, capsys, as_stage) -> None:
     as_stage(draw)
     assert cli("stage=eval", "-m", "seed=3,4", "tracking=jsonl", "run_dir=mine") == 2
-    assert "for those of a sweep set hydra.sweep.dir=" in capsys.readouterr().err
+    assert "set hydra.sweep.dir=... for those of a sweep" in capsys.readouterr().err
 
 
 def test_one_bad_job_stops_no_other(cli, capsys, as_stage, tmp_path: Path) -> None:
