@@ -170,6 +170,31 @@ def test_a_torn_newest_checkpoint_gives_way_to_the_one_before(
     assert weights(torn) == weights(unbroken)
 
 
+@pytest.mark.parametrize("cure", ["left as it is", "deleted"])
+def test_a_damaged_line_costs_a_training_run_no_more_than_that_line(
+    run_stage: RunStage,
+    training: tuple[tuple[str, ...], Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    cure: str,
+):
+    (words, unbroken), folder = training, tmp_path / "run"
+    unfinish(unbroken, folder)
+    names = [name for name in ("metrics.jsonl", "episodes.jsonl") if (folder / name).exists()]
+    for name in names:
+        _, *rest = (unbroken / name).read_bytes().splitlines(keepends=True)
+        damaged = [b"\xff, no JSON\n"] if cure == "left as it is" else []
+        (folder / name).write_bytes(b"".join([*damaged, *rest]))
+    run_stage(folder, *words)
+    assert weights(folder) == weights(unbroken)
+    for name in names:
+        whole, after = ((path / name).read_bytes().splitlines() for path in (unbroken, folder))
+        assert len(after) == len(whole) - (cure == "deleted")
+    if words[0] == "stage=ppo" and cure == "left as it is":
+        assert "metrics.jsonl, line 1 is not" in caplog.text
+        assert "left out: " in caplog.text
+
+
 @pytest.mark.parametrize("name", ["model/model.safetensors", "optimizer.pt"])
 def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(
     run_stage: RunStage, training: tuple[tuple[str, ...], Path], tmp_path: Path, name: str

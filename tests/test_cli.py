@@ -3,8 +3,10 @@
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -74,6 +76,13 @@ BAD = [
     ("stage=ppo stage.init=${nme}", "'nme' not found", "no such setting"),
     ("stage=ppo name", "name: not of the form key=value", "missing EQUAL"),
     ("stage=ppo name=..", "name='..' names a folder", "use letters"),
+    ("stage=ppo stage.init=outputs/lr=1e-4/m", "not of the form", "quoted: 'stage.init=\"outputs/lr=1e-4/m\"'"),
+    (
+        "stage=preprocess stage.data=[[x]]",
+        "stage.data=[['x']] must be a list of paths",
+        "stage.data=[outputs/a/collect]",
+    ),
+    ("stage=ppo hydra.run.dir=x", "a run makes its own directory", "set run_dir=x"),
     ("stage=sft algo.clip=0.1", "algo.clip=0.1: this run has no 'algo'", "stage=ppo brings it in"),
     ("stage=sft algo=ppo", "algo=ppo: this run has no 'algo'", "stage=ppo brings it in"),
     ("stage=ppo model.lora.rank=8", "model.lora.rank=8: this run has no 'model.lora'", "add model/lora=adapter"),
@@ -155,14 +164,116 @@ def test_a_run_says_how_to_continue_it(cli, capsys, as_stage, tmp_path: Path) ->
     assert (folder / "eval/DONE").exists()
 
 
-def test_a_finished_run_refuses(cli, capsys, as_stage) -> None:
+def test_a_finished_run_says_so_and_is_left_alone(cli, capsys, as_stage, tmp_path: Path) -> None:
+    """Killed between its last byte and its exit, it is no failure."""
     as_stage(draw)
     assert cli("stage=eval", "tracking=jsonl", "name=a") == 0
     assert "continue with" not in capsys.readouterr().out
-    assert cli("stage=eval", "tracking=jsonl", "name=a") == 2
-    assert capsys.readouterr().err.endswith(
-        "outputs/a/eval is finished: choose another name=, or delete that directory\n"
-    )
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "outputs").rglob("*")}
+    assert cli("stage=eval", "tracking=jsonl", "name=a") == 0
+    said = capsys.readouterr()
+    assert said.out == "eval was finished before: outputs/a/eval. Nothing was done; another name= runs it again\n"
+    assert said.err == ""
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "outputs").rglob("*")} == before
+    assert cli("stage=eval", "tracking=jsonl", "name=a", "seed=1") == 2
+    assert "holds a run with seed=0, not 1" in capsys.readouterr().err
+
+
+def test_a_run_killed_in_front_of_its_end_is_finished(cli, as_stage, tmp_path: Path) -> None:
+    as_stage(draw)
+    assert cli("stage=eval", "tracking=jsonl", "name=a") == 0
+    (tmp_path / "outputs/a/eval/DONE").unlink()
+    assert cli("stage=eval", "tracking=jsonl", "name=a") == 0
+    assert (tmp_path / "outputs/a/eval/DONE").exists()
+
+
+def test_a_finished_run_with_a_damaged_summary_says_how_to_have_it_again(cli, capsys, as_stage, tmp_path: Path) -> None:
+    as_stage(draw)
+    sweep = ("stage=eval", "-m", "seed=3", "tracking=jsonl", "name=a")
+    assert cli(*sweep) == 0
+    (tmp_path / "multirun/a/eval/0/summary.json").write_bytes(b"{\xff")
+    assert cli(*sweep) == 2
+    assert "summary.json is unreadable: delete " in capsys.readouterr().err
+    (tmp_path / "multirun/a/eval/0/DONE").unlink()  # the fix that the message names
+    assert cli(*sweep) == 0
+    assert json.loads((tmp_path / "multirun/a/eval/0/summary.json").read_text())["metrics"] == {"eval/success": 0.5}
+
+
+def test_runs_without_a_name_that_start_together_have_each_a_directory(cli, as_stage, tmp_path: Path) -> None:
+    as_stage(draw)
+    for _ in range(3):  # within a second or two
+        assert cli("stage=eval", "tracking=jsonl") == 0
+    names = [path.name for path in (tmp_path / "outputs").iterdir()]
+    assert len(names) == 3
+    assert len({name.rpartition("_")[2] for name in names}) == 3  # by more than the second
+
+
+@pytest.mark.parametrize("words", [["run_dir=mine/empty"], ["hydra.run.dir=mine/empty"], ["name=../mine/empty"]])
+def test_a_refused_command_leaves_folders_alone(cli, as_stage, tmp_path: Path, words: list[str]) -> None:
+    as_stage(draw)
+    (tmp_path / "mine/empty/eval").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    assert cli("stage=eval", "tracking=jsonl", "stage.episodes=0", *words) == 2
+    assert cli("-m", "stage=eval", "tracking=jsonl", "seed=1,2", *words) == 2
+    assert [path for path in sorted(tmp_path.rglob("*")) if path.parts[-1] == "empty" or "mine" in path.parts] == before
+
+
+def in_the_way(folder: Path) -> None:
+    (folder / "outputs").touch()
+    (folder / "multirun").touch()
+
+
+def dead_links(folder: Path) -> None:
+    (folder / "outputs").symlink_to("nowhere")
+    (folder / "multirun").symlink_to("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "name", "fix"),
+    [
+        (in_the_way, "a", "A file or a dead link is where a folder should be: move it away"),
+        (dead_links, "a", "A file or a dead link is where a folder should be: move it away"),
+        (lambda folder: None, "a" * 300, "Choose a shorter name"),
+    ],
+)
+@pytest.mark.parametrize("sweep", [[], ["-m"]])
+def test_a_directory_that_cannot_be_made_is_one_line(
+    cli, capsys, as_stage, tmp_path: Path, obstacle, name: str, fix: str, sweep: list[str]
+) -> None:
+    as_stage(draw)
+    obstacle(tmp_path)
+    assert cli(*sweep, "stage=eval", "tracking=jsonl", f"name={name}") == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: can't write ")
+    assert err.endswith(f"{fix}\n")
+    assert err.count("\n") == 1
+
+
+def started(folder: Path, *words: str) -> subprocess.Popen[str]:
+    """A command that collects for minutes, once it has begun to."""
+    line = [sys.executable, "-m", "vlm_agents", "stage=collect", "env=echo", "tracking=jsonl", "name=a"]
+    process = subprocess.Popen([*line, "stage.episodes=100000"], cwd=folder, stderr=subprocess.PIPE, text=True)
+    while not (folder / "outputs/a/collect/episodes.jsonl").exists():
+        time.sleep(0.02)
+    return process
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_ends_a_run_in_one_line(tmp_path: Path, number: int, status: int, word: str) -> None:
+    process = started(tmp_path)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (status, f"{word}; the same command with the run's name= continues it\n")
+
+
+def test_a_signal_while_modules_are_imported_ends_in_one_line(tmp_path: Path) -> None:
+    """As if Ctrl-C came within the first tenths of a second: a module that is imported then sends it."""
+    (tmp_path / "hydra.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    line = [sys.executable, "-m", "vlm_agents", "stage=eval"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "interrupted; the same command with the run's name= continues it\n")
 
 
 def test_an_error_of_a_stage_is_one_line(cli, capsys, as_stage, tmp_path: Path) -> None:
@@ -209,6 +320,12 @@ def test_a_sweep_goes_on_where_it_was_stopped(cli, capsys, as_stage, tmp_path: P
     assert (tmp_path / "multirun/a/eval/1/DONE").exists()
     assert cli("stage=eval", "-m", "seed=5", "tracking=jsonl", "name=a") == 2
     assert "holds a run with seed=3, not 5" in capsys.readouterr().err
+
+
+def test_the_jobs_of_a_sweep_share_no_directory(cli, capsys, as_stage) -> None:
+    as_stage(draw)
+    assert cli("stage=eval", "-m", "seed=3,4", "tracking=jsonl", "run_dir=mine") == 2
+    assert "set hydra.sweep.dir=... for those of a sweep" in capsys.readouterr().err
 
 
 def test_one_bad_job_stops_no_other(cli, capsys, as_stage, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """What must hold whatever the settings: what is trained is what was sampled, how work is cut up changes nothing, and a
 run that was killed ends like one that was not."""
 
+import importlib.util
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +28,13 @@ from vlm_agents.prompting import make_format
 from vlm_agents.rollout import collect
 from vlm_agents.tensors import Row
 from vlm_agents.types import Trajectory
+
+spec = importlib.util.spec_from_file_location("kill_drill", Path(__file__).parents[1] / "benchmarks/kill_drill.py")
+assert spec is not None
+assert spec.loader is not None
+kill_drill = sys.modules["kill_drill"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(kill_drill)
+differences: Callable[[Path, Path], Iterator[str]] = kill_drill.differences
 
 ComposeRun = Callable[..., RunConfig]
 RunStage = Callable[..., Path]
@@ -244,6 +253,7 @@ class Launcher:
 
     def killed(self, moments: Sequence[str], *words: str) -> Path:
         """The folder of a run that was killed at each of these moments and started again, until it was done."""
+        shutil.rmtree(self.folder / "outputs", ignore_errors=True)  # of another test
         for moment in moments:
             status = self.run(moment, "name=killed", *words)
             if status == 0 and moment.startswith("cpu="):
@@ -264,24 +274,11 @@ def launcher(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     assert launcher.server.wait(timeout=10) == 0
 
 
-def timeless(metrics: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if not name.startswith(("time/", "speed/"))}
-
-
 def assert_same(killed: Path, unbroken: Path) -> None:
-    """Metrics but for the clock's, weights and episodes are equal bit for bit."""
-    for folder in (killed, unbroken):
-        assert (folder / "DONE").is_file()
-    lines = [
-        [timeless(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (killed, unbroken)
-    ]
-    assert lines[0] == lines[1]
-    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (killed, unbroken)]
-    assert timeless(summaries[0]["metrics"]) == timeless(summaries[1]["metrics"])
-    for name in ("episodes.jsonl", "model/model.safetensors", "model/heads/value_head.safetensors"):
-        if (unbroken / name).exists():
-            assert (killed / name).read_bytes() == (unbroken / name).read_bytes()
+    """Every file of the run is equal bit for bit, but for what the clock and the name say, and nothing is left over."""
+    assert (unbroken / "DONE").is_file()
+    assert list(differences(unbroken, killed)) == []
+    assert list(killed.rglob(".*")) == []
 
 
 def test_a_killed_ppo_run_ends_like_an_unbroken_one(launcher: Launcher):
@@ -303,3 +300,22 @@ def test_a_killed_collect_run_ends_like_an_unbroken_one(launcher: Launcher):
     words = ["stage=collect", "stage.episodes=100", "stage.num_envs=4"]
     moments = ["step=5", "step=14", "cpu=0.5", "cpu=0.6"]
     assert_same(launcher.killed(moments, *words), launcher.unbroken(*words))
+
+
+def test_a_killed_collect_run_of_a_model_ends_like_an_unbroken_one(launcher: Launcher):
+    """Blocks of 4 episodes: log-probs are rounded by what is in a batch, so it must be the same one again."""
+    words = ["stage=collect", "stage.policy=model", "stage.episodes=12", "stage.num_envs=1"]
+    assert_same(launcher.killed(["step=20", "cpu=0.5"], *words), launcher.unbroken(*words))
+
+
+def test_two_runs_that_differ_are_told_apart(launcher: Launcher):
+    """What the tests above hold against each other: another seed shows, in the settings and in what was played."""
+    words = ["stage=eval", "stage.policy=random", "stage.episodes=3"]
+    one = launcher.unbroken(*words)
+    assert launcher.run(NEVER, "name=other", "seed=1", *words) == 0
+    assert launcher.run(NEVER, "name=short", *words[:-1], "stage.episodes=2") == 0
+    other, short = (launcher.folder / f"outputs/{name}/eval" for name in ("other", "short"))
+    assert list(differences(one, other)) == ["config.yaml", "overrides", "summary.json"]  # a panel is every seed's
+    assert {"config.yaml", "episodes.jsonl", "metrics.jsonl", "report.html"} <= set(differences(one, short))
+    (other / "DONE").unlink()
+    assert "DONE" in set(differences(one, other))

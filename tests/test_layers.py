@@ -16,9 +16,10 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # From the top down. A part may import what lies below it, and what shares its line and its bar-separated cell.
 LAYERS = """
 __main__ worker
+command_line
 stages run
 rollout
-policies episodes llava_data env_pool report chats
+policies episodes llava_data env_pool report chats inputs
 envs experts | prompting | models | learn | tracking stores | checkpoints | judge remote endpoint answers | sandbox
 config tensors
 types errors files pictures progress
@@ -27,8 +28,8 @@ CELLS = [[cell.split() for cell in line.split("|")] for line in LAYERS.strip().s
 
 # A dependency, and the only files or folders that may import it.
 DOORS = {
-    "hydra": ["__main__.py", "config.py"],
-    "omegaconf": ["__main__.py", "config.py"],
+    "hydra": ["command_line.py", "config.py"],
+    "omegaconf": ["command_line.py", "config.py"],
     "mlflow": ["tracking.py", "stores.py"],
     "deepspeed": ["learn/engine.py"],
     "transformers": ["models", "stages/sft.py"],

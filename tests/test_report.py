@@ -244,12 +244,19 @@ def test_curves_are_read_in_order_and_by_key(tmp_path: Path):
     assert read_curves(path, ["b", "a", "never"]) == {"b": [(5, 2.0)], "a": [(0, 1.0), (10, 3.0)]}
 
 
-@pytest.mark.parametrize("line", ['{"step": 1, "a"', '{"a": 1.0}', "[1]"])
-def test_broken_metrics_line_is_named(tmp_path: Path, line: str):
+@pytest.mark.parametrize("line", [b'{"step": 1, "a"', b'{"a": 1.0}', b"[1]", b"\xff\xfe", b'{"step": 1, "a": "x"}'])
+def test_a_damaged_metrics_line_is_named_and_left_out(tmp_path: Path, caplog, line: bytes):
     path = tmp_path / "metrics.jsonl"
-    path.write_text(f'{{"step": 0, "a": 1.0}}\n{line}\n')
-    with pytest.raises(DataError, match=r"metrics\.jsonl, line 2"):
-        read_curves(path, ["a"])
+    path.write_bytes(b'{"step": 0, "a": 1.0}\n' + line + b'\n{"step": 2, "a": 3.0}\n')
+    assert read_curves(path, ["a"]) == {"a": [(0, 1.0), (2, 3.0)]}
+    assert "metrics.jsonl, line 2 is not" in caplog.text
+
+
+def test_what_was_no_number_is_no_point(tmp_path: Path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "a": null}\n{"step": 1, "a": 2.0}\n')
+    assert read_curves(path, ["a"]) == {"a": [(1, 2.0)]}
+    assert not caplog.text
 
 
 def test_missing_metrics_file_is_named(tmp_path: Path):

@@ -18,7 +18,8 @@ from vlm_agents import files
 from vlm_agents.config import RunConfig
 from vlm_agents.errors import ConfigError, DataError
 from vlm_agents.files import append_line, atomic_write
-from vlm_agents.run import Checkpoint, Run, commit, panel_seeds, training_seed
+from vlm_agents.inputs import content_hash
+from vlm_agents.run import Checkpoint, Run, commit, finished_metrics, panel_seeds, training_seed
 
 
 @pytest.fixture
@@ -75,6 +76,78 @@ def test_a_run_that_failed_before_it_did_anything_may_be_corrected(cfg: RunConfi
         run.path("episodes.jsonl").touch()
     with Run.open(compose_run("stage=ppo", "algo.clip=0.3"), []):
         assert "clip: 0.3" in run.path("config.yaml").read_text()
+
+
+def test_settings_that_nobody_can_read_are_told(cfg: RunConfig) -> None:
+    with Run.open(cfg, []) as run:
+        run.log(1, {"a": 1})
+    run.path("config.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"config\.yaml is unreadable: delete"):
+        Run.open(cfg, [])
+
+
+# ---- what it reads from outside --------------------------------------------------------------------------------------
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train.parquet").write_bytes(b"these rows")
+    return tmp_path / "data"
+
+
+def test_other_data_at_the_same_path_refuses_once_something_was_done(compose_run, data: Path) -> None:
+    cfg = compose_run("stage=sft", f"stage.data={data}")
+    with Run.open(cfg, []):
+        (data / "train.parquet").write_bytes(b"corrected!")
+    with Run.open(cfg, []) as run:  # nothing was done before
+        run.log(1, {"a": 1})
+    os.utime(data / "train.parquet", (0, 0))  # copied, with the same content
+    with Run.open(cfg, []):
+        (data / "train.parquet").write_bytes(b"other rows")
+    with pytest.raises(ConfigError, match=r"read another .*data/train\.parquet: put that back to continue it, choose"):
+        Run.open(cfg, [])
+    (data / "train.parquet").unlink()
+    with Run.open(cfg, []):  # who reads it will miss it
+        pass
+
+
+@pytest.mark.parametrize("stage", ["ppo", "eval", "merge", "collect stage.policy=model"])
+@pytest.mark.parametrize("setting", ["stage.init", "model.path"])
+def test_other_weights_at_the_same_path_refuse(compose_run, tmp_path: Path, stage: str, setting: str) -> None:
+    """Of a run directory only its model counts."""
+    (tmp_path / "a/model/heads").mkdir(parents=True)
+    (tmp_path / "a/model/heads/value_head.safetensors").write_bytes(b"one")
+    words = [f"stage={stage.split()[0]}", *stage.split()[1:], "stage.init=nowhere", f"{setting}={tmp_path / 'a'}"]
+    cfg = compose_run(*{word.split("=")[0]: word for word in words}.values())
+    with Run.open(cfg, []) as run:
+        run.log(1, {"a": 1})
+    (tmp_path / "a/summary.json").write_text("of another day")
+    with Run.open(cfg, []):
+        (tmp_path / "a/model/heads/value_head.safetensors").write_bytes(b"two")
+    with pytest.raises(ConfigError, match=r"value_head\.safetensors"):
+        Run.open(cfg, [])
+
+
+def test_a_finished_run_of_other_data_is_not_this_one(compose_run, data: Path) -> None:
+    cfg = compose_run("stage=sft", f"stage.data={data}")
+    with Run.open(cfg, []) as run:
+        run.finish({"a": 1.0})
+    assert finished_metrics(cfg) == {"a": 1.0}
+    (data / "train.parquet").write_bytes(b"other rows")
+    with pytest.raises(ConfigError, match=r"read another .*train\.parquet"):
+        finished_metrics(cfg)
+
+
+def test_a_change_anywhere_in_a_large_file_is_seen_where_it_is_read(tmp_path: Path) -> None:
+    """Of 80 MB, 64 MiB are read: its first and last bytes among them."""
+    path, seen = tmp_path / "large", set()
+    with open(path, "wb") as file:
+        file.truncate(80_000_000)
+    for at in (0, 0, 79_999_999):
+        seen.add(content_hash(path))
+        with open(path, "r+b") as file:
+            file.seek(at)
+            file.write(b"x")
+    assert len(seen | {content_hash(path)}) == 3
 
 
 def test_tracking_may_change_on_resume(cfg: RunConfig, compose_run) -> None:
@@ -202,7 +275,11 @@ def truncate_state(folder: Path) -> None:
     os.truncate(folder / "state.json", 10)
 
 
-@pytest.mark.parametrize("damage", [truncate_weights, flip_a_byte, lose_weights, truncate_state])
+def no_state(folder: Path) -> None:
+    (folder / "state.json").write_text("[]")
+
+
+@pytest.mark.parametrize("damage", [truncate_weights, flip_a_byte, lose_weights, truncate_state, no_state])
 def test_a_damaged_checkpoint_is_passed_over(cfg: RunConfig, caplog: pytest.LogCaptureFixture, damage) -> None:
     with Run.open(cfg, []) as run:
         run.save_checkpoint(1, weights("one"), {})
@@ -221,6 +298,38 @@ def test_none_whole_is_an_error(cfg: RunConfig) -> None:
         truncate_state(run.path("checkpoints/step_000001"))
         with pytest.raises(DataError, match=r"every checkpoint under .*checkpoints is damaged: delete"):
             run.latest_checkpoint()
+
+
+def test_what_a_user_put_beside_the_checkpoints_is_passed_over(cfg: RunConfig) -> None:
+    with Run.open(cfg, []) as run:
+        run.path("checkpoints/step_backup").mkdir(parents=True)
+        assert run.latest_checkpoint() is None
+        run.save_checkpoint(1, weights("one"), {})
+        assert newest(run).step == 1
+        assert run.path("checkpoints/step_backup").is_dir()
+
+
+def test_a_run_killed_before_it_removed_older_checkpoints_does_so_later(cfg: RunConfig) -> None:
+    with Run.open(cfg, []) as run:
+        for step in (1, 2, 3):
+            run.save_checkpoint(step, weights(""), {}, keep=9)
+        state = run.path("checkpoints/step_000003/state.json")
+        state.write_text(json.dumps({**json.loads(state.read_text()), "keep": 2}))
+        run.restore()
+        assert sorted(os.listdir(run.path("checkpoints"))) == ["step_000002", "step_000003"]
+
+
+def test_what_a_killed_process_had_begun_to_write_goes_at_the_next_start(cfg: RunConfig) -> None:
+    with Run.open(cfg, []) as run:
+        for name in ("images", "checkpoints/.step_000012.7.tmp"):
+            run.path(name).mkdir(parents=True)
+        begun = [run.path(name) for name in (".DONE.71.tmp", "images/.a.png.7.tmp", "checkpoints/.step_000012.7.tmp/x")]
+        mine = [run.path(name) for name in (".notes", "images/.tmp", "checkpoints/.old.tmp", "a.7.tmp")]
+        for path in (*begun, *mine):
+            path.touch()
+    with Run.open(cfg, []):
+        assert not any(path.exists() or path.parent.name[0] == "." for path in begun if path.parent.exists())
+        assert all(path.exists() for path in mine)
 
 
 # ---- resume ----------------------------------------------------------------------------------------------------------
@@ -253,13 +362,42 @@ def test_a_killed_run_ends_like_an_unbroken_one(compose_run, tmp_path: Path, sto
         assert resumed.path(name).read_bytes() == unbroken.path(name).read_bytes()
 
 
-def test_lost_lines_are_noticed(cfg: RunConfig) -> None:
+@pytest.mark.parametrize(
+    ("left", "resumed", "warned"),
+    [
+        pytest.param([1, 2, 3, 4, 5], [1, 2, 3, 4], False, id="nothing happened"),
+        pytest.param([1, "damaged", 3, 4, 5], [1, "damaged", 3, 4], False, id="one damaged"),
+        pytest.param([1, 3, 4, 5], [1, 3, 4], False, id="one deleted"),
+        pytest.param([1, 2, 3, "damaged, at length" * 9], [1, 2, 3], True, id="the checkpoint's own damaged"),
+        pytest.param([1, 2, 3], [1, 2, 3], True, id="the checkpoint's own deleted"),
+    ],
+)
+def test_a_file_that_lost_lines_is_cut_behind_the_one_that_its_checkpoint_saw(
+    cfg: RunConfig, caplog: pytest.LogCaptureFixture, left: list, resumed: list, warned: bool
+) -> None:
+    """The checkpoint saw lines 1 to 4; line 5 came after it."""
+    with Run.open(cfg, []) as run:
+        path = run.path("metrics.jsonl")
+        path.write_text("".join(f"line {number}\n" for number in range(1, 5)))
+        run.save_checkpoint(1, weights(""), {})
+        path.write_text("".join(f"line {number}\n" for number in left))
+        run.restore()
+        assert path.read_text() == "".join(f"line {number}\n" for number in resumed)
+        assert ("metrics.jsonl lost lines that its checkpoint saw" in caplog.text) == warned
+
+
+def test_a_checkpoint_of_an_older_version_goes_by_length(cfg: RunConfig) -> None:
     with Run.open(cfg, []) as run:
         run.log(1, {"a": 1})
-        run.save_checkpoint(1, weights(""), {})
-        os.truncate(run.path("metrics.jsonl"), 3)
-        with pytest.raises(DataError, match=r"metrics\.jsonl lost lines"):
-            run.restore()
+        before = run.path("metrics.jsonl").read_bytes()
+        state = run.save_checkpoint(1, weights(""), {"a": 1}) / "state.json"
+        record = json.loads(state.read_text())
+        state.write_text(json.dumps({key: record[key] for key in record if key not in ("last_lines", "keep")}))
+        run.log(2, {"a": 2})
+        found = run.restore()
+        assert found is not None
+        assert found.state == {"a": 1}
+        assert run.path("metrics.jsonl").read_bytes() == before
 
 
 def test_wall_seconds_add_up_over_a_resume(cfg: RunConfig) -> None:

@@ -16,11 +16,12 @@ from typing import Any
 from safetensors import SafetensorError
 
 from vlm_agents.errors import DataError
-from vlm_agents.files import sync, writing
+from vlm_agents.files import sync, temporary_of, writing
 
 log = logging.getLogger(__name__)
 
 STATE = "state.json"
+NAME = re.compile(r"step_(\d+)")
 # How torch's and safetensors' own writers tell that a file can't be written, where Python has an OSError.
 FULL_DISK = re.compile(r"inline_container|PytorchStreamWriter|iostream error|I/O error")
 
@@ -28,13 +29,16 @@ FULL_DISK = re.compile(r"inline_container|PytorchStreamWriter|iostream error|I/O
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A whole checkpoint. `state` is its stage's, `seconds` what the run had taken, `offsets` how long its append-only
-    files were."""
+    files were, `last_lines` the marks of their last lines, `keep` how many checkpoints were wanted; older versions
+    wrote neither of these two."""
 
     step: int
     path: Path
     state: Mapping[str, Any]
     seconds: float
     offsets: Mapping[str, int]
+    last_lines: Mapping[str, str]
+    keep: int | None
 
 
 def save(folder: Path, step: int, write: Callable[[Path], None], record: Mapping[str, Any], keep: int) -> Path:
@@ -43,19 +47,33 @@ def save(folder: Path, step: int, write: Callable[[Path], None], record: Mapping
     def write_all(temporary: Path) -> None:
         write(temporary)
         checksums = {str(path.relative_to(temporary)): checksum(path) for path in files_in(temporary)}
-        (temporary / STATE).write_text(json.dumps({"step": step, **record, "files": checksums}))
+        (temporary / STATE).write_text(json.dumps({"step": step, "keep": keep, **record, "files": checksums}))
 
     final = folder / f"step_{step:06d}"
     write_folder(final, write_all)
-    mine = [path for path in newest_first(folder) if step_of(path) <= step]  # a later one is damaged: we went back
-    for old in set(newest_first(folder)) - set(mine[:keep]):
-        shutil.rmtree(old)
+    for later in newest_first(folder):
+        if step_of(later) > step:  # it is damaged: we went back
+            remove(later)
+    prune(folder, step, keep)
     return final
+
+
+def prune(folder: Path, step: int, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints of those up to `step`."""
+    for old in [path for path in newest_first(folder) if step_of(path) <= step][keep:]:
+        remove(old)
+
+
+def remove(folder: Path) -> None:
+    """In one step, as far as readers see."""
+    away = temporary_of(folder)
+    folder.rename(away)
+    shutil.rmtree(away)
 
 
 def write_folder(final: Path, write: Callable[[Path], None]) -> None:
     """Have `write` fill a folder that replaces `final` once it is whole and on the disk."""
-    temporary = final.with_name(f".{final.name}")
+    temporary = temporary_of(final)
     with writing(final):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -91,14 +109,23 @@ def read(folder: Path) -> Checkpoint | None:
     try:
         record = json.loads((folder / STATE).read_text())
         whole = all(checksum(folder / name) == crc for name, crc in record["files"].items())
-        checkpoint = Checkpoint(record["step"], folder, record["state"], record["seconds"], record["offsets"])
-    except (OSError, ValueError, KeyError):
+        checkpoint = Checkpoint(
+            record["step"],
+            folder,
+            record["state"],
+            record["seconds"],
+            record["offsets"],
+            record.get("last_lines", {}),
+            record.get("keep"),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return checkpoint if whole else None
 
 
 def newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step_*"), key=step_of, reverse=True)
+    """The checkpoints in `folder`, whole or not; what has another name is somebody else's."""
+    return sorted((path for path in folder.glob("step_*") if NAME.fullmatch(path.name)), key=step_of, reverse=True)
 
 
 def step_of(path: Path) -> int:

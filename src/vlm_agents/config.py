@@ -7,8 +7,10 @@ door. Past it nobody sees a DictConfig, and nobody writes to the result.
 import json
 import math
 import re
+import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
@@ -472,6 +474,8 @@ class PreprocessConfig(StageConfig):
     def __post_init__(self) -> None:
         if self.data == []:
             raise ConfigError("stage.data is empty: name run directories of stage=collect, or .json files")
+        if not all(isinstance(source, str) for source in self.data):
+            raise ConfigError(f"stage.data={self.data} must be a list of paths, as in stage.data=[outputs/a/collect]")
         one_of("stage.label", self.label, Literal["reply", "advice", "played"])
         between("stage.val_fraction", self.val_fraction, 0, 1)
         if not 0 <= self.min_score <= 10:
@@ -653,7 +657,11 @@ class RunConfig:
 
 
 def register() -> None:
-    """Tell Hydra the schemas. They live under `schema/` so that they never show up as options of a group."""
+    """Tell Hydra the schemas. They live under `schema/` so that they never show up as options of a group.
+
+    `${token:}` is new in every process: it keeps apart the runs without a name that start in one second.
+    """
+    OmegaConf.register_new_resolver("token", partial(secrets.token_hex, 3), use_cache=True, replace=True)
     store = ConfigStore.instance().store
     store(name="run", group="schema", node=RunConfig)
     for env in (EchoConfig, MiniGridConfig, NumberLineConfig, BlackjackConfig, EZPointsConfig, PointsConfig):

@@ -104,15 +104,22 @@ class EpisodeWriter:
         return name
 
 
-def read_episodes(run_dir: Path, pictures: bool = True) -> Iterator[Trajectory]:
+def read_episodes(run_dir: Path, pictures: bool = True, skip_damaged: bool = False) -> Iterator[Trajectory]:
     """The episodes of a run directory, one at a time. Equal frames are one image object while anybody holds it.
 
-    Without `pictures`, every frame is one and the same blank: decoding the files is most of the time.
+    Without `pictures`, every frame is one and the same blank: decoding the files is most of the time. `skip_damaged`
+    is for who only shows them: a line that is no episode is then left out with a warning.
     """
     load = _Images(run_dir / IMAGES) if pictures else lambda name: BLANK
     for line, where in _lines(run_dir / LINES):
-        with _reading(where):
-            episode = _decode(Trajectory, json.loads(line), load)
+        try:
+            with _reading(where):
+                episode = _decode(Trajectory, json.loads(line), load)
+        except DataError as error:
+            if not skip_damaged:
+                raise
+            logger.warning("left out: %s", error)
+            continue
         yield episode
 
 

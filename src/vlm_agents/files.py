@@ -1,12 +1,25 @@
 """Writing files so that what was there before survives a crash and a full disk. Knows nothing of what is written."""
 
 import errno
+import hashlib
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from vlm_agents.errors import DataError
+
+OUR_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+MARKED = 1 << 16  # bytes of a line's end that tell it from the others
+REMEDIES = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "You may not write there: run in another folder"),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "A file or a dead link is where a folder should be: move it away"),
+    errno.EISDIR: "A folder is where a file should be: move it away",
+    errno.ENAMETOOLONG: "Choose a shorter name",
+    errno.ELOOP: "A link there leads to itself: remove it",
+}
 
 
 @contextmanager
@@ -15,8 +28,20 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise DataError(f"can't write {path}: {reason}. Make room there, then give the same command again") from error
+        remedy = REMEDIES.get(error.errno or 0, "Make room there, then give the same command again")
+        raise DataError(f"can't write {path}: {error.strerror or error}. {remedy}") from error
+
+
+def temporary_of(path: Path) -> Path:
+    """Where this process makes what is to replace `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def sweep_temporaries(folder: Path) -> None:
+    """Remove what processes that were killed had begun to write into `folder`, where nobody else writes now."""
+    for path in folder.glob(".*.tmp"):
+        if OUR_TEMPORARY.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def atomic_write(path: Path, content: bytes | str, durable: bool = True) -> None:
@@ -24,7 +49,7 @@ def atomic_write(path: Path, content: bytes | str, durable: bool = True) -> None
 
     After a crash of the whole machine too, where `durable`: that waits for the disk, some milliseconds.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_of(path)
     with writing(path):
         try:
             with open(temporary, "wb") as file:
@@ -57,3 +82,38 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def mark_of(line: bytes) -> str:
+    """What a line, with or without its end, is known by."""
+    return hashlib.blake2b(line.rstrip(b"\n")[-MARKED:], digest_size=16).hexdigest()
+
+
+def last_line(path: Path, end: int) -> str:
+    """The mark of the line that ends at byte `end`."""
+    with open(path, "rb") as file:
+        file.seek(max(0, end - MARKED - 1))
+        tail = file.read(end - file.tell())
+    return mark_of(tail.rstrip(b"\n").rpartition(b"\n")[2])
+
+
+def cut_after(path: Path, end: int, mark: str | None) -> bool:
+    """Cut an append-only file behind the line that ended at byte `end`, and is known by `mark`; whether it was found.
+
+    Somebody may have removed or changed lines: then it is looked for. If it is itself gone, the whole lines up to
+    `end` are kept.
+    """
+    size = path.stat().st_size
+    found = end <= size and (end == 0 or mark is None or last_line(path, end) == mark)
+    if not found:
+        at, whole = 0, 0
+        with open(path, "rb") as file:
+            for line in file:
+                at += len(line)
+                if mark is not None and line.endswith(b"\n") and mark_of(line) == mark:
+                    end, found = at, True
+                elif line.endswith(b"\n") and at <= end:
+                    whole = at
+        end = end if found else whole
+    os.truncate(path, end)
+    return found

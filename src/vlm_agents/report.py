@@ -8,6 +8,7 @@ import base64
 import hashlib
 import io
 import json
+import logging
 import math
 from bisect import bisect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from vlm_agents.errors import DataError
 from vlm_agents.files import atomic_write
 from vlm_agents.pictures import as_shown
 from vlm_agents.types import Observation, Parsed, Prompt, Trajectory, Turn
+
+log = logging.getLogger(__name__)
 
 Size = tuple[int, int]
 Curves = dict[str, list[tuple[float, float]]]
@@ -170,18 +173,22 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 # ---- the page ------------------------------------------------------------------------------------------------------
 def read_curves(path: Path, keys: Iterable[str]) -> Curves:
-    """The (step, value) points of each key in a `metrics.jsonl`, in the file's order; never logged: left out."""
+    """The (step, value) points of each key in a `metrics.jsonl`, in the file's order; never logged, or null: left out.
+
+    A line that somebody damaged is skipped with a warning: a picture of the rest is better than none.
+    """
     if not path.is_file():
         raise DataError(f"{path} does not exist: every stage writes it, so look for its folder's name")
     curves: Curves = {key: [] for key in keys}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             record = json.loads(line)
-            step = record["step"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(f'{path}, line {number} is not {{"step": ..., metrics}}; delete that line') from error
-        for key in curves.keys() & record.keys():
-            curves[key].append((step, record[key]))
+            points = {key: (record["step"] + 0, record[key] + 0) for key in curves if record.get(key) is not None}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            log.warning('%s, line %d is not {"step": ..., metrics}: left out of the curves', path, number)
+            continue
+        for key, point in points.items():
+            curves[key].append(point)
     return {key: points for key, points in curves.items() if points}
 
 

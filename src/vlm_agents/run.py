@@ -1,20 +1,21 @@
 """The directory of one run: snapshot, seeds, metrics, checkpoints, resume, DONE. Knows stages and models by name alone.
 
     config.yaml  overrides  commit      what was asked, of which code
+    inputs.json                         what it read from outside: each file, and a hash of its content
     metrics.jsonl                       one object a line: step and metrics
     checkpoints/step_000012/            what the stage wrote, plus state.json
     summary.json  DONE                  the end
 
-Everything is either replaced in one step or only ever appended to. A checkpoint remembers how long the append-only
-files were; resuming cuts them back to that, so a run that was killed leaves the same files as one that was not.
+Everything is either replaced in one step or only ever appended to. A checkpoint remembers the last line of each
+append-only file; resuming cuts them back to that, so a run that was killed leaves the same files as one that was not.
 """
 
 import dataclasses
 import fcntl
 import hashlib
 import json
+import logging
 import math
-import os
 import random
 import subprocess
 import time
@@ -30,11 +31,14 @@ from vlm_agents import checkpoints
 from vlm_agents.checkpoints import Checkpoint
 from vlm_agents.config import CollectConfig, EvalConfig, RunConfig, conf_dir, flat
 from vlm_agents.errors import ConfigError, DataError
-from vlm_agents.files import append_line, atomic_write, sync, writing
+from vlm_agents.files import append_line, atomic_write, cut_after, last_line, sweep_temporaries, sync, writing
+from vlm_agents.inputs import INPUTS, hashes, inputs_of, refuse_other_inputs
 from vlm_agents.tracking import Tracker
 
+log = logging.getLogger(__name__)
+
 METRICS = "metrics.jsonl"
-BOOKKEEPING = {"config.yaml", "overrides", "commit", "lock", "mlflow_run_id"}  # these alone are no progress
+BOOKKEEPING = {"config.yaml", "overrides", "commit", INPUTS, "lock", "mlflow_run_id"}  # these alone are no progress
 # Settings, or groups of them, that a resumed run may have different: they change nothing in what it does.
 MAY_CHANGE = {
     "run_dir",
@@ -89,7 +93,8 @@ class Run:
 
     @classmethod
     def open(cls, cfg: RunConfig, overrides: Sequence[str], sweep: Path | None = None) -> Self:
-        """Create or continue the run directory; ConfigError if it is finished, in use, or of another configuration."""
+        """Create or continue the run directory; ConfigError if it is finished, in use, or was of other settings or
+        inputs."""
         refuse_other_model(cfg)
         folder = Path(cfg.run_dir)
         with writing(folder):
@@ -101,9 +106,16 @@ class Run:
             raise ConfigError(f"{folder} is in use by another process: wait for it, or choose another name=") from None
         if (folder / "DONE").exists():
             raise ConfigError(f"{folder} is finished: choose another name=, or delete that directory")
+        for part in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+            sweep_temporaries(part)
         settings = settings_of(cfg)
         if holds_work(folder):
             refuse_other_settings(folder / "config.yaml", settings)
+            refuse_other_inputs(folder)
+        else:
+            (folder / INPUTS).unlink(missing_ok=True)
+        if not (folder / INPUTS).exists():  # of an older version too
+            atomic_write(folder / INPUTS, to_json(hashes(inputs_of(cfg)), indent=2) + "\n")
         atomic_write(folder / "config.yaml", settings)
         atomic_write(folder / "overrides", "".join(f"{word}\n" for word in overrides))
         atomic_write(folder / "commit", commit() + "\n")
@@ -113,7 +125,8 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._tracker.close("FINISHED" if kind is None else "KILLED" if kind is KeyboardInterrupt else "FAILED")
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self._tracker.close("FINISHED" if kind is None else "KILLED" if interrupted else "FAILED")
         self._lock.close()
 
     def path(self, *parts: str) -> Path:
@@ -165,7 +178,8 @@ class Run:
             if self.path(name).exists():
                 sync(self.path(name))
         offsets = {name: self._size(name) for name in self._append_only}
-        record = {"state": state, "seconds": self._seconds(), "offsets": offsets}
+        marks = {name: last_line(self.path(name), offset) for name, offset in offsets.items() if offset}
+        record = {"state": state, "seconds": self._seconds(), "offsets": offsets, "last_lines": marks}
         return checkpoints.save(self.path("checkpoints"), step, write, record, keep)
 
     def latest_checkpoint(self) -> Checkpoint | None:
@@ -180,11 +194,11 @@ class Run:
         offsets = {} if checkpoint is None else checkpoint.offsets
         self._seconds_before = 0.0 if checkpoint is None else checkpoint.seconds
         for name in self._append_only:
-            offset = offsets.get(name, 0)
-            if self._size(name) < offset:
-                raise DataError(f"{self.path(name)} lost lines that its checkpoint saw: delete {self.dir}, start anew")
-            if self.path(name).exists():
-                os.truncate(self.path(name), offset)
+            mark = checkpoint.last_lines.get(name) if checkpoint else None
+            if self.path(name).exists() and not cut_after(self.path(name), offsets.get(name, 0), mark):
+                log.warning("%s lost lines that its checkpoint saw: going on with those that are left", self.path(name))
+        if checkpoint and checkpoint.keep:  # it may have been killed before it removed those that it replaced
+            checkpoints.prune(self.path("checkpoints"), checkpoint.step, checkpoint.keep)
         return checkpoint
 
     def _size(self, name: str) -> int:
@@ -217,12 +231,19 @@ class Run:
 
 
 def finished_metrics(cfg: RunConfig) -> dict[str, float] | None:
-    """Metrics of the run of `cfg` if it is finished already, for a sweep that is continued; ConfigError as in open."""
+    """Metrics of the run of `cfg` if it is finished already; ConfigError if that was of other settings or inputs."""
     folder = Path(cfg.run_dir)
-    if not (folder / "DONE").exists():
-        return None
+    with writing(folder):  # a name that no file system takes
+        if not (folder / "DONE").exists():
+            return None
     refuse_other_settings(folder / "config.yaml", settings_of(cfg))
-    return json.loads((folder / "summary.json").read_text())["metrics"]
+    refuse_other_inputs(folder)
+    try:
+        return dict(json.loads((folder / "summary.json").read_text(encoding="utf-8"))["metrics"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{folder / 'summary.json'} is unreadable: delete {folder / 'DONE'}, and the same command writes it anew"
+        ) from error
 
 
 def holds_work(folder: Path) -> bool:
@@ -271,8 +292,8 @@ def refuse_other_model(cfg: RunConfig) -> None:
 def flat_settings(snapshot: Path, mend: str) -> dict[str, Any]:
     """What a run's config.yaml says, by dotted names; DataError, with what to do, where it can't be read."""
     try:
-        return dict(flat(yaml.safe_load(snapshot.read_text())))
-    except (OSError, AttributeError, yaml.YAMLError) as error:
+        return dict(flat(yaml.safe_load(snapshot.read_text(encoding="utf-8"))))
+    except (OSError, AttributeError, ValueError, yaml.YAMLError) as error:
         raise DataError(f"{snapshot} is unreadable: {mend}") from error
 
 

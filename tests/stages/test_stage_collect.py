@@ -17,6 +17,14 @@ from vlm_agents.types import Advice, Observation, Parsed, Reply, Step, Turn
 RunStage = Callable[..., Path]
 
 
+BY_MODEL = ("stage=collect", "stage.policy=model", "stage.episodes=20", "stage.num_envs=2")
+
+
+@pytest.fixture(scope="module")
+def played_by_model(run_stage: RunStage, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_stage(tmp_path_factory.mktemp("model"), *BY_MODEL)
+
+
 def metrics_of(folder: Path) -> dict[str, float]:
     return json.loads((folder / "summary.json").read_text())["metrics"]
 
@@ -100,6 +108,40 @@ def test_an_interrupted_run_plays_the_rest_and_nothing_twice(
     for name in ("episodes.jsonl", "metrics.jsonl"):
         assert (folder / name).read_bytes() == (echo_episodes / name).read_bytes()
     assert metrics_of(folder) == metrics_of(echo_episodes)
+
+
+@pytest.mark.parametrize("lost", [[3], [0, 11], [11]])
+def test_an_episode_whose_line_was_deleted_is_played_again(
+    run_stage: RunStage, echo_episodes: Path, tmp_path: Path, lost: list[int]
+):
+    """As if killed after 12 of 40 episodes, some of which somebody then took out."""
+    folder = tmp_path / "run"
+    shutil.copytree(echo_episodes, folder)
+    for name in ("DONE", "summary.json"):
+        (folder / name).unlink()
+    whole = (folder / "episodes.jsonl").read_bytes().splitlines(keepends=True)
+    kept = [line for index, line in enumerate(whole[:12]) if index not in lost]
+    (folder / "episodes.jsonl").write_bytes(b"".join(kept))
+    run_stage(folder, "stage=collect", "stage.episodes=40", "stage.num_envs=8")
+    after = (folder / "episodes.jsonl").read_bytes().splitlines(keepends=True)
+    assert after[: len(kept)] == kept
+    assert sorted(after) == sorted(whole)
+    assert metrics_of(folder) == pytest.approx(metrics_of(echo_episodes))  # sums in another order
+
+
+@pytest.mark.parametrize("lines", [3, 9, 16])
+def test_a_model_that_was_interrupted_plays_in_the_same_company_again(
+    run_stage: RunStage, tmp_path: Path, played_by_model: Path, lines: int
+):
+    """Blocks of 4 times 2 episodes: log-probs are rounded by what is in a batch, and must be equal to the last bit."""
+    folder = tmp_path / "run"
+    shutil.copytree(played_by_model, folder)
+    for name in ("DONE", "summary.json"):
+        (folder / name).unlink()
+    whole = (folder / "episodes.jsonl").read_bytes().splitlines(keepends=True)
+    os.truncate(folder / "episodes.jsonl", sum(map(len, whole[:lines])) + 5)
+    run_stage(folder, *BY_MODEL)
+    assert (folder / "episodes.jsonl").read_bytes() == b"".join(whole)
 
 
 # ---- other policies and raters ---------------------------------------------------------------------------------------

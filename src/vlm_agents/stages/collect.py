@@ -1,12 +1,17 @@
-"""Play episodes and label them: episodes.jsonl with the pictures, each step rated 0-10. Resumes where it was killed."""
+"""Play episodes and label them: episodes.jsonl with the pictures, each step rated 0-10. What is there already is kept.
 
-from collections.abc import Sequence
+What was done is read off the episodes themselves: a run that was killed, or lost a line, plays the seeds that lack.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from vlm_agents.config import CollectConfig, RunConfig
+from vlm_agents.env_pool import EnvPool
 from vlm_agents.episodes import EpisodeWriter, read_episodes
 from vlm_agents.errors import ConfigError
 from vlm_agents.judge import Judge
@@ -32,6 +37,7 @@ if TYPE_CHECKING:  # scripted and remote policies need no torch
     from vlm_agents.models import Agent
 
 REPORTED = 12  # episodes in report.html
+BLOCK = 4  # episodes of each env that a model plays together, and again where one of them lacks
 SAMPLES = 3  # of a remote policy's reply, until one holds a legal action: what is sought here is data, not a grade
 
 
@@ -51,13 +57,21 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     policy = make_policy(cfg, stage, prompt_format, client, agent)
     run.restore()
     writer = EpisodeWriter(run.dir)
-    done = sum(1 for _ in read_episodes(run.dir))
-    seeds = [training_seed(cfg.seed, -1, episode) for episode in range(done, stage.episodes)]
+    blocks = lacking((episode.seed for episode in read_episodes(run.dir)), cfg.seed, stage)
+
+    def playing(envs: EnvPool) -> Iterator[Trajectory]:
+        for block in blocks:
+            if agent:
+                agent.images.clear()  # what was seen before must not matter
+            seeds = [seed for seed, _ in block]
+            together = collect(
+                envs, policy, prompt_format, seeds, invalid_penalty=cfg.env.invalid_penalty, run_seed=cfg.seed
+            )
+            yield from (trajectory for trajectory, (_, lacks) in zip(together, block, strict=True) if lacks)
+
+    total = sum(lacks for block in blocks for _, lacks in block)
     with open_envs(cfg.env, stage.num_envs, advised) as envs, closing(client) if client else nullcontext():
-        playing = collect(
-            envs, policy, prompt_format, seeds, invalid_penalty=cfg.env.invalid_penalty, run_seed=cfg.seed
-        )
-        for trajectory in track(playing, "collect", len(seeds)):
+        for trajectory in track(playing(envs), "collect", total):
             writer.append(rated(trajectory, ratings(trajectory.turns, stage, client)))
     writer.sync()
     metrics = summarise(read_episodes(run.dir, pictures=False), "collect")
@@ -71,12 +85,31 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     write_report(
         report,
         title=f"collect: {cfg.env.id}",
-        subtitle=f"{max(done, stage.episodes)} episodes of {policy.name}",
+        subtitle=f"{stage.episodes} episodes of {policy.name}",
         metrics=metrics,
         curves={},
         episodes=list(islice(read_episodes(run.dir), REPORTED)),
     )
     return run.finish(metrics, {"report": report, "episodes": run.path("episodes.jsonl")})
+
+
+def lacking(done: Iterable[int], run_seed: int, stage: CollectConfig) -> list[list[tuple[int, bool]]]:
+    """The seeds to play, in blocks that are played together, and whether an episode lacks; `done`: those on file.
+
+    How a model's log-probs are rounded depends on what else is in its batch. So it plays the same blocks however often
+    a run is killed, and one that isn't whole from its start. Other policies play what lacks and no more.
+    """
+    model = stage.policy == "model"
+    seeds = [training_seed(run_seed, -1, episode) for episode in range(stage.episodes)]
+    there = Counter(done)
+    flagged = []
+    for seed in seeds:
+        flagged.append((seed, not there[seed]))
+        there[seed] -= there[seed] > 0
+    size = BLOCK * stage.num_envs if model else 1
+    blocks = [flagged[start : start + size] for start in range(0, len(flagged), size)]
+    blocks = [block for block in blocks if any(lacks for _, lacks in block)]
+    return blocks if model else [[pair for block in blocks for pair in block]]
 
 
 def make_policy(

@@ -107,7 +107,7 @@ def finish(
         subtitle=f"run {cfg.name}, seed {cfg.seed}",
         metrics={name: value for name, value in metrics.items() if name.startswith(("eval/", "time/"))},
         curves=read_curves(run.path("metrics.jsonl"), CURVES),
-        episodes=shown or list(deque(read_episodes(run.dir), RECORDED)),
+        episodes=shown or list(deque(read_episodes(run.dir, skip_damaged=True), RECORDED)),
     )
     return run.finish(metrics, {"model": run.path(RUN_MODEL), "report": report, "episodes": run.path("episodes.jsonl")})
 

@@ -171,6 +171,7 @@ class Curves(TrainerCallback):
         if logs and "loss" in logs:
             loss = float(np.mean(self.trainer.progress["since"]))
             self.trainer.progress |= {"loss": loss, "since": []}
+            state.log_history[-1]["loss"] = loss
             rest = {f"sft/{ours}": float(logs[name]) for name, ours in NAMES.items() if name in logs}
             self.run.log(state.global_step, {"sft/loss": loss, **rest})
 
