@@ -4,9 +4,9 @@ Every tensor, because training and merging may leave any of them as it was: embe
 of rounding: a merged adapter changes its base by less than a percent. So values are compared after rounding to the
 narrower of their two dtypes, and what NF4 makes of a value can be told from the largest of its block.
 
-Not told apart: changes so small that rounding takes them out of all the values looked at, in bfloat16, say, or where
-4 bits of weights in one dtype are held against weights in another (see `SLIPS`). Of tensors quantised otherwise, only
-the names count.
+Not told apart: changes so small that rounding, to bfloat16 or to 4 bits, takes them out of all the values looked at;
+and, where 4 bits of float32 are held against bfloat16, such as move less than `SLIPS` of the codes, as that rounding
+does itself. Of tensors quantised otherwise, only the names count.
 """
 
 import json
@@ -28,7 +28,7 @@ NF4 = (  # the 16 levels of arXiv 2305.14314, appendix E
     *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
     *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-SLIPS = 0.02  # share of values that bfloat16's rounding, at most, moves to the next level: 0.5 % as a rule
+SLIPS = 0.02  # share of codes; rounding to bfloat16 first moves less than 1 % of them to the next level
 
 
 def save_base(model: nn.Module, folder: Path) -> None:
@@ -93,38 +93,38 @@ def name_of(dtype: torch.dtype) -> str:
 
 def compare(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
     """Names of the tensors that only one of two fingerprints has, or that differ in shape or values."""
-    apart, slipped, total, rounded = sorted(saved.keys() ^ own.keys()), [], 0, False
+    apart, slipped, total, allowed = sorted(saved.keys() ^ own.keys()), [], 0, 0.0
     for name in sorted(saved.keys() & own.keys()):
-        one, other = saved[name], own[name]
-        if one is None or other is None:
+        pair = saved[name], own[name]
+        if None in pair:
             continue
-        if one["shape"] != other["shape"]:
+        narrow = max((getattr(torch, one["dtype"]) for one in pair), key=lambda dtype: torch.finfo(dtype).eps)
+        coded = [one for one in pair if "codes" in one]
+        if pair[0]["shape"] != pair[1]["shape"]:
             apart.append(name)
-        elif "codes" in one or "codes" in other:
-            pairs = list(zip(codes_of(one), codes_of(other), strict=True))
-            slipped += [name for a, b in pairs if a != b]
-            total += len(pairs)
-            rounded |= one["dtype"] != other["dtype"]
-        elif not same_values(one, other):
+        elif coded:
+            a, b = (codes_of(one, narrow) for one in pair)
+            slipped += [name for code, other in zip(a, b, strict=True) if code != other]
+            total += len(a)
+            if any(getattr(torch, one["dtype"]) != narrow for one in coded):  # codes can't be rounded any more
+                allowed = SLIPS
+        elif not same_values(*pair, narrow):
             apart.append(name)
-    return apart + sorted(set(slipped)) if len(slipped) > total * SLIPS * rounded else apart
+    return apart + sorted(set(slipped)) if len(slipped) > allowed * total else apart
 
 
-def codes_of(sampled: Mapping[str, Any]) -> list[int]:
-    """Codes in NF4: those that it has, or those of its values."""
+def codes_of(sampled: Mapping[str, Any], dtype: torch.dtype) -> list[int]:
+    """Codes in NF4: those that it has, or those of its values, rounded to `dtype`."""
     if "codes" in sampled:
         return sampled["codes"]
     levels = torch.tensor(NF4)
-    shares = torch.tensor(sampled["values"]) / torch.tensor(sampled["largest"]).clamp(min=1e-38)
-    return torch.bucketize(shares, (levels[1:] + levels[:-1]) / 2).tolist()
+    values, largest = (torch.tensor(sampled[key]).to(dtype).float() for key in ("values", "largest"))
+    return torch.bucketize(values / largest.clamp(min=1e-38), (levels[1:] + levels[:-1]) / 2).tolist()
 
 
-def same_values(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def same_values(one: Mapping[str, Any], other: Mapping[str, Any], dtype: torch.dtype) -> bool:
     """Random weights of equal seeds may differ in the last bit between machines: hence 1e-6 and not 0."""
-    narrow = max(
-        (getattr(torch, sampled["dtype"]) for sampled in (one, other)), key=lambda dtype: torch.finfo(dtype).eps
-    )
-    a, b = (torch.tensor(sampled["values"], dtype=torch.float64).to(narrow).double() for sampled in (one, other))
+    a, b = (torch.tensor(sampled["values"], dtype=torch.float64).to(dtype).double() for sampled in (one, other))
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-6, atol=1e-9, equal_nan=True)
 
 
