@@ -103,7 +103,18 @@ def test_what_is_more_than_plain_lora_is_refused_by_name(load: Load, tmp_path: P
 
 def test_settings_of_wrong_types_are_one_line(load: Load, tmp_path: Path):
     load(lora=SMALL).save(tmp_path)
-    put(tmp_path, task_type="FORTUNE")
+    whole = settings(tmp_path)
+    for key, value in {
+        "r": "4",
+        "lora_alpha": None,
+        "lora_dropout": None,
+        "target_modules": 3,
+        "rank_pattern": [1],
+    }.items():
+        put(tmp_path, **(whole | {key: value}))
+        with pytest.raises(ModelError, match=rf"adapter_config\.json has {key}=.*, of another type: put a whole copy"):
+            load(init=tmp_path, lora=SMALL)
+    put(tmp_path, **(whole | {"task_type": "FORTUNE"}))
     with pytest.raises(ModelError, match=r"adapter_config\.json: Invalid task type"):
         load(init=tmp_path, lora=SMALL)
 

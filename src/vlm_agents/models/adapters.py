@@ -11,19 +11,20 @@ from vlm_agents.errors import ModelError
 
 ADAPTER_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-MEANT = {  # what `lora` hands to peft, which then does with it as in training
-    "task_type",
-    "r",
-    "target_modules",
-    "exclude_modules",
-    "lora_alpha",
-    "lora_dropout",
-    "use_rslora",
-    "use_dora",
-    "layers_to_transform",
-    "layers_pattern",
-    "rank_pattern",
-    "alpha_pattern",
+LISTS = list | str | None
+MEANT: dict[str, Any] = {  # what `lora` hands to peft, which then does with it as in training; and of what type it is
+    "task_type": str | None,
+    "r": int,
+    "target_modules": LISTS,  # or a pattern
+    "exclude_modules": LISTS,
+    "lora_alpha": int | float,
+    "lora_dropout": int | float,
+    "use_rslora": bool,
+    "use_dora": bool,
+    "layers_to_transform": list | int | None,
+    "layers_pattern": LISTS,
+    "rank_pattern": dict | None,
+    "alpha_pattern": dict | None,
 }
 # Of the file, and of training; auto_mapping names a class for peft's AutoPeftModel, which nothing here uses.
 UNUSED = {"peft_type", "peft_version", "base_model_name_or_path", "inference_mode", "auto_mapping"}
@@ -43,12 +44,18 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
     kind = saved.get("peft_type") if isinstance(saved, dict) else None
     if kind != "LORA" or not saved.keys() >= {"r", "lora_alpha"}:
         raise ModelError(f"{path} has peft_type={kind}: name an adapter with peft_type=LORA, r and lora_alpha")
+    if wrong := sorted(key for key, kind in MEANT.items() if key in saved and not isinstance(saved[key], kind)):
+        raise ModelError(f"{path} has {shown(saved, wrong)}, of another type: put a whole copy of the adapter there")
     if foreign := foreign_settings(saved):
         raise ModelError(
-            f"{path} has {', '.join(f'{key}={json.dumps(saved[key])[:60]}' for key in foreign)}, which isn't read "
+            f"{path} has {shown(saved, foreign)}, which isn't read "
             "here: merge the adapter into its base with the tool that made it, and set model.path to the merged folder"
         )
     return saved
+
+
+def shown(saved: dict[str, Any], keys: list[str]) -> str:
+    return ", ".join(f"{key}={json.dumps(saved[key])[:60]}" for key in keys)
 
 
 def foreign_settings(saved: dict[str, Any]) -> list[str]:
@@ -56,7 +63,7 @@ def foreign_settings(saved: dict[str, Any]) -> list[str]:
     from peft import LoraConfig  # it imports bitsandbytes: seconds that a run without an adapter saves
 
     off = LoraConfig().to_dict() | {"init_lora_weights": True}
-    foreign = {key for key, value in saved.items() if key not in MEANT | UNUSED and value and value != off.get(key)}
+    foreign = {key for key, value in saved.items() if key not in {*MEANT, *UNUSED} and value and value != off.get(key)}
     if saved.get("init_lora_weights", True) in DRAWN:
         foreign -= {"init_lora_weights"}
     return sorted(foreign)
