@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from vlm_agents.config import HardwareConfig, LoraConfig, ModelConfig, NoveltyConfig
+from vlm_agents.config import HardwareConfig, LoraConfig, ModelConfig, NoveltyConfig, TrainableConfig
 from vlm_agents.errors import ModelError
 from vlm_agents.learn.novelty import QUESTION, TemporalPredictor
 from vlm_agents.models import Agent, load_agent
@@ -116,6 +116,24 @@ def test_it_is_saved_with_the_agent(agent: Agent, tiny_model: Path, tmp_path: Pa
     again = load_agent(cfg, HardwareConfig(name="cpu"), str(tmp_path), freeze_vision=True)
     for one, other in zip(predictor_of(again, tmp_path).surprise(EPISODES), predictor.surprise(EPISODES), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_it_adapts_the_language_part_alone(tiny_model: Path, tmp_path: Path):
+    """Where the policy has adapters on what sees, too, which peft names by the ends of their names."""
+    train = TrainableConfig(vision=True, projector=True)
+    cfg = ModelConfig(name="tiny", path=str(tiny_model), lora=LoraConfig(rank=8, alpha=16), train=train)
+    agent = load_agent(cfg, HardwareConfig(name="cpu"))
+    predictor_of(agent)
+    names = [name for name, _ in agent.model.named_parameters() if ".temporal." in name]
+    assert len(names) == 2 * 28  # two matrices for each linear layer: 4 layers of 7
+    assert {agent.family.part_of(name) for name in names} == {"language"}
+    agent.save(tmp_path)
+    path = tmp_path / "temporal/adapter_config.json"
+    saved = json.loads(path.read_text())
+    assert saved["target_modules"] == sorted(saved["target_modules"])
+    path.write_text(json.dumps(saved | {"bias": "all"}))
+    with pytest.raises(ModelError, match=r"temporal/adapter_config\.json has bias=\"all\", which isn't read here"):
+        predictor_of(load_agent(cfg, HardwareConfig(name="cpu"), str(tmp_path)), tmp_path)
 
 
 def test_a_foreteller_of_another_model_is_refused(agent: Agent, tmp_path: Path):

@@ -200,6 +200,31 @@ def test_the_model_in_4_bits_is_compared_too(
     )
 
 
+def test_the_base_of_a_merged_model_is_no_base_of_its_adapter(
+    run_stage: RunStage, echo_chats: Path, tiny_model: Path, tmp_path: Path
+):
+    """An adapter on a merged model, which has since moved: the weights under that one differ by an adapter alone."""
+    sft = ("stage=sft", f"stage.data={echo_chats}", "stage.batch_size=16", "stage.warmup_steps=0", "stage.lr=1e-2")
+    first = run_stage(tmp_path / "first", *sft, "stage.epochs=1", *LORA)
+    merged = run_stage(tmp_path / "merged", "stage=merge", f"stage.init={first}") / "model"
+    second = run_stage(tmp_path / "second", *sft, "stage.epochs=1", *LORA, f"model.path={merged}")
+    merged.rename(tmp_path / "moved")
+    message = (
+        rf"was trained on other weights than these: \d+ tensors differ from those of {merged}, model\..*proj.* for one"
+        rf"\. Find those: set model\.path to where {merged} lies now, and model\.weights, model\.seed"
+    )
+    for name, words in {
+        "eval": ("stage.episodes=2", *LORA),
+        "merge": (),
+        "quantised": (*LORA, "model.quantize=nf4"),
+    }.items():
+        stage = "stage=eval" if name == "eval" else "stage=merge"
+        with pytest.raises(ModelError, match=message):
+            run_stage(tmp_path / name, stage, f"stage.init={second}", f"model.path={tiny_model}", *words)
+    words = ("stage=merge", f"stage.init={second}", f"model.path={tmp_path / 'moved'}")
+    assert (run_stage(tmp_path / "right", *words) / "DONE").exists()
+
+
 def test_only_lora_is_merged(run_stage: RunStage, tmp_path: Path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
     with pytest.raises(ModelError, match=r"adapter_config\.json has peft_type=IA3"):

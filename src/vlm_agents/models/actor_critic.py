@@ -24,7 +24,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlm_agents.config import TemperatureHeadConfig, ValueHeadConfig
 from vlm_agents.errors import ModelError
+from vlm_agents.models import adapters
 from vlm_agents.models.families import Family, text_inputs
+from vlm_agents.models.fingerprint import save_base
 from vlm_agents.models.images import ImageStore
 from vlm_agents.models.older import add_older_names
 from vlm_agents.models.rendering import HFRenderer
@@ -34,7 +36,6 @@ from vlm_agents.tensors import Scores, Tokens
 # In a folder of their own: servers (vLLM, SGLang) read every *.safetensors that lies beside config.json.
 VALUE_FILE = "heads/value_head.safetensors"
 TEMPERATURE_FILE = "heads/temperature_head.safetensors"
-BASE_FILE = "base.json"  # beside an adapter: by what values one knows the weights that it was trained on
 WORTH_SHARING = 8  # tokens; a shorter common prefix costs more bookkeeping than it saves
 
 
@@ -279,7 +280,8 @@ class Agent(nn.Module):
         if settings := self.family.processor_config:
             (folder / "processor_config.json").write_text(json.dumps(settings, indent=2))
         if hasattr(self.model, "disable_adapter"):
-            (folder / BASE_FILE).write_text(json.dumps({"embeddings": sample_of(self.family)}))
+            adapters.tidy(folder)
+            save_base(self.model, folder)
         for name, head in self.heads().items():
             (folder / name).parent.mkdir(exist_ok=True)
             save_file(head.state_dict(), folder / name, metadata=meaning_of(head))
@@ -317,19 +319,6 @@ def meaning_of(head: nn.Module) -> dict[str, str]:
     if not isinstance(head, TemperatureHead):
         return {}
     return {"settings": f"model.temperature_head.low={head.low:g} model.temperature_head.high={head.high:g}"}
-
-
-def sample_of(family: Family) -> list[float]:
-    """A few of the embeddings. They are never quantised and have no adapter, and no two models have the same."""
-    weights = family.embed_tokens.weight.detach().flatten()
-    return weights[:: max(1, len(weights) // 64)][:64].tolist()
-
-
-def is_base(family: Family, folder: Path) -> bool:
-    """Whether the adapter in `folder` was trained on these weights, rounded to bfloat16 or not."""
-    saved = json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))["embeddings"]
-    own = sample_of(family)
-    return len(own) == len(saved) and all(math.isclose(a, b, rel_tol=0.01) for a, b in zip(own, saved, strict=True))
 
 
 def entropy_of(log_distribution: Tensor) -> Tensor:

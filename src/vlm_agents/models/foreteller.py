@@ -10,7 +10,8 @@ from torch import nn
 
 from vlm_agents.errors import ConfigError
 from vlm_agents.models.actor_critic import Agent
-from vlm_agents.models.lora import ADAPTER_WEIGHTS, read
+from vlm_agents.models.adapters import ADAPTER_WEIGHTS
+from vlm_agents.models.lora import config_of, read
 from vlm_agents.tensors import Scores, Tokens
 
 POLICY = "default"  # peft's name of the only adapter that most models have
@@ -29,6 +30,7 @@ class AdapterForeteller:
         self.agent, self.model = agent, agent.model
         with self._gradients_kept():
             if folder is not None and (folder / FORETELLER / ADAPTER_WEIGHTS).is_file():
+                self.model.add_adapter(FORETELLER, config_of(folder / FORETELLER))
                 read(self.model, folder / FORETELLER, FORETELLER)
             else:
                 self.model.add_adapter(FORETELLER, self._shape())
@@ -55,7 +57,8 @@ class AdapterForeteller:
     def _shape(self) -> LoraConfig:
         policy = self.model.peft_config[POLICY]
         assert isinstance(policy, LoraConfig)
-        targets = {name for name in policy.target_modules or () if self.agent.family.part_of(name) == "language"}
+        adapted = self.model.targeted_module_names  # whole names, where another tool's settings have parts or patterns
+        targets = {name for name in adapted if self.agent.family.part_of(name) == "language"}
         if not targets:
             raise ConfigError("algo.novelty adapts the language part: set model.train.language=true")
         return replace(policy, target_modules=targets)

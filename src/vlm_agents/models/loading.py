@@ -21,14 +21,15 @@ from transformers.utils.hub import cached_file
 
 from vlm_agents.config import HardwareConfig, ModelConfig, TrainableConfig
 from vlm_agents.errors import ConfigError, DataError, ModelError, VlmAgentsError
-from vlm_agents.models.actor_critic import BASE_FILE, Agent, TemperatureHead, ValueHead
+from vlm_agents.models.actor_critic import Agent, TemperatureHead, ValueHead
+from vlm_agents.models.adapters import ADAPTER_FILE, adapter_settings
 from vlm_agents.models.architectures import image_processor_of, tokenizer_for, whole_config
 from vlm_agents.models.families import Family, family_of, kind_of
+from vlm_agents.models.fingerprint import BASE_FILE
 from vlm_agents.models.probing import prove
 from vlm_agents.progress import say
 
 TINY = Path(__file__).parent / "tiny_weights"
-ADAPTER_FILE = "adapter_config.json"
 RUN_MODEL = "model"  # where a stage leaves its model inside its run directory
 
 transformers_logging.set_verbosity_error()
@@ -92,19 +93,6 @@ def load_agent(
     return agent
 
 
-def adapter_settings(folder: Path) -> dict[str, Any]:
-    """What the adapter in `folder` says of itself; ModelError where it is none of LoRA."""
-    path = folder / ADAPTER_FILE
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON, or of the encoding
-        raise ModelError(f"{path} is no JSON ({error}): put a whole copy of the adapter there") from error
-    kind = saved.get("peft_type") if isinstance(saved, dict) else None
-    if kind != "LORA" or not saved.keys() >= {"r", "lora_alpha"}:
-        raise ModelError(f"{path} has peft_type={kind}: name an adapter with peft_type=LORA, r and lora_alpha")
-    return saved
-
-
 def base_of(folder: Path, cfg: ModelConfig) -> Path | None:
     """The folder of weights that the adapter in `folder` was trained on; None where that is the model of `cfg`.
 
@@ -125,7 +113,7 @@ def base_of(folder: Path, cfg: ModelConfig) -> Path | None:
     if cfg.path is not None:
         raise ModelError(f"{trained}, and model.path is {cfg.path}: set model.path={named}, or {moved}")
     if is_hub_id(named):
-        raise ModelError(f"{trained}: set model.path={named}")
+        raise ModelError(f"{trained}: set model.path={named} if that is a hub id, or to where that folder lies now")
     raise ModelError(f"{trained}, which isn't there: put it back, or {moved}")
 
 

@@ -10,11 +10,10 @@ from torch import nn
 
 from vlm_agents.config import LoraConfig, ModelConfig, TrainableConfig
 from vlm_agents.errors import ConfigError, ModelError
-from vlm_agents.models.actor_critic import BASE_FILE, is_base
+from vlm_agents.models.adapters import ADAPTER_FILE, ADAPTER_WEIGHTS, MEANT, adapter_settings
 from vlm_agents.models.families import Family
+from vlm_agents.models.fingerprint import differing
 from vlm_agents.progress import say
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def add(model: Any, family: Family, lora: LoraConfig, train: TrainableConfig) -> PeftModel:
@@ -44,13 +43,8 @@ def load(model: Any, folder: Path, family: Family, cfg: ModelConfig, train: Trai
     assert cfg.lora is not None
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ModelError(f"{folder / ADAPTER_WEIGHTS} is missing: save the adapter as safetensors; a .bin isn't read")
-    if (folder / BASE_FILE).is_file() and not is_base(family, folder):
-        raise ModelError(
-            f"the adapter in {folder} was trained on other weights than these: set model.path, model.weights, "
-            "model.seed and hardware (random weights differ by device and dtype, too) as in the run that made it"
-        )
-    saved = PeftLoraConfig.from_pretrained(str(folder))
-    assert isinstance(saved, PeftLoraConfig)
+    refuse_another_base(model, folder)
+    saved = config_of(folder)
     if (saved.r, saved.lora_alpha) != (cfg.lora.rank, cfg.lora.alpha):
         raise ConfigError(
             f"the adapter in {folder} has rank {saved.r} and alpha {saved.lora_alpha}: set model.lora.rank={saved.r} "
@@ -59,7 +53,6 @@ def load(model: Any, folder: Path, family: Family, cfg: ModelConfig, train: Trai
     if saved.lora_dropout != cfg.lora.dropout:
         named = f"model.lora.dropout={cfg.lora.dropout:g}"
         say(f"the adapter in {folder} was made with dropout {saved.lora_dropout:g}: so that is taken, not {named}")
-    saved.inference_mode, saved.base_model_name_or_path = False, model.name_or_path or None
     adapted = wrap(model, saved)
     read(adapted, folder, "default")
     parts = {family.part_of(name) for name, _ in adapted.named_parameters() if "lora_" in name}
@@ -79,8 +72,32 @@ def load(model: Any, folder: Path, family: Family, cfg: ModelConfig, train: Trai
     return adapted
 
 
+def refuse_another_base(model: Any, folder: Path) -> None:
+    """ModelError where what lies beside the adapter says that it was trained on other weights than those of `model`."""
+    if not (others := differing(model, folder)):
+        return
+    named = adapter_settings(folder).get("base_model_name_or_path")
+    where = f"set model.path to where {named} lies now" if named else "set model.path"
+    if named and Path(named).is_dir():  # where the settings can't overrule it
+        where = f"put them back there, or write their place into {ADAPTER_FILE} as base_model_name_or_path; else set"
+    raise ModelError(
+        f"the adapter in {folder} was trained on other weights than these: {len(others)} tensors differ from those of "
+        f"{named or 'its base'}, {others[0]} for one. Find those: {where}, and model.weights, model.seed and hardware "
+        "(random weights differ by device and dtype, too) as in the run that made it"
+    )
+
+
+def config_of(folder: Path) -> PeftLoraConfig:
+    """The settings of a saved adapter, as peft takes them: those that are known here, and no others."""
+    saved = adapter_settings(folder)
+    try:
+        return PeftLoraConfig(**{key: value for key, value in saved.items() if key in MEANT})
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{folder / ADAPTER_FILE}: {error}: put a whole copy of the adapter there") from error
+
+
 def read(adapted: PeftModel, folder: Path, name: str) -> None:
-    """Load the adapter in `folder` as `name`. ModelError where its tensors aren't those that this model has for it."""
+    """Fill the adapter `name` from `folder`. ModelError where its tensors aren't those that this model has for it."""
     report = adapted.load_adapter(str(folder), name, is_trainable=True)
     if report.missing_keys or report.unexpected_keys:
         raise ModelError(

@@ -1,0 +1,85 @@
+"""The settings file of a LoRA adapter: ours, or another tool's. What it may say, and how ours is written.
+
+Not the adapter itself: that is `lora`, which needs peft.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vlm_agents.errors import ModelError
+
+ADAPTER_FILE = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+LISTS = list | str | None
+MEANT: dict[str, Any] = {  # what `lora` hands to peft, which then does with it as in training; and of what type it is
+    "task_type": str | None,
+    "r": int,
+    "target_modules": LISTS,  # or a pattern
+    "exclude_modules": LISTS,
+    "lora_alpha": int | float,
+    "lora_dropout": int | float,
+    "use_rslora": bool,
+    "use_dora": bool,
+    "layers_to_transform": list | int | None,
+    "layers_pattern": LISTS,
+    "rank_pattern": dict | None,
+    "alpha_pattern": dict | None,
+}
+# Of the file, and of training; auto_mapping names a class for peft's AutoPeftModel, which nothing here uses.
+UNUSED = {"peft_type", "peft_version", "base_model_name_or_path", "inference_mode", "auto_mapping"}
+DRAWN = (True, False, "gaussian", "orthogonal")  # `init_lora_weights` that leave the base as it is
+
+
+def adapter_settings(folder: Path) -> dict[str, Any]:
+    """What the adapter in `folder` says of itself; ModelError where it is none of LoRA, or more than plain LoRA.
+
+    What peft can do and `lora` doesn't hand on is refused, before peft sees it: it would be dropped, or frozen.
+    """
+    path = folder / ADAPTER_FILE
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON, or of the encoding
+        raise ModelError(f"{path} is no JSON ({error}): put a whole copy of the adapter there") from error
+    kind = saved.get("peft_type") if isinstance(saved, dict) else None
+    if kind != "LORA" or not saved.keys() >= {"r", "lora_alpha"}:
+        raise ModelError(f"{path} has peft_type={kind}: name an adapter with peft_type=LORA, r and lora_alpha")
+    if wrong := sorted(key for key, kind in MEANT.items() if key in saved and not isinstance(saved[key], kind)):
+        raise ModelError(f"{path} has {shown(saved, wrong)}, of another type: put a whole copy of the adapter there")
+    if foreign := foreign_settings(saved):
+        raise ModelError(
+            f"{path} has {shown(saved, foreign)}, which isn't read "
+            "here: merge the adapter into its base with the tool that made it, and set model.path to the merged folder"
+        )
+    return saved
+
+
+def shown(saved: dict[str, Any], keys: list[str]) -> str:
+    return ", ".join(f"{key}={json.dumps(saved[key])[:60]}" for key in keys)
+
+
+def foreign_settings(saved: dict[str, Any]) -> list[str]:
+    """Keys beyond plain LoRA that are set to something else than peft's default."""
+    from peft import LoraConfig  # it imports bitsandbytes: seconds that a run without an adapter saves
+
+    off = LoraConfig().to_dict() | {"init_lora_weights": True}
+    foreign = {key for key, value in saved.items() if key not in {*MEANT, *UNUSED} and value and value != off.get(key)}
+    if saved.get("init_lora_weights", True) in DRAWN:
+        foreign -= {"init_lora_weights"}
+    return sorted(foreign)
+
+
+def tidy(folder: Path) -> None:
+    """Make what peft wrote into `folder`, and into the folders in it, the same in every process and from everywhere.
+
+    Lists are sorted (peft has sets), and a base that is a folder is named by its absolute path.
+    """
+    for path in folder.rglob(ADAPTER_FILE):
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        for key, value in saved.items():
+            if key in ("target_modules", "exclude_modules") and isinstance(value, list):
+                saved[key] = sorted(value)
+        base = saved.get("base_model_name_or_path")
+        if base and Path(base).is_dir():
+            saved["base_model_name_or_path"] = str(Path(base).resolve())
+        path.write_text(json.dumps(saved, indent=2, sort_keys=True))
