@@ -212,6 +212,8 @@ def suggestion(error: OmegaConfBaseException) -> str:
     """` Did you mean ...?` for an unknown key, else what there is at that place."""
     known = [str(key) for key in error.parent_node]
     path = str(error.full_key).rpartition(".")[0]
+    if not known:  # any may be given, such as model.image_processor's
+        return f" Write '{path}={{{error.key}: ...}}'"
     hint = did_you_mean(str(error.key), known if path else [*known, *groups()])
     return hint.replace("'", f"'{path}.", 1) if path and hint else hint or f" There are: {', '.join(known)}"
 

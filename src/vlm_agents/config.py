@@ -245,8 +245,10 @@ class ModelConfig:
     path: str | None = None  # folder or hub id with weights and processor; null: the tiny model of this package
     weights: str = "pretrained"  # pretrained | random: the same architecture, freshly drawn
     seed: int = 0  # of random weights: an adapter trained on them finds the same ones again
-    architecture: dict[str, Any] | None = None  # for random weights without any file: what a config.json says
-    image_processor: dict[str, Any] = field(default_factory=dict)  # beside architecture: its preprocessor_config.json
+    architecture: dict[str, Any] | None = None  # for random weights without any file: what a config.json says, and
+    # under `image_processor` a preprocessor_config.json
+    image_processor: Any = None  # settings that shall be otherwise than in the model's own: {max_pixels: 100352}
+    # bounds the tokens of a picture
     temperature: float = 1.0  # the policy's own sampling temperature, in rollouts, training and eval/success
     lora: LoraConfig | None = None
     quantize: str | None = None  # nf4: QLoRA, the language part's weights in 4 bits under the adapter
@@ -259,6 +261,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         one_of("model.weights", self.weights, Literal["pretrained", "random"])
         one_of("model.attention", self.attention, Literal["sdpa", "eager"])
+        if not (self.image_processor is None or isinstance(self.image_processor, dict)):
+            raise ConfigError("model.image_processor must be settings: 'model.image_processor={max_pixels: 100352}'")
         if self.quantize is not None:
             one_of("model.quantize", self.quantize, Literal["nf4"])
             if self.lora is None:

@@ -12,9 +12,10 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from vlm_agents.config import HardwareConfig, ModelConfig, RunConfig
 from vlm_agents.errors import ConfigError, ModelError
 from vlm_agents.models import load_agent
-from vlm_agents.models.architectures import image_processor_of, tokenizer_for, whole_config
+from vlm_agents.models.architectures import tokenizer_for, whole_config
 from vlm_agents.models.families import KINDS, family_of, kind_of
 from vlm_agents.models.loading import TINY
+from vlm_agents.models.processing import make_image_processor
 
 Compose = Callable[..., RunConfig]
 CPU = HardwareConfig("cpu")
@@ -46,7 +47,7 @@ def test_the_published_sizes(compose_run: Compose, name: str):
         model = AutoModelForImageTextToText.from_config(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
     assert model.get_input_embeddings().num_embeddings == cfg.architecture["text_config"]["vocab_size"]
-    family = family_of(model, image_processor_of(kind, cfg.image_processor))
+    family = family_of(model, make_image_processor(kind, cfg.architecture["image_processor"]))
     assert family.image_tokens((1024, 768)) == TOKENS[name]
     assert tokenizer.convert_ids_to_tokens(family.image_token_id) in kind.token_ids.values()
     assert len(tokenizer) < cfg.architecture["text_config"]["vocab_size"]

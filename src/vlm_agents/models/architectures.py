@@ -1,4 +1,4 @@
-"""Models from their dimensions alone: the config, tokenizer and image processor that random weights need.
+"""Models from their dimensions alone: the config and tokenizer that random weights need.
 
 No file and no download: `conf/model/` holds the dimensions, the tokenizer is the tiny model's with the special tokens
 that the family wants. Not for pretrained weights: those bring all of this with them.
@@ -8,7 +8,6 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-import transformers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig
 
@@ -32,13 +31,9 @@ def whole_config(architecture: Mapping[str, Any], kind: Kind, tokenizer: Any) ->
 
     Without a `vocab_size` the embeddings have a row for each token, and no more.
     """
-    settings = copy.deepcopy(dict(architecture))
+    settings = copy.deepcopy({name: value for name, value in architecture.items() if name != "image_processor"})
     text = settings["text_config"]
     text.setdefault("vocab_size", len(tokenizer))
     text |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     ids = {entry: tokenizer.convert_tokens_to_ids(token) for entry, token in kind.token_ids.items()}
     return AutoConfig.for_model(**settings, **ids)
-
-
-def image_processor_of(kind: Kind, settings: Mapping[str, Any]) -> Any:
-    return getattr(transformers, kind.image_processor)(**settings)

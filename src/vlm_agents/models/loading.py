@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.models.auto.image_processing_auto import AutoImageProcessor  # transformers 5.17 hides it at the top
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
@@ -23,10 +22,17 @@ from vlm_agents.config import HardwareConfig, ModelConfig, TrainableConfig
 from vlm_agents.errors import ConfigError, DataError, ModelError, VlmAgentsError
 from vlm_agents.models.actor_critic import Agent, TemperatureHead, ValueHead
 from vlm_agents.models.adapters import ADAPTER_FILE, adapter_settings
-from vlm_agents.models.architectures import image_processor_of, tokenizer_for, whole_config
+from vlm_agents.models.architectures import tokenizer_for, whole_config
 from vlm_agents.models.families import Family, family_of, kind_of
 from vlm_agents.models.fingerprint import BASE_FILE
 from vlm_agents.models.probing import prove
+from vlm_agents.models.processing import (
+    PROCESSOR_FILE,
+    adjusted,
+    load_image_processor,
+    make_image_processor,
+    prove_settings,
+)
 from vlm_agents.progress import say
 
 TINY = Path(__file__).parent / "tiny_weights"
@@ -70,7 +76,11 @@ def load_agent(
     else:
         model, tokenizer, image_processor = load_parts(source, random, hardware, cfg)
     keep_packing(model)
+    if folder and adapter and (folder / PROCESSOR_FILE).is_file():  # its pictures may be others than the base's
+        image_processor = load_image_processor(str(folder))
+    image_processor = adjusted(image_processor, cfg.image_processor or {})
     family = family_of(model, image_processor)
+    prove_settings(family, cfg.image_processor or {})
     if cfg.lora is None:
         keep_gradients(model, family, train)
     else:
@@ -170,11 +180,11 @@ def init_folder(init: str) -> Path:
 def make_parts(cfg: ModelConfig, hardware: HardwareConfig) -> tuple[Any, Any, Any]:
     """Model, tokenizer and image processor out of `cfg.architecture` alone, with the tiny model's vocabulary."""
     architecture = cfg.architecture or {}
-    with refusing(f"model {cfg.name}", "See model.architecture and model.image_processor"):
+    with refusing(f"model {cfg.name}", "See model.architecture"):
         kind = kind_of(str(architecture.get("model_type")))
         tokenizer = tokenizer_for(kind, AutoTokenizer.from_pretrained(str(TINY), trust_remote_code=False))
-        model = draw_weights(whole_config(architecture, kind, tokenizer), cfg, hardware)
-        return model, tokenizer, image_processor_of(kind, cfg.image_processor)
+        image_processor = make_image_processor(kind, architecture.get("image_processor") or {})
+        return draw_weights(whole_config(architecture, kind, tokenizer), cfg, hardware), tokenizer, image_processor
 
 
 def draw_weights(config: Any, cfg: ModelConfig, hardware: HardwareConfig) -> Any:
@@ -195,8 +205,7 @@ def draw_weights(config: Any, cfg: ModelConfig, hardware: HardwareConfig) -> Any
 def load_parts(source: str, random: bool, hardware: HardwareConfig, cfg: ModelConfig) -> tuple[Any, Any, Any]:
     """Model, tokenizer and image processor. Random weights have the same architecture and need no weight files.
 
-    The processor class is not used: those of the Qwen families need torchvision for videos. Pictures are resized by
-    Pillow even where torchvision is there: the two differ by up to 0.2 in a pixel, and runs must not depend on it.
+    The processor class is not used: those of the Qwen families need torchvision for videos.
     """
     with refusing(f"model {source}", "Set model.path or stage.init to a whole HF folder"):
         check_source(source)
@@ -209,8 +218,7 @@ def load_parts(source: str, random: bool, hardware: HardwareConfig, cfg: ModelCo
             if cfg.quantize:
                 settings |= four_bit(config.model_type, hardware)
             model = load_whole(source, settings)
-        image_processor = AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False)
-        return model, load_tokenizer(source), image_processor
+        return model, load_tokenizer(source), load_image_processor(source)
 
 
 def check_source(source: str) -> None:

@@ -25,6 +25,8 @@ class LlavaNext(LanguageParts):
                 "this LLaVA's text model has sliding-window attention, which our cache lacks: use one with "
                 "text_config.sliding_window=null, as llava-v1.6-mistral-7b-hf"
             )
+        # The processor cuts the tiles, and the model must know into what.
+        model.config.image_grid_pinpoints = image_processor.image_grid_pinpoints
         self.model = model
         self.image_processor = image_processor
         self.image_token_id: int = model.config.image_token_id
