@@ -148,6 +148,63 @@ def test_a_config_that_is_no_json(load: Load, broken: Path):
     assert f"model {broken} can't be loaded" in refusal(load, path=str(broken))
 
 
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)])
+def test_a_damaged_file_is_named(load: Load, tmp_path: Path, lora: LoraConfig | None):
+    """Any of a saved folder that is read: cut in half, or no text, or of another kind."""
+    load(lora=lora).save(tmp_path)
+    unread = {"generation_config.json", "README.md"}  # for servers and people
+    if lora:
+        unread |= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}  # those of the base are taken
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.name not in unread]
+    assert len(files) == (5 if lora else 7)
+    for path in files:
+        whole = path.read_bytes()
+        for content in (whole[: len(whole) // 2], b"\xff[]", b"[]"):
+            path.write_bytes(content)
+            message = refusal(load, init=tmp_path, lora=lora)
+            assert str(tmp_path) in message
+            assert path.name in message or (path.suffix == ".jinja" and "chat template" in message)
+        path.write_bytes(whole)
+
+
+def test_a_tokenizer_that_ends_no_turn(load: Load, broken: Path):
+    """Without such a token every other one might be sampled, and no reply would ever end."""
+    path = broken / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": None}))
+    assert f"the tokenizer of {broken} has no eos_token" in refusal(load, path=str(broken))
+
+
+def test_a_chat_template_that_says_nothing(load: Load, broken: Path):
+    for template, message in (("", "has no chat template"), ("{{ bos_token }}hello", "leaves out what users say")):
+        (broken / "chat_template.jinja").write_text(template)
+        said = refusal(load, path=str(broken))
+        assert message in said
+        assert str(broken) in said
+
+
+def test_a_head_saved_anew_by_another_program(load: Load, agent: Agent, tmp_path: Path):
+    """Whose metadata say nothing of bounds."""
+    agent.save(tmp_path)
+    head = tmp_path / "heads/value_head.safetensors"
+    save_file(load_file(head), head, metadata={"format": "pt"})
+    assert load(init=tmp_path).value_head.state_dict().keys() == agent.value_head.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"_attn_implementation": "stranger/kernel"}, "asks for code from the hub, stranger/kernel"),
+        ({"transformers_weights": "adapter_model.bin"}, "names weights in adapter_model.bin: save them as safetensors"),
+    ],
+)
+def test_code_that_a_config_names_is_not_asked_for(load: Load, broken: Path, entry: dict[str, str], message: str):
+    """transformers would load a kernel, and a pickle, whatever else it was told."""
+    path = broken / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entry))
+    for weights in ("pretrained", "random"):
+        assert message in refusal(load, path=str(broken), weights=weights)
+
+
 def test_init_that_holds_no_model(load: Load, tmp_path: Path):
     message = refusal(load, DataError, init=tmp_path)
     assert f"stage.init={tmp_path} holds no model" in message

@@ -440,11 +440,6 @@ def test_a_template_that_thinks_is_refused(agent: Agent):
         with_template(agent, thinking)
 
 
-def test_without_a_template_there_is_no_rendering(agent: Agent):
-    with pytest.raises(ModelError, match="no chat template"):
-        with_template(agent, None)
-
-
 # ---- rows to tensors -------------------------------------------------------------------------------------------------
 def test_collate_pads_on_the_right_and_marks_replies(agent: Agent, chats: list[Prompt], make_row: MakeRow):
     end = agent.renderer.end_of_turn

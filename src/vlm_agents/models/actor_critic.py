@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -299,15 +299,20 @@ class Agent(nn.Module):
             path = folder / name
             if not path.is_file():
                 continue
-            state, own = load_file(path), head.state_dict()
+            try:
+                state, own = load_file(path), head.state_dict()
+                with safe_open(path, "pt") as file:
+                    bounds = (file.metadata() or {}).get("settings")
+            except SafetensorError as error:
+                raise ModelError(
+                    f"{path} is damaged ({error}): put a whole copy there, or delete it for a fresh head"
+                ) from error
             if {key: value.shape for key, value in state.items()} != {key: value.shape for key, value in own.items()}:
                 raise ModelError(
                     f"{path}: its shapes differ from model.{path.stem}; delete it, or use the hidden size it has"
                 )
-            with safe_open(path, "pt") as file:
-                meaning = file.metadata()
-            if meaning and meaning != meaning_of(head):
-                raise ModelError(f"{path} was trained within other bounds: set {meaning['settings']}")
+            if bounds and bounds != meaning_of(head).get("settings"):
+                raise ModelError(f"{path} was trained within other bounds: set {bounds}")
             head.load_state_dict(state)
 
 

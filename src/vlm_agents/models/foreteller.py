@@ -11,6 +11,7 @@ from torch import nn
 from vlm_agents.errors import ConfigError
 from vlm_agents.models.actor_critic import Agent
 from vlm_agents.models.adapters import ADAPTER_WEIGHTS
+from vlm_agents.models.damage import refusing
 from vlm_agents.models.lora import config_of, read
 from vlm_agents.tensors import Scores, Tokens
 
@@ -29,9 +30,10 @@ class AdapterForeteller:
         assert isinstance(agent.model, PeftModel)
         self.agent, self.model = agent, agent.model
         with self._gradients_kept():
-            if folder is not None and (folder / FORETELLER / ADAPTER_WEIGHTS).is_file():
-                self.model.add_adapter(FORETELLER, config_of(folder / FORETELLER))
-                read(self.model, folder / FORETELLER, FORETELLER)
+            if folder is not None and ((saved := folder / FORETELLER) / ADAPTER_WEIGHTS).is_file():
+                with refusing(f"adapter {saved}", "Put a whole copy there, or delete that folder to begin anew", saved):
+                    self.model.add_adapter(FORETELLER, config_of(saved))
+                    read(self.model, saved, FORETELLER)
             else:
                 self.model.add_adapter(FORETELLER, self._shape())
             self.model.set_adapter(POLICY)

@@ -2,16 +2,11 @@
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -19,10 +14,11 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from vlm_agents.config import HardwareConfig, ModelConfig, TrainableConfig
-from vlm_agents.errors import ConfigError, DataError, ModelError, VlmAgentsError
+from vlm_agents.errors import ConfigError, DataError, ModelError
 from vlm_agents.models.actor_critic import Agent, TemperatureHead, ValueHead
 from vlm_agents.models.adapters import ADAPTER_FILE, adapter_settings
 from vlm_agents.models.architectures import tokenizer_for, whole_config
+from vlm_agents.models.damage import refusing
 from vlm_agents.models.families import Family, family_of, kind_of
 from vlm_agents.models.fingerprint import BASE_FILE
 from vlm_agents.models.probing import prove
@@ -36,6 +32,8 @@ from vlm_agents.models.processing import (
 from vlm_agents.progress import say
 
 TINY = Path(__file__).parent / "tiny_weights"
+WHOLE = "Set model.path or stage.init to a whole HF folder"
+PROBE = "What do you see?"
 RUN_MODEL = "model"  # where a stage leaves its model inside its run directory
 
 transformers_logging.set_verbosity_error()
@@ -61,14 +59,14 @@ def load_agent(
         os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
     train = cfg.train.settled(freeze_vision)
     folder = init_folder(init) if init else None
-    adapter = folder is not None and (folder / ADAPTER_FILE).is_file()
-    if folder and adapter and cfg.lora is None:
-        saved = adapter_settings(folder)
+    adapter = folder if folder and (folder / ADAPTER_FILE).is_file() else None
+    if adapter and cfg.lora is None:
+        saved = adapter_settings(adapter)
         raise ModelError(
-            f"{folder} holds a LoRA adapter: add model/lora=adapter model.lora.rank={saved['r']} "
+            f"{adapter} holds a LoRA adapter: add model/lora=adapter model.lora.rank={saved['r']} "
             f"model.lora.alpha={saved['lora_alpha']}"
         )
-    base = base_of(folder, cfg) if folder and adapter else folder
+    base = base_of(adapter, cfg) if adapter else folder
     source = str(base or cfg.path or TINY)
     random = cfg.weights == "random" and base is None
     if random and cfg.architecture is not None:
@@ -76,19 +74,21 @@ def load_agent(
     else:
         model, tokenizer, image_processor = load_parts(source, random, hardware, cfg)
     keep_packing(model)
-    if folder and adapter and (folder / PROCESSOR_FILE).is_file():  # its pictures may be others than the base's
-        image_processor = load_image_processor(str(folder))
-    image_processor = adjusted(image_processor, cfg.image_processor or {})
-    family = family_of(model, image_processor)
+    with refusing(f"model {adapter or source}", WHOLE, adapter or source):
+        if adapter and (adapter / PROCESSOR_FILE).is_file():  # its pictures may be others than the base's
+            image_processor = load_image_processor(str(adapter))
+        image_processor = adjusted(image_processor, cfg.image_processor or {})
+        family = family_of(model, image_processor)
     prove_settings(family, cfg.image_processor or {})
     if cfg.lora is None:
         keep_gradients(model, family, train)
     else:
         from vlm_agents.models import lora  # peft imports bitsandbytes: seconds that a run without an adapter saves
 
-        if folder and adapter:
-            with refusing(f"adapter {folder}", "Set stage.init to a whole adapter of the model that model.path names"):
-                model = lora.load(model, folder, family, cfg, train)
+        if adapter:
+            remedy = "Set stage.init to a whole adapter of the model that model.path names"
+            with refusing(f"adapter {adapter}", remedy, adapter):
+                model = lora.load(model, adapter, family, cfg, train)
         else:
             model = lora.add(model, family, cfg.lora, train)
     if cfg.gradient_checkpointing:
@@ -207,10 +207,14 @@ def load_parts(source: str, random: bool, hardware: HardwareConfig, cfg: ModelCo
 
     The processor class is not used: those of the Qwen families need torchvision for videos.
     """
-    with refusing(f"model {source}", "Set model.path or stage.init to a whole HF folder"):
+    with refusing(f"model {source}", WHOLE, source):
         check_source(source)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         kind_of(config.model_type)
+        if "/" in (kernel := str(config._attn_implementation)):  # transformers would take it, before our own setting
+            raise ModelError(f"{source}/config.json asks for code from the hub, {kernel}: remove _attn_implementation")
+        if (weights := str(getattr(config, "transformers_weights", None) or "")).endswith(".bin"):
+            raise ModelError(f"{source}/config.json names weights in {weights}: save them as safetensors")
         if random:
             model = draw_weights(config, cfg, hardware)
         else:
@@ -241,8 +245,17 @@ def load_tokenizer(source: str) -> Any:
     older = cached_file(source, "chat_template.json", _raise_exceptions_for_missing_entries=False)
     if older:
         tokenizer.chat_template = json.loads(Path(older).read_text(encoding="utf-8"))["chat_template"]
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of {source} has no eos_token, which ends a turn: see its tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:  # some have none; what fills a row is read by nobody
         tokenizer.pad_token = tokenizer.eos_token
+    if not tokenizer.chat_template:
+        raise ModelError(f"the tokenizer of {source} has no chat template: add its chat_template.jinja to the folder")
+    said = [{"role": "user", "content": [{"type": "text", "text": PROBE}]}]
+    if PROBE not in tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True):
+        raise ModelError(f"the chat template of {source} leaves out what users say: see its chat_template.jinja")
     return tokenizer
 
 
@@ -292,15 +305,3 @@ def keep_packing(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-
-
-@contextmanager
-def refusing(what: str, remedy: str) -> Iterator[None]:
-    """Turn whatever the libraries raise over bad files into one line that says what can't be loaded."""
-    try:
-        yield
-    except VlmAgentsError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        reason = shorten(str(error).rstrip(". ") or type(error).__name__, 300, placeholder=" ...")
-        raise ModelError(f"{what} can't be loaded: {reason}. {remedy}") from error

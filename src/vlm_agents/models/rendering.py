@@ -33,8 +33,6 @@ class HFRenderer:
     """Renders for one tokenizer and one family."""
 
     def __init__(self, tokenizer: Any, family: Family, images: ImageStore) -> None:
-        if not tokenizer.chat_template:
-            raise ModelError("the model's tokenizer has no chat template: add its chat_template.jinja to the folder")
         self.tokenizer = tokenizer
         self.family = family
         self.images = images
