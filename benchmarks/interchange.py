@@ -59,7 +59,7 @@ def our_rows(run: Path, model: Path) -> list[dict[str, list[int]]]:
     """What stage=sft makes of each row: its ids, and the same where it learns, -100 elsewhere."""
     from vlm_agents.config import HardwareConfig, ModelConfig
     from vlm_agents.models import load_agent
-    from vlm_agents.stages.sft import Chats
+    from vlm_agents.stages.sft_data import Chats
 
     agent = load_agent(ModelConfig("any", path=str(model)), HardwareConfig("cpu"))
     chats = Chats(run / "train.parquet", agent.renderer)

@@ -19,8 +19,8 @@ __main__ worker
 command_line
 stages run
 rollout
-policies episodes llava_data env_pool report chats inputs
-envs experts | prompting | models | learn | tracking stores | checkpoints | judge remote endpoint answers | sandbox
+policies episodes llava_data env_pool report chats inputs judge
+envs experts | prompting | models | learn | tracking stores | checkpoints | remote endpoint answers | sandbox
 config tensors
 types errors files pictures progress
 """

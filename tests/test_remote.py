@@ -659,6 +659,15 @@ def test_whatever_becomes_of_one_prompt_alone(server: Server, client, quick: Non
     assert complete(client(), "a", "red", "b") == ["yes", "", "yes"]
 
 
+def test_a_limit_on_tokens_a_minute_is_no_prompt_s_fault(server: Server, client, quick: None):
+    """A large prompt may be over it while a blank one is not: asked another time it is answered."""
+    server.answer = lambda request: Answer(429, b"tokens per minute") if text_of(request) == "red" else "yes"
+    with pytest.raises(ModelError, match=r"status 429, \d times .* give the same command again"):
+        complete(client(), "red")
+    server.answer = lambda request: "yes"
+    assert complete(client(), "red") == ["yes"]
+
+
 def test_the_blank_question_has_the_form_of_the_one_that_was_refused(server: Server, client):
     """So a limit on pictures, or a model that takes none, is no fault of one prompt."""
     server.answer = lambda request: Answer(400, b"at most 1 picture") if len(pictures_of(request)) > 1 else "yes"
@@ -1124,6 +1133,8 @@ def test_scores_are_read_in_linear_time():
         ('<think>maybe {"score": 3}?</think>{"score": 8}', 8.0),
         ('maybe {"score": 3}?</think>\n{"score": 8}', 8.0),
         ('<think>maybe {"score": 3}', None),
+        ('[THINK]{"score": 3}[/THINK]{"score": 7}', 7.0),
+        ('[THINK]maybe {"score": 2}', None),
     ],
 )
 def test_a_draft_is_no_score(text: str, score: float | None):

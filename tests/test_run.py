@@ -370,6 +370,8 @@ def test_a_killed_run_ends_like_an_unbroken_one(compose_run, tmp_path: Path, sto
         pytest.param([1, 3, 4, 5], [1, 3, 4], False, id="one deleted"),
         pytest.param([1, 2, 3, "damaged, at length" * 9], [1, 2, 3], True, id="the checkpoint's own damaged"),
         pytest.param([1, 2, 3], [1, 2, 3], True, id="the checkpoint's own deleted"),
+        pytest.param([1, 2, 3, 5], [1, 2, 3], True, id="the checkpoint's own deleted, and one came after it"),
+        pytest.param([1, 5], [1], True, id="the last three deleted"),
     ],
 )
 def test_a_file_that_lost_lines_is_cut_behind_the_one_that_its_checkpoint_saw(

@@ -17,7 +17,7 @@ import pyarrow
 import pyarrow.parquet
 
 from vlm_agents.errors import DataError
-from vlm_agents.files import sync, writing
+from vlm_agents.files import sync, temporary_of, writing
 from vlm_agents.types import Role
 
 IMAGE_MARK = "<image>"
@@ -60,6 +60,8 @@ def flaw(row: dict[str, Any]) -> Flaw | None:
     marks, pictures = sum(message["content"].count(IMAGE_MARK) for message in row["messages"]), len(row["images"])
     if marks != pictures:
         return Flaw("mark_in_text", f"it has {marks} {IMAGE_MARK} for {pictures} pictures; no word can be spelled so")
+    if misplaced := _misplaced(row["messages"]):
+        return Flaw("mark_in_text", misplaced)
     try:
         size = _bytes(row)
     except UnicodeEncodeError as error:
@@ -67,6 +69,17 @@ def flaw(row: dict[str, Any]) -> Flaw | None:
         return Flaw("half_character", f"half a surrogate pair, {half}, in a text")
     if size > ROW_BYTES:
         return Flaw("too_large", f"{size:,} bytes of texts and pictures, more than a Parquet reader takes")
+    return None
+
+
+def _misplaced(messages: Sequence[dict[str, str]]) -> str | None:
+    """A picture that would not keep its place: in `types.Message` they stand before the text."""
+    for place, message in enumerate(messages):
+        before, mark, _ = message["content"].rpartition(IMAGE_MARK)
+        if mark and message["role"] == "assistant":
+            return f"its message {place} is an assistant's, and has a picture"
+        if before.replace(IMAGE_MARK, "").strip():
+            return f"its message {place} has a picture behind words, and all must stand before them"
     return None
 
 
@@ -93,7 +106,7 @@ def _disorder(roles: Sequence[str]) -> str | None:
         return f"its last message is of role {roles[-1]}: what is learned is an assistant's message at the end"
     said = roles[roles[0] == "system" :]
     if said[0] != "user" or "system" in said or ("assistant", "assistant") in pairwise(said):
-        return f"its roles are out of order ({', '.join(roles)}): system or nothing, then user and assistant in turn"
+        return f"its roles are out of order ({', '.join(roles)}): system or nothing, then users, each answer behind one"
     return None
 
 
@@ -113,7 +126,7 @@ class ChatWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._temporary = temporary_of(path)
         self._file: pyarrow.parquet.ParquetWriter | None = None
         self._rows: list[dict[str, Any]] = []  # not written yet
         self._size = 0  # of these, in bytes

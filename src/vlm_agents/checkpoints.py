@@ -8,7 +8,7 @@ import logging
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class Checkpoint:
     state: Mapping[str, Any]
     seconds: float
     offsets: Mapping[str, int]
-    last_lines: Mapping[str, str]
+    last_lines: Mapping[str, Sequence[str]]
     keep: int | None
 
 

@@ -56,6 +56,10 @@ class Unreadable(Exception):
         self.body = body
 
 
+class Unavailable(ModelError):
+    """The server can't be reached, or takes no request now: no prompt's fault, and another time it may be otherwise."""
+
+
 Failure = Said | Unreadable | TimeoutError | httpx2.RequestError
 
 
@@ -162,7 +166,9 @@ class Endpoint:
                 fix = (
                     f"wait for {wait:.0f} s" if wait > PATIENCE_S else "see its log, or lower stage.remote.concurrency"
                 )
-                return self._error(f"status {failure.status}, {tries} times", f"{fix}. {again}", failure.body)
+                error = self._error(f"status {failure.status}, {tries} times", f"{fix}. {again}", failure.body)
+                passing = wait > PATIENCE_S or failure.status in (408, 409, 429)
+                return Unavailable(str(error)) if passing else error
             case Unreadable():
                 fix = "is stage.remote.url the part before /chat/completions of an OpenAI-compatible server?"
                 return self._error(f"{tries} times, what came back is no chat completion", fix, failure.body)
@@ -170,7 +176,8 @@ class Endpoint:
                 fix = "raise stage.remote.timeout_s or lower stage.remote.concurrency"
                 return self._error(f"no answer within {self._cfg.timeout_s:g} s, {tries} times", f"{fix}. {again}")
         fix = f"is the server running there, and is stage.remote.url right? {again}"
-        return self._error(f"can't be reached ({self._quoted(reason(failure))}), {tries} times", fix)
+        error = self._error(f"can't be reached ({self._quoted(reason(failure))}), {tries} times", fix)
+        return Unavailable(str(error)) if isinstance(failure, httpx2.ConnectError) else error
 
     async def _refused(self, failure: Failure, request: Mapping[str, Any]) -> ModelError:
         if isinstance(failure, Said):

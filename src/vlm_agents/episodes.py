@@ -144,7 +144,7 @@ def _reading(where: str) -> Iterator[None]:
         raise DataError(f"{where}: {error}") from error
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DataError(
-            f"{where}: not an episode ({error!r}). Delete this line, or run the stage that wrote it again"
+            f"{where}: not an episode ({error!r}). Delete this line; stage=collect then plays what lacks"
         ) from error
 
 

@@ -5,7 +5,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from vlm_agents.errors import DataError
 
 OUR_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 MARKED = 1 << 16  # bytes of a line's end that tell it from the others
+TAIL, REMEMBERED = 1 << 20, 8  # bytes, and lines in them, of a file's end by which it is found again
 REMEDIES = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "You may not write there: run in another folder"),
     **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "A file or a dead link is where a folder should be: move it away"),
@@ -89,31 +90,32 @@ def mark_of(line: bytes) -> str:
     return hashlib.blake2b(line.rstrip(b"\n")[-MARKED:], digest_size=16).hexdigest()
 
 
-def last_line(path: Path, end: int) -> str:
-    """The mark of the line that ends at byte `end`."""
+def last_lines(path: Path, end: int) -> list[str]:
+    """The marks of the last lines before byte `end`, newest first: as many as a MiB holds, eight at most."""
+    start = max(0, end - TAIL)
     with open(path, "rb") as file:
-        file.seek(max(0, end - MARKED - 1))
-        tail = file.read(end - file.tell())
-    return mark_of(tail.rstrip(b"\n").rpartition(b"\n")[2])
+        file.seek(start)
+        lines = file.read(end - start).splitlines()
+    return [mark_of(line) for line in reversed(lines[1 if start and len(lines) > 1 else 0 :])][:REMEMBERED]
 
 
-def cut_after(path: Path, end: int, mark: str | None) -> bool:
-    """Cut an append-only file behind the line that ended at byte `end`, and is known by `mark`; whether it was found.
+def cut_after(path: Path, end: int, marks: Sequence[str]) -> bool:
+    """Cut an append-only file behind the line that ended at byte `end`, and is known by the first of `marks`; whether
+    it was found.
 
-    Somebody may have removed or changed lines: then it is looked for. If it is itself gone, the whole lines up to
-    `end` are kept.
+    Somebody may have removed or changed lines: then it is looked for, and where it is gone itself, those before it,
+    whose marks are the others. Where none is left, the whole lines up to `end` are kept, be they newer or not.
     """
     size = path.stat().st_size
-    found = end <= size and (end == 0 or mark is None or last_line(path, end) == mark)
-    if not found:
-        at, whole = 0, 0
-        with open(path, "rb") as file:
-            for line in file:
-                at += len(line)
-                if mark is not None and line.endswith(b"\n") and mark_of(line) == mark:
-                    end, found = at, True
-                elif line.endswith(b"\n") and at <= end:
-                    whole = at
-        end = end if found else whole
-    os.truncate(path, end)
-    return found
+    if end <= size and (end == 0 or not marks or last_lines(path, end)[:1] == [marks[0]]):
+        os.truncate(path, end)
+        return True
+    at, whole, places = 0, 0, dict[str, int]()
+    with open(path, "rb") as file:
+        for line in file:
+            at += len(line)
+            if line.endswith(b"\n"):
+                places[mark_of(line)] = at
+                whole = at if at <= end else whole
+    os.truncate(path, next((places[mark] for mark in marks if mark in places), whole))
+    return bool(marks) and marks[0] in places

@@ -12,6 +12,7 @@ from vlm_agents.config import PreprocessConfig, RunConfig, SftConfig
 from vlm_agents.errors import ConfigError, DataError
 
 INPUTS = "inputs.json"
+OURS = ("heads", "temporal")  # what a model's folder may have inside; others, such as a Trainer's, are no part of it
 PIECE = 1 << 16
 PIECES = 1024  # of a file that are read: all of one up to 64 MiB, and of a larger one as many, spread evenly
 
@@ -27,8 +28,8 @@ def inputs_of(cfg: RunConfig) -> Iterator[Path]:
     for model in (getattr(stage, "init", None), cfg.model.path):
         if model:
             folder = Path(model) / "model" if (Path(model) / "model").is_dir() else Path(model)
-            inside = (path for path in sorted(folder.rglob("*")) if path.suffix != ".md")
-            yield from (path for path in inside if not any(part[0] == "." for part in path.relative_to(folder).parts))
+            parts = (path for inside in (folder, *map(folder.joinpath, OURS)) for path in sorted(inside.glob("*")))
+            yield from (path for path in parts if path.suffix != ".md" and path.name[0] != ".")
 
 
 def hashes(paths: Iterable[Path]) -> dict[str, str]:

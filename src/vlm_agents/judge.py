@@ -4,9 +4,10 @@ A rating that can't be read stays out; it is never 0, for that would be a verdic
 """
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 
+from vlm_agents.prompting.objects import is_json, objects_in
+from vlm_agents.prompting.thinking import answer_start
 from vlm_agents.remote import ChatClient
 from vlm_agents.types import Message, Prompt, Turn
 
@@ -62,11 +63,9 @@ def read_score(text: str) -> float | None:
 
 
 def scores_in(text: str) -> Iterator[float]:
-    said = text.rpartition("</think>")[2].partition("<think>")[0]  # a draft in the model's thoughts is no rating
-    for found in re.findall(r"\{[^{}]*\}", said):
-        try:
-            score = json.loads(found).get("score")
-        except (ValueError, RecursionError):
-            continue
+    """Of the answer's objects of sound JSON; a draft in the model's thinking is no rating."""
+    start, error = answer_start(text)
+    for _, (first, last) in () if error else objects_in(text, start):
+        score = json.loads(text[first:last]).get("score") if is_json(text[first:last]) else None
         if isinstance(score, int | float) and not isinstance(score, bool) and 0 <= score <= 10:
             yield float(score)

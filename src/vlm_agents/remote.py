@@ -20,8 +20,9 @@ from PIL import Image
 
 from vlm_agents.answers import Answers, Completion
 from vlm_agents.config import RemoteConfig
-from vlm_agents.endpoint import PATIENCE_S, Endpoint
+from vlm_agents.endpoint import PATIENCE_S, Endpoint, Unavailable
 from vlm_agents.errors import ModelError
+from vlm_agents.pictures import as_shown
 from vlm_agents.types import Message, Prompt
 
 IN_A_ROW = 16  # refused prompts, or two for each request under way, without one answer between: no prompt's fault
@@ -140,6 +141,8 @@ class ChatClient:
         """The server's answer, an empty one where it can't take this prompt; ModelError where it can't take any."""
         try:
             return await self._endpoint.complete(request, self._cfg.retries, PATIENCE_S)
+        except Unavailable:
+            raise
         except ModelError as error:
             try:
                 await self._endpoint.complete(blank(request), min(self._cfg.retries, 1), 0.0)
@@ -216,7 +219,7 @@ def blank(request: dict[str, Any]) -> dict[str, Any]:
 
 def data_url(image: Image.Image) -> str:
     png = io.BytesIO()
-    image.save(png, "PNG")
+    as_shown(image).save(png, "PNG")
     return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
 
 

@@ -31,7 +31,7 @@ from vlm_agents import checkpoints
 from vlm_agents.checkpoints import Checkpoint
 from vlm_agents.config import CollectConfig, EvalConfig, RunConfig, conf_dir, flat
 from vlm_agents.errors import ConfigError, DataError
-from vlm_agents.files import append_line, atomic_write, cut_after, last_line, sweep_temporaries, sync, writing
+from vlm_agents.files import append_line, atomic_write, cut_after, last_lines, sweep_temporaries, sync, writing
 from vlm_agents.inputs import INPUTS, hashes, inputs_of, refuse_other_inputs
 from vlm_agents.tracking import Tracker
 
@@ -178,7 +178,7 @@ class Run:
             if self.path(name).exists():
                 sync(self.path(name))
         offsets = {name: self._size(name) for name in self._append_only}
-        marks = {name: last_line(self.path(name), offset) for name, offset in offsets.items() if offset}
+        marks = {name: last_lines(self.path(name), offset) for name, offset in offsets.items() if offset}
         record = {"state": state, "seconds": self._seconds(), "offsets": offsets, "last_lines": marks}
         return checkpoints.save(self.path("checkpoints"), step, write, record, keep)
 
@@ -194,8 +194,8 @@ class Run:
         offsets = {} if checkpoint is None else checkpoint.offsets
         self._seconds_before = 0.0 if checkpoint is None else checkpoint.seconds
         for name in self._append_only:
-            mark = checkpoint.last_lines.get(name) if checkpoint else None
-            if self.path(name).exists() and not cut_after(self.path(name), offsets.get(name, 0), mark):
+            marks = checkpoint.last_lines.get(name, []) if checkpoint else []
+            if self.path(name).exists() and not cut_after(self.path(name), offsets.get(name, 0), marks):
                 log.warning("%s lost lines that its checkpoint saw: going on with those that are left", self.path(name))
         if checkpoint and checkpoint.keep:  # it may have been killed before it removed those that it replaced
             checkpoints.prune(self.path("checkpoints"), checkpoint.step, checkpoint.keep)

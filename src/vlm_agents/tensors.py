@@ -106,6 +106,11 @@ class ActorCritic(Protocol):
 class Renderer(Protocol):
     """Rows to tensors, one per model family."""
 
+    @property
+    def context(self) -> int:
+        """The most tokens, prompt and reply, that the model has positions for."""
+        ...
+
     def render(self, prompt: Prompt) -> Rendered: ...
 
     def encode_reply(self, text: str) -> list[int]:

@@ -14,6 +14,7 @@ from vlm_agents.types import Message, Observation, Parsed, Reply, Step, Stop, Tr
 class WordRenderer:
     """Token i reads as `words[i]`. Token 0 pads, token 1 ends a turn: both are empty."""
 
+    context = 1000
     words = ("", "", "go", "é", "日本", '{"t":"', '","a":"', '"}', ' "', "x", "y", "z")
 
     def collate(self, rows: Sequence[Row]) -> Tokens:

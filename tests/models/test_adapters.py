@@ -110,6 +110,7 @@ def test_settings_of_wrong_types_are_one_line(load: Load, tmp_path: Path):
         "lora_dropout": None,
         "target_modules": 3,
         "rank_pattern": [1],
+        "base_model_name_or_path": 5,
     }.items():
         put(tmp_path, **(whole | {key: value}))
         with pytest.raises(ModelError, match=rf"adapter_config\.json has {key}=.*, of another type: put a whole copy"):

@@ -1,4 +1,5 @@
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -150,6 +151,15 @@ def test_an_adapter_finds_the_weights_that_it_was_trained_on(
         ModelError, match=r"was trained on some/hub-id: set model.path=some/hub-id if that is a hub id, or to"
     ):
         load(init=tmp_path / "adapted", path=None, lora=SMALL)
+
+
+def test_another_folder_of_the_name_of_ours_is_itself(load: Load, tiny_folder: Path, tmp_path: Path):
+    """`models/tiny_weights` is what this package calls its own, wherever it is installed."""
+    named = tmp_path / "models/tiny_weights"
+    shutil.copytree(tiny_folder, named)
+    load(path=str(named), lora=SMALL).save(tmp_path / "adapted")
+    (tmp_path / "adapted/base.json").unlink()  # as another program leaves it
+    assert load(path=None, init=tmp_path / "adapted", lora=SMALL).model.get_base_model().name_or_path == str(named)
 
 
 def test_another_shape_than_the_saved_one_is_refused(load: Load, tmp_path: Path):

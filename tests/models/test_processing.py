@@ -3,6 +3,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
 from vlm_agents.config import HardwareConfig, LoraConfig, ModelConfig, RunConfig
 from vlm_agents.errors import ConfigError
@@ -50,7 +52,9 @@ def test_every_family_has_a_bound(compose_run: Callable[..., RunConfig], model: 
         ({"return_tensors": "pt"}, "return_tensors: Qwen2VLImageProcessorPil knows no such setting"),
         ({"patch_size": 16}, "doesn't go with this model"),
         ({"merge_size": 4}, "doesn't go with this model"),
-        ({"max_pixels": "many"}, "doesn't go with this model"),
+        ({"max_pixels": "many"}, "model.image_processor={'max_pixels': 'many'}"),
+        ({"max_pixels": 784}, "bounds pictures between 3136 and 784 pixels: set min_pixels and max_pixels"),
+        ({"crop_size": 56}, "crop_size: Qwen2VLImageProcessorPil knows no such setting"),  # taken, and never read
         ({"size": 3}, "model.image_processor={'size': 3}"),
     ],
 )
@@ -58,6 +62,13 @@ def test_what_the_model_can_not_take_is_refused(load: Callable[..., Agent], sett
     with pytest.raises(ConfigError) as caught:
         load(image_processor=settings)
     assert told in str(caught.value)
+
+
+def test_pictures_that_are_not_normalised(load: Callable[..., Agent], picture: Callable[..., Image.Image]):
+    """Not by our own arithmetic for pictures that need no resizing, either."""
+    agent = load(image_processor={"do_normalize": False})
+    stock = agent.image_processor(images=[picture(84, 56)], return_tensors="pt")["pixel_values"]
+    assert torch.equal(agent.family.pixels([picture(84, 56)])["pixel_values"], stock)
 
 
 def test_nonsense_beside_dimensions_is_refused_too():

@@ -292,5 +292,5 @@ def test_a_tokenizer_without_the_placeholder_is_refused(copied: Path, tiny_folde
 
 
 def test_a_template_without_pictures_is_refused(copied: Path):
-    (copied / "chat_template.jinja").write_text("{% for message in messages %}?{% endfor %}")
+    (copied / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'][-1]['text'] }}{% endfor %}")
     assert "a prompt with 1 pictures has 0 placeholders <image>" in refusal(copied)

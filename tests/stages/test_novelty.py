@@ -66,6 +66,14 @@ def test_surprise_is_the_negative_log_probability_of_each_action(agent: Agent):
     assert (surprise > 0).all()
 
 
+def test_actions_that_the_model_has_no_position_for_surprise_nobody(agent: Agent):
+    agent.model.config.get_text_config().max_position_embeddings = 120  # of 4096
+    (surprise,) = predictor_of(agent).surprise([episode(0, *["left", "go"] * 40)])
+    assert len(surprise) == 80
+    assert surprise[0] > 0
+    assert surprise[-1] == 0
+
+
 def test_episodes_of_one_seed_have_each_their_own_surprise(agent: Agent):
     predictor = predictor_of(agent)
     twins = [episode(0, "left", "go"), episode(0, "right")]
@@ -148,6 +156,16 @@ def test_a_foreteller_of_another_model_is_refused(agent: Agent, tmp_path: Path):
     with pytest.raises(
         ModelError, match=r"adapter in .*/temporal is one of another model: it lacks 1 tensors and has 0"
     ):
+        predictor_of(again, tmp_path)
+
+
+def test_a_foreteller_without_weights_is_not_begun_anew(agent: Agent, tmp_path: Path):
+    predictor_of(agent)
+    agent.save(tmp_path)
+    (tmp_path / "temporal/adapter_model.safetensors").unlink()
+    cfg = ModelConfig(name="tiny", path=agent.model.name_or_path, lora=LoraConfig(rank=8, alpha=16))
+    again = load_agent(cfg, HardwareConfig(name="cpu"), str(tmp_path), freeze_vision=True)
+    with pytest.raises(ModelError, match=r"temporal/adapter_model\.safetensors is missing"):
         predictor_of(again, tmp_path)
 
 

@@ -1,6 +1,7 @@
 """Preprocessing: which turns are kept and what is learned to be said there; and that others can read the Parquet."""
 
 import importlib.util
+import inspect
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -88,17 +89,6 @@ def test_without_rows_to_hold_out_there_is_no_validation_file(run_stage: RunStag
     assert "sft/val_loss" not in metrics_of(trained)
 
 
-def test_the_readme_turns_a_row_into_what_trl_reads(echo_chats: Path):
-    readme = ROOT / "README.md"
-    found: dict[str, Any] = {}
-    exec(readme.read_text().split("```python\n")[1].split("```")[0], found)
-    row = table(echo_chats).map(found["typed"])[0]
-    parts = [[part["type"] for part in message["content"]] for message in row["messages"]]
-    assert parts == [["text"], ["image", "text"], ["text"]]
-    assert row["messages"][1]["content"][1]["text"].startswith("Turn ")
-    assert row["images"][0].size == (56, 56)
-
-
 @pytest.fixture(scope="module")
 def interchange() -> Any:
     """benchmarks/interchange.py, of which this much runs without TRL."""
@@ -108,6 +98,10 @@ def interchange() -> Any:
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     return script
+
+
+def test_the_docs_have_what_makes_trl_s_columns(interchange: Any):
+    assert inspect.getsource(interchange.for_trl) in (ROOT / "docs/data.md").read_text()
 
 
 def test_what_trl_is_given_are_the_tokens_that_sft_learns(interchange: Any, echo_chats: Path, tiny_model: Path):

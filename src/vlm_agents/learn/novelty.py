@@ -97,11 +97,11 @@ class TemporalPredictor:
         yield from scores.logprobs.split([end - begin for row in rows for begin, end in row.spans])
 
     def row(self, trajectory: Trajectory) -> Row:
-        """The first picture and a question; the reply: every action, in order."""
+        """The first picture and a question; the reply: every action, in order, as far as the model has positions."""
         prompt = (Message("user", QUESTION, trajectory.turns[0].observation.images[:1]),)
         rendered = self.renderer.render(prompt)
         reply = self.renderer.encode_reply(SEPARATOR.join(actions_of(trajectory)))
-        ids = np.concatenate([rendered.ids, np.array(reply, dtype=np.int64)])
+        ids = np.concatenate([rendered.ids, np.array(reply, dtype=np.int64)])[: self.renderer.context]
         span = (len(rendered.ids), len(ids))
         nothing = np.zeros(0, dtype=np.float32)
         return Row(f"{trajectory.env}/seed {trajectory.seed}", ids, rendered.images, (span,), *[nothing] * 5)

@@ -6,7 +6,7 @@ nothing and saves nothing.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -20,7 +20,7 @@ from vlm_agents.learn.advantages import explained_variance
 from vlm_agents.learn.batch import collate, microbatches, minibatches, to_device
 from vlm_agents.learn.engine import Engine
 from vlm_agents.learn.losses import k3, ppo_policy_loss, reference_kl, turn_entropy_loss, turn_mean, value_loss
-from vlm_agents.tensors import ActorCritic, Renderer, Row
+from vlm_agents.tensors import ActorCritic, Renderer, Row, Tokens
 
 # Keyed by the identity of a row: idents repeat where one seed is played twice, and rows hold arrays, so have no hash.
 Reference = Mapping[int, Tensor]
@@ -177,12 +177,7 @@ def reference_logprobs(
     model: ActorCritic, renderer: Renderer, rows: Sequence[Row], tokens_per_microbatch: int
 ) -> dict[int, Tensor]:
     """Per row, the log-probs of its reply tokens under the reference policy, which no update changes."""
-    found: dict[int, Tensor] = {}
-    for part in microbatches(rows, tokens_per_microbatch):
-        logprobs = model.reference_logprobs(renderer.collate(part))
-        pieces = logprobs.split([len(row.old_logprobs) for row in part])
-        found.update(zip(map(id, part), pieces, strict=True))
-    return found
+    return by_row(microbatches(rows, tokens_per_microbatch), renderer, model.reference_logprobs)
 
 
 @torch.no_grad()
@@ -193,11 +188,18 @@ def rescored(
 
     In the micro-batches of that epoch: a row's numbers depend on those that it is padded and summed with.
     """
-    found: dict[int, Row] = {}
-    for part in chain.from_iterable(microbatches(minibatch, tokens_per_microbatch) for minibatch in epoch):
-        logprobs = model.score(renderer.collate(part)).logprobs.cpu()
-        pieces = logprobs.split([len(row.old_logprobs) for row in part])
-        found |= {id(row): replace(row, old_logprobs=own.numpy()) for row, own in zip(part, pieces, strict=True)}
+    parts = chain.from_iterable(microbatches(minibatch, tokens_per_microbatch) for minibatch in epoch)
+    own = by_row(parts, renderer, lambda tokens: model.score(tokens).logprobs)
+    rows = chain.from_iterable(epoch)
+    return {id(row): replace(row, old_logprobs=own[id(row)].cpu().numpy()) for row in rows}
+
+
+def by_row(parts: Iterable[Sequence[Row]], renderer: Renderer, score: Callable[[Tokens], Tensor]) -> dict[int, Tensor]:
+    """Per row of the micro-batches, its reply tokens' share of `score`, [K]."""
+    found: dict[int, Tensor] = {}
+    for part in parts:
+        pieces = score(renderer.collate(part)).split([len(row.old_logprobs) for row in part])
+        found.update(zip(map(id, part), pieces, strict=True))
     return found
 
 

@@ -28,6 +28,7 @@ MEANT: dict[str, Any] = {  # what `lora` hands to peft, which then does with it 
 }
 # Of the file, and of training; auto_mapping names a class for peft's AutoPeftModel, which nothing here uses.
 UNUSED = {"peft_type", "peft_version", "base_model_name_or_path", "inference_mode", "auto_mapping"}
+BASE = {"base_model_name_or_path": str | None}
 DRAWN = (True, False, "gaussian", "orthogonal")  # `init_lora_weights` that leave the base as it is
 
 
@@ -44,7 +45,9 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
     kind = saved.get("peft_type") if isinstance(saved, dict) else None
     if kind != "LORA" or not saved.keys() >= {"r", "lora_alpha"}:
         raise ModelError(f"{path} has peft_type={kind}: name an adapter with peft_type=LORA, r and lora_alpha")
-    if wrong := sorted(key for key, kind in MEANT.items() if key in saved and not isinstance(saved[key], kind)):
+    if wrong := sorted(
+        key for key, kind in (MEANT | BASE).items() if key in saved and not isinstance(saved[key], kind)
+    ):
         raise ModelError(f"{path} has {shown(saved, wrong)}, of another type: put a whole copy of the adapter there")
     if foreign := foreign_settings(saved):
         raise ModelError(

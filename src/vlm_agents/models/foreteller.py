@@ -10,7 +10,6 @@ from torch import nn
 
 from vlm_agents.errors import ConfigError
 from vlm_agents.models.actor_critic import Agent
-from vlm_agents.models.adapters import ADAPTER_WEIGHTS
 from vlm_agents.models.damage import refusing
 from vlm_agents.models.lora import config_of, read
 from vlm_agents.tensors import Scores, Tokens
@@ -30,7 +29,7 @@ class AdapterForeteller:
         assert isinstance(agent.model, PeftModel)
         self.agent, self.model = agent, agent.model
         with self._gradients_kept():
-            if folder is not None and ((saved := folder / FORETELLER) / ADAPTER_WEIGHTS).is_file():
+            if folder is not None and (saved := folder / FORETELLER).is_dir():
                 with refusing(f"adapter {saved}", "Put a whole copy there, or delete that folder to begin anew", saved):
                     self.model.add_adapter(FORETELLER, config_of(saved))
                     read(self.model, saved, FORETELLER)

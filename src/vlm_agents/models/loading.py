@@ -109,7 +109,8 @@ def base_of(folder: Path, cfg: ModelConfig) -> Path | None:
     Where both are named the adapter knows better.
     """
     named = adapter_settings(folder).get("base_model_name_or_path") or ""
-    shipped = cfg.path is None and Path(named).parts[-2:] == TINY.parts[-2:]  # where another machine has this package
+    ours = Path(named).parts[-2:] == TINY.parts[-2:]  # where another machine has this package
+    shipped = cfg.path is None and ours and not (Path(named).is_dir() and place(named) != place(str(TINY)))
     if not named or shipped or (cfg.path and place(named) == place(cfg.path)):
         return None
     trained = f"the adapter in {folder} was trained on {named}"

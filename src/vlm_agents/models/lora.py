@@ -41,8 +41,6 @@ def load(model: Any, folder: Path, family: Family, cfg: ModelConfig, train: Trai
     peft itself would drop tensors that the model has no place for, and only warn of those that the file lacks.
     """
     assert cfg.lora is not None
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise ModelError(f"{folder / ADAPTER_WEIGHTS} is missing: save the adapter as safetensors; a .bin isn't read")
     refuse_another_base(model, folder)
     saved = config_of(folder)
     if (saved.r, saved.lora_alpha) != (cfg.lora.rank, cfg.lora.alpha):
@@ -98,6 +96,8 @@ def config_of(folder: Path) -> PeftLoraConfig:
 
 def read(adapted: PeftModel, folder: Path, name: str) -> None:
     """Fill the adapter `name` from `folder`. ModelError where its tensors aren't those that this model has for it."""
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ModelError(f"{folder / ADAPTER_WEIGHTS} is missing: save the adapter as safetensors; a .bin isn't read")
     report = adapted.load_adapter(str(folder), name, is_trainable=True)
     if report.missing_keys or report.unexpected_keys:
         raise ModelError(

@@ -4,6 +4,7 @@ Pictures are resized by Pillow even where torchvision is there: the two differ b
 not depend on it.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,6 @@ from vlm_agents.errors import ConfigError, did_you_mean
 from vlm_agents.models.families import Family, Kind
 
 PROCESSOR_FILE = "preprocessor_config.json"
-OF_A_CALL = {"return_tensors", "data_format", "input_data_format", "device", "disable_grouping"}
 SIZES = (64, 64), (1024, 768)
 
 
@@ -35,7 +35,8 @@ def adjusted(processor: Any, settings: Mapping[str, Any], where: str = "model.im
     if not settings:
         return processor
     own = processor.to_dict()
-    known = {*getattr(getattr(processor, "valid_kwargs", None), "__annotations__", own)} - OF_A_CALL
+    accepted = {*getattr(getattr(processor, "valid_kwargs", None), "__annotations__", ())}
+    known = {*own, *({"min_pixels", "max_pixels"} & accepted)} - {"image_processor_type"}  # more is taken, and unused
     for name in settings:
         if name not in known:
             raise ConfigError(
@@ -43,9 +44,18 @@ def adjusted(processor: Any, settings: Mapping[str, Any], where: str = "model.im
                 f"It knows: {', '.join(sorted(known))}"
             )
     try:
-        return type(processor)(**{name: value for name, value in own.items() if name in known} | dict(settings))
+        changed = type(processor)(**{name: value for name, value in own.items() if name in known} | dict(settings))
+        size = dict(getattr(changed, "size", None) or {})
+        low, high = size.get("shortest_edge", 0), size.get("longest_edge", math.inf)
+        inverted = high < low
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{where}={dict(settings)}: {type(processor).__name__} can't take it ({error})") from error
+    if inverted:
+        raise ConfigError(
+            f"{where} bounds pictures between {low} and {high} pixels: set min_pixels and max_pixels, the first one no "
+            "higher than the second"
+        )
+    return changed
 
 
 @torch.no_grad()

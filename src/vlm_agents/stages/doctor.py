@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from vlm_agents.config import DoctorConfig, HardwareConfig, LoraConfig, RunConfig
 from vlm_agents.errors import ConfigError
@@ -60,9 +61,9 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
 
 def show(title: str, rows: Rows) -> None:
     """A table on stdout."""
-    shown = Table(title=title, title_justify="left", show_header=False)
+    shown = Table(title=Text(title), title_justify="left", show_header=False)
     for row in rows:
-        shown.add_row(*row)
+        shown.add_row(*map(Text, row))  # no markup: a path may hold brackets
     Console().print(shown)
 
 
@@ -91,7 +92,7 @@ def packages() -> Iterator[tuple[str, ...]]:
         except importlib.metadata.PackageNotFoundError:
             target = f"{PACKAGE}[{extra[1]}]" if extra else wanted.strip()
             found = f"absent: pip install '{target}'"
-        yield name, found.replace("[", r"\["), f"extra {extra[1]}" if extra else ""
+        yield name, found, f"extra {extra[1]}" if extra else ""
 
 
 def host_memory() -> int:

@@ -1,6 +1,6 @@
 """Recorded episodes and LLaVA files to SFT data: one chat a turn, as Parquet with `messages` and `images`.
 
-`datasets` and LLaMA-Factory read that; the README says what TRL wants.
+`datasets` and LLaMA-Factory read that; docs/data.md says what TRL wants.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from vlm_agents.config import PreprocessConfig, RunConfig
 from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import DataError
 from vlm_agents.llava_data import read_llava
+from vlm_agents.pictures import as_shown
 from vlm_agents.policies import is_random
 from vlm_agents.progress import say
 from vlm_agents.prompting import PromptFormat, make_format
@@ -158,6 +159,7 @@ class Pngs:
         self._size = 0
 
     def of(self, image: Image) -> bytes:
+        image = as_shown(image)  # for readers who take a frame's palette or alpha otherwise
         key = hashlib.blake2b(image.tobytes() + repr(image.size).encode(), digest_size=16).digest()
         if key not in self._made:
             buffer = io.BytesIO()

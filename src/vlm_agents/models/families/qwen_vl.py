@@ -51,7 +51,8 @@ class QwenVL(LanguageParts):
         sizes = {image.size for image in images}
         patch = self.image_processor.patch_size
         height, width = self.grid(images[0].size)
-        if len(sizes) == 1 and images[0].size == (width * patch, height * patch):
+        plain = self.image_processor.do_rescale and self.image_processor.do_normalize
+        if plain and len(sizes) == 1 and images[0].size == (width * patch, height * patch):
             return self._patches(images, height, width)
         out = self.image_processor(images=[as_shown(image) for image in images], return_tensors="pt")
         return {"pixel_values": out["pixel_values"], "image_grid_thw": out["image_grid_thw"]}
