@@ -118,6 +118,7 @@ def test_a_full_disk_leaves_the_file_that_was_there(tmp_path: Path):
         ({"messages": [{"role": "assistant", "content": None}]}, "no_chat", "its message 0 lacks role or content"),
         ({"messages": [{"role": "bot", "content": "<image>"}]}, "no_chat", "its role 'bot' is none of system, user"),
         ({"images": []}, "mark_in_text", "1 <image> for 0 pictures"),
+        ({"messages": row(answer=" \n")["messages"]}, "no_chat", "its last message, which would be learned, is empty"),
         ({"images": None}, "no_chat", "its images are null"),
         (
             {"messages": row("First: <image> which?")["messages"]},

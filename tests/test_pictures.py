@@ -149,6 +149,15 @@ def test_16_bit_grey_is_scaled():
         assert pixels(file) == [(value,) * 3 for value in shown]
 
 
+@pytest.mark.parametrize(("tag", "value"), [(258, 12), (262, 0)], ids=["12 bits", "white is 0"])
+def test_a_tiff_whose_grey_pillow_takes_for_another_is_refused(tag: int, value: int):
+    data = encoded(Image.fromarray(np.array([[0, 65535]], dtype=np.uint16)), "TIFF")
+    assert pixels(data) == [(0, 0, 0), WHITE]
+    at = data.index(struct.pack("<HHI", tag, 3, 1)) + 8  # the entry's value stands behind tag, type and count
+    with pytest.raises(DataError, match="a TIFF of grey in other than 16 bits, or of white as 0: save it as PNG"):
+        read_picture(data[:at] + struct.pack("<H", value) + data[at + 2 :])
+
+
 @pytest.mark.parametrize("mode", ["F", "I", "LAB"])
 def test_numbers_without_a_known_white_are_refused(mode: str):
     with pytest.raises(DataError, match=f"of mode {mode}, "):

@@ -351,6 +351,16 @@ def train(cfg: RunConfig, stop_after: int | None = None) -> Run:
     return run
 
 
+def test_a_folder_of_somebody_s_own_is_no_run_directory(cfg: RunConfig) -> None:
+    path = Path(cfg.run_dir) / "config.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    with pytest.raises(ConfigError, match="is no run directory, and not empty: choose another run_dir= or name="):
+        Run.open(cfg, [])
+    assert [entry.name for entry in path.parent.iterdir()] == ["config.yaml"]
+    assert path.read_text() == "mine"
+
+
 @pytest.mark.parametrize("stop_after", [1, 2, 3, 4, 5, 6])
 def test_a_killed_run_ends_like_an_unbroken_one(compose_run, tmp_path: Path, stop_after: int) -> None:
     unbroken = train(compose_run("stage=ppo", f"run_dir={tmp_path / 'unbroken'}"))

@@ -95,6 +95,8 @@ def _no_chat(messages: Any, images: Any) -> str | None:
     for place, image in enumerate(images):
         if not isinstance(image, dict) or not isinstance(image.get("bytes"), bytes):
             return f"its picture {place} is null, or not in the file: its bytes belong there"
+    if not messages[-1]["content"].strip():
+        return "its last message, which would be learned, is empty"
     return _disorder([message["role"] for message in messages])
 
 

@@ -504,8 +504,7 @@ class SftConfig(StageConfig):
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        if not self.epochs > 0:
-            raise ConfigError(f"stage.epochs={self.epochs} must be positive")
+        positive("stage.epochs", self.epochs)
         for name in ("lr", "warmup_steps", "weight_decay", "max_grad_norm"):
             at_least(f"stage.{name}", getattr(self, name), 0)
         for name in ("batch_size", "checkpoint_every", "keep_checkpoints"):

@@ -194,13 +194,13 @@ class Endpoint:
             return "the account is used up: fill it, then give the same command again: what was answered is kept"
         if said.status in (401, 403):
             return f"${cfg.key_env} {'holds a key that is refused' if self._key else 'is empty'}: set it to a key"
+        if said.status in (400, 422) and (name := field_named(said.body, request)):
+            return how_to_leave_out(name, request)
         if said.status in (400, 404) and (models := await self._models()) and cfg.model not in models:
             known = ", ".join(models[:LISTED])
             return f"set stage.remote.model to one of {known}.{did_you_mean(cfg.model, models)}"
         if said.status in (404, 405):
             return "stage.remote.url is the part before /chat/completions and mostly ends in /v1: is it right?"
-        if said.status in (400, 422) and (name := field_named(said.body, request)):
-            return how_to_leave_out(name, request)
         return "the server can't serve this request, see what it says"
 
     async def _models(self) -> list[str]:

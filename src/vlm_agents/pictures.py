@@ -31,6 +31,7 @@ TURNS = {  # by EXIF's orientation
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # of TIFF
 GREYS = {"1": 255, "L;2": 85, "L;4": 17}  # what Pillow multiplies a PNG's grey of so few bits by
 
 
@@ -60,6 +61,10 @@ def read_picture(source: Path | bytes) -> Image.Image:
     with opened(source) as file:
         if file.format == "PNG" and "transparency" in file.info and (step := GREYS.get(str(file.tile[0][3]))):
             file.info["transparency"] = min(255, step * file.info["transparency"])
+        if file.format == "TIFF" and file.mode.startswith("I;16"):
+            tags = getattr(file, "tag_v2", {})
+            if tags.get(BITS_PER_SAMPLE) != (16,) or tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+                raise DataError("it is a TIFF of grey in other than 16 bits, or of white as 0: save it as PNG")
         file.load()
         image = file.convert("I;16") if (file.format, file.mode) == ("PPM", "I") else file
         try:

@@ -99,6 +99,8 @@ class Run:
         folder = Path(cfg.run_dir)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
+            if any(folder.iterdir()) and not (folder / "lock").exists():
+                raise ConfigError(f"{folder} is no run directory, and not empty: choose another run_dir= or name=")
             lock = open(folder / "lock", "ab")  # noqa: SIM115 - closed by __exit__
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by forked env workers
@@ -244,6 +246,11 @@ def finished_metrics(cfg: RunConfig) -> dict[str, float] | None:
         raise DataError(
             f"{folder / 'summary.json'} is unreadable: delete {folder / 'DONE'}, and the same command writes it anew"
         ) from error
+
+
+def unfinished(folder: Path) -> bool:
+    """Is it a run directory whose run has not come to its end?"""
+    return (folder / "config.yaml").is_file() and not (folder / "DONE").exists()
 
 
 def holds_work(folder: Path) -> bool:

@@ -267,6 +267,23 @@ def test_all_bad_rows_are_told_together_or_left_out(
     )
 
 
+def test_chats_of_a_run_that_is_not_finished_are_refused(
+    run_stage: RunStage, write: Callable[..., Path], tmp_path: Path
+):
+    """It may lack its validation split, without a word."""
+    write(tmp_path / "data", sound)
+    (tmp_path / "data/config.yaml").touch()
+    with pytest.raises(DataError, match=r"its stage=preprocess isn't finished; give that command again first"):
+        run_stage(tmp_path / "run", "stage=sft", f"stage.data={tmp_path / 'data'}")
+
+
+def test_weights_that_are_no_numbers_are_not_kept(run_stage: RunStage, echo_chats: Path, tmp_path: Path):
+    """A last step may spoil them after its loss was seen to be finite."""
+    with pytest.raises(TrainingError, match=r"trained tensors aren't finite \(.*\): lower the lr"):
+        run_stage(tmp_path, *SHORT, f"stage.data={echo_chats}", "stage.batch_size=4096", "stage.lr=inf")
+    assert not (tmp_path / "model").exists()
+
+
 def test_validation_is_optional(run_stage: RunStage, write: Callable[..., Path], tmp_path: Path):
     write(tmp_path / "data", sound, sound)
     metrics = metrics_of(run_stage(tmp_path / "run", "stage=sft", f"stage.data={tmp_path / 'data'}"))

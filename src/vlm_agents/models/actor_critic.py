@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlm_agents.config import TemperatureHeadConfig, ValueHeadConfig
-from vlm_agents.errors import ModelError
+from vlm_agents.errors import ModelError, TrainingError
 from vlm_agents.models import adapters
 from vlm_agents.models.families import Family, text_inputs
 from vlm_agents.models.fingerprint import save_base
@@ -272,7 +272,13 @@ class Agent(nn.Module):
 
     # ---- disk --------------------------------------------------------------------------------------------------------
     def save(self, folder: Path) -> None:
-        """An HF folder: weights (or the adapter), tokenizer, processor; our own heads in a folder of theirs."""
+        """An HF folder: weights (or the adapter), tokenizer, processor; our own heads in a folder of theirs.
+
+        TrainingError where training has left weights that aren't finite: they would say so only when they are used.
+        """
+        trained = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+        if bad := [name for name, parameter in trained if not parameter.isfinite().all()]:
+            raise TrainingError(f"{len(bad)} of {len(trained)} trained tensors aren't finite ({bad[0]}): lower the lr")
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)

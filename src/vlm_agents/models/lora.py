@@ -77,11 +77,11 @@ def refuse_another_base(model: Any, folder: Path) -> None:
     named = adapter_settings(folder).get("base_model_name_or_path")
     where = f"set model.path to where {named} lies now" if named else "set model.path"
     if named and Path(named).is_dir():  # where the settings can't overrule it
-        where = f"put them back there, or write their place into {ADAPTER_FILE} as base_model_name_or_path; else set"
+        where = f"put them back there, or write their place into {ADAPTER_FILE} as base_model_name_or_path"
     raise ModelError(
         f"the adapter in {folder} was trained on other weights than these: {len(others)} tensors differ from those of "
-        f"{named or 'its base'}, {others[0]} for one. Find those: {where}, and model.weights, model.seed and hardware "
-        "(random weights differ by device and dtype, too) as in the run that made it"
+        f"{named or 'its base'}, {others[0]} for one. Find those: {where}. Random "
+        "weights are the same again by model.weights, model.seed and hardware (device and dtype count) of that run"
     )
 
 

@@ -65,8 +65,10 @@ def prove_settings(family: Family, settings: Mapping[str, Any]) -> None:
         return
     for size in SIZES:
         try:
-            features = len(family.encode(family.pixels([Image.new("RGB", size)]))[0])
-            expected = family.image_tokens(size)
+            pixels = family.pixels([Image.new("RGB", size)])
+            if not pixels["pixel_values"].isfinite().all():
+                raise ValueError("its pixels are no finite numbers")
+            features, expected = len(family.encode(pixels)[0]), family.image_tokens(size)
         except (ValueError, RuntimeError, TypeError, LookupError, ArithmeticError) as error:
             raise ConfigError(f"model.image_processor={dict(settings)} doesn't go with this model ({error})") from error
         if features != expected:

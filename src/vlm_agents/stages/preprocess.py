@@ -22,7 +22,7 @@ from vlm_agents.pictures import as_shown
 from vlm_agents.policies import is_random
 from vlm_agents.progress import say
 from vlm_agents.prompting import PromptFormat, make_format
-from vlm_agents.run import Run, held_out, stable_hash
+from vlm_agents.run import Run, held_out, stable_hash, unfinished
 from vlm_agents.types import Prompt, Trajectory, Turn
 
 SPLITS = ("train", "validation")
@@ -47,9 +47,11 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
                 "one: run stage=collect with stage.rater=expert or remote, or set stage.min_score=0"
             )
         if not files["train"]:
+            held = f", and stage.val_fraction={stage.val_fraction:g} holds out {len(files['validation'])} rows"
             raise DataError(
-                f"no turn of {', '.join(stage.data)} is left to learn from ({dict(counts)}): collect more episodes, "
-                "or loosen stage.success_only and stage.min_score"
+                f"no turn of {', '.join(stage.data)} is left to learn from ({dict(counts)}"
+                f"{held if len(files['validation']) else ''}): collect more episodes, or loosen stage.success_only "
+                "and stage.min_score"
             )
         for file in files.values():
             file.publish()
@@ -90,6 +92,8 @@ def rows_of(
     if source.suffix != ".json":
         if source.is_file():
             raise DataError(f"{source}: chats in LLaVA's layout are one JSON list in a file named *.json")
+        if unfinished(source):
+            say(f"{source} isn't finished: what it has so far is taken")
         for trajectory in read_episodes(source):
             if held_out(trajectory.seed):
                 raise DataError(
