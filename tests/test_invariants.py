@@ -1,7 +1,6 @@
 """What must hold whatever the settings: what is trained is what was sampled, how work is cut up changes nothing, and a
 run that was killed ends like one that was not."""
 
-import importlib.util
 import json
 import shutil
 import signal
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from kill_drill import differences
 
 from vlm_agents.config import AlgoConfig, RunConfig
 from vlm_agents.env_pool import EnvPool
@@ -28,13 +28,6 @@ from vlm_agents.prompting import make_format
 from vlm_agents.rollout import collect
 from vlm_agents.tensors import Row
 from vlm_agents.types import Trajectory
-
-spec = importlib.util.spec_from_file_location("kill_drill", Path(__file__).parents[1] / "benchmarks/kill_drill.py")
-assert spec is not None
-assert spec.loader is not None
-kill_drill = sys.modules["kill_drill"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(kill_drill)
-differences: Callable[[Path, Path], Iterator[str]] = kill_drill.differences
 
 ComposeRun = Callable[..., RunConfig]
 RunStage = Callable[..., Path]

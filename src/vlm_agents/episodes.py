@@ -144,7 +144,8 @@ def _reading(where: str) -> Iterator[None]:
         raise DataError(f"{where}: {error}") from error
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DataError(
-            f"{where}: not an episode ({error!r}). Delete this line; stage=collect then plays what lacks"
+            f"{where}: not an episode ({error!r}). Delete this line, and DONE beside the file: stage=collect then "
+            "plays what lacks"
         ) from error
 
 

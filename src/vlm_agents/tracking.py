@@ -51,7 +51,8 @@ class Point(NamedTuple):
 
 
 class Tracker:
-    """One MLflow run that follows a run directory; nothing with tracking=jsonl. No call raises, or waits long."""
+    """One MLflow run that follows a run directory; nothing with tracking=jsonl. No call raises; making it may wait for
+    PATIENCE, and its end for LONGEST, and no other call waits."""
 
     def __init__(self, settings: Mapping[str, Any], folder: Path, sweep: Path | None) -> None:
         """`settings` are a RunConfig's, as nested dictionaries; `sweep` is the folder of the sweep, where it is one."""

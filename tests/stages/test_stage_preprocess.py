@@ -1,6 +1,5 @@
 """Preprocessing: which turns are kept and what is learned to be said there; and that others can read the Parquet."""
 
-import importlib.util
 import inspect
 import json
 import re
@@ -12,6 +11,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+from interchange import for_trl
 from PIL import Image
 from transformers import AutoTokenizer
 
@@ -89,26 +89,15 @@ def test_without_rows_to_hold_out_there_is_no_validation_file(run_stage: RunStag
     assert "sft/val_loss" not in metrics_of(trained)
 
 
-@pytest.fixture(scope="module")
-def interchange() -> Any:
-    """benchmarks/interchange.py, of which this much runs without TRL."""
-    spec = importlib.util.spec_from_file_location("interchange", ROOT / "benchmarks/interchange.py")
-    assert spec
-    assert spec.loader
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
+def test_the_docs_have_what_makes_trl_s_columns():
+    assert inspect.getsource(for_trl) in (ROOT / "docs/data.md").read_text()
 
 
-def test_the_docs_have_what_makes_trl_s_columns(interchange: Any):
-    assert inspect.getsource(interchange.for_trl) in (ROOT / "docs/data.md").read_text()
-
-
-def test_what_trl_is_given_are_the_tokens_that_sft_learns(interchange: Any, echo_chats: Path, tiny_model: Path):
+def test_what_trl_is_given_are_the_tokens_that_sft_learns(echo_chats: Path, tiny_model: Path):
     agent = load_agent(ModelConfig("tiny", path=str(tiny_model)), HardwareConfig("cpu"))
     ours = Chats(echo_chats / "train.parquet", agent.renderer)
     for index, row in enumerate(table(echo_chats)):
-        given = interchange.for_trl(row, agent.tokenizer)
+        given = for_trl(row, agent.tokenizer)
         # a picture of 56 pixels takes 4 tokens, which a processor puts into the place of one
         prompt = given["prompt"].replace("<|image_pad|>", "<|image_pad|>" * 4)
         ((start, end),) = ours[index].spans
@@ -116,13 +105,13 @@ def test_what_trl_is_given_are_the_tokens_that_sft_learns(interchange: Any, echo
         assert agent.tokenizer.encode(given["completion"]) == ours[index].input_ids[start:end].tolist()
 
 
-def test_what_trl_is_given_has_its_pictures_in_their_places(interchange: Any, tiny_model: Path):
+def test_what_trl_is_given_has_its_pictures_in_their_places(tiny_model: Path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     said = [("user", "First: <image> Second: <image>"), ("assistant", "red")]
     row = {"messages": [{"role": role, "content": text} for role, text in said]}
     picture = "<|vision_start|><|image_pad|><|vision_end|>"
     prompt = f"<|im_start|>user\nFirst: {picture} Second: {picture}<|im_end|>\n<|im_start|>assistant\n"
-    assert interchange.for_trl(row, tokenizer) == {"prompt": prompt, "completion": "red<|im_end|>"}
+    assert for_trl(row, tokenizer) == {"prompt": prompt, "completion": "red<|im_end|>"}
 
 
 def test_no_episode_is_in_both_splits(echo_chats: Path, echo_episodes: Path):
