@@ -363,6 +363,7 @@ def test_files_follow_a_folder_that_moved(compose_run, made: Path, look, tmp_pat
         if name == "continued":
             (tmp_path / name).mkdir()
             (tmp_path / name / "mlflow_run_id").write_text(before.run_id)
+            (tmp_path / name / "lock").touch()  # as every run directory has it
         with Run.open(cfg, []) as run:
             run.image("b", Image.new("RGB", (4, 4)), step=1)
         assert len(list((new / "mlruns" / run_id_of(run) / "artifacts/images").glob("*.png"))) == pictures

@@ -211,7 +211,7 @@ def test_the_base_of_a_merged_model_is_no_base_of_its_adapter(
     merged.rename(tmp_path / "moved")
     message = (
         rf"was trained on other weights than these: \d+ tensors differ from those of {merged}, model\..*proj.* for one"
-        rf"\. Find those: set model\.path to where {merged} lies now, and model\.weights, model\.seed"
+        rf"\. Find those: set model\.path to where {merged} lies now\. Random weights .* by model\.weights, model\.seed"
     )
     for name, words in {
         "eval": ("stage.episodes=2", *LORA),
