@@ -9,6 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from vlm_agents.config import RunConfig, conf_dir, parse, register
+from vlm_agents.run import settled
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -37,7 +38,7 @@ def compose_run(tmp_path: Path) -> ComposeRun:
 def composed(*overrides: str) -> RunConfig:
     register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return parse(compose("config", list(overrides)))
+        return settled(parse(compose("config", list(overrides))))
 
 
 @pytest.fixture(scope="session")

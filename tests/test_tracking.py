@@ -53,6 +53,7 @@ def made(compose_run, store: str, tmp_path: Path) -> Path:
     folder = Path(store.removeprefix("sqlite:///")).parent
     if not (folder / "mlruns").exists():
         with Run.open(compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={store}"), []) as run:
+            run.begin()
             pass
         shutil.rmtree(run.dir)
     return folder
@@ -65,6 +66,7 @@ def run_id_of(run: Run) -> str:
 def test_a_run_is_told_in_full(compose_run, store: str, look, capfd: pytest.CaptureFixture[str]) -> None:
     cfg = compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={store}")
     with Run.open(cfg, []) as run:
+        run.begin()
         run.log(1, {"ppo/entropy": 0.5, "ppo/bad": float("nan")})
         run.image("eval/frame", Image.new("RGB", (4, 4)), step=1)
     client = look()
@@ -90,9 +92,11 @@ def test_a_run_is_told_in_full(compose_run, store: str, look, capfd: pytest.Capt
 def test_a_resumed_run_tells_no_point_twice(compose_run, store: str, look) -> None:
     cfg = compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={store}")
     with Run.open(cfg, []) as run:
+        run.begin()
         for step in (1, 2):
             run.log(step, {"ppo/entropy": 1 / step})
     with Run.open(cfg, []) as run:
+        run.begin()
         assert run.restore() is None  # no checkpoint: from the start
         for step in (1, 2, 3):
             run.log(step, {"ppo/entropy": 1 / step, "ppo/new": 0.5})
@@ -118,6 +122,7 @@ def test_jobs_of_a_sweep_have_one_parent(compose_run, store: str, look, tmp_path
     for job in ("0", "1"):
         cfg = compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={store}", f"run_dir={sweep / job}")
         with Run.open(cfg, [], sweep=sweep) as run:
+            run.begin()
             told = look().get_run(run_id_of(run))
             assert told.info.run_name == f"test/ppo/{job}"
             parents.append(told.data.tags["mlflow.parentRunId"])
@@ -128,10 +133,12 @@ def test_jobs_of_a_sweep_have_one_parent(compose_run, store: str, look, tmp_path
 def test_a_run_that_the_store_lost_is_begun_anew(compose_run, store: str, look) -> None:
     cfg = compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={store}")
     with Run.open(cfg, []) as run:
+        run.begin()
         pass
     first = run_id_of(run)
     run.path("mlflow_run_id").write_text("0" * 32)
     with Run.open(cfg, []) as run:
+        run.begin()
         assert run_id_of(run) not in (first, "0" * 32)
 
 
@@ -191,6 +198,7 @@ def test_trouble_costs_seconds_and_two_lines(
         holder.stdout.readline()
         start = time.monotonic()
         with Run.open(cfg, []) as run:
+            run.begin()
             opened = time.monotonic()
             for step in range(100):
                 run.log(step, {"a": 1.0})
@@ -213,6 +221,7 @@ def test_what_was_missed_is_sent_as_soon_as_the_store_is_back(
     where.touch()  # in the place of a folder
     uri = f"sqlite:///{where}/mlflow.db"
     with Run.open(compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={uri}"), []) as run:
+        run.begin()
         for step in range(600):  # more than one call takes
             run.log(step, {"a": float(step)})
         run.image("b", Image.new("RGB", (4, 4)), step=1)
@@ -235,6 +244,7 @@ def test_a_finished_run_is_sent_later(
     where.touch()
     uri = f"sqlite:///{where}/mlflow.db"
     with Run.open(compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={uri}"), []) as run:
+        run.begin()
         run.log(1, {"a": 0.5, "bad": float("nan")})
         run.log(2, {"a": 0.25})
         assert tracking.main([str(run.dir)]) == 2  # not finished yet
@@ -253,10 +263,12 @@ def test_a_finished_run_is_sent_later(
 def test_a_continued_run_sends_what_the_killed_one_could_not(compose_run, store: str, look) -> None:
     words = ("stage=ppo", f"tracking.uri={store}")
     with Run.open(compose_run(*words, "tracking=jsonl"), []) as run:
+        run.begin()
         run.log(1, {"a": 1.0})
         run.path("metrics.jsonl").open("a").write('not json\n["step"]\n{"step": 2, "a": null}\n')
         run.save_checkpoint(2, lambda folder: None, {})
     with Run.open(compose_run(*words, "tracking=mlflow"), []) as run:
+        run.begin()
         run.restore()
         run.log(3, {"a": 3.0})
     (_, one), (_, two), (_, three) = points_of(look(), run, "a")
@@ -267,6 +279,7 @@ def test_a_continued_run_sends_what_the_killed_one_could_not(compose_run, store:
 def test_a_locked_database_holds_nothing_up(compose_run, store: str, made: Path, look, told) -> None:
     cfg = compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={store}")
     with Run.open(cfg, []) as run, closing(sqlite3.connect(made / "mlflow.db")) as other:
+        other.begin()
         other.execute("BEGIN EXCLUSIVE")
         start = time.monotonic()
         for step in range(20):
@@ -279,6 +292,7 @@ def test_a_locked_database_holds_nothing_up(compose_run, store: str, made: Path,
 
 def test_what_is_refused_spoils_nothing_else(compose_run, store: str, look, told) -> None:
     with Run.open(compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={store}"), []) as run:
+        run.begin()
         for step in (1, 2):
             run.log(step, {"a": 1.0, "what?\x1b": 2.0, "b": 3.0})  # MLflow wants letters, digits and _-./: alone
         run.artifact(run.path("not_there.txt"))
@@ -294,6 +308,7 @@ def test_what_is_refused_spoils_nothing_else(compose_run, store: str, look, told
 def test_what_the_user_deletes_there_is_told_once(compose_run, store: str, look, told, tmp_path: Path) -> None:
     words = ("stage=ppo", "tracking=mlflow", f"tracking.uri={store}", "tracking.experiment=doomed")
     with Run.open(compose_run(*words), []) as run:
+        run.begin()
         look().delete_run(run_id_of(run))
         for step in range(5):
             run.log(step, {"a": 1.0})
@@ -322,6 +337,7 @@ def test_the_default_store_lies_in_the_working_directory_whatever_its_name(
     shutil.copy(made / "mlflow.db", here)
     monkeypatch.chdir(here)
     with Run.open(compose_run("stage=ppo", "tracking=mlflow", "tracking.experiment=fresh"), []) as run:
+        run.begin()
         run.log(1, {"a": 1.0})
         run.image("b", Image.new("RGB", (4, 4)), step=1)
     assert {path.name for path in tmp_path.iterdir()} == {here.name, "run"}
@@ -340,6 +356,7 @@ def test_a_relative_address_is_taken(
     monkeypatch.chdir(tmp_path)
     uri = "sqlite:///sub/mlflow.db"
     with Run.open(compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={uri}"), []) as run:
+        run.begin()
         run.log(1, {"a": 1.0})
     assert points_of(look(uri), run, "a") == [(1, 1.0)]
     assert (tmp_path / "sub/mlflow.db.lock").exists()
@@ -365,6 +382,7 @@ def test_files_follow_a_folder_that_moved(compose_run, made: Path, look, tmp_pat
             (tmp_path / name / "mlflow_run_id").write_text(before.run_id)
             (tmp_path / name / "lock").touch()  # as every run directory has it
         with Run.open(cfg, []) as run:
+            run.begin()
             run.image("b", Image.new("RGB", (4, 4)), step=1)
         assert len(list((new / "mlruns" / run_id_of(run) / "artifacts/images").glob("*.png"))) == pictures
         told = look(uri).list_artifacts(run_id_of(run), "images")  # as the UI finds them
@@ -390,6 +408,7 @@ def test_the_environment_names_store_and_experiment(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
     with Run.open(compose_run("stage=ppo", "tracking=mlflow"), []) as run:
+        run.begin()
         run.log(1, {"a": 1.0})
     assert capfd.readouterr().out == f"MLflow: {store}, which MLFLOW_TRACKING_URI names\n"
     experiment = look().get_run(run_id_of(run)).info.experiment_id
@@ -405,6 +424,7 @@ def test_secrets_of_the_environment_are_masked(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:{SECRET}@127.0.0.1:9?token={SECRET}")
     with Run.open(compose_run("stage=ppo", "tracking=mlflow"), []) as run:
+        run.begin()
         run.log(1, {"a": 1.0})
     out, err = capfd.readouterr()
     assert out == "MLflow: http://***@127.0.0.1:9?***, which MLFLOW_TRACKING_URI names\n"
@@ -441,5 +461,6 @@ def test_an_address_without_a_secret_is_taken(uri: str) -> None:
 
 def test_jsonl_knows_no_mlflow(compose_run, tmp_path: Path) -> None:
     with Run.open(compose_run("stage=ppo"), []) as run:
+        run.begin()
         run.log(1, {"a": 1.0})
     assert not run.path("mlflow_run_id").exists()

@@ -135,8 +135,9 @@ def run_stage(composed: DictConfig) -> dict[str, float]:
                     "run_dir=... is the directory of one run: set hydra.sweep.dir=... for those of a sweep"
                 )
             cfg = replace(cfg, run_dir=job.runtime.output_dir)
-        from vlm_agents.run import Run, finished_metrics
+        from vlm_agents.run import Run, finished_metrics, settled
 
+        cfg = settled(cfg)
         if (metrics := finished_metrics(cfg)) is not None:
             where = os.path.relpath(cfg.run_dir)
             print(

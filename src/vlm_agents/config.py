@@ -24,6 +24,7 @@ PolicyName = Literal["model", "expert", "random", "remote"]
 Compat = Literal["ours", "rl4vlm"]
 Faces = Literal["ten", "rank"]
 RaterName = Literal["none", "expert", "remote"]
+AUTO = "auto"  # stage.init: the model that an earlier stage left under the run's name, where there is one
 
 
 def conf_dir() -> Path:
@@ -516,7 +517,7 @@ class PpoConfig(StageConfig):
     """Reinforcement learning on the env's reward."""
 
     name: str = "ppo"
-    init: str | None = None
+    init: str | None = AUTO  # run directory or HF folder; null: the model's own weights
     iterations: int = 16
     episodes: int = 64  # whole episodes collected per iteration
     num_envs: int = 64
@@ -539,7 +540,7 @@ class EvalConfig(StageConfig):
 
     name: str = "eval"
     policy: str = "model"
-    init: str | None = None
+    init: str | None = AUTO  # run directory or HF folder; null: the model's own weights
     episodes: int = 200
     num_envs: int = 64
     baselines: bool = True  # also play random and expert on the same panel

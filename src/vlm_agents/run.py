@@ -16,7 +16,9 @@ import hashlib
 import json
 import logging
 import math
+import os
 import random
+import shlex
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +31,7 @@ from PIL.Image import Image
 
 from vlm_agents import checkpoints
 from vlm_agents.checkpoints import Checkpoint
-from vlm_agents.config import CollectConfig, EvalConfig, RunConfig, conf_dir, flat
+from vlm_agents.config import AUTO, CollectConfig, EvalConfig, PpoConfig, RunConfig, conf_dir, flat
 from vlm_agents.errors import ConfigError, DataError
 from vlm_agents.files import append_line, atomic_write, cut_after, last_lines, sweep_temporaries, sync, writing
 from vlm_agents.inputs import INPUTS, hashes, inputs_of, refuse_other_inputs
@@ -80,11 +82,13 @@ def seed_everything(seed: int) -> None:
 class Run:
     """One run directory, held by one process at a time. Made by `open`, a context manager."""
 
-    def __init__(self, cfg: RunConfig, lock: IO[bytes], tracker: Tracker) -> None:
+    def __init__(self, cfg: RunConfig, overrides: Sequence[str], lock: IO[bytes], sweep: Path | None) -> None:
         self.cfg = cfg
         self.dir = Path(cfg.run_dir)
+        self._overrides = overrides
         self._lock = lock
-        self._tracker = tracker
+        self._sweep = sweep
+        self._tracker: Tracker | None = None  # from `begin` on
         self._append_only = [METRICS]
         self._artifacts: dict[str, str] = {}
         self._step = 0
@@ -121,15 +125,34 @@ class Run:
         atomic_write(folder / "config.yaml", settings)
         atomic_write(folder / "overrides", "".join(f"{word}\n" for word in overrides))
         atomic_write(folder / "commit", commit() + "\n")
-        return cls(cfg, lock, Tracker(dataclasses.asdict(cfg), folder, sweep))
+        return cls(cfg, overrides, lock, sweep)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
-        self._tracker.close("FINISHED" if kind is None else "KILLED" if interrupted else "FAILED")
+        if self._tracker:
+            self._tracker.close("FINISHED" if kind is None else "KILLED" if interrupted else "FAILED")
         self._lock.close()
+
+    def begin(self) -> None:
+        """To be called by a stage once what it needs is there and loaded: from here on it does something, and tells the
+        tracker."""
+        self._tracker = Tracker(dataclasses.asdict(self.cfg), self.dir, self._sweep)
+
+    @property
+    def weights(self) -> str:
+        """Whose weights this run starts from, or plays, for a person."""
+        return getattr(self.cfg.stage, "init", None) or f"those of model={self.cfg.model.name} itself"
+
+    def facts(self) -> dict[str, str]:
+        """What a report's reader needs in order to know, and to repeat, what was run."""
+        cfg = self.cfg
+        command = shlex.join(["python", "-m", "vlm_agents", *self._overrides])
+        facts = {"command": command, "env": cfg.env.id, "model": played_by(cfg), "weights": self.weights}
+        facts |= {"algo": cfg.algo.name} if cfg.algo else {}
+        return facts | {"seed": str(cfg.seed), "commit": commit()[:12]}
 
     def path(self, *parts: str) -> Path:
         return self.dir.joinpath(*parts)
@@ -144,7 +167,8 @@ class Run:
         """Append one line to metrics.jsonl (non-finite numbers as null), and tell the tracker."""
         self._step = step
         append_line(self.dir / METRICS, to_json({"step": step, **metrics}))
-        self._tracker.metrics(step, metrics)
+        if self._tracker:
+            self._tracker.metrics(step, metrics)
 
     def image(self, key: str, image: Image, step: int) -> None:
         """Keep a picture under pictures/, and show it in the tracker."""
@@ -152,7 +176,8 @@ class Run:
         with writing(path):
             path.parent.mkdir(exist_ok=True)
             image.save(path)
-        self._tracker.image(key, path, step)
+        if self._tracker:
+            self._tracker.image(key, path, step)
 
     def save_folder(self, name: str, write: Callable[[Path], None]) -> Path:
         """Have `write` fill a folder of the run directory, which is there whole or not at all."""
@@ -162,7 +187,8 @@ class Run:
     def artifact(self, path: Path) -> None:
         """Name a file or folder of the run directory in summary.json, and copy a file to the tracker."""
         self._artifacts[path.stem] = str(path.relative_to(self.dir))
-        self._tracker.artifact(path)
+        if self._tracker:
+            self._tracker.artifact(path)
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
     def append_only(self, name: str) -> Path:
@@ -226,10 +252,52 @@ class Run:
             "wall_seconds": round(self._seconds(), 3),
         }
         atomic_write(self.path("summary.json"), to_json(summary, indent=2) + "\n")
-        self._tracker.metrics(self._step, metrics)
-        self._tracker.artifact(self.path("summary.json"))
+        if self._tracker:
+            self._tracker.metrics(self._step, metrics)
+        if self._tracker:
+            self._tracker.artifact(self.path("summary.json"))
         atomic_write(self.path("DONE"), "")
         return dict(metrics)
+
+
+def settled(cfg: RunConfig) -> RunConfig:
+    """`cfg` with what was left open chosen: as the run that has begun in its directory has it, else by what is there.
+
+    A run goes on with what it began with, though an earlier stage has been run since, or fewer cores are free.
+    """
+    folder = Path(cfg.run_dir)
+    old: dict[str, Any] = {}
+    if (folder / "config.yaml").is_file() and ((folder / "DONE").exists() or holds_work(folder)):
+        old = flat_settings(folder / "config.yaml", f"delete {folder}, or choose another name=")
+    stage, hardware = cfg.stage, cfg.hardware
+    if isinstance(stage, PpoConfig | EvalConfig) and stage.init == AUTO:
+        init = old["stage.init"] if "stage.init" in old else earlier_model(cfg)
+        cfg = dataclasses.replace(cfg, stage=dataclasses.replace(stage, init=init))
+    if hardware.threads is None:
+        threads = old["hardware.threads"] if "hardware.threads" in old else free_cores()
+        cfg = dataclasses.replace(cfg, hardware=dataclasses.replace(hardware, threads=threads))
+    return cfg
+
+
+def earlier_model(cfg: RunConfig) -> str | None:
+    """The run directory under `cfg.name` whose model this stage goes on with; None where there is none."""
+    if getattr(cfg.stage, "policy", "model") != "model":
+        return None
+    for stage in ("ppo", "sft") if isinstance(cfg.stage, EvalConfig) else ("sft",):
+        folder = Path("outputs", cfg.name, stage)
+        if (folder / "DONE").exists():
+            return str(folder)
+        if unfinished(folder) and holds_work(folder):
+            raise ConfigError(
+                f"{folder} isn't finished: give its command again first, or set stage.init to another model, "
+                "stage.init=null for the model's own weights"
+            )
+    return None
+
+
+def free_cores() -> int:
+    """How many threads torch should have here."""
+    return len(os.sched_getaffinity(0))
 
 
 def finished_metrics(cfg: RunConfig) -> dict[str, float] | None:

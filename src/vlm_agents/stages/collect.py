@@ -69,6 +69,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
             )
             yield from (trajectory for trajectory, (_, lacks) in zip(together, block, strict=True) if lacks)
 
+    run.begin()
     total = sum(lacks for block in blocks for _, lacks in block)
     with open_envs(cfg.env, stage.num_envs, advised) as envs, closing(client) if client else nullcontext():
         for trajectory in track(playing(envs), "collect", total):

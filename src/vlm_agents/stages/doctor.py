@@ -45,6 +45,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     fits = need.peak * ROOM <= there
     show(f"{cfg.model.name} on {cfg.hardware.name}, {cfg.hardware.dtype}", table(cfg, agent, work, need, there))
     tell(cfg, work, need, there)
+    run.begin()
     metrics = {f"doctor/{name}_bytes": float(value) for name, value in asdict(need).items()}
     metrics |= {f"doctor/{name}_bytes": float(getattr(need, name)) for name in ("sampling", "update", "peak")}
     metrics |= {

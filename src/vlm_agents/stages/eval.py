@@ -38,6 +38,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
 
         say(f"the weights are those of {stage.init or f'model={cfg.model.name}: stage.init names no others'}")
         agent = load_agent(cfg.model, cfg.hardware, stage.init)
+    run.begin()
     with open_envs(cfg.env, stage.num_envs, advised) as envs:
         run.restore()  # an interrupted evaluation starts anew
         writer = EpisodeWriter(run.dir, anew=True)

@@ -37,6 +37,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     saved = adapter_settings(source)
     lora = cfg.model.lora or LoraConfig(saved["r"], saved["lora_alpha"])
     prompts = first_prompts(cfg, PROBES)
+    run.begin()
     quantised = None
     if cfg.model.quantize:  # what was trained; it goes before the next one comes: one model at a time in memory
         quantised = logits(load_agent(replace(cfg.model, lora=lora), cfg.hardware, stage.init), prompts)

@@ -66,6 +66,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         writer.sync()
         run.save_checkpoint(step, write, state, stage.keep_checkpoints)
 
+    run.begin()
     with open_envs(cfg.env, stage.num_envs, has_expert(cfg.env)) as envs:
         if stage.eval_episodes and not checkpoint:
             state["before"], _ = evaluate(cfg, run, envs, agent, 0)

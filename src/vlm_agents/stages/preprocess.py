@@ -36,6 +36,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     run.restore()  # an interrupted one starts anew
     counts: Counter[str] = Counter()
     pngs = Pngs()
+    run.begin()
     with ExitStack() as stack:
         files = {split: stack.enter_context(ChatWriter(run.path(f"{split}.parquet"))) for split in SPLITS}
         for row in sound_rows(stage, make_format(cfg.prompt), counts, pngs):

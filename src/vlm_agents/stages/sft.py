@@ -49,6 +49,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     trainer = SftTrainer(run, agent, cfg.hardware, stage, train, cfg.seed)
     if checkpoint:
         trainer.progress |= checkpoint.state
+    run.begin()
     if not trainer.progress["done"]:  # where epochs is no whole number, the Trainer would take one more step
         trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
     metrics = {"sft/loss": trainer.progress["loss"], "sft/rows": float(len(train))}
