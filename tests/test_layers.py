@@ -28,8 +28,8 @@ CELLS = [[cell.split() for cell in line.split("|")] for line in LAYERS.strip().s
 
 # A dependency, and the only files or folders that may import it.
 DOORS = {
-    "hydra": ["command_line.py", "config.py"],
-    "omegaconf": ["command_line.py", "config.py"],
+    "hydra": ["command_line.py", "config"],
+    "omegaconf": ["command_line.py", "config"],
     "mlflow": ["tracking.py", "stores.py"],
     "deepspeed": ["learn/engine.py"],
     "transformers": ["models", "stages/sft.py"],

@@ -31,7 +31,7 @@ from PIL.Image import Image
 
 from vlm_agents import checkpoints
 from vlm_agents.checkpoints import Checkpoint
-from vlm_agents.config import AUTO, CollectConfig, EvalConfig, PpoConfig, RunConfig, conf_dir, flat
+from vlm_agents.config import AUTO, CollectConfig, EvalConfig, PpoConfig, RunConfig, conf_dir, flat, may_change
 from vlm_agents.errors import ConfigError, DataError
 from vlm_agents.files import append_line, atomic_write, cut_after, last_lines, sweep_temporaries, sync, writing
 from vlm_agents.inputs import INPUTS, hashes, inputs_of, refuse_other_inputs
@@ -41,12 +41,6 @@ log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 BOOKKEEPING = {"config.yaml", "overrides", "commit", INPUTS, "lock", "mlflow_run_id"}  # these alone are no progress
-# Settings, or groups of them, that a resumed run may have different: they change nothing in what it does.
-MAY_CHANGE = {
-    "run_dir",
-    "tracking",
-    *(f"stage.remote.{name}" for name in ("url", "key_env", "concurrency", "timeout_s", "retries", "cache")),
-}
 TRAINING_SEEDS = 2**30  # training seeds lie below, held-out panels at or above it: disjoint by construction
 
 
@@ -340,8 +334,9 @@ def refuse_other_settings(snapshot: Path, settings: str) -> None:
     """ConfigError naming the first setting in which the run that is there differs from the one that is asked for."""
     old = flat_settings(snapshot, f"delete {snapshot.parent}, or choose another name=")
     new = dict(flat(yaml.safe_load(settings)))
+    allowed = may_change()
     for key in sorted(old.keys() | new.keys()):
-        if key not in MAY_CHANGE and key.split(".")[0] not in MAY_CHANGE and old.get(key) != new.get(key):
+        if not {key, key.split(".")[0]} & allowed and old.get(key) != new.get(key):
             raise ConfigError(
                 f"{snapshot.parent} holds a run with {key}={old.get(key)}, not {new.get(key)}: "
                 f"give the old value to continue it, choose another name=, or delete that directory"

@@ -1,0 +1,84 @@
+"""The schema of every configuration group and the checks across fields. Imports no torch.
+
+Hydra composes YAML from `conf/` against these classes; `parse` turns the result into plain dataclasses once, at the
+door. Past it nobody sees a DictConfig, and nobody writes to the result. `python -m vlm_agents stage=ppo --help` and
+docs/configuration.md show what stands here.
+"""
+
+from vlm_agents.config.algo import AlgoConfig, NoveltyConfig
+from vlm_agents.config.conf import conf_dir, groups
+from vlm_agents.config.env import (
+    BlackjackConfig,
+    CardsConfig,
+    Compat,
+    EchoConfig,
+    EnvConfig,
+    EZPointsConfig,
+    Faces,
+    MiniGridConfig,
+    NumberLineConfig,
+    PointsConfig,
+)
+from vlm_agents.config.fields import at_least, between, one_of
+from vlm_agents.config.hardware import HardwareConfig
+from vlm_agents.config.model import LoraConfig, ModelConfig, TemperatureHeadConfig, TrainableConfig, ValueHeadConfig
+from vlm_agents.config.prompt import PromptConfig
+from vlm_agents.config.remote import RemoteConfig
+from vlm_agents.config.run import RunConfig, flat, may_change, parse, register
+from vlm_agents.config.secrets import refuse_secrets
+from vlm_agents.config.stage import (
+    AUTO,
+    CollectConfig,
+    DoctorConfig,
+    EvalConfig,
+    MergeConfig,
+    PpoConfig,
+    PreprocessConfig,
+    SftConfig,
+    StageConfig,
+)
+from vlm_agents.config.tracking import TrackingConfig
+
+__all__ = [
+    "AUTO",
+    "AlgoConfig",
+    "BlackjackConfig",
+    "CardsConfig",
+    "CollectConfig",
+    "Compat",
+    "DoctorConfig",
+    "EZPointsConfig",
+    "EchoConfig",
+    "EnvConfig",
+    "EvalConfig",
+    "Faces",
+    "HardwareConfig",
+    "LoraConfig",
+    "MergeConfig",
+    "MiniGridConfig",
+    "ModelConfig",
+    "NoveltyConfig",
+    "NumberLineConfig",
+    "PointsConfig",
+    "PpoConfig",
+    "PreprocessConfig",
+    "PromptConfig",
+    "RemoteConfig",
+    "RunConfig",
+    "SftConfig",
+    "StageConfig",
+    "TemperatureHeadConfig",
+    "TrackingConfig",
+    "TrainableConfig",
+    "ValueHeadConfig",
+    "at_least",
+    "between",
+    "conf_dir",
+    "flat",
+    "groups",
+    "may_change",
+    "one_of",
+    "parse",
+    "refuse_secrets",
+    "register",
+]

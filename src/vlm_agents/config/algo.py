@@ -1,0 +1,68 @@
+"""How a policy learns from reward."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from omegaconf import MISSING
+
+from vlm_agents.config.fields import Part, setting
+from vlm_agents.errors import ConfigError
+
+
+@dataclass
+class NoveltyConfig(Part, place="algo.novelty"):
+    """The temporal predictor: a second adapter foretells an episode's actions from its first picture."""
+
+    coef: float = setting(0.0, "reward for a nat of surprise; 0: no predictor; needs model.lora", low=0)
+    lr: float = setting(1e-3, "learning rate of the predictor", low=0)
+
+
+@dataclass
+class AlgoConfig(Part, place="algo"):
+    name: str = setting(MISSING, "chosen by algo=", choices=Literal["ppo"])
+    gamma: float = setting(0.98, "discount of the reward a turn", low=0, high=1)
+    gae_lambda: float = setting(
+        0.95,
+        "lambda of generalized advantage estimation over turns; 1: no bootstrapping from the critic",
+        low=0,
+        high=1,
+    )
+    clip: float = setting(
+        0.2, "PPO's clip range: the ratio counts within 1 - clip and 1 + clip", positive=True, infinite=True
+    )
+    epochs: int = setting(1, "passes over the turns of an iteration", low=1)
+    minibatch_turns: int = setting(128, "turns an optimizer step", low=1)
+    thought_coef: float = setting(0.2, "weight of a thought token's log-prob beside an action token's 1", low=0)
+    value_coef: float = setting(0.5, "weight of the critic's loss", low=0)
+    value_warmup: int = setting(
+        1, "first iterations, in which the critic's head alone learns; 0 where stage.init brings one", low=0
+    )
+    value_epochs: int = setting(
+        10, "passes of the critic's head alone, over the states that it read in the first of epochs", low=0
+    )
+    entropy_coef: float = setting(0.0, "weight of the token entropy, as a bonus", low=0)
+    turn_entropy: float = setting(
+        0.1, "nats a token that a learned temperature is drawn towards; needs model.temperature_head"
+    )
+    turn_entropy_coef: float = setting(
+        0.0, "how strongly a learned temperature is drawn towards turn_entropy; needs model.temperature_head", low=0
+    )
+    kl_coef: float = setting(0.0, "k3 penalty towards the policy that training started from; needs model.lora", low=0)
+    target_kl: float | None = setting(
+        None, "an iteration's remaining updates are skipped once approx_kl passes this; null: none are", low=0
+    )
+    novelty: NoveltyConfig = setting(NoveltyConfig, "reward for what a temporal predictor doesn't foretell")
+    lr: float = setting(1e-4, "learning rate of the policy", low=0)
+    value_lr: float = setting(1e-3, "learning rate of the critic's head", low=0)
+    warmup_updates: int = setting(0, "optimizer steps in which the learning rate rises to lr", low=0)
+    min_lr_ratio: float = setting(0.1, "the cosine schedule ends at this share of the learning rate", low=0, high=1)
+    weight_decay: float = setting(0.0, "AdamW's weight decay", low=0)
+    max_grad_norm: float = setting(1.0, "longer gradients are scaled down to this norm", positive=True, infinite=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.value_warmup and not self.value_epochs:
+            raise ConfigError(
+                f"algo.value_warmup={self.value_warmup} has the critic learn in algo.value_epochs, and there are none: "
+                "set value_warmup=0 too, or value_epochs=10"
+            )

@@ -1,0 +1,111 @@
+"""What stands beside a setting: its meaning, bounds and choices; and the one check that reads them.
+
+    lr: float = setting(1e-4, "learning rate of the policy", low=0)
+
+Checks across fields stand in the `__post_init__` of the part that holds them.
+"""
+
+import math
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, ClassVar, get_args
+
+from omegaconf import MISSING
+
+from vlm_agents.errors import ConfigError, did_you_mean
+
+
+def one_of(what: str, value: str, allowed: Any) -> None:
+    """Raise unless `value` is one of the `allowed` Literal's words."""
+    words = get_args(allowed)
+    if value not in words:
+        raise ConfigError(f"{what}={value} is not one of {', '.join(words)}.{did_you_mean(value, words)}")
+
+
+def at_least(what: str, value: float, bound: float) -> None:
+    if not value >= bound:  # a value that is no number fails too
+        raise ConfigError(f"{what}={value} must be at least {bound}")
+
+
+def between(what: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{what}={value} must lie between {low} and {high}")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Meaning and rules of one setting. Its type and default are the dataclass field's; null is the type's business."""
+
+    help: str
+    choices: Any = None  # a Literal
+    low: float | None = None
+    high: float | None = None  # with `low`
+    positive: bool = False  # more than 0
+    infinite: bool = False  # with `positive`: .inf will do
+    wanted: str = ""  # what the value must look like, in words, where the part itself checks that
+    reason: str = ""  # added to what a refused value is told
+    bring_in: str = ""  # of a part that is off by default: how to have it
+    may_change: bool = False  # a resumed run may have it different, as it changes nothing in what the run does
+
+    def check(self, name: str, value: Any) -> None:
+        """ConfigError, which calls the setting `name`, for a value that the rules don't allow."""
+        if self.choices is not None:
+            one_of(name, value, self.choices)
+        elif self.positive and not (0 < value < math.inf or (value == math.inf and self.infinite)):
+            raise ConfigError(f"{name}={value} must be a positive number{self.reason}")
+        elif self.high is not None and self.low is not None:
+            between(name, value, self.low, self.high)
+        elif self.low is not None:
+            at_least(name, value, self.low)
+
+    @property
+    def allowed(self) -> str:
+        """The rules in a few characters: `>= 0`, `full, agent`; empty where there are none."""
+        if self.choices is not None:
+            return ", ".join(get_args(self.choices))
+        if self.high is not None:
+            return f"{self.low:g} to {self.high:g}"
+        return self.wanted or ("> 0" if self.positive else "" if self.low is None else f">= {self.low:g}")
+
+
+def setting(default: Any, help: str, **rules: Any) -> Any:
+    """A dataclass field with a meaning, and with the rules of `Setting`. A class as default makes a new one."""
+    metadata = {"setting": Setting(help, **rules)}
+    return (
+        field(default_factory=default, metadata=metadata)
+        if callable(default)
+        else field(default=default, metadata=metadata)
+    )
+
+
+class Part:
+    """A part of the configuration: a dataclass whose settings are checked when it is made."""
+
+    place: ClassVar[str]  # where it stands in a run: `env`, `model.lora`; the run itself: empty
+
+    def __init_subclass__(cls, place: str | None = None) -> None:
+        if place is not None:
+            cls.place = place
+
+    def __post_init__(self) -> None:
+        for name, (_, rules) in settings_of(type(self)).items():
+            value = getattr(self, name)
+            if value is not None and value != MISSING:
+                rules.check(dotted(type(self), name), value)
+
+
+def dotted(part: type[Part], name: str) -> str:
+    """The name by which a user sets a field of a part."""
+    return f"{part.place}.{name}".lstrip(".")
+
+
+def settings_of(part: type[Part]) -> dict[str, tuple[Field[Any], Setting]]:
+    """Every field of a part with its meaning: a subclass that gives a field another default keeps the rest."""
+    return {one.name: (one, _rules(part, one.name)) for one in fields(part)}  # pyright: ignore[reportArgumentType]
+
+
+def _rules(part: type[Part], name: str) -> Setting:
+    for kind in part.__mro__:
+        declared = vars(kind).get("__dataclass_fields__", {}).get(name)
+        if declared is not None and "setting" in declared.metadata:
+            return declared.metadata["setting"]
+    raise TypeError(f"{part.__name__}.{name} has no meaning: declare it by setting(...)")

@@ -1,0 +1,21 @@
+"""What a run computes on."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from omegaconf import MISSING
+
+from vlm_agents.config.fields import Part, setting
+
+
+@dataclass
+class HardwareConfig(Part, place="hardware"):
+    name: str = setting(MISSING, "chosen by hardware=")
+    device: str = setting("cpu", "torch device that the model lives on", wanted="cpu, cuda, cuda:<number>")
+    dtype: str = setting(
+        "float32", "number format of the weights and activations", choices=Literal["float32", "bfloat16"]
+    )
+    threads: int | None = setting(None, "torch CPU threads; null: all cores", low=1)
+    tokens_per_microbatch: int = setting(
+        8192, "padded tokens in one forward and backward pass; less needs less memory", low=1
+    )

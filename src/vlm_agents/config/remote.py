@@ -1,0 +1,67 @@
+"""A model on a server that plays or rates."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from vlm_agents.config.fields import Part, setting
+from vlm_agents.config.secrets import ADDRESS, refuse_secrets
+from vlm_agents.errors import ConfigError
+
+
+@dataclass
+class RemoteConfig(Part, place="stage.remote"):
+    """An OpenAI-compatible server. The key, where one is needed, is read from the environment variable `key_env`."""
+
+    url: str = setting(
+        "http://127.0.0.1:8000/v1", "address of an OpenAI-compatible server, up to and with /v1", may_change=True
+    )
+    model: str = setting("default", "the server's name of the model")
+    key_env: str = setting(
+        "OPENAI_API_KEY", "environment variable that holds the key, where the server needs one", may_change=True
+    )
+    concurrency: int = setting(8, "requests under way at once", low=1, may_change=True)
+    timeout_s: float = setting(60.0, "seconds for one try", positive=True, may_change=True)
+    retries: int = setting(
+        4,
+        "of a request that was refused for now (429, 5xx), or got no answer; waits double up to 30 s",
+        low=0,
+        may_change=True,
+    )
+    request: Any = setting(
+        None,
+        "{field: value} to add to each request, or to replace there; a null leaves the field out",
+    )
+    cache: str = setting(
+        "outputs/.answers",
+        "folder of all answers so far, shared by all runs: what it holds isn't asked again",
+        may_change=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            parts = urlsplit(self.url)
+            plain = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            plain = False
+        if not plain:
+            raise ConfigError(f"stage.remote.url must be {ADDRESS}")
+        refuse_secrets("stage.remote.url", self.url)
+        refuse_secrets("stage.remote.key_env", self.key_env)
+        self._check_request()
+
+    def _check_request(self) -> None:
+        if self.request is None:
+            return
+        if not (isinstance(self.request, dict) and all(isinstance(name, str) for name in self.request)):
+            raise ConfigError("stage.remote.request must be fields: 'stage.remote.request={seed: null, top_p: 0.9}'")
+        for name in {"model", "messages", "n", "stream"} & set(self.request):
+            fix = "set stage.remote.model" if name == "model" else "what is asked and how it is answered stays as it is"
+            raise ConfigError(f"stage.remote.request can't have a field {name}: {fix}")
+        try:
+            text = json.dumps(self.request, allow_nan=False)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"stage.remote.request can't be sent as JSON: {error}") from error
+        refuse_secrets("stage.remote.request", text)

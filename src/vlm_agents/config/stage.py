@@ -1,0 +1,142 @@
+"""The stages, and what each of them does."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from omegaconf import MISSING
+
+from vlm_agents.config.fields import Part, setting
+from vlm_agents.config.remote import RemoteConfig
+from vlm_agents.errors import ConfigError
+
+PolicyName = Literal["model", "expert", "random", "remote"]
+RaterName = Literal["none", "expert", "remote"]
+AUTO = "auto"  # stage.init: the model that an earlier stage left under the run's name, where there is one
+WEIGHTS = (
+    "run directory or HF folder whose weights are taken; auto: those that an earlier stage left under this run's name, "
+    "if there are any; null: the model's own"
+)
+
+
+@dataclass
+class StageConfig(Part, place="stage"):
+    name: str = setting(MISSING, "chosen by stage=")
+
+
+@dataclass
+class CollectConfig(StageConfig):
+    """Play and label episodes."""
+
+    name: str = "collect"
+    policy: str = setting("expert", "who plays", choices=PolicyName)
+    init: str | None = setting(None, "policy=model: run directory or HF folder; null: the model's own weights")
+    episodes: int = setting(256, "episodes to play", low=1)
+    num_envs: int = setting(32, "episodes played at the same time", low=1)
+    noise: float = setting(
+        0.3, "share of turns where a random legal action is played; the label stays the policy's", low=0, high=1
+    )
+    rater: str = setting("expert", "who scores each step 0-10", choices=RaterName)
+    remote: RemoteConfig = setting(RemoteConfig, "the server of policy=remote and rater=remote")
+
+
+@dataclass
+class PreprocessConfig(StageConfig):
+    """Trajectories to SFT data."""
+
+    name: str = "preprocess"
+    data: list[str] = setting(MISSING, "list of run directories of stage=collect, and of .json files in LLaVA's layout")
+    images: str | None = setting(
+        None, "folder that the image paths of LLaVA files start from; null: where each file lies"
+    )
+    label: str = setting(
+        "reply",
+        "what the student shall say. reply: what the policy said, if it meant it; advice: what the expert would have "
+        "said (DAgger); played: what was played, random moves too, with the expert's thought: it sees well and acts "
+        "badly",
+        choices=Literal["reply", "advice", "played"],
+    )
+    success_only: bool = setting(True, "keep solved episodes only")
+    min_score: float = setting(0.0, "keep steps rated at least this; unrated steps count as 0", low=0, high=10)
+    val_fraction: float = setting(0.02, "share of episodes held out for validation", low=0, high=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data == []:
+            raise ConfigError("stage.data is empty: name run directories of stage=collect, or .json files")
+        if not all(isinstance(source, str) for source in self.data):
+            raise ConfigError(f"stage.data={self.data} must be a list of paths, as in stage.data=[outputs/a/collect]")
+
+
+@dataclass
+class SftConfig(StageConfig):
+    """Supervised fine-tuning on the Parquet data of stage=preprocess."""
+
+    name: str = "sft"
+    data: str = setting(MISSING, "run directory of stage=preprocess")
+    skip_bad: bool = setting(
+        False, "leave out the rows that can't be trained on, instead of refusing them all before it begins"
+    )
+    init: str | None = setting(None, "run directory or HF folder to start from; null: the model's own weights")
+    epochs: float = setting(1.0, "passes over the data; a fraction will do", positive=True)
+    batch_size: int = setting(64, "chats an optimizer step", low=1)
+    lr: float = setting(1e-3, "learning rate", low=0)
+    warmup_steps: int = setting(
+        50, "optimizer steps in which the learning rate rises; half of all steps at most", low=0
+    )
+    weight_decay: float = setting(0.0, "AdamW's weight decay", low=0)
+    max_grad_norm: float = setting(1.0, "longer gradients are scaled down to this norm; 0: none are", low=0)
+    checkpoint_every: int = setting(200, "optimizer steps between checkpoints", low=1)
+    keep_checkpoints: int = setting(2, "newest checkpoints that are kept", low=1)
+
+
+@dataclass
+class PpoConfig(StageConfig):
+    """Reinforcement learning on the env's reward."""
+
+    name: str = "ppo"
+    init: str | None = setting(AUTO, WEIGHTS)
+    iterations: int = setting(16, "rounds of playing and learning", low=1)
+    episodes: int = setting(64, "whole episodes collected per iteration", low=1)
+    num_envs: int = setting(64, "episodes played at the same time", low=1)
+    freeze_vision: bool = setting(
+        True, "the vision part doesn't learn: pictures are encoded once and reused by every pass of an iteration"
+    )
+    eval_episodes: int = setting(200, "size of the held-out panel played before and after; 0: no evaluation", low=0)
+    eval_every: int = setting(0, "iterations between evaluations on the panel; 0: only before and after", low=0)
+    checkpoint_every: int = setting(1, "iterations between checkpoints", low=1)
+    keep_checkpoints: int = setting(2, "newest checkpoints that are kept", low=1)
+
+
+@dataclass
+class EvalConfig(StageConfig):
+    """Play a fixed panel of held-out seeds."""
+
+    name: str = "eval"
+    policy: str = setting("model", "who plays", choices=PolicyName)
+    init: str | None = setting(AUTO, WEIGHTS)
+    episodes: int = setting(200, "size of the panel", low=1)
+    num_envs: int = setting(64, "episodes played at the same time", low=1)
+    baselines: bool = setting(True, "also play random and expert on the same panel")
+    report_episodes: int = setting(12, "episodes shown in report.html", low=0)
+    remote: RemoteConfig = setting(RemoteConfig, "the server of policy=remote")
+
+
+@dataclass
+class MergeConfig(StageConfig):
+    """Merge an adapter into its base, as a plain HF folder."""
+
+    name: str = "merge"
+    init: str = setting(MISSING, "run directory or folder of the adapter")
+    tolerance: float | None = setting(
+        None, "largest difference of a logit before and after; null: 1e-3 in float32, 0.5 in bfloat16", low=0
+    )
+
+
+@dataclass
+class DoctorConfig(StageConfig):
+    """Say what this machine can run, and what the chosen model would need."""
+
+    name: str = "doctor"
+    num_envs: int = setting(64, "prompts that are sampled for at once, as stage=ppo has it", low=1)
+    freeze_vision: bool = setting(True, "as stage=ppo has it; stage=sft trains what model.train says")
+    prompt_tokens: int | None = setting(None, "longest prompt; null: the longest of a few random episodes", low=1)
