@@ -16,20 +16,20 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # From the top down. A part may import what lies below it, and what shares its line and its bar-separated cell.
 LAYERS = """
 __main__ worker
-command_line
+command_line completion hydra_errors
 stages run
 rollout
 policies episodes llava_data env_pool report chats inputs judge
 envs experts | prompting | models | learn | tracking stores | checkpoints | remote endpoint answers | sandbox
 config tensors
-types errors files pictures progress
+types errors files pictures progress versions
 """
 CELLS = [[cell.split() for cell in line.split("|")] for line in LAYERS.strip().splitlines()]
 
 # A dependency, and the only files or folders that may import it.
 DOORS = {
-    "hydra": ["command_line.py", "config"],
-    "omegaconf": ["command_line.py", "config"],
+    "hydra": ["command_line.py", "completion.py", "hydra_errors.py", "config"],
+    "omegaconf": ["command_line.py", "completion.py", "hydra_errors.py", "config"],
     "mlflow": ["tracking.py", "stores.py"],
     "deepspeed": ["learn/engine.py"],
     "transformers": ["models", "stages/sft.py"],

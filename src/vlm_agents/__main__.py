@@ -1,6 +1,8 @@
 """Where a command begins: what stops it, by a signal or an error, is told in one line. It imports next to nothing, so
 that this holds while the rest is imported too."""
 
+import os
+import select
 import signal
 import sys
 from types import FrameType
@@ -14,13 +16,27 @@ def terminate(number: int, frame: FrameType | None) -> None:
     raise Terminated
 
 
+def closed(stream: int) -> bool:
+    """Has the reader of this pipe gone, as that of `| head`?"""
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 def main() -> int:
     """Run the command line in `sys.argv`; the exit status."""
     signal.signal(signal.SIGTERM, terminate)
     try:
         from vlm_agents.command_line import run
 
-        return run(sys.argv)
+        status = run(sys.argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        if not (closed(1) or closed(2)):
+            raise  # another pipe than that of our words
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1 if closed(1) else 2)  # for what Python flushes at its end
+        return 141
     except KeyboardInterrupt as stop:
         word, status = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
         print(f"{word}; the same command with the run's name= continues it", file=sys.stderr)

@@ -7,46 +7,35 @@ traceback. Nothing heavy is imported before the configuration is known to be goo
 import importlib
 import logging
 import os
+import re
 import shlex
+import shutil
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from textwrap import fill
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import (
-    ConfigAttributeError,
-    ConfigKeyError,
-    InterpolationResolutionError,
-    MissingMandatoryValue,
-    OmegaConfBaseException,
-    ValidationError,
-)
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
-from vlm_agents.config import conf_dir, parse, refuse_secrets, register
-from vlm_agents.errors import ConfigError, VlmAgentsError, did_you_mean, harmless
+from vlm_agents import completion
+from vlm_agents.config import conf_dir, described, groups, listing, parse, refuse_secrets, register
+from vlm_agents.errors import ConfigError, VlmAgentsError, harmless
 from vlm_agents.files import writing
-
-FLAGS = (
-    *("--help", "-h", "--debug", "--cfg", "-c", "--multirun", "-m", "--run", "-r", "--resolve", "--info", "-i"),
-    *("--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--hydra-help"),
-    *("--version", "--shell-completion", "-sc", "--experimental-rerun"),
-)
+from vlm_agents.hydra_errors import check_flags, explain, is_override
+from vlm_agents.versions import versions
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its CPU kernels are optional, and fetched from a hub
 
-OFF_BY_DEFAULT = {
-    "algo": "stage=ppo brings it in",
-    "model.lora": "add model/lora=adapter",
-    "model.temperature_head": "add model/temperature_head=learned",
-}
+HELP_FLAGS = {"--help", "-h"}
 
 HELP = """\
 Train a vision-language model as an agent. One run is one stage (stage=...):
@@ -59,15 +48,15 @@ Examples:
   python -m vlm_agents stage=ppo env=minigrid
   python -m vlm_agents stage=eval stage.policy=expert env.id=MiniGrid-FourRooms-v0 stage.episodes=50
 
---cfg job prints the composed configuration; -m seed=0,1,2 sweeps; name=<name> continues a run;
---debug shows tracebacks.
+stage=ppo --help lists every setting of that run with its meaning; --cfg job prints the composed
+configuration; -m seed=0,1,2 sweeps; name=<name> continues a run; --version; --debug shows tracebacks.
 """
 
 
-class Refused(BaseException):
-    """Carries an error of the user past Hydra, which would add a line of its own to an Exception."""
+class Carried(BaseException):
+    """Carries an error past Hydra, which would add a line of its own to an Exception."""
 
-    def __init__(self, error: VlmAgentsError) -> None:
+    def __init__(self, error: Exception) -> None:
         super().__init__(error)
         self.error = error
 
@@ -75,25 +64,40 @@ class Refused(BaseException):
 def run(argv: list[str]) -> int:
     """Run the command line `argv`, which is `sys.argv` and is put into Hydra's order; the exit status."""
     arguments = argv[1:]
-    if {"--help", "-h"} & set(arguments):
-        print(help_text())
-        return 0
     debug = "--debug" in arguments or os.environ.get("HYDRA_FULL_ERROR", "") == "1"
-    argv[1:] = sorted((word for word in arguments if word != "--debug"), key=is_override)  # argparse: flags first
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come through to us
     try:
-        check_flags(arguments)
-        for word in arguments:
+        if (text := answer(arguments)) is not None:
+            print(text)
+            return 0
+        words = check_flags([word for word in arguments if word not in ("--debug", *HELP_FLAGS)])
+        for word in words:
             setting, _, value = word.lstrip("+").partition("=")
             refuse_secrets(setting, value.strip("'\""))
             refuse_other_places(setting, value)
         register()
-        compose_and_run(arguments)
-    except Refused as refused:
-        return report(refused.error, debug)
+        if HELP_FLAGS & set(arguments):
+            print(settings_help(argv, words))
+        else:
+            compose_and_run(run_stage, argv, words)
+    except Carried as carried:
+        if not isinstance(carried.error, VlmAgentsError):
+            raise carried.error from None
+        return report(carried.error, debug)
     except VlmAgentsError as error:
         return report(error, debug)
     return 0
+
+
+def answer(arguments: Sequence[str]) -> str | None:
+    """What a command prints that composes nothing; None for others."""
+    if "--version" in arguments:
+        return versions()
+    if HELP_FLAGS & set(arguments) and not any(word.startswith(("stage=", "experiment=")) for word in arguments):
+        return help_text()
+    if {"--shell-completion", "-sc"} & set(arguments):
+        return completion.answer(arguments[-1])
+    return None
 
 
 def refuse_other_places(setting: str, value: str) -> None:
@@ -104,19 +108,39 @@ def refuse_other_places(setting: str, value: str) -> None:
         raise ConfigError(f"name={value!r} names a folder: use letters, digits and . _ + - only")
 
 
-def compose_and_run(arguments: Sequence[str]) -> None:
-    """Hand over to Hydra, which calls `run_stage` once, or once a job of a sweep."""
+def compose_and_run(task: Callable[[DictConfig], Any], argv: list[str], words: Sequence[str]) -> None:
+    """Hand the words over to Hydra, which reads `argv` and calls `task` once, or once a job of a sweep."""
+    argv[1:] = sorted(words, key=is_override)  # argparse: flags first
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(run_stage)()
-    except VlmAgentsError:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
+    except (VlmAgentsError, BrokenPipeError):
         raise
     except (HydraException, OmegaConfBaseException, AssertionError, AttributeError, ValueError, OSError) as error:
-        if any(frame.name == "run_stage" for frame in traceback.extract_tb(error.__traceback__)):
+        if any(frame.name == task.__name__ for frame in traceback.extract_tb(error.__traceback__)):
             raise  # it was composed, and a stage begun: a bug
         if isinstance(error, OSError) and not isinstance(error, HydraException):
             with writing(Path(error.filename or "multirun")):  # where Hydra makes the directories of a sweep
                 raise
-        raise explain(error, arguments) from error
+        raise explain(error, words) from error
+
+
+def settings_help(argv: list[str], words: Sequence[str]) -> str:
+    """What every setting of the composed run means. It needn't be good: who asks for help may have it wrong.
+
+    Of a sweep, the settings of its first run.
+    """
+    texts: list[str] = []
+
+    def explain_settings(composed: DictConfig) -> None:
+        width = max(80, min(120, shutil.get_terminal_size((100, 24)).columns))
+        try:
+            texts.append(listing(composed, HydraConfig.get().runtime.choices, width))
+        except OmegaConfBaseException as error:
+            raise Carried(explain(error, ())) from error
+
+    one = [re.sub(r"^([^=]+=[^\[{('\",]*),.*", r"\1", word) for word in words if word not in ("-m", "--multirun")]
+    compose_and_run(explain_settings, argv, [*one, "hydra.mode=RUN"])
+    return texts[0]
 
 
 def run_stage(composed: DictConfig) -> dict[str, float]:
@@ -156,7 +180,9 @@ def run_stage(composed: DictConfig) -> dict[str, float]:
         if sweep:
             report(error, debug=False)
             raise  # Hydra keeps it until the sweep's other jobs are done
-        raise Refused(error) from error
+        raise Carried(error) from error
+    except BrokenPipeError as error:
+        raise Carried(error) from error
 
 
 def report(error: VlmAgentsError, debug: bool) -> int:
@@ -166,98 +192,10 @@ def report(error: VlmAgentsError, debug: bool) -> int:
     return 2
 
 
-def is_override(word: str) -> bool:
-    return ("=" in word and not word.startswith("-")) or word.startswith("~")
-
-
-def check_flags(arguments: Iterable[str]) -> None:
-    """Refuse an unknown --flag in one line, where Hydra prints a page."""
-    for word in arguments:
-        flag = word.split("=", 1)[0]
-        if flag.startswith("-") and flag not in FLAGS:
-            raise ConfigError(f"{flag}: no such flag.{did_you_mean(flag, FLAGS)} Settings are written key=value")
-
-
-def explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
-    """What Hydra or OmegaConf found wrong with the overrides, in our words: where, what, the fix."""
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    text = " ".join(str(cause).split("\n    full_key", 1)[0].split("\nSee https", 1)[0].split())
-    match cause:
-        case ConfigKeyError() | ConfigAttributeError():
-            text = f"{cause.full_key}: no such setting.{suggestion(cause)}"
-        case ValidationError():
-            text = f"{cause.full_key}: {text.rstrip('.')}.{example(cause)}"
-        case MissingMandatoryValue():
-            text = f"{cause.full_key} has no value: give {cause.full_key}=..."
-        case MissingConfigException():
-            missing = str(cause.missing_cfg_file)
-            given = (word.split("=", 1) for word in overrides if "=" in word)  # an option may hold a slash itself
-            group, option = next((pair for pair in given if "/".join(pair) == missing), missing.rsplit("/", 1))
-            nested = conf_dir().glob("experiment/*/*.yaml") if group == "experiment" else ()
-            names = (path.relative_to(conf_dir() / group).with_suffix("").as_posix() for path in nested)
-            options = sorted({*(cause.options or ()), *names})
-            hint = f"{did_you_mean(option, options)} Options: {', '.join(options) or 'none'}"
-            text = f"{group}={option}: no such option.{hint}"
-        case OverrideParseException():
-            text = f"{cause.override}: not of the form key=value ({text}){quoted(str(cause.override))}"
-        case InterpolationResolutionError():
-            text = f"{text}: a value refers to it as ${{...}}, and there is no such setting"
-        case ValueError():
-            text = f"{' '.join(overrides)}: {text}. Write group=option"
-        case _ if isinstance(error, AssertionError | AttributeError) or "No match in the defaults list" in text:
-            text = below_nothing(overrides) or text
-    return ConfigError(text)
-
-
-def suggestion(error: OmegaConfBaseException) -> str:
-    """` Did you mean ...?` for an unknown key, else what there is at that place."""
-    known = [str(key) for key in error.parent_node]
-    path = str(error.full_key).rpartition(".")[0]
-    if not known:  # any may be given, such as model.image_processor's
-        return f" Write '{path}={{{error.key}: ...}}'"
-    hint = did_you_mean(str(error.key), known if path else [*known, *groups()])
-    return hint.replace("'", f"'{path}.", 1) if path and hint else hint or f" There are: {', '.join(known)}"
-
-
-def example(error: OmegaConfBaseException) -> str:
-    """` For example key=value`, with the value that the setting has by default."""
-    value = OmegaConf.select(error.parent_node, str(error.key), throw_on_missing=False)
-    return "" if value is None else f" For example {error.full_key}={value}"
-
-
-def quoted(word: str) -> str:
-    """`. Write ...` for an override whose value Hydra's grammar takes for more than a word."""
-    setting, _, value = word.partition("=")
-    quote = "'" if '"' in value else '"'
-    return (
-        f". A value that isn't one word is quoted: {shlex.quote(f'{setting}={quote}{value}{quote}')}" if value else ""
-    )
-
-
-def below_nothing(overrides: Iterable[str]) -> str:
-    """Names the override that reaches into a part that this run doesn't have; Hydra has only an assertion there."""
-    for word in overrides:
-        for part, fix in OFF_BY_DEFAULT.items():
-            if word.lstrip("+~").startswith((f"{part}.", f"{part}=")):
-                return f"{word}: this run has no '{part}'; {fix}"
-    return ""
-
-
-def groups() -> dict[str, list[str]]:
-    """Every group of conf/ and its options."""
-    found: dict[str, list[str]] = {}
-    for path in sorted(conf_dir().rglob("*.yaml")):
-        group = path.parent.relative_to(conf_dir()).as_posix()
-        if group not in (".", "local"):
-            found.setdefault(group, []).append(path.stem)
-    return found
-
-
 def help_text() -> str:
     """Stages and groups as they stand in conf/; a stage is described by the first line of its file."""
     options = groups()
-    first_lines = {name: (conf_dir() / f"stage/{name}.yaml").read_text().split("\n", 1)[0] for name in options["stage"]}
-    stages = [f"  {name:<12}{line.lstrip('# ')}" for name, line in first_lines.items()]
+    stages = [f"  {name:<12}{described('stage', name)}" for name in options["stage"]]
     width = max(map(len, options)) + 2
     chosen = [
         fill(f"  {group:<{width}}{', '.join(names)}", width=120, subsequent_indent=" " * (width + 2))

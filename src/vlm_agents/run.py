@@ -1,6 +1,7 @@
 """The directory of one run: snapshot, seeds, metrics, checkpoints, resume, DONE. Knows stages and models by name alone.
 
-    config.yaml  overrides  commit      what was asked, of which code
+    config.yaml  overrides              what was asked
+    commit  versions                    of which code
     inputs.json                         what it read from outside: each file, and a hash of its content
     metrics.jsonl                       one object a line: step and metrics
     checkpoints/step_000012/            what the stage wrote, plus state.json
@@ -36,11 +37,20 @@ from vlm_agents.errors import ConfigError, DataError
 from vlm_agents.files import append_line, atomic_write, cut_after, last_lines, sweep_temporaries, sync, writing
 from vlm_agents.inputs import INPUTS, hashes, inputs_of, refuse_other_inputs
 from vlm_agents.tracking import Tracker
+from vlm_agents.versions import versions
 
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
-BOOKKEEPING = {"config.yaml", "overrides", "commit", INPUTS, "lock", "mlflow_run_id"}  # these alone are no progress
+BOOKKEEPING = {
+    "config.yaml",
+    "overrides",
+    "commit",
+    "versions",
+    INPUTS,
+    "lock",
+    "mlflow_run_id",
+}  # these alone are no progress
 TRAINING_SEEDS = 2**30  # training seeds lie below, held-out panels at or above it: disjoint by construction
 
 
@@ -119,6 +129,7 @@ class Run:
         atomic_write(folder / "config.yaml", settings)
         atomic_write(folder / "overrides", "".join(f"{word}\n" for word in overrides))
         atomic_write(folder / "commit", commit() + "\n")
+        atomic_write(folder / "versions", versions() + "\n")
         return cls(cfg, overrides, lock, sweep)
 
     def __enter__(self) -> Self:

@@ -6,7 +6,7 @@ docs/configuration.md show what stands here.
 """
 
 from vlm_agents.config.algo import AlgoConfig, NoveltyConfig
-from vlm_agents.config.conf import conf_dir, groups
+from vlm_agents.config.conf import conf_dir, described, groups
 from vlm_agents.config.env import (
     BlackjackConfig,
     CardsConfig,
@@ -21,10 +21,11 @@ from vlm_agents.config.env import (
 )
 from vlm_agents.config.fields import at_least, between, one_of
 from vlm_agents.config.hardware import HardwareConfig
+from vlm_agents.config.listing import entries, listing
 from vlm_agents.config.model import LoraConfig, ModelConfig, TemperatureHeadConfig, TrainableConfig, ValueHeadConfig
 from vlm_agents.config.prompt import PromptConfig
 from vlm_agents.config.remote import RemoteConfig
-from vlm_agents.config.run import RunConfig, flat, may_change, parse, register
+from vlm_agents.config.run import RunConfig, env_of_id, flat, may_change, off_by_default, parse, register
 from vlm_agents.config.secrets import refuse_secrets
 from vlm_agents.config.stage import (
     AUTO,
@@ -74,9 +75,14 @@ __all__ = [
     "at_least",
     "between",
     "conf_dir",
+    "described",
+    "entries",
+    "env_of_id",
     "flat",
     "groups",
+    "listing",
     "may_change",
+    "off_by_default",
     "one_of",
     "parse",
     "refuse_secrets",

@@ -28,14 +28,17 @@ class AlgoConfig(Part, place="algo"):
         high=1,
     )
     clip: float = setting(
-        0.2, "PPO's clip range: the ratio counts within 1 - clip and 1 + clip", positive=True, infinite=True
+        0.2,
+        "PPO's clip range: probability ratios count up to 1 + clip, and down to 1 - clip",
+        positive=True,
+        infinite=True,
     )
     epochs: int = setting(1, "passes over the turns of an iteration", low=1)
     minibatch_turns: int = setting(128, "turns an optimizer step", low=1)
     thought_coef: float = setting(0.2, "weight of a thought token's log-prob beside an action token's 1", low=0)
     value_coef: float = setting(0.5, "weight of the critic's loss", low=0)
     value_warmup: int = setting(
-        1, "first iterations, in which the critic's head alone learns; 0 where stage.init brings one", low=0
+        1, "first iterations, in which the critic's head alone learns; none where stage.init brings a critic", low=0
     )
     value_epochs: int = setting(
         10, "passes of the critic's head alone, over the states that it read in the first of epochs", low=0

@@ -15,10 +15,18 @@ def conf_dir() -> Path:
 
 
 def groups() -> dict[str, list[str]]:
-    """Every group of conf/ and its options."""
+    """Every group of conf/ and its options. An experiment's option is `<experiment>/<stage>`."""
     found: dict[str, list[str]] = {}
     for path in sorted(conf_dir().rglob("*.yaml")):
-        group = path.parent.relative_to(conf_dir()).as_posix()
+        place = path.relative_to(conf_dir())
+        group = "experiment" if place.parts[0] == "experiment" else place.parent.as_posix()
         if group not in (".", "local"):
-            found.setdefault(group, []).append(path.stem)
+            found.setdefault(group, []).append(place.relative_to(group).with_suffix("").as_posix())
     return found
+
+
+def described(group: str, option: str) -> str:
+    """What an option is: the first comment of its file; empty for one that doesn't lie in conf/."""
+    path = conf_dir() / group / f"{option}.yaml"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return next((line.lstrip("# ") for line in lines if line.startswith("# ") and "@package" not in line), "")

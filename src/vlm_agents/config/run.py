@@ -122,6 +122,18 @@ class RunConfig(Part, place=""):
             raise ConfigError(f"nothing would learn: set model.train.{choice}")
 
 
+SCHEMAS: dict[str, type[Part]] = {
+    "run": RunConfig,
+    "prompt": PromptConfig,
+    "model": ModelConfig,
+    "hardware": HardwareConfig,
+    "tracking": TrackingConfig,
+    "algo": AlgoConfig,
+    **{f"env/{env.family}": env for env in ENVS},
+    **{f"stage/{stage.name}": stage for stage in STAGES},
+}
+
+
 def register() -> None:
     """Tell Hydra the schemas. They live under `schema/` so that they never show up as options of a group.
 
@@ -129,22 +141,30 @@ def register() -> None:
     """
     OmegaConf.register_new_resolver("token", partial(secrets.token_hex, 3), use_cache=True, replace=True)
     store = ConfigStore.instance().store
-    store(name="run", group="schema", node=RunConfig)
-    for env in ENVS:
-        store(name=env().family, group="schema/env", node=env)
-    store(name="prompt", group="schema", node=PromptConfig)
-    store(name="model", group="schema", node=ModelConfig)
-    store(name="hardware", group="schema", node=HardwareConfig)
-    store(name="tracking", group="schema", node=TrackingConfig)
-    store(name="algo", group="schema", node=AlgoConfig)
-    for stage in STAGES:
-        store(name=stage().name, group="schema/stage", node=stage)
+    for place, part in SCHEMAS.items():
+        store(name=place.split("/")[-1], group="/".join(["schema", *place.split("/")[:-1]]), node=part)
 
 
 def may_change() -> set[str]:
     """Settings, or whole parts, that a resumed run may have different: they change nothing in what it does."""
     parts = (RunConfig, RemoteConfig)
     return {dotted(part, name) for part in parts for name, (_, rules) in settings_of(part).items() if rules.may_change}
+
+
+def off_by_default() -> dict[str, str]:
+    """The parts that a run may lack, and how to bring each in."""
+    parts = (RunConfig, ModelConfig)
+    return {
+        dotted(part, name): rules.bring_in
+        for part in parts
+        for name, (_, rules) in settings_of(part).items()
+        if rules.bring_in
+    }
+
+
+def env_of_id(env_id: str) -> str | None:
+    """The option of `env=` that has this id by default."""
+    return next((env.family for env in ENVS if env.id == env_id), None)
 
 
 def parse(cfg: DictConfig) -> RunConfig:

@@ -1,0 +1,197 @@
+"""What is wrong with a command line, in our words: where, what, and the line that mends it.
+
+Flags are looked at before Hydra sees them; what Hydra or OmegaConf refuses is explained afterwards.
+"""
+
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    ValidationError,
+)
+
+from vlm_agents.config import conf_dir, env_of_id, flat, groups, off_by_default
+from vlm_agents.errors import ConfigError, did_you_mean
+
+# Each way of writing a flag, and what it takes. Hydra's --experimental-rerun is left out: it reads a pickle.
+FLAGS = {
+    **dict.fromkeys(("--help", "-h", "--version", "--hydra-help", "--debug", "--resolve"), ""),
+    **dict.fromkeys(("--multirun", "-m", "--run", "-r", "--shell-completion", "-sc"), ""),
+    **dict.fromkeys(("--cfg", "-c"), "job, hydra or all"),
+    **dict.fromkeys(("--info", "-i"), "[all, config, defaults, defaults-tree, plugins or searchpath]"),
+    **dict.fromkeys(("--package", "-p"), "a part of the configuration, such as env"),
+    **dict.fromkeys(("--config-dir", "-cd"), "a folder with groups of your own, beside those of conf/"),
+    **dict.fromkeys(("--config-path", "-cp"), "a folder that stands for conf/, with a config.yaml"),
+    **dict.fromkeys(("--config-name", "-cn"), "a file of conf/ that stands for config.yaml"),
+}
+# What people write for an option, and what it is called here.
+OTHER_WORDS = {
+    "stage=train": "stage=sft trains on data, stage=ppo on the env's reward",
+    "stage=rl": "write stage=ppo",
+    "stage=test": "write stage=eval",
+    "stage=evaluate": "write stage=eval",
+    "stage=play": "write stage=eval, or stage=collect to keep the episodes as data",
+    "hardware=cuda": "write hardware=gpu",
+    "tracking=none": "write tracking=jsonl",
+    "tracking=off": "write tracking=jsonl",
+}
+
+
+def is_override(word: str) -> bool:
+    return ("=" in word and not word.startswith("-")) or word.startswith("~")
+
+
+def check_flags(arguments: Sequence[str]) -> list[str]:
+    """The arguments, paths in them made absolute; ConfigError in one line for a flag where Hydra prints a page."""
+    checked = list(arguments)
+    for place, word in enumerate(arguments):
+        flag, equals, value = word.partition("=")
+        if not flag.startswith("-"):
+            continue
+        if flag not in FLAGS:
+            raise ConfigError(f"{flag}: no such flag.{did_you_mean(flag, FLAGS)} Settings are written key=value")
+        takes = FLAGS[flag]
+        after = arguments[place + 1] if place + 1 < len(arguments) else ""
+        beside = not equals and bool(after) and not after.startswith("-") and not is_override(after)
+        value = after if beside else value
+        words = re.findall(r"[a-z-]+", takes) if flag in ("--cfg", "-c", "--info", "-i") else [value]
+        if takes and ((not value and takes[0] != "[") or (value and value not in words)):
+            raise ConfigError(f"{word}{f' {after}' if beside else ''}: {flag} takes {takes.strip('[]')}")
+        if flag in ("--config-name", "-cn") and "/" in value:
+            raise ConfigError(f"{flag} {value}: an option of a group is chosen by {'='.join(value.rsplit('/', 1))}")
+        if flag in ("--config-dir", "-cd", "--config-path", "-cp") and "://" not in value:
+            folder = Path(value).absolute()
+            if not folder.is_dir():
+                raise ConfigError(f"{flag} {value}: no such folder; {flag} takes {takes}")
+            if flag in ("--config-path", "-cp") and not any(folder.glob("*.yaml")):
+                raise ConfigError(f"{flag} {value}: there is no config.yaml in it; {flag} takes {takes}")
+            checked[place + beside] = str(folder) if beside else f"{flag}={folder}"
+    return checked
+
+
+def explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
+    """What Hydra or OmegaConf found wrong with the overrides."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    text = " ".join(str(cause).split("\n    full_key", 1)[0].split("\nSee https", 1)[0].split())
+    match cause:
+        case ConfigKeyError() | ConfigAttributeError():
+            text = f"{cause.full_key}: no such setting.{suggestion(cause)}"
+        case ValidationError():
+            text = f"{cause.full_key}: {text.rstrip('.')}.{example(cause)}"
+        case MissingMandatoryValue():
+            text = f"{cause.full_key} has no value: give {cause.full_key}=..."
+        case MissingConfigException():
+            text = no_such_file(str(cause.missing_cfg_file), overrides)
+        case OverrideParseException():
+            text = f"{cause.override}: not of the form key=value ({text}){mended(str(cause.override))}"
+        case InterpolationResolutionError():
+            text = f"{text}: a value refers to it as ${{...}}, and there is no such setting"
+        case ValueError():
+            wrong = next((no_such_option(*pair) for pair in pairs(overrides) if is_no_option(*pair)), "")
+            text = wrong or f"{' '.join(overrides)}: {text}. Write group=option"
+        case _ if isinstance(error, AssertionError | AttributeError) or "No match in the defaults list" in text:
+            text = below_nothing(overrides) or text
+    return ConfigError(text)
+
+
+def pairs(overrides: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Setting and value of each override."""
+    for word in overrides:
+        setting, equals, value = word.lstrip("+").partition("=")
+        if equals and not setting.startswith("-"):
+            yield setting, value
+
+
+def is_no_option(group: str, option: str) -> bool:
+    return option not in groups().get(group, [option])
+
+
+def no_such_file(missing: str, overrides: Sequence[str]) -> str:
+    """A file of conf/ that Hydra doesn't find: an option, which may hold a slash itself, or the file above all."""
+    group, option = next((pair for pair in pairs(overrides) if "/".join(pair) == missing), (None, ""))
+    if group is None and missing.rpartition("/")[0] in groups():
+        group, _, option = missing.rpartition("/")
+    if group is not None:
+        return no_such_option(group, option)
+    return (
+        f"no {missing.removesuffix('.yaml')}.yaml in {conf_dir()}, or where -cp or -cd say: leave -cn and -cp out. "
+        "Facts of this machine go into conf/local/default.yaml, experiments of your own into a folder that -cd names"
+    )
+
+
+def no_such_option(group: str, option: str) -> str:
+    options = groups().get(group, [])
+    if group == "env" and re.search(r"-v\d+$|^(MiniGrid|BabyAI)-", option):
+        family = env_of_id(option)
+        return f"env={option} is the id of an env: write " + (f"env={family}" if family else f"env.id={option}")
+    if group == "model" and ("/" in option or Path(option).is_dir()):
+        run = f", or stage.init={option} if it is a run directory" if Path(option).exists() else ""
+        return f"model={option} is a path or a hub's id: write model.path={option}{run}"
+    if hint := OTHER_WORDS.get(f"{group}={option}"):
+        return f"{group}={option}: no such option; {hint}. Options: {', '.join(options)}"
+    if group == "hardware" and option.isdecimal():
+        return f"hardware={option}: no such option; hardware.threads={option} sets threads. Options: cpu, gpu"
+    below = [name for name in options if name.startswith(f"{option}/")]
+    hint = "" if below else did_you_mean(option, options)
+    return f"{group}={option}: no such option.{hint} Options: {', '.join(below or options) or 'none'}"
+
+
+def suggestion(error: OmegaConfBaseException) -> str:
+    """` Did you mean ...?` for an unknown key, else what there is at that place."""
+    known = [str(key) for key in error.parent_node if key != "hydra"]
+    path, key = str(error.full_key).rpartition(".")[0], str(error.key)
+    if path and not known:  # any may be given, such as model.image_processor's
+        return f" Write '{path}={{{key}: ...}}'"
+    if path:
+        return did_you_mean(key, known).replace("'", f"'{path}.", 1) or f" There are: {', '.join(known)}"
+    deeper = [f"{group}=..." for group in groups() if group.endswith(f"/{key}")]
+    tree = {str(name): node for name, node in error.parent_node.items_ex(resolve=False) if name != "hydra"}
+    deeper += [name for name, _ in flat(tree) if name.endswith(f".{key}") and name not in off_by_default()]
+    if deeper:
+        return f" Did you mean {' or '.join(deeper)}?"
+    return did_you_mean(key, [*known, *groups()]) or f" There are: {', '.join(known)}"
+
+
+def example(error: OmegaConfBaseException) -> str:
+    """` For example key=value`, with the value that the setting has by default."""
+    group = str(error.full_key).replace(".", "/")
+    if group in groups():
+        return f" Write {group}={groups()[group][0]}"
+    value = OmegaConf.select(error.parent_node, str(error.key), throw_on_missing=False)
+    return "" if value is None else f" For example {error.full_key}={value}"
+
+
+def mended(word: str) -> str:
+    """`. Write ...` for a word that Hydra's grammar can't take apart."""
+    setting, equals, value = word.partition("=")
+    if not equals:
+        found = [f"{group}={word}" for group, options in groups().items() if word in options]
+        found += [f"{word}=<{'|'.join(groups()[word])}>"] if word in groups() else []
+        return f". Did you mean {' or '.join(found)}?" if found else ""
+    if value[:1] in ("'", '"') and value.count(value[0]) % 2:
+        return f". Its quotation mark isn't closed: {shlex.quote(f'{word}{value[0]}')}"
+    for opening, closing in ("[]", "{}"):
+        if value.count(opening) > value.count(closing):
+            return f". Its {opening} isn't closed by a {closing}; values with blanks or brackets go in '...'"
+    quote = "'" if '"' in value else '"'
+    return (
+        f". A value that isn't one word is quoted: {shlex.quote(f'{setting}={quote}{value}{quote}')}" if value else ""
+    )
+
+
+def below_nothing(overrides: Iterable[str]) -> str:
+    """Names the override that reaches into a part that this run doesn't have; Hydra has only an assertion there."""
+    for word in overrides:
+        for part, fix in off_by_default().items():
+            if word.lstrip("+~").startswith((f"{part}.", f"{part}=")):
+                return f"{word}: this run has no '{part}'; {fix}"
+    return ""
