@@ -104,9 +104,10 @@ check: setup ## lint, types, tests
 	$(BIN)/pyright
 	$(MAKE) test
 
-format: setup ## sort imports and format
+format: setup ## sort imports, format, write the tables of docs/configuration.md
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+	$(BIN)/python -m vlm_agents.config docs/configuration.md
 
 clean: ## remove caches; runs and .venv stay
 	rm -rf build dist .pytest_cache .ruff_cache

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 import types
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from vlm_agents.__main__ import main
-from vlm_agents.config import RunConfig
+from vlm_agents.config import RunConfig, flat
 from vlm_agents.errors import DataError
 from vlm_agents.run import Run
 
@@ -89,6 +90,31 @@ BAD = [
     ("stage=ppo algo.kl_coef=0.1", "algo.kl_coef > 0 needs a reference policy", "add model/lora=adapter"),
     ("stage=ppo stage.iterations=0", "stage.iterations=0", "must be at least 1"),
     ("stage=ppo env.view=agnet", "env.view=agnet is not one of full, agent", "Did you mean 'agent'?"),
+    ("stage=ppo env=MiniGrid-DoorKey-5x5-v0", "the id of an env", "write env.id=MiniGrid-DoorKey-5x5-v0"),
+    ("stage=ppo env=vlm_agents/NumberLine-v0", "the id of an env", "write env=number_line"),
+    ("stage=ppo model=Qwen/Qwen2.5-VL-3B-Instruct", "a path or a hub's id", "write model.path=Qwen/Qwen2.5-VL-3B"),
+    ("stage=train", "stage=train: no such option", "stage=sft trains on data"),
+    ("stage=ppo hardware=2", "hardware=2: no such option", "hardware.threads=2"),
+    ("stage=ppo algo=grpo", "algo=grpo: no such option", "Options: ppo"),
+    ("stage=ppo experiment=empty_room", "no such option", "Options: empty_room/base, empty_room/collect"),
+    ("stage=ppo model.lora=adapter", "model.lora: ", "Write model/lora=adapter"),
+    ("stage=ppo lr=1e-3", "lr: no such setting", "algo.lr"),
+    ("stage=ppo lora=adapter", "lora: no such setting", "Did you mean model/lora=...?"),
+    ("ppo", "ppo: not of the form key=value", "stage=ppo?"),
+    ("stage ppo", "stage: not of the form key=value", "stage=<collect|doctor|"),
+    ("stage=ppo name='a", "name='a: not of the form", "quotation mark isn't closed"),
+    ("stage=ppo env.id=[a", "env.id=[a: not of the form", "[ isn't closed by a ]"),
+    ("stage=ppo -cn nope", "no nope.yaml in", "leave -cn and -cp out"),
+    ("stage=ppo -cn", "-cn takes a file of conf/", "config.yaml"),
+    ("stage=ppo -cn env/echo", "-cn env/echo", "env=echo"),
+    ("stage=ppo -cp nope", "-cp nope: no such folder", "with a config.yaml"),
+    ("stage=ppo -cp .", "-cp .: there is no config.yaml", "stands for conf/"),
+    ("stage=ppo --config-path=/dev/null", "--config-path /dev/null: no such folder", "with a config.yaml"),
+    ("stage=ppo -cd nope", "-cd nope: no such folder", "groups of your own"),
+    ("stage=ppo --cfg jbo", "--cfg jbo", "job, hydra or all"),
+    ("stage=ppo --experimental-rerun x", "--experimental-rerun: no such flag", "key=value"),  # it reads a pickle
+    ("-sc install=tcsh", "completion is for bash", "-sc install=bash"),
+    ("stage=ppo env=minigird --help", "env=minigird: no such option", "Did you mean 'minigrid'?"),
     ("stage=ppo --mutlirun", "--mutlirun: no such flag", "Did you mean '--multirun'?"),
 ]
 
@@ -339,3 +365,69 @@ def test_a_ready_made_sweep_needs_no_flag(cli, as_stage, tmp_path: Path) -> None
     as_stage(draw)
     assert cli("stage=eval", "sweep=seeds", "tracking=jsonl", "name=a") == 0
     assert len(list((tmp_path / "multirun/a/eval").glob("*/DONE"))) == 3
+
+
+def test_help_of_a_run_lists_each_of_its_settings(
+    cli, capsys, compose_run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As it would be in that run, and though the run would be refused: learning rates aren't negative."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli("stage=ppo", "algo.lr=-1", "env=number_line", "--help", "name=a") == 0
+    text = capsys.readouterr().out
+    known = [name for name, _ in flat(asdict(compose_run("stage=ppo", "env=number_line")))]
+    for name in known:
+        assert f"  {name}=" in text
+    assert f"  run_dir={tmp_path}/outputs/a/ppo\n" in text
+    assert "  algo.lr=-1.0                      learning rate of the policy (>= 0)\n" in text
+    assert "env=number_line: Walk from a number to another one" in text
+    assert "off here: add" in text
+    assert max(len(line) for line in text.splitlines() if "run_dir" not in line) <= 80
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_of_a_sweep_is_that_of_its_first_run(cli, capsys) -> None:
+    assert cli("-m", "stage=eval,ppo", "seed=3,4", "--help") == 0
+    text = capsys.readouterr().out
+    assert "stage=eval: " in text
+    assert "  seed=3 " in text
+    assert "algo=null                         how the policy learns from reward; off here: stage=ppo brings" in text
+
+
+def test_help_needs_no_torch(tmp_path: Path) -> None:
+    code = "import sys; from vlm_agents.__main__ import main; main(); assert not {'torch', 'PIL'} & set(sys.modules)"
+    line = [sys.executable, "-c", code, "stage=ppo", "--help"]
+    subprocess.run(line, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_versions_are_told_and_kept(cli, capsys, as_stage, tmp_path: Path) -> None:
+    assert cli("--version") == 0
+    told = capsys.readouterr().out
+    assert [line.split()[0] for line in told.splitlines()] == ["vlm-agents", "torch", "transformers", "python"]
+    as_stage(draw)
+    assert cli("stage=eval", "tracking=jsonl", "name=a") == 0
+    assert (tmp_path / "outputs/a/eval/versions").read_text() == told
+
+
+@pytest.mark.parametrize("words", ["stage=ppo --help", "stage=ppo --cfg all", "stage=pop"])
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path, words: str) -> None:
+    """As `| head` may; here the pipe has no reader from the start. 141 is what a shell says of SIGPIPE."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    line = [sys.executable, "-m", "vlm_agents", *words.split()]
+    where = {"stderr": writer} if words == "stage=pop" else {"stdout": writer, "stderr": subprocess.PIPE}
+    done = subprocess.run(line, cwd=tmp_path, check=False, **where)
+    os.close(writer)
+    assert (done.returncode, done.stderr or b"") == (141, b"")
+
+
+def test_bash_completes_names_and_then_values(tmp_path: Path) -> None:
+    """The script in a real bash, which has words begin after = as readline does."""
+    folder = Path(sys.executable).parent
+    tries = ["stage=ppo env.vi", "stage=ppo env.view=", "experiment=empty_room/pp"]
+    asked = "; ".join(f"ask '{folder}/python -m vlm_agents {words}'" for words in tries)
+    script = f"""eval "$({folder}/python -m vlm_agents -sc install=bash)"
+ask() {{ COMP_LINE=$1 COMP_POINT=${{#1}}; read -ra COMP_WORDS <<< "$1"; _vlm_agents; echo "${{COMPREPLY[*]}}"; }}
+{asked}; ask "python other.py stage="
+"""
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["env.view=", "agent full", "empty_room/ppo", ""]

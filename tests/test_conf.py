@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -36,6 +36,9 @@ from vlm_agents.config import (
     flat,
     register,
 )
+from vlm_agents.config.__main__ import MARK, page, rows
+from vlm_agents.config.fields import Part
+from vlm_agents.config.run import SCHEMAS
 from vlm_agents.errors import ConfigError
 
 GROUP_TYPES = {
@@ -246,3 +249,26 @@ print(time.process_time())  # of this process alone: the machine may be busy
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1.0
+
+
+@pytest.mark.parametrize("part", SCHEMAS.values(), ids=list(SCHEMAS))
+def test_every_setting_says_what_it_means(part: type[Part]) -> None:
+    """In English, within a line or two; a dataclass of settings without the means to say so isn't listed either."""
+    for row in rows(part):
+        assert len(row.rules.help) > 5, row.name
+        assert not row.rules.help.endswith("."), row.name
+
+
+def test_a_setting_without_a_meaning_is_refused() -> None:
+    @dataclass
+    class Bare(Part, place="bare"):
+        left: int = 0
+
+    with pytest.raises(TypeError, match=r"Bare\.left has no meaning"):
+        Bare()
+
+
+def test_the_page_of_settings_is_current() -> None:
+    """If not: python -m vlm_agents.config docs/configuration.md"""
+    written = (conf_dir().parent / "docs/configuration.md").read_text()
+    assert written.partition(MARK)[2].lstrip("\n") == page()

@@ -43,11 +43,13 @@ def answer(request: str) -> str:
 
 
 def candidates(line: str) -> list[str]:
-    """What may stand for the last word of `line`, which is a command up to the cursor."""
+    """What may stand for the last word of `line`, which is a command up to the cursor: names, and after = values."""
     words = [word for word in line.split() if "=" in word]
     word = "" if line.endswith(" ") else line.split()[-1]
     before = words[:-1] if words and words[-1] == word else words
-    return sorted({option for option in offers(before) if option.startswith(word)})
+    return sorted(
+        {offer for offer in offers(before) if offer.startswith(word) and offer.endswith("=") == ("=" not in word)}
+    )
 
 
 def offers(words: Sequence[str]) -> Iterator[str]:
