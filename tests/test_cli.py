@@ -414,8 +414,8 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path, words: str) -> None
     reader, writer = os.pipe()
     os.close(reader)
     line = [sys.executable, "-m", "vlm_agents", *words.split()]
-    where = {"stderr": writer} if words == "stage=pop" else {"stdout": writer, "stderr": subprocess.PIPE}
-    done = subprocess.run(line, cwd=tmp_path, check=False, **where)
+    out, err = (None, writer) if words == "stage=pop" else (writer, subprocess.PIPE)
+    done = subprocess.run(line, cwd=tmp_path, check=False, stdout=out, stderr=err)
     os.close(writer)
     assert (done.returncode, done.stderr or b"") == (141, b"")
 

@@ -17,6 +17,7 @@ from vlm_agents.errors import ConfigError
 # readline has a word begin after = and :, so that what stands before is taken off the answers.
 SCRIPT = """\
 _vlm_agents() {
+    COMPREPLY=()
     local line=${COMP_LINE:0:COMP_POINT} ask=("${COMP_WORDS[0]/#\\~/$HOME}") IFS=$' \\n'
     case ${COMP_WORDS[0]} in
         *python*) [[ ${COMP_WORDS[1]} == -m && ${COMP_WORDS[2]} == vlm_agents ]] || return; ask+=(-m vlm_agents) ;;
