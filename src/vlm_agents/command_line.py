@@ -88,6 +88,10 @@ def run(argv: list[str]) -> int:
             refuse_secrets(setting, value.strip("'\""))
             refuse_other_places(setting, value)
         register()
+        if arguments[:1] == ["run"]:
+            from vlm_agents import chain
+
+            return chain.main([word for word in arguments[1:] if word != "--debug"], debug)
         compose_and_run(arguments)
     except Refused as refused:
         return report(refused.error, debug)
