@@ -1,5 +1,8 @@
-"""`python -m vlm_agents run [experiment] [overrides]`: all stages one after another under one name, each in a process of
-its own. What is done is passed over, so that the same command with its name= goes on. Knows no stage from within."""
+"""`python -m vlm_agents run [experiment] [overrides]`: all stages one after another under one name.
+
+Each is a process of its own. What is done is passed over, so that the same command with its name= goes on. Knows no
+stage from within.
+"""
 
 import json
 import os
@@ -112,7 +115,7 @@ def experiment_of(names: Sequence[str]) -> str | None:
 
 
 def composed(plan: Mapping[str, Sequence[str]]) -> dict[str, RunConfig]:
-    """The checked configuration of each stage; ConfigError, with what to write, for a word that one of them can't take."""
+    """The checked configuration of each stage; ConfigError, with what to write, for a word that one can't take."""
     cfgs = {}
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         for stage, overrides in plan.items():
@@ -134,12 +137,13 @@ def checked(overrides: Sequence[str]) -> RunConfig:
     """One stage's configuration, as a process of its own would have it."""
     try:
         found = compose("config", list(overrides))
-        raw = OmegaConf.to_container(found)["run_dir"]  # which only a process that Hydra started could resolve
-        found.run_dir = raw.replace("${hydra:runtime.cwd}", str(Path.cwd()))
+        raw = OmegaConf.to_container(found)  # only a process that Hydra started could resolve its run_dir
+        assert isinstance(raw, dict)
+        found.run_dir = raw["run_dir"].replace("${hydra:runtime.cwd}", str(Path.cwd()))
         return parse(found)
+    except VlmAgentsError:
+        raise
     except (HydraException, OmegaConfBaseException, AssertionError, AttributeError, ValueError) as error:
-        if isinstance(error, VlmAgentsError):
-            raise
         raise explain(error, overrides) from error
 
 
@@ -152,7 +156,8 @@ def takes(overrides: Sequence[str]) -> bool:
 def run_stage(overrides: Iterable[str], debug: bool) -> int:
     """Run one stage in a process of its own, and pass on the signals that end it: it tells of them, once.
 
-    It has a process group to itself: what a terminal sends comes through us alone. Its exit status, as a shell gives it.
+    It has a process group to itself: what a terminal sends comes through us alone. Returns its exit status, as a shell
+    has it.
     """
     came: list[int] = []
     children: list[subprocess.Popen[bytes]] = []
@@ -183,6 +188,5 @@ def outcome(stage: str, folder: Path) -> str:
     """A finished stage in one line: its figures, and where to read on."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     metrics, page = summary["metrics"], summary["artifacts"].get("report")
-    told = ((name.partition("/")[2], metrics[name]) for name in FIGURES[stage] if metrics.get(name) is not None)
-    figures = ", ".join(f"{name} {value:.4g}" for name, value in told)
+    figures = ", ".join(f"{name} {metrics[name]:.4g}" for name in FIGURES[stage] if metrics.get(name) is not None)
     return f"{stage:<12}{figures}  {folder / page if page else folder}"
