@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 AGENTS := $(BIN)/python -m vlm_agents
 NAME := demo_$(shell date +%Y-%m-%d_%H-%M-%S)
-DEMO = $(AGENTS) name=$(NAME) experiment=empty_room
+DEMO = $(AGENTS) experiment=empty_room
 
 .DEFAULT_GOAL := help
 .PHONY: help setup ppo demo reproduce ui tiny-weights test check format clean
@@ -25,11 +25,7 @@ ppo: setup ## watch a tiny agent get better at MiniGrid within minutes
 	$(AGENTS) stage=ppo env=minigrid
 
 demo: setup ## the whole chain from random weights: collect, preprocess, sft, ppo, eval
-	$(DEMO)/collect
-	$(DEMO)/preprocess
-	$(DEMO)/sft
-	$(DEMO)/ppo
-	$(DEMO)/eval
+	$(AGENTS) run empty_room name=$(NAME)
 	$(DEMO)/eval name=$(NAME)_sft stage.init=outputs/$(NAME)/sft stage.baselines=false
 	$(DEMO)/eval name=$(NAME)_base stage.init=null stage.episodes=40 stage.baselines=false
 	$(BIN)/python benchmarks/table.py base=outputs/$(NAME)_base/eval after_SFT=outputs/$(NAME)_sft/eval \
@@ -39,12 +35,10 @@ GAME ?= number_line
 SEED ?= 0
 MODEL ?=
 RUN = $(GAME)$(if $(MODEL),_$(MODEL))$(if $(filter-out 0,$(SEED)),_seed$(SEED))
-PLAY = $(AGENTS) seed=$(SEED) $(if $(MODEL),model=$(MODEL))
+PLAY = seed=$(SEED) $(if $(MODEL),model=$(MODEL))
 reproduce: setup ## collect to eval: GAME=number_line, blackjack, ez_points or points24; SEED=0; GAME=scratch MODEL=tiny_llava: from random weights
-	for stage in collect preprocess sft ppo eval; do test -f outputs/$(RUN)/$$stage/DONE || \
-		$(PLAY) name=$(RUN) experiment=$(GAME)/$$stage || exit; done
-	test -f outputs/$(RUN)_sft/eval/DONE || \
-		$(PLAY) name=$(RUN)_sft experiment=$(GAME)/eval stage.init=outputs/$(RUN)/sft stage.baselines=false
+	$(AGENTS) run $(GAME) $(PLAY) name=$(RUN)
+	$(AGENTS) experiment=$(GAME)/eval $(PLAY) name=$(RUN)_sft stage.init=outputs/$(RUN)/sft stage.baselines=false
 	$(BIN)/python benchmarks/table.py after_SFT=outputs/$(RUN)_sft/eval after_PPO=outputs/$(RUN)/eval
 
 ui: setup ## MLflow in the browser, on this machine only

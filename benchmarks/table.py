@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from vlm_agents.episodes import read_episodes
-from vlm_agents.run import flat_settings
 from vlm_agents.stages.playing import wilson_interval
+from vlm_agents.weights import flat_settings
 
 COLUMNS = ("success", "positive_return", "return", "episode_length")
 # Settings of an env that change nothing about what is dealt under a seed.

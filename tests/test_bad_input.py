@@ -112,8 +112,9 @@ def test_a_run_of_another_model_gives_no_weights(run_stage: RunStage, tmp_path: 
     with pytest.raises(ConfigError, match=r"stage.init=.*/sft is a run of model=tiny, not tiny_llava: set model=tiny$"):
         run_stage(tmp_path / "run", "stage=eval", "model=tiny_llava", f"stage.init={trained}")
     assert not (tmp_path / "run").exists()
-    scripted = ("stage=eval", "stage.policy=random", "stage.episodes=2", "stage.baselines=false", "model=tiny_llava")
-    run_stage(tmp_path / "run", *scripted, f"stage.init={trained}")  # which nobody reads
+    for stage in ("eval", "collect"):  # nobody would read it
+        with pytest.raises(ConfigError, match=r"policy=random plays without a model, and .*: leave stage.init out, or"):
+            run_stage(tmp_path / "run", f"stage={stage}", "stage.policy=random", f"stage.init={trained}")
     (trained / "config.yaml").write_text("torn: [")
     with pytest.raises(DataError, match=r"config.yaml is unreadable: put it back, or set stage.init=.*/sft/model$"):
         run_stage(tmp_path / "again", "stage=eval", f"stage.init={trained}")

@@ -16,11 +16,12 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # From the top down. A part may import what lies below it, and what shares its line and its bar-separated cell.
 LAYERS = """
 __main__ worker
-command_line completion hydra_errors
+command_line chain completion hydra_errors
 stages run
 rollout
 policies episodes llava_data env_pool report chats inputs judge
 envs experts | prompting | models | learn | tracking stores | checkpoints | remote endpoint answers | sandbox
+lineage weights
 config tensors
 types errors files pictures progress versions
 """
@@ -28,8 +29,8 @@ CELLS = [[cell.split() for cell in line.split("|")] for line in LAYERS.strip().s
 
 # A dependency, and the only files or folders that may import it.
 DOORS = {
-    "hydra": ["command_line.py", "completion.py", "hydra_errors.py", "config"],
-    "omegaconf": ["command_line.py", "completion.py", "hydra_errors.py", "config"],
+    "hydra": ["chain.py", "command_line.py", "completion.py", "hydra_errors.py", "config"],
+    "omegaconf": ["chain.py", "command_line.py", "completion.py", "hydra_errors.py", "config"],
     "mlflow": ["tracking.py", "stores.py"],
     "deepspeed": ["learn/engine.py"],
     "transformers": ["models", "stages/sft.py"],
@@ -93,7 +94,7 @@ def test_each_dependency_has_its_door(path: Path) -> None:
 
 
 def test_what_an_episode_is_made_of_needs_no_torch() -> None:
-    parts = ["types", "errors", "files", "config", "envs", "experts", "prompting", "episodes", "report", "run"]
+    parts = ["types", "errors", "files", "config", "envs", "experts", "prompting", "episodes", "report", "run", "chain"]
     parts += ["stages.collect", "stages.eval"]  # with a scripted or a remote policy
     statements = "; ".join(f"import vlm_agents.{part}" for part in parts)
     modules = [relative(path) for path in MODULES if relative(path).split("/")[0] in ("envs", "experts", "prompting")]

@@ -212,6 +212,8 @@ def test_summary_is_for_machines(cfg: RunConfig) -> None:
             "stage": "ppo",
             "env": "MiniGrid-DoorKey-6x6-v0",
             "model": "tiny",
+            "weights": "the model's own: the shipped tiny ones",
+            "differs": [],
             "algo": "ppo",
             "seed": 0,
             "metrics": {"eval/success": 0.75},

@@ -76,6 +76,10 @@ def run(argv: list[str]) -> int:
             refuse_secrets(setting, value.strip("'\""))
             refuse_other_places(setting, value)
         register()
+        if words[:1] == ["run"]:
+            from vlm_agents import chain
+
+            return chain.main(words[1:], debug)
         if HELP_FLAGS & set(arguments):
             print(settings_help(argv, words))
         else:

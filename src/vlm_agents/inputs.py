@@ -8,8 +8,9 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from vlm_agents.config import PreprocessConfig, RunConfig, SftConfig
+from vlm_agents.config import RunConfig, SftConfig
 from vlm_agents.errors import ConfigError, DataError
+from vlm_agents.weights import has_model, inside
 
 INPUTS = "inputs.json"
 OURS = ("heads", "temporal")  # what a model's folder may have inside; others, such as a Trainer's, are no part of it
@@ -23,12 +24,12 @@ def inputs_of(cfg: RunConfig) -> Iterator[Path]:
     sources = [stage.data] if isinstance(stage, SftConfig) else getattr(stage, "data", [])
     for source in map(Path, sources):
         yield from [source] if source.is_file() else [*sorted(source.glob("*.parquet")), source / "episodes.jsonl"]
-    if isinstance(stage, PreprocessConfig) or getattr(stage, "policy", "model") != "model":
+    if not has_model(cfg):
         return
     for model in (getattr(stage, "init", None), cfg.model.path):
         if model:
-            folder = Path(model) / "model" if (Path(model) / "model").is_dir() else Path(model)
-            parts = (path for inside in (folder, *map(folder.joinpath, OURS)) for path in sorted(inside.glob("*")))
+            folder = inside(model)
+            parts = (path for part in (folder, *map(folder.joinpath, OURS)) for path in sorted(part.glob("*")))
             yield from (path for path in parts if path.suffix != ".md" and path.name[0] != ".")
 
 

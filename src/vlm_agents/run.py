@@ -36,8 +36,11 @@ from vlm_agents.config import AUTO, CollectConfig, EvalConfig, PpoConfig, RunCon
 from vlm_agents.errors import ConfigError, DataError
 from vlm_agents.files import append_line, atomic_write, cut_after, last_lines, sweep_temporaries, sync, writing
 from vlm_agents.inputs import INPUTS, hashes, inputs_of, refuse_other_inputs
+from vlm_agents.lineage import differences, refuse_nonsense
+from vlm_agents.progress import say
 from vlm_agents.tracking import Tracker
 from vlm_agents.versions import versions
+from vlm_agents.weights import as_saved, begun, earlier_model, flat_settings, holds_work, init_of, weights_of
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +96,7 @@ class Run:
         self._lock = lock
         self._sweep = sweep
         self._tracker: Tracker | None = None  # from `begin` on
+        self.differences = differences(cfg)  # lines for a person: what it asks otherwise than its weights were taught
         self._append_only = [METRICS]
         self._artifacts: dict[str, str] = {}
         self._step = 0
@@ -103,7 +107,7 @@ class Run:
     def open(cls, cfg: RunConfig, overrides: Sequence[str], sweep: Path | None = None) -> Self:
         """Create or continue the run directory; ConfigError if it is finished, in use, or was of other settings or
         inputs."""
-        refuse_other_model(cfg)
+        refuse_nonsense(cfg)
         folder = Path(cfg.run_dir)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -145,17 +149,21 @@ class Run:
         """To be called by a stage once what it needs is there and loaded: from here on it does something, and tells the
         tracker."""
         self._tracker = Tracker(dataclasses.asdict(self.cfg), self.dir, self._sweep)
+        for line in ([f"weights: {self.weights}"] if self.weights else []) + self.differences:
+            say(line)
 
     @property
     def weights(self) -> str:
-        """Whose weights this run starts from, or plays, for a person."""
-        return getattr(self.cfg.stage, "init", None) or f"those of model={self.cfg.model.name} itself"
+        """Whose weights this run starts from, or plays, for a person; empty where no model has a part in it."""
+        return weights_of(self.cfg)
 
     def facts(self) -> dict[str, str]:
         """What a report's reader needs in order to know, and to repeat, what was run."""
         cfg = self.cfg
         command = shlex.join(["python", "-m", "vlm_agents", *self._overrides])
-        facts = {"command": command, "env": cfg.env.id, "model": played_by(cfg), "weights": self.weights}
+        facts = {"command": command, "env": cfg.env.id, "model": played_by(cfg)}
+        facts |= {"weights": self.weights} if self.weights else {}
+        facts |= {"differs": "; ".join(self.differences)} if self.differences else {}
         facts |= {"algo": cfg.algo.name} if cfg.algo else {}
         return facts | {"seed": str(cfg.seed), "commit": commit()[:12]}
 
@@ -250,6 +258,8 @@ class Run:
             "stage": cfg.stage.name,
             "env": cfg.env.id,
             "model": played_by(cfg),
+            "weights": self.weights or None,
+            "differs": self.differences,
             "algo": None if cfg.algo is None else cfg.algo.name,
             "seed": cfg.seed,
             "metrics": dict(metrics),
@@ -272,7 +282,7 @@ def settled(cfg: RunConfig) -> RunConfig:
     """
     folder = Path(cfg.run_dir)
     old: dict[str, Any] = {}
-    if (folder / "config.yaml").is_file() and ((folder / "DONE").exists() or holds_work(folder)):
+    if any(begun([folder])):
         old = flat_settings(folder / "config.yaml", f"delete {folder}, or choose another name=")
     stage, hardware = cfg.stage, cfg.hardware
     if isinstance(stage, PpoConfig | EvalConfig) and stage.init == AUTO:
@@ -281,23 +291,9 @@ def settled(cfg: RunConfig) -> RunConfig:
     if hardware.threads is None:
         threads = old["hardware.threads"] if "hardware.threads" in old else free_cores()
         cfg = dataclasses.replace(cfg, hardware=dataclasses.replace(hardware, threads=threads))
+    if init := init_of(cfg):
+        cfg = dataclasses.replace(cfg, model=as_saved(cfg.model, init, old))
     return cfg
-
-
-def earlier_model(cfg: RunConfig) -> str | None:
-    """The run directory under `cfg.name` whose model this stage goes on with; None where there is none."""
-    if getattr(cfg.stage, "policy", "model") != "model":
-        return None
-    for stage in ("ppo", "sft") if isinstance(cfg.stage, EvalConfig) else ("sft",):
-        folder = Path("outputs", cfg.name, stage)
-        if (folder / "DONE").exists():
-            return str(folder)
-        if unfinished(folder) and holds_work(folder):
-            raise ConfigError(
-                f"{folder} isn't finished: give its command again first, or set stage.init to another model, "
-                "stage.init=null for the model's own weights"
-            )
-    return None
 
 
 def free_cores() -> int:
@@ -321,21 +317,6 @@ def finished_metrics(cfg: RunConfig) -> dict[str, float] | None:
         ) from error
 
 
-def unfinished(folder: Path) -> bool:
-    """Is it a run directory whose run has not come to its end?"""
-    return (folder / "config.yaml").is_file() and not (folder / "DONE").exists()
-
-
-def holds_work(folder: Path) -> bool:
-    """Has a run begun to do something here? One that failed on its way to that may be corrected under its name."""
-    entries = (entry for entry in folder.iterdir() if entry.name not in BOOKKEEPING and entry.name[0] != ".")
-    return any(
-        path.is_file() and path.stat().st_size > 0
-        for entry in entries
-        for path in ([entry] if entry.is_file() else entry.rglob("*"))
-    )
-
-
 def settings_of(cfg: RunConfig) -> str:
     """The configuration as it stands in config.yaml."""
     return yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False)
@@ -352,30 +333,6 @@ def refuse_other_settings(snapshot: Path, settings: str) -> None:
                 f"{snapshot.parent} holds a run with {key}={old.get(key)}, not {new.get(key)}: "
                 f"give the old value to continue it, choose another name=, or delete that directory"
             )
-
-
-def refuse_other_model(cfg: RunConfig) -> None:
-    """ConfigError where the run at `stage.init` had another model than `cfg` says: the record would name the wrong one.
-
-    A folder of weights, or a part of a run, doesn't say whose it is.
-    """
-    init = getattr(cfg.stage, "init", None)
-    if init is None or played_by(cfg) != cfg.model.name:
-        return
-    snapshot = Path(init) / "config.yaml"
-    if not (Path(init) / "DONE").is_file() or not snapshot.is_file():
-        return
-    trained = flat_settings(snapshot, f"put it back, or set stage.init={init}/model").get("model.name")
-    if trained not in (None, cfg.model.name):
-        raise ConfigError(f"stage.init={init} is a run of model={trained}, not {cfg.model.name}: set model={trained}")
-
-
-def flat_settings(snapshot: Path, mend: str) -> dict[str, Any]:
-    """What a run's config.yaml says, by dotted names; DataError, with what to do, where it can't be read."""
-    try:
-        return dict(flat(yaml.safe_load(snapshot.read_text(encoding="utf-8"))))
-    except (OSError, AttributeError, ValueError, yaml.YAMLError) as error:
-        raise DataError(f"{snapshot} is unreadable: {mend}") from error
 
 
 def played_by(cfg: RunConfig) -> str:

@@ -73,10 +73,12 @@ def test_what_the_folder_holds(played: Path):
     found = summary(played)
     assert found.pop("wall_seconds") > 0
     assert found.pop("metrics")
+    assert found.pop("weights").startswith("the model's own: /")
     assert found == {
         "stage": "eval",
         "env": "vlm_agents/Echo-v0",
         "model": "tiny",
+        "differs": [],
         "algo": None,
         "seed": 0,
         "artifacts": {"report": "report.html", "episodes": "episodes.jsonl"},

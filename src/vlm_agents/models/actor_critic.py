@@ -32,10 +32,10 @@ from vlm_agents.models.older import add_older_names
 from vlm_agents.models.rendering import HFRenderer
 from vlm_agents.models.vocabulary import reserved_ids
 from vlm_agents.tensors import Scores, Tokens
+from vlm_agents.weights import TEMPERATURE_FILE
 
 # In a folder of their own: servers (vLLM, SGLang) read every *.safetensors that lies beside config.json.
 VALUE_FILE = "heads/value_head.safetensors"
-TEMPERATURE_FILE = "heads/temperature_head.safetensors"
 WORTH_SHARING = 8  # tokens; a shorter common prefix costs more bookkeeping than it saves
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vlm_agents.errors import ModelError
+from vlm_agents.weights import ADAPTER_FILE
 
-ADAPTER_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 LISTS = list | str | None
 MEANT: dict[str, Any] = {  # what `lora` hands to peft, which then does with it as in training; and of what type it is

@@ -14,9 +14,9 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from vlm_agents.config import HardwareConfig, ModelConfig, TrainableConfig
-from vlm_agents.errors import ConfigError, DataError, ModelError
+from vlm_agents.errors import ConfigError, ModelError
 from vlm_agents.models.actor_critic import Agent, TemperatureHead, ValueHead
-from vlm_agents.models.adapters import ADAPTER_FILE, adapter_settings
+from vlm_agents.models.adapters import adapter_settings
 from vlm_agents.models.architectures import tokenizer_for, whole_config
 from vlm_agents.models.damage import refusing
 from vlm_agents.models.families import Family, family_of, kind_of
@@ -30,11 +30,11 @@ from vlm_agents.models.processing import (
     prove_settings,
 )
 from vlm_agents.progress import say
+from vlm_agents.weights import ADAPTER_FILE, RUN_MODEL, init_folder
 
 TINY = Path(__file__).parent / "tiny_weights"
 WHOLE = "Set model.path or stage.init to a whole HF folder"
 PROBE = "What do you see?"
-RUN_MODEL = "model"  # where a stage leaves its model inside its run directory
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -163,19 +163,6 @@ def keep_gradients(model: nn.Module, family: Family, train: TrainableConfig) -> 
     """Full training of the chosen parts, the others frozen."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(getattr(train, family.part_of(name)))
-
-
-def init_folder(init: str) -> Path:
-    """The folder of weights that `init` names: itself, or the model of that finished run directory."""
-    folder = Path(init)
-    if (folder / RUN_MODEL).is_dir():
-        return folder / RUN_MODEL
-    if (folder / "config.json").is_file() or (folder / ADAPTER_FILE).is_file():
-        return folder
-    raise DataError(
-        f"stage.init={init} holds no model: it needs a finished run of stage=sft or stage=ppo (with a folder "
-        f"{RUN_MODEL}/), or an HF folder with config.json"
-    )
 
 
 def make_parts(cfg: ModelConfig, hardware: HardwareConfig) -> tuple[Any, Any, Any]:

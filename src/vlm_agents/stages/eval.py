@@ -36,7 +36,6 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     if stage.policy == "model":
         from vlm_agents.models import load_agent  # brings torch along: seconds that the other policies save
 
-        say(f"the weights are those of {stage.init or f'model={cfg.model.name}: stage.init names no others'}")
         agent = load_agent(cfg.model, cfg.hardware, stage.init)
     run.begin()
     with open_envs(cfg.env, stage.num_envs, advised) as envs:

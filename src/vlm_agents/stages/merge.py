@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vlm_agents.config import LoraConfig, MergeConfig, RunConfig
+from vlm_agents.config import MergeConfig, RunConfig
 from vlm_agents.errors import ConfigError, ModelError
 from vlm_agents.models import Agent, Sampler, load_agent
-from vlm_agents.models.loading import ADAPTER_FILE, RUN_MODEL, adapter_settings, init_folder
 from vlm_agents.progress import say
 from vlm_agents.run import Run
 from vlm_agents.stages.playing import first_prompts
 from vlm_agents.types import Prompt
+from vlm_agents.weights import ADAPTER_FILE, RUN_MODEL, init_folder
 
 PROBES = 16  # held-out seeds whose first prompts are compared
 # In float32 sums come in another order, no more. In bfloat16 each merged weight is rounded to 8 bits once more.
@@ -34,15 +34,13 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
             f"stage.init={stage.init} holds whole weights and no adapter, so there is nothing to merge: {source} is a "
             "plain HF folder already. Name the run of stage=sft or stage=ppo that had model/lora=adapter"
         )
-    saved = adapter_settings(source)
-    lora = cfg.model.lora or LoraConfig(saved["r"], saved["lora_alpha"])
     prompts = first_prompts(cfg, PROBES)
     run.begin()
     quantised = None
     if cfg.model.quantize:  # what was trained; it goes before the next one comes: one model at a time in memory
-        quantised = logits(load_agent(replace(cfg.model, lora=lora), cfg.hardware, stage.init), prompts)
+        quantised = logits(load_agent(cfg.model, cfg.hardware, stage.init), prompts)
     # an adapter trained over 4 bits is merged into the weights that they were rounded from: 4 bits hold no merged ones
-    agent = load_agent(replace(cfg.model, lora=lora, quantize=None), cfg.hardware, stage.init)
+    agent = load_agent(replace(cfg.model, quantize=None), cfg.hardware, stage.init)
     expected = logits(agent, prompts)
     with agent.adapter_off():
         effect = float((logits(agent, prompts) - expected).abs().max())

@@ -22,8 +22,9 @@ from vlm_agents.pictures import as_shown
 from vlm_agents.policies import is_random
 from vlm_agents.progress import say
 from vlm_agents.prompting import PromptFormat, make_format
-from vlm_agents.run import Run, held_out, stable_hash, unfinished
+from vlm_agents.run import Run, held_out, stable_hash
 from vlm_agents.types import Prompt, Trajectory, Turn
+from vlm_agents.weights import unfinished
 
 SPLITS = ("train", "validation")
 

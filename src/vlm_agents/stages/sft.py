@@ -16,10 +16,10 @@ from vlm_agents.errors import DataError, TrainingError
 from vlm_agents.learn.batch import microbatches
 from vlm_agents.learn.engine import AdamW
 from vlm_agents.models import Agent, load_agent
-from vlm_agents.models.loading import RUN_MODEL
-from vlm_agents.run import Run, seed_everything, unfinished
+from vlm_agents.run import Run, seed_everything
 from vlm_agents.stages.playing import check_length
 from vlm_agents.stages.sft_data import Chats, check
+from vlm_agents.weights import RUN_MODEL, unfinished
 
 GROUPED = 8  # batches that are drawn together, then sorted by length
 NAMES = {"grad_norm": "grad_norm", "learning_rate": "lr"}  # the Trainer's, ours

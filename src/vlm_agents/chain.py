@@ -1,0 +1,192 @@
+"""`python -m vlm_agents run [experiment] [overrides]`: all stages one after another under one name.
+
+Each is a process of its own. What is done is passed over, so that the same command with its name= goes on. Knows no
+stage from within.
+"""
+
+import json
+import os
+import secrets
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vlm_agents.config import RunConfig, conf_dir, parse
+from vlm_agents.errors import ConfigError, VlmAgentsError, did_you_mean
+from vlm_agents.hydra_errors import explain, is_override
+
+ORDER = ("collect", "preprocess", "sft", "ppo", "eval")
+FIGURES = {  # what is told of each in the end, where it has them
+    "collect": ("collect/success", "collect/return"),
+    "preprocess": ("preprocess/train", "preprocess/validation"),
+    "sft": ("sft/loss", "sft/val_loss"),
+    "ppo": ("rollout/success", "eval/success_before", "eval/success", "eval/success_greedy"),
+    "eval": ("eval/success", "eval/success_greedy", "eval/success_random", "eval/success_expert"),
+}
+OURS = {
+    "stage": "all stages are run; an override of one alone begins with its name, as in sft.stage.epochs=3",
+    "experiment": "name it after run, as in 'run number_line'",
+    "run_dir": "a chain lies in outputs/<name>: set name=...",
+    "sweep": "give one command for each of its values, each with a name=... of its own",
+}
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def main(arguments: Sequence[str], debug: bool) -> int:
+    """Run the chain that the words after `run` ask for; the exit status of the first stage that fails, else 0.
+
+    ConfigError, before anything is run, where a stage can't take what it is given.
+    """
+    words = [word for word in arguments if is_override(word)]
+    name = next((word.removeprefix("name=") for word in reversed(words) if word.startswith("name=")), None)
+    given, name = name, name or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{secrets.token_hex(3)}"
+    plan = planned([word for word in arguments if word not in words], words, name)
+    cfgs = composed(plan)
+    if given is None:
+        print(f"continue with: python -m vlm_agents run {shlex.join([*arguments, f'name={name}'])}", flush=True)
+    from vlm_agents.run import finished_metrics, settled
+
+    for stage, overrides in plan.items():
+        if finished_metrics(settled(cfgs[stage])) is not None:
+            print(f"{stage} was finished before: {os.path.relpath(cfgs[stage].run_dir)}", flush=True)
+            continue
+        print(f"python -m vlm_agents {shlex.join(overrides)}", flush=True)
+        if status := run_stage(overrides, debug):
+            return status
+    for stage, cfg in cfgs.items():
+        print(outcome(stage, Path(os.path.relpath(cfg.run_dir))), flush=True)
+    return 0
+
+
+def planned(names: Sequence[str], words: Sequence[str], name: str) -> dict[str, list[str]]:
+    """The overrides of each stage of the chain, in the order of its stages."""
+    experiment = experiment_of(names)
+    stages = [
+        stage
+        for stage in ORDER
+        if experiment is None or (conf_dir() / f"experiment/{experiment}/{stage}.yaml").is_file()
+    ]
+    own: dict[str, dict[str, str]] = {stage: {} for stage in stages}
+    shared: dict[str, str] = {}
+    for word in words:
+        sign = word[: len(word) - len(word.lstrip("+~"))]
+        stage, dot, rest = word[len(sign) :].partition(".")
+        if stage in ORDER and dot:
+            if stage not in own:
+                raise ConfigError(f"{word}: {experiment} has no stage={stage}, it has {', '.join(stages)}")
+            own[stage][key_of(rest)] = sign + rest
+        else:
+            shared[key_of(word)] = word
+    for key in (key for overrides in (shared, *own.values()) for key in overrides):
+        if key in OURS or (key == "name" and key not in shared):
+            raise ConfigError(f"{key}=: {OURS.get(key, 'one name is that of all stages')}")
+    first = {stage: f"stage={stage}" if experiment is None else f"experiment={experiment}/{stage}" for stage in stages}
+    rest = {stage: (shared | own[stage] | {"name": f"name={name}"}).values() for stage in stages}
+    return {stage: [first[stage], *rest[stage]] for stage in stages}
+
+
+def key_of(word: str) -> str:
+    return word.lstrip("+~").partition("=")[0]
+
+
+def experiment_of(names: Sequence[str]) -> str | None:
+    """The experiment named after `run`, a folder of conf/experiment; None where none is."""
+    if not names:
+        return None
+    known = sorted(path.name for path in (conf_dir() / "experiment").iterdir() if path.is_dir())
+    if names[0] not in known or len(names) > 1:
+        wrong = names[0] if names[0] not in known else names[1]
+        raise ConfigError(
+            f"run {' '.join(names)}: {wrong} is no experiment.{did_you_mean(wrong, known)} One may be named, of "
+            f"{', '.join(known)}, and what follows is key=value"
+        )
+    return names[0]
+
+
+def composed(plan: Mapping[str, Sequence[str]]) -> dict[str, RunConfig]:
+    """The checked configuration of each stage; ConfigError, with what to write, for a word that one can't take."""
+    cfgs = {}
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        for stage, overrides in plan.items():
+            try:
+                cfgs[stage] = checked(overrides)
+            except ConfigError as error:
+                for word in overrides[1:]:
+                    fits = [other for other, (first, *rest) in plan.items() if word in rest and takes([first, word])]
+                    if fits and not takes([overrides[0], word]):
+                        choice = " or ".join(f"{other}.{word}" for other in fits)
+                        raise ConfigError(
+                            f"{word}: stage={stage} can't take that. Say whose it is: {choice}"
+                        ) from error
+                raise
+    return cfgs
+
+
+def checked(overrides: Sequence[str]) -> RunConfig:
+    """One stage's configuration, as a process of its own would have it."""
+    try:
+        found = compose("config", list(overrides))
+        raw = OmegaConf.to_container(found)  # only a process that Hydra started could resolve its run_dir
+        assert isinstance(raw, dict)
+        found.run_dir = raw["run_dir"].replace("${hydra:runtime.cwd}", str(Path.cwd()))
+        return parse(found)
+    except VlmAgentsError:
+        raise
+    except (HydraException, OmegaConfBaseException, AssertionError, AttributeError, ValueError) as error:
+        raise explain(error, overrides) from error
+
+
+def takes(overrides: Sequence[str]) -> bool:
+    with suppress(ConfigError):
+        return bool(checked([*overrides, "name=any"]))
+    return False
+
+
+def run_stage(overrides: Iterable[str], debug: bool) -> int:
+    """Run one stage in a process of its own, and pass on the signals that end it: it tells of them, once.
+
+    It has a process group to itself: what a terminal sends comes through us alone. Returns its exit status, as a shell
+    has it.
+    """
+    came: list[int] = []
+    children: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        for child in children:
+            child.send_signal(number)
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        for number in (number for number in SIGNALS if before[number] != signal.SIG_IGN):  # as nohup has it
+            signal.signal(number, pass_on)
+        line = [sys.executable, "-m", "vlm_agents", *overrides]
+        children.append(subprocess.Popen(line, env=os.environ | {"HYDRA_FULL_ERROR": str(int(debug))}, process_group=0))
+        for number in came:  # before it was there
+            children[0].send_signal(number)
+        status = children[0].wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came and status == 0:  # it was done already: then nobody has told yet
+        signal.raise_signal(came[0])
+    return 128 - status if status < 0 else status
+
+
+def outcome(stage: str, folder: Path) -> str:
+    """A finished stage in one line: its figures, and where to read on."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    metrics, page = summary["metrics"], summary["artifacts"].get("report")
+    figures = ", ".join(f"{name} {metrics[name]:.4g}" for name in FIGURES[stage] if metrics.get(name) is not None)
+    return f"{stage:<12}{figures}  {folder / page if page else folder}"

@@ -1,0 +1,97 @@
+"""`run`: what each stage is given, what is refused before the first one starts, what is passed over, and signals."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vlm_agents.chain import composed, outcome, planned
+from vlm_agents.config import register
+from vlm_agents.errors import ConfigError
+
+FAST = ["env=echo", "tracking=jsonl", "hardware.threads=1", "collect.stage.num_envs=4", "name=a"]
+
+
+def chain(folder: Path, *words: str) -> subprocess.Popen[str]:
+    line = [sys.executable, "-m", "vlm_agents", "run", *words]
+    return subprocess.Popen(line, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def refusal(names: list[str], words: list[str]) -> str:
+    register()
+    with pytest.raises(ConfigError) as error:
+        composed(planned(names, words, "a"))
+    return str(error.value)
+
+
+def test_each_stage_gets_what_is_its_own_and_what_is_for_all() -> None:
+    words = ["stage.num_envs=4", "ppo.stage.num_envs=8", "seed=1", "sft.+x=1", "+sft.stage.y=2", "name=b"]
+    assert planned(["empty_room"], words, "a") == {
+        "collect": ["experiment=empty_room/collect", "stage.num_envs=4", "seed=1", "name=a"],
+        "preprocess": ["experiment=empty_room/preprocess", "stage.num_envs=4", "seed=1", "name=a"],
+        "sft": ["experiment=empty_room/sft", "stage.num_envs=4", "seed=1", "name=a", "+x=1", "+stage.y=2"],
+        "ppo": ["experiment=empty_room/ppo", "stage.num_envs=8", "seed=1", "name=a"],
+        "eval": ["experiment=empty_room/eval", "stage.num_envs=4", "seed=1", "name=a"],
+    }
+    assert list(planned(["rl4vlm_points24"], [], "a")) == ["ppo"]
+    assert planned([], [], "a")["sft"] == ["stage=sft", "name=a"]
+
+
+@pytest.mark.parametrize(
+    ("names", "word", "said"),
+    [
+        ([], "algo.lr=1e-5", "algo.lr=1e-5: stage=collect can't take that. Say whose it is: ppo.algo.lr=1e-5"),
+        ([], "stage.num_envs=4", "collect.stage.num_envs=4 or ppo.stage.num_envs=4 or eval.stage.num_envs=4"),
+        ([], "modle=tiny", "modle: no such setting. Did you mean 'model'?"),
+        ([], "seed=0,1", "seed=0,1"),
+        ([], "ppo.stage.iterations=0", "stage.iterations=0 must be at least 1"),
+        ([], "sweep=seeds", "one command for each"),
+        ([], "run_dir=there", "a chain lies in outputs/<name>"),
+        ([], "experiment=number_line", "as in 'run number_line'"),
+        ([], "stage=ppo", "as in sft.stage.epochs=3"),
+        ([], "ppo.name=b", "one name is that of all stages"),
+        (["rl4vlm_points24"], "sft.stage.lr=1", "rl4vlm_points24 has no stage=sft, it has ppo"),
+        (["number_lin"], "seed=1", "number_lin is no experiment. Did you mean 'number_line'?"),
+        (["scratch", "more"], "seed=1", "more is no experiment"),
+    ],
+)
+def test_what_a_stage_cannot_take_is_refused_before_the_first_starts(names: list[str], word: str, said: str) -> None:
+    assert said in refusal(names, [word])
+
+
+def test_it_passes_over_what_is_done_and_stops_at_the_first_failure(tmp_path: Path) -> None:
+    """sft has nothing to learn from: the one episode is held out."""
+    words = [*FAST, "collect.stage.episodes=1", "collect.stage.noise=0", "preprocess.stage.val_fraction=1"]
+    first = chain(tmp_path, *words)
+    out, err = first.communicate(timeout=60)
+    assert first.returncode == 2
+    assert err.startswith("error: no turn of outputs/a/collect is left to learn from")
+    assert len(err.splitlines()) == 1
+    assert "python -m vlm_agents stage=preprocess env=echo" in out
+    assert "stage=sft" not in out
+    again = chain(tmp_path, *words)
+    out, _ = again.communicate(timeout=60)
+    assert (again.returncode, out.splitlines()[0]) == (2, "collect was finished before: outputs/a/collect")
+
+
+def test_a_finished_stage_is_told_by_its_figures_and_its_page(tmp_path: Path) -> None:
+    metrics = {"eval/success": 0.995, "eval/success_expert": 1.0, "eval/return": 1.0}
+    summary = {"metrics": metrics, "artifacts": {"report": "report.html"}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert outcome("eval", tmp_path) == f"eval        eval/success 0.995, eval/success_expert 1  {tmp_path}/report.html"
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_reaches_the_stage_and_is_told_once(tmp_path: Path, number: int, status: int, word: str) -> None:
+    process = chain(tmp_path, *FAST, "collect.stage.episodes=100000")
+    while not (tmp_path / "outputs/a/collect/episodes.jsonl").exists():
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (status, f"{word}; the same command with the run's name= continues it\n")
