@@ -33,6 +33,7 @@ from omegaconf.errors import (
 from vlm_agents.config import conf_dir, parse, refuse_secrets, register
 from vlm_agents.errors import ConfigError, VlmAgentsError, did_you_mean, harmless
 from vlm_agents.files import writing
+from vlm_agents.progress import hush
 
 FLAGS = (
     *("--help", "-h", "--debug", "--cfg", "-c", "--multirun", "-m", "--run", "-r", "--resolve", "--info", "-i"),
@@ -74,6 +75,7 @@ class Refused(BaseException):
 
 def run(argv: list[str]) -> int:
     """Run the command line `argv`, which is `sys.argv` and is put into Hydra's order; the exit status."""
+    hush()
     arguments = argv[1:]
     if {"--help", "-h"} & set(arguments):
         print(help_text())
