@@ -52,8 +52,9 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
             if held := len(files["validation"]):
                 lack.append(f"{held} rows are held out by stage.val_fraction={stage.val_fraction:g}")
             raise DataError(
-                f"no turn of {', '.join(stage.data)} is left to learn from{': ' if lack else ''}{'; '.join(lack)} "
-                f"({dict(counts)}). Collect more episodes, or loosen what left them out"
+                f"no turn of {', '.join(stage.data)} is left to learn from ({dict(counts)}): "
+                f"{''.join(f'{line}; ' for line in lack)}collect more episodes, or loosen stage.success_only and "
+                "stage.min_score"
             )
         for file in files.values():
             file.publish()
