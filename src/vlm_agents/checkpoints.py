@@ -40,6 +40,10 @@ class Checkpoint:
     last_lines: Mapping[str, Sequence[str]]
     keep: int | None
 
+    def told(self, unit: str, total: int) -> str:
+        """Where a run goes on that continues from here, for a person."""
+        return f"continues after {unit} {self.step} of {total}, from {self.path.parent.name}/{self.path.name}"
+
 
 def save(folder: Path, step: int, write: Callable[[Path], None], record: Mapping[str, Any], keep: int) -> Path:
     """Have `write` fill a new checkpoint, and keep the newest `keep`. A crash leaves those that were there before."""

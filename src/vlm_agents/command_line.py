@@ -31,6 +31,7 @@ from vlm_agents.config import conf_dir, described, groups, listing, parse, refus
 from vlm_agents.errors import ConfigError, VlmAgentsError, harmless
 from vlm_agents.files import writing
 from vlm_agents.hydra_errors import check_flags, explain, is_override
+from vlm_agents.progress import hush
 from vlm_agents.versions import versions
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its CPU kernels are optional, and fetched from a hub
@@ -63,6 +64,7 @@ class Carried(BaseException):
 
 def run(argv: list[str]) -> int:
     """Run the command line `argv`, which is `sys.argv` and is put into Hydra's order; the exit status."""
+    hush()
     arguments = argv[1:]
     debug = "--debug" in arguments or os.environ.get("HYDRA_FULL_ERROR", "") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come through to us

@@ -6,7 +6,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 
 from vlm_agents.envs.base import Env, checked_observation, checked_step
 from vlm_agents.errors import EnvError, VlmAgentsError, harmless
+from vlm_agents.progress import under_way
 from vlm_agents.types import Observation, Step
 
 logger = logging.getLogger(__name__)
@@ -58,9 +59,11 @@ class EnvPool:
 
     def reset(self, seeds: Mapping[int, int]) -> dict[int, Observation | EnvError]:
         """Start an episode in each of these slots."""
-        for slot in seeds.keys() - self._slots.keys():
-            self._slots[slot] = self._start()
-        return self._ask("reset", seeds)
+        new = seeds.keys() - self._slots.keys()
+        with under_way(f"starting {len(new)} envs") if new else nullcontext():
+            for slot in new:
+                self._slots[slot] = self._start()
+            return self._ask("reset", seeds)
 
     def step(self, actions: Mapping[int, str | None]) -> dict[int, Step | EnvError]:
         """Play an action in each of these slots."""

@@ -1,6 +1,7 @@
 """A small random model, chats with pictures, and rows by hand, for the tests of `models`."""
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,24 @@ def load(tiny_folder: Path) -> Callable[..., Agent]:
         return agent
 
     return loaded
+
+
+class Deprecations(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecated" in (text := record.getMessage()):
+            raise FutureWarning(text)
+
+
+@pytest.fixture(autouse=True)
+def _logged_deprecations_are_errors() -> Iterator[None]:
+    """transformers logs some of them, where others warn: as pyproject.toml has it for warnings."""
+    logger, handler = logging.getLogger("transformers"), Deprecations(logging.WARNING)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    yield
+    logger.setLevel(level)
+    logger.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

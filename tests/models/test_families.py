@@ -6,13 +6,26 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, DynamicCache
+from transformers.utils import logging as transformers_logging
 
 from vlm_agents.models import Agent
 from vlm_agents.tensors import Row
 from vlm_agents.types import Prompt
 
 Picture = Callable[..., Image.Image]
+
+
+def test_the_cache_has_the_name_that_transformers_gives_it_now(agent: Agent):
+    """And an older one, or any other deprecation, fails the tests: transformers warns of some, and logs others."""
+    cache, embeds = DynamicCache(), torch.zeros(1, 3, 128)
+    agent.family.text(inputs_embeds=embeds, **agent.family.caching(cache))
+    assert cache.get_seq_length() == 3
+    if "cache" in agent.family.caching(cache):
+        with pytest.raises(FutureWarning, match="past_key_values"):
+            agent.family.text(inputs_embeds=embeds, past_key_values=DynamicCache())
+    with pytest.raises(FutureWarning, match="older"):
+        transformers_logging.get_logger("transformers.models").warning_once("`older` is deprecated")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -103,6 +104,24 @@ def test_micro_batches_change_nothing(run_stage: RunStage, echo_chats: Path, tin
         assert max(float((expected[name] - found[name]).abs().max()) for name in start) < 1e-6
         for line, other in zip(lines(whole), lines(folder), strict=True):
             assert line == pytest.approx(other, rel=1e-5)  # gradient norms too, which Adam's steps don't depend on
+
+
+def test_it_tells_its_loss_and_where_it_goes_on(
+    run_stage: RunStage, echo_chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = [*SHORT, f"stage.data={echo_chats}", "stage.batch_size=1000", "stage.epochs=2", "stage.checkpoint_every=1"]
+    run_stage(tmp_path, *words)
+    said = capsys.readouterr().err
+    metrics = metrics_of(tmp_path)
+    assert f"sft step 2/2 loss {metrics['sft/loss']:.4f}, " in said
+    assert (
+        f"loss {metrics['sft/loss']:.4f} on {metrics['sft/rows']:.0f} rows, {metrics['sft/val_loss']:.4f} on " in said
+    )
+    shutil.rmtree(tmp_path / "checkpoints/step_000002")
+    (tmp_path / "DONE").unlink()
+    run_stage(tmp_path, *words)
+    assert "continues after step 1 of 2, from checkpoints/step_000001\n" in capsys.readouterr().err
+    assert metrics_of(tmp_path) == metrics
 
 
 # ---- adapters --------------------------------------------------------------------------------------------------------

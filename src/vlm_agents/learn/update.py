@@ -20,6 +20,7 @@ from vlm_agents.learn.advantages import explained_variance
 from vlm_agents.learn.batch import collate, microbatches, minibatches, to_device
 from vlm_agents.learn.engine import Engine
 from vlm_agents.learn.losses import k3, ppo_policy_loss, reference_kl, turn_entropy_loss, turn_mean, value_loss
+from vlm_agents.progress import track
 from vlm_agents.tensors import ActorCritic, Renderer, Row, Tokens
 
 # Keyed by the identity of a row: idents repeat where one seed is played twice, and rows hold arrays, so have no hash.
@@ -64,7 +65,7 @@ def update(
     reference = reference_logprobs(model, renderer, rows, tokens_per_microbatch) if algo.kl_coef > 0 else None
     passes: list[Pass] = []
     norms: list[dict[str, float]] = []
-    for minibatch in chain.from_iterable(epochs):
+    for minibatch in track(chain.from_iterable(epochs), "update", sum(map(len, epochs)), "mini-batches"):
         passes.append(accumulate(model, renderer, engine, minibatch, algo, reference, tokens_per_microbatch))
         if engine.critic_only:
             continue

@@ -181,8 +181,7 @@ class Agent(nn.Module):
             **self.embed(input_ids[:, shared:], tokens.mm),
             position_ids=positions[..., shared:].squeeze(0),
             attention_mask=self.attention_mask(causal_mask(width - shared, width, self.device)),
-            past_key_values=cache,
-            use_cache=True,
+            **self.family.caching(cache),
         ).last_hidden_state
         return torch.cat([prefix.expand(len(input_ids), -1, -1), suffix], dim=1)
 
@@ -191,8 +190,7 @@ class Agent(nn.Module):
         hidden = self.family.text(
             inputs_embeds=self.family.embed_tokens(input_ids),
             position_ids=positions.squeeze(0),
-            past_key_values=cache,
-            use_cache=True,
+            **self.family.caching(cache),
         ).last_hidden_state
         for layer in cache.layers:
             assert isinstance(layer, DynamicLayer)

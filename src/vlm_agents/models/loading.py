@@ -29,7 +29,7 @@ from vlm_agents.models.processing import (
     make_image_processor,
     prove_settings,
 )
-from vlm_agents.progress import say
+from vlm_agents.progress import say, under_way
 from vlm_agents.weights import ADAPTER_FILE, RUN_MODEL, init_folder
 
 TINY = Path(__file__).parent / "tiny_weights"
@@ -69,10 +69,10 @@ def load_agent(
     base = base_of(adapter, cfg) if adapter else folder
     source = str(base or cfg.path or TINY)
     random = cfg.weights == "random" and base is None
-    if random and cfg.architecture is not None:
-        model, tokenizer, image_processor = make_parts(cfg, hardware)
-    else:
-        model, tokenizer, image_processor = load_parts(source, random, hardware, cfg)
+    drawn = random and cfg.architecture is not None
+    with under_way(f"making model={cfg.name}" if drawn else f"reading model {source}"):
+        parts = make_parts(cfg, hardware) if drawn else load_parts(source, random, hardware, cfg)
+    model, tokenizer, image_processor = parts
     keep_packing(model)
     with refusing(f"model {adapter or source}", WHOLE, adapter or source):
         if adapter and (adapter / PROCESSOR_FILE).is_file():  # its pictures may be others than the base's
@@ -92,7 +92,9 @@ def load_agent(
         else:
             model = lora.add(model, family, cfg.lora, train)
     if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # renamed in the middle of transformers 5; version 6 forgets the older name
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     width = model.config.get_text_config().hidden_size
     head = cfg.temperature_head and TemperatureHead(width, cfg.temperature_head, cfg.temperature)
     agent = Agent(model, family, tokenizer, image_processor, ValueHead(width, cfg.value_head), cfg.temperature, head)

@@ -145,8 +145,7 @@ class Sampler:
             inputs_embeds=agent.family.embed_tokens(chosen[:, None]),
             position_ids=positions[..., None].squeeze(0),
             attention_mask=None if valid is None else agent.attention_mask(valid[:, None, None, :]),
-            past_key_values=cache,
-            use_cache=True,
+            **agent.family.caching(cache),
         )
         return output.last_hidden_state[:, -1]
 
@@ -175,8 +174,7 @@ class Sampler:
             family.text(
                 inputs_embeds=family.embed_tokens(head),
                 position_ids=head_positions.squeeze(0),
-                past_key_values=prefix,
-                use_cache=True,
+                **family.caching(prefix),
             )
         capacity = shared + width + room
         layers = [
@@ -194,8 +192,7 @@ class Sampler:
             **agent.embed(ids, agent.images.batch([image for row in rendered for image in row.images])),
             position_ids=own.squeeze(0),
             attention_mask=agent.attention_mask(mask) if padded or shared else None,
-            past_key_values=cache,
-            use_cache=True,
+            **family.caching(cache),
         ).last_hidden_state
         following = own.amax(-1).amax(0).expand(own.shape[:2]) + 1  # the next token's position, on all rotary axes
         return Prefilled(rendered, cache, layers, hidden[:, -1], valid if padded else None, following)

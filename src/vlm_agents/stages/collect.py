@@ -3,11 +3,13 @@
 What was done is read off the episodes themselves: a run that was killed, or lost a line, plays the seeds that lack.
 """
 
+import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm_agents.config import CollectConfig, RunConfig
@@ -16,7 +18,7 @@ from vlm_agents.episodes import EpisodeWriter, read_episodes
 from vlm_agents.errors import ConfigError
 from vlm_agents.judge import Judge
 from vlm_agents.policies import NoisyPolicy, Policy
-from vlm_agents.progress import track
+from vlm_agents.progress import say, track
 from vlm_agents.prompting import PromptFormat
 from vlm_agents.remote import ChatClient
 from vlm_agents.report import write_report
@@ -70,9 +72,9 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
             yield from (trajectory for trajectory, (_, lacks) in zip(together, block, strict=True) if lacks)
 
     run.begin()
-    total = sum(lacks for block in blocks for _, lacks in block)
+    there = already(blocks, stage.episodes)
     with open_envs(cfg.env, stage.num_envs, advised) as envs, closing(client) if client else nullcontext():
-        for trajectory in track(playing(envs), "collect", total):
+        for trajectory in track(playing(envs), "collect", stage.episodes, "episodes", there):
             writer.append(rated(trajectory, ratings(trajectory.turns, stage, client)))
     writer.sync()
     metrics = summarise(read_episodes(run.dir, pictures=False), "collect")
@@ -81,6 +83,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         unrated = tell_unread(run.dir, client, stage.policy == "remote", stage.rater == "remote")
         if stage.rater == "remote":
             metrics["collect/unrated"] = float(unrated)
+    tell(metrics, stage.episodes, run.path("episodes.jsonl"))
     run.log(0, metrics)
     report = run.path("report.html")
     write_report(
@@ -92,6 +95,30 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         episodes=list(islice(read_episodes(run.dir), REPORTED)),
     )
     return run.finish(metrics, {"report": report, "episodes": run.path("episodes.jsonl")})
+
+
+def already(blocks: Sequence[Sequence[tuple[int, bool]]], episodes: int) -> int:
+    """How many of the episodes are there, which is said where there are any; `blocks` are what `lacking` found."""
+    there = episodes - sum(lacks for block in blocks for _, lacks in block)
+    if there:
+        say(f"continues with {there} of {episodes} episodes that are there already")
+    return there
+
+
+def tell(metrics: Mapping[str, float], episodes: int, where: Path) -> None:
+    """Say what was collected, and where a model can learn nothing from it."""
+    success, illegal = metrics["collect/success"], metrics["collect/invalid_rate"]
+    say(
+        f"{episodes} episodes: success {success:.3f}, return {metrics['collect/return']:.2f}, turns "
+        f"{metrics['collect/episode_length']:.1f}, illegal replies {illegal:.3f}: {os.path.relpath(where)}"
+    )
+    if illegal == 1:
+        say("every reply is illegal: nothing to learn from. Choose another stage.policy=, prompt= or model")
+    elif success == 0:
+        say(
+            "no episode succeeds, and stage=preprocess leaves such out, unless with stage.success_only=false: choose "
+            "another stage.policy=, less stage.noise, or an easier env"
+        )
 
 
 def lacking(done: Iterable[int], run_seed: int, stage: CollectConfig) -> list[list[tuple[int, bool]]]:

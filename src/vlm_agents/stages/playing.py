@@ -139,7 +139,7 @@ def play_panel(
     )
 
     def shown() -> Iterator[Trajectory]:
-        for trajectory in track(playing, f"eval {policy.name}", episodes):
+        for trajectory in track(playing, f"eval {policy.name}:", episodes, "episodes"):
             on_episode(trajectory)
             yield trajectory
 

@@ -16,6 +16,7 @@ import torch
 from vlm_agents.config import PpoConfig, RunConfig
 from vlm_agents.env_pool import EnvPool
 from vlm_agents.episodes import EpisodeWriter, read_episodes
+from vlm_agents.learn import signal
 from vlm_agents.learn.batch import rows as build_rows
 from vlm_agents.learn.engine import TorchEngine
 from vlm_agents.learn.novelty import TemporalPredictor
@@ -54,6 +55,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         for name, learner in learners.items():
             learner.load_state_dict(torch.load(checkpoint.path / name, weights_only=True))
         state |= checkpoint.state
+        say(checkpoint.told("iteration", stage.iterations))
 
     def save(step: int) -> None:
         def write(folder: Path) -> None:
@@ -64,6 +66,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         writer.sync()
         run.save_checkpoint(step, write, state, stage.keep_checkpoints)
 
+    watch = signal.Watch(cfg, stage.iterations)
     run.begin()
     with open_envs(cfg.env, stage.num_envs, has_expert(cfg.env)) as envs:
         if stage.eval_episodes and not checkpoint:
@@ -73,6 +76,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
             state["last"], trajectories = iterate(cfg, run, envs, agent, engine, predictor, iteration)
             state["training_seconds"] += state["last"]["time/rollout"] + state["last"]["time/update"]
             tell(run, iteration, stage.iterations, state["last"], trajectories[0])
+            watch.look(iteration, state["last"], trajectories)
             writer.append(*trajectories[:RECORDED])
             done = iteration + 1
             if stage.eval_episodes and stage.eval_every and done % stage.eval_every == 0 and done < stage.iterations:
@@ -90,6 +94,7 @@ def finish(
     """Report and summary: the last iteration's metrics, and the held-out panel after and before."""
     before = {f"{name}_before": value for name, value in state["before"].items() if name.startswith(SHARES)}
     metrics = {**state["last"], **after, **before, "time/training": state["training_seconds"]}
+    signal.conclude(state["last"])
     report = run.path("report.html")
     write_report(
         report,
@@ -136,7 +141,7 @@ def iterate(
         invalid_penalty=cfg.env.invalid_penalty,
         run_seed=run.seed_for("rollout", iteration),
     )
-    trajectories = list(track(playing, f"rollout {iteration + 1}", len(seeds)))
+    trajectories = list(track(playing, f"rollout {iteration + 1}:", len(seeds), "episodes"))
     collected = time.monotonic()
     peaks = peak_bytes(agent.device, "rollout")
     rng = np.random.default_rng(run.seed_for("update", iteration))
@@ -153,6 +158,7 @@ def iterate(
         **summarise(trajectories),
         **learned,
         **foretold,
+        **signal.figures(rewarded, algo.gamma),
         **peaks,
         **peak_bytes(agent.device, "update"),
         "time/rollout": rollout_seconds,

@@ -20,7 +20,7 @@ from vlm_agents.errors import DataError
 from vlm_agents.llava_data import read_llava
 from vlm_agents.pictures import as_shown
 from vlm_agents.policies import is_random
-from vlm_agents.progress import say
+from vlm_agents.progress import say, track
 from vlm_agents.prompting import PromptFormat, make_format
 from vlm_agents.run import Run, held_out, stable_hash
 from vlm_agents.types import Prompt, Trajectory, Turn
@@ -40,7 +40,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     run.begin()
     with ExitStack() as stack:
         files = {split: stack.enter_context(ChatWriter(run.path(f"{split}.parquet"))) for split in SPLITS}
-        for row in sound_rows(stage, make_format(cfg.prompt), counts, pngs):
+        for row in track(sound_rows(stage, make_format(cfg.prompt), counts, pngs), "preprocess", None, "rows"):
             split = SPLITS[stable_hash("split", row["env"], row["seed"]) % 10_000 < stage.val_fraction * 10_000]
             files[split].add(row)
         if counts["turns_unrated"] and not counts["turns_rated"]:
@@ -49,11 +49,13 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
                 "one: run stage=collect with stage.rater=expert or remote, or set stage.min_score=0"
             )
         if not files["train"]:
-            held = f", and stage.val_fraction={stage.val_fraction:g} holds out {len(files['validation'])} rows"
+            lack = left_out(stage, counts)
+            if held := len(files["validation"]):
+                lack.append(f"{held} rows are held out by stage.val_fraction={stage.val_fraction:g}")
             raise DataError(
-                f"no turn of {', '.join(stage.data)} is left to learn from ({dict(counts)}"
-                f"{held if len(files['validation']) else ''}): collect more episodes, or loosen stage.success_only "
-                "and stage.min_score"
+                f"no turn of {', '.join(stage.data)} is left to learn from ({dict(counts)}): "
+                f"{''.join(f'{line}; ' for line in lack)}collect more episodes, or loosen stage.success_only and "
+                "stage.min_score"
             )
         for file in files.values():
             file.publish()
@@ -61,8 +63,24 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     metrics |= {f"preprocess/{split}": float(len(file)) for split, file in files.items()}
     metrics["preprocess/pictures"] = float(len(pngs.seen))
     say(", ".join(f"{value:.0f} {name.removeprefix('preprocess/')}" for name, value in metrics.items()))
+    for line in left_out(stage, counts):
+        say(line)
     run.log(0, metrics)
     return run.finish(metrics, {split: file.path for split, file in files.items() if len(file)})
+
+
+def left_out(stage: PreprocessConfig, counts: Counter[str]) -> list[str]:
+    """Which settings left how much out."""
+    lines = []
+    if episodes := counts["episodes_left_out"]:
+        why = (
+            "by stage.success_only=true, or since their env failed" if stage.success_only else "since their env failed"
+        )
+        lines.append(f"{episodes} of {counts['episodes']} episodes are left out {why}")
+    if turns := counts["turns_left_out"]:
+        score = f" and stage.min_score={stage.min_score:g}" if stage.label == "reply" and stage.min_score else ""
+        lines.append(f"{turns} turns are left out by stage.label={stage.label}{score}")
+    return lines
 
 
 def sound_rows(

@@ -1,7 +1,7 @@
 """Supervised fine-tuning on chats: transformers' Trainer around the agent, renderer and log-probs that PPO uses too."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,19 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from vlm_agents.checkpoints import Checkpoint
 from vlm_agents.config import HardwareConfig, RunConfig, SftConfig
 from vlm_agents.errors import DataError, TrainingError
 from vlm_agents.learn.batch import microbatches
 from vlm_agents.learn.engine import AdamW
 from vlm_agents.models import Agent, load_agent
+from vlm_agents.progress import say, track, under_way
 from vlm_agents.run import Run, seed_everything
 from vlm_agents.stages.playing import check_length
 from vlm_agents.stages.sft_data import Chats, check
 from vlm_agents.weights import RUN_MODEL, unfinished
 
+LINES = 10  # with the loss, on the screen
 GROUPED = 8  # batches that are drawn together, then sorted by length
 NAMES = {"grad_norm": "grad_norm", "learning_rate": "lr"}  # the Trainer's, ours
 
@@ -42,24 +45,34 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     paths = [Path(stage.data) / f"{split}.parquet" for split in ("train", "validation")]
     # preprocess writes no file of no rows
     splits = [Chats(path, agent.renderer, budget) for path in paths if path == paths[0] or path.exists()]
-    skipped = check(splits, stage.skip_bad)
+    with under_way("sft: looking at every row"):
+        skipped = check(splits, stage.skip_bad)
     train, *held_out = splits
     if not len(train):
         raise DataError(f"{train.path} has no row to train on: run stage=preprocess again, with other data")
     trainer = SftTrainer(run, agent, cfg.hardware, stage, train, cfg.seed)
-    if checkpoint:
-        trainer.progress |= checkpoint.state
     run.begin()
-    if not trainer.progress["done"]:  # where epochs is no whole number, the Trainer would take one more step
-        trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+    trainer.learn(checkpoint)
     metrics = {"sft/loss": trainer.progress["loss"], "sft/rows": float(len(train))}
     if stage.skip_bad:
         metrics["sft/skipped_rows"] = float(skipped)
     for validation in filter(len, held_out):
         metrics |= validate(agent.eval(), validation, stage.batch_size, cfg.hardware)
+    say(told(metrics, sum(map(len, held_out))))
     run.log(trainer.progress["step"], metrics)
     run.save_folder(RUN_MODEL, agent.save)
     return run.finish(metrics, {"model": run.path(RUN_MODEL)})
+
+
+def told(metrics: Mapping[str, float], held_out: int) -> str:
+    """What came of it, in a line."""
+    line = f"loss {metrics['sft/loss']:.4f} on {metrics['sft/rows']:.0f} rows"
+    if not held_out:
+        return f"{line}; no row was held out to validate on"
+    probability = metrics["sft/val_reply_probability"]
+    return (
+        f"{line}, {metrics['sft/val_loss']:.4f} on {held_out} held out, whose replies it gives {probability:.2f} each"
+    )
 
 
 class GroupedSampler(Sampler[int]):
@@ -97,7 +110,7 @@ class SftTrainer(Trainer):
         # what a checkpoint keeps: the steps done, the mean loss on the last line of the curves, each step's since then
         self.progress: dict[str, Any] = {"step": 0, "done": False, "loss": float("nan"), "since": []}
         self.order = GroupedSampler(train.lengths(), stage.batch_size, seed)
-        steps = math.ceil(math.ceil(len(train) / stage.batch_size) * stage.epochs)
+        self.steps = steps = math.ceil(math.ceil(len(train) / stage.batch_size) * stage.epochs)
         arguments = TrainingArguments(
             output_dir=str(run.dir),
             num_train_epochs=stage.epochs,
@@ -111,7 +124,7 @@ class SftTrainer(Trainer):
             seed=seed,
             use_cpu=hardware.device == "cpu",
             remove_unused_columns=False,
-            disable_tqdm=None,
+            disable_tqdm=True,
             report_to=[],
         )
         arguments._n_gpu = 1  # else the Trainer would multiply the batch by the GPUs that it sees
@@ -124,6 +137,16 @@ class SftTrainer(Trainer):
             optimizer_cls_and_kwargs=(AdamW, {"lr": stage.lr, "fused": True}),
         )
         self.remove_callback(PrinterCallback)
+
+    def learn(self, checkpoint: Checkpoint | None) -> None:
+        """Train to the end, from this checkpoint where there is one."""
+        if checkpoint:
+            self.progress |= checkpoint.state
+            say(checkpoint.told("step", self.steps))
+        if self.progress["done"]:  # where epochs is no whole number, the Trainer would take one more step
+            return
+        with under_way("sft step", self.steps, self.progress["step"]) as self.work:
+            self.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GroupedSampler:
         return self.order
@@ -161,15 +184,18 @@ class SftTrainer(Trainer):
 
 
 class Curves(TrainerCallback):
-    """The Trainer's log lines, into the run. The mean loss is our own: the Trainer's begins anew at a resume."""
+    """The Trainer's log lines, into the run and to whoever watches. The mean loss is our own: the Trainer's begins anew
+    at a resume."""
 
     def __init__(self, run: Run, trainer: SftTrainer) -> None:
         self.run, self.trainer = run, trainer
+        self.part, self.printed = max(1, trainer.steps // LINES), 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         done = state.global_step == state.max_steps
         control.should_log |= done  # the last steps too, be they fewer
         self.trainer.progress |= {"step": state.global_step, "done": done}
+        self.trainer.work.reach(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
@@ -178,6 +204,10 @@ class Curves(TrainerCallback):
             state.log_history[-1]["loss"] = loss
             rest = {f"sft/{ours}": float(logs[name]) for name, ours in NAMES.items() if name in logs}
             self.run.log(state.global_step, {"sft/loss": loss, **rest})
+            self.trainer.work.reach(state.global_step, f"loss {loss:.4f}")
+            if state.global_step // self.part > self.printed // self.part or state.global_step == state.max_steps:
+                say(str(self.trainer.work))
+                self.printed = state.global_step
 
 
 @torch.no_grad()
@@ -187,7 +217,7 @@ def validate(agent: Agent, chats: Chats, batch_size: int, hardware: HardwareConf
     TrainingError where one isn't finite.
     """
     tokens, replies = [], []
-    for start in range(0, len(chats), batch_size):
+    for start in track(range(0, len(chats), batch_size), "sft validation", -(-len(chats) // batch_size), "batches"):
         rows = [chats[index] for index in range(start, min(start + batch_size, len(chats)))]
         for part in microbatches(rows, hardware.tokens_per_microbatch):
             logprobs = agent.score(agent.renderer.collate(part)).logprobs

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from inspect import signature
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,6 +45,10 @@ class Family(Protocol):
     @property
     def text(self) -> Any: ...
 
+    def caching(self, cache: Any) -> dict[str, Any]:
+        """What has `text` read this cache of transformers, and add to it."""
+        ...
+
     @property
     def embed_tokens(self) -> Any: ...
 
@@ -78,6 +84,9 @@ class LanguageParts:
     def text(self) -> Any:
         return self.model.model.language_model
 
+    def caching(self, cache: Any) -> dict[str, Any]:
+        return {cache_argument(type(self.text)): cache, "use_cache": True}
+
     @property
     def embed_tokens(self) -> Any:
         return self.text.embed_tokens
@@ -85,6 +94,13 @@ class LanguageParts:
     @property
     def lm_head(self) -> Any:
         return self.model.lm_head
+
+
+@cache
+def cache_argument(text: type) -> str:
+    """What the forward of this class of text models calls its cache: transformers 5.24 renamed it, and 5.40 forgets
+    the older name. One that it doesn't know it would take, and ignore."""
+    return "cache" if "cache" in signature(text.forward).parameters else "past_key_values"
 
 
 def one_after_another(family: Family, input_ids: np.ndarray, sizes: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -1,0 +1,79 @@
+"""When there is nothing to learn from, and that it is said once."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm_agents.config import RunConfig
+from vlm_agents.learn.signal import METRIC, Watch, conclude, figures
+from vlm_agents.types import Observation, Parsed, Reply, Step, Trajectory, Turn
+
+SEEN = Observation("", (Image.fromarray(np.zeros((2, 2, 3), dtype=np.uint8)),))
+
+
+def episode(rewards: Sequence[float], legal: Sequence[bool] | None = None, success: bool = False) -> Trajectory:
+    turns = [
+        Turn(
+            observation=SEEN,
+            prompt=(),
+            reply=Reply("north\nwest" if good else "xyz"),
+            parsed=Parsed(action="north") if good else Parsed(action=None, error="no action"),
+            step=Step(SEEN, reward, at == len(rewards) - 1, False, {"success": float(success)}),
+        )
+        for at, (reward, good) in enumerate(zip(rewards, legal or [True] * len(rewards), strict=True))
+    ]
+    return Trajectory(env="echo", seed=0, policy="model", turns=tuple(turns), stop="success" if success else "failure")
+
+
+@pytest.mark.parametrize(
+    ("episodes", "lacks"),
+    [
+        ([episode([0, 0]), episode([0, 0, 0])], True),  # longer, and no reward tells of it
+        ([episode([-0.1, -0.1], [False] * 2), episode([-0.1], [False])], True),  # nothing but illegal replies
+        ([episode([0, 0.3]), episode([0, 0.1])], False),  # none succeeds, and rewards say which was nearer
+        ([episode([0, 1], success=True), episode([0, 0])], False),
+        ([episode([0, 1], success=True), episode([0, 1], success=True)], True),
+        ([episode([0, 1], success=True), episode([0, 0, 1], success=True)], False),  # gamma: the first was faster
+        ([episode([-0.1, 0], [False, True]), episode([0, -0.1], [True, False])], False),  # which turn was punished
+        ([episode([0, 0])], False),  # a critic compares it with those of other iterations
+    ],
+)
+def test_what_makes_no_difference_is_nothing_to_learn_from(episodes: list[Trajectory], lacks: bool):
+    assert figures(episodes, gamma=0.9) == {METRIC: float(lacks)}
+
+
+def test_with_gamma_one_being_faster_earns_no_more_in_all_but_earlier():
+    assert figures([episode([0, 1], success=True), episode([0, 0, 1], success=True)], gamma=1.0) == {METRIC: 0.0}
+
+
+def test_it_is_said_once_after_two_iterations_with_what_to_do(
+    compose_run: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
+):
+    watch = Watch(compose_run("stage=ppo"), iterations=9)
+    bad = [episode([-0.1, -0.1], [False] * 2)]
+    said = []
+    for iteration, lacks in enumerate([1.0, 0.0, 1.0, 1.0, 1.0, 1.0]):
+        watch.look(iteration, {METRIC: lacks}, bad)
+        said.append(capsys.readouterr().err)
+    assert [bool(text) for text in said] == [False, False, False, True, False, False]
+    assert said[3].startswith("nothing to learn from: every reply is illegal, such as 'xyz' (no action).")
+    assert "stage=sft first" in said[3]
+    conclude({METRIC: 1.0})
+    assert "nothing to learn from" in capsys.readouterr().err
+    conclude({METRIC: 0.0})
+    assert capsys.readouterr().err == ""
+
+
+def test_the_remedy_is_that_of_the_lack(compose_run: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]):
+    cfg = compose_run("stage=ppo")
+    for episodes, penalty, words in (
+        ([episode([0, 0], [False, True]), episode([0, 0])], 0.0, "env.invalid_penalty=0.1"),
+        ([episode([0, 0]), episode([0, 0])], 0.1, "a temperature higher than"),
+        ([episode([1], success=True), episode([1], success=True)], 0.1, "a harder env"),
+    ):
+        watch = Watch(replace(cfg, env=replace(cfg.env, invalid_penalty=penalty)), iterations=1)
+        watch.look(0, figures(episodes, gamma=0.9), episodes)
+        assert words in capsys.readouterr().err
