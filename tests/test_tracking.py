@@ -54,7 +54,6 @@ def made(compose_run, store: str, tmp_path: Path) -> Path:
     if not (folder / "mlruns").exists():
         with Run.open(compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={store}"), []) as run:
             run.begin()
-            pass
         shutil.rmtree(run.dir)
     return folder
 
@@ -72,6 +71,7 @@ def test_a_run_is_told_in_full(compose_run, store: str, look, capfd: pytest.Capt
     client = look()
     assert client.get_run(run_id_of(run)).info.status == "FINISHED"
     with Run.open(cfg, []) as run:  # goes on in the same MLflow run
+        run.begin()
         run.log(2, {"ppo/entropy": 0.25})
         run.finish({"eval/success": 1.0})
     told = client.get_run(run_id_of(run))
@@ -112,6 +112,7 @@ def test_a_resumed_run_tells_no_point_twice(compose_run, store: str, look) -> No
 def test_a_crash_is_a_failed_run(compose_run, store: str, look) -> None:
     run = Run.open(compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={store}"), [])
     with pytest.raises(ZeroDivisionError), run:
+        run.begin()
         raise ZeroDivisionError
     assert look().get_run(run_id_of(run)).info.status == "FAILED"
 
@@ -134,7 +135,6 @@ def test_a_run_that_the_store_lost_is_begun_anew(compose_run, store: str, look) 
     cfg = compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={store}")
     with Run.open(cfg, []) as run:
         run.begin()
-        pass
     first = run_id_of(run)
     run.path("mlflow_run_id").write_text("0" * 32)
     with Run.open(cfg, []) as run:
@@ -279,7 +279,7 @@ def test_a_continued_run_sends_what_the_killed_one_could_not(compose_run, store:
 def test_a_locked_database_holds_nothing_up(compose_run, store: str, made: Path, look, told) -> None:
     cfg = compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={store}")
     with Run.open(cfg, []) as run, closing(sqlite3.connect(made / "mlflow.db")) as other:
-        other.begin()
+        run.begin()
         other.execute("BEGIN EXCLUSIVE")
         start = time.monotonic()
         for step in range(20):
@@ -317,8 +317,8 @@ def test_what_the_user_deletes_there_is_told_once(compose_run, store: str, look,
     assert last == "MLflow lacks a part of this run; once MLflow works again, the run sends it when it is continued"
     assert len(told()) == 2
     look().delete_experiment(look().get_experiment_by_name("doomed").experiment_id)
-    with Run.open(compose_run(*words, f"run_dir={tmp_path / 'next'}"), []):
-        pass
+    with Run.open(compose_run(*words, f"run_dir={tmp_path / 'next'}"), []) as run:
+        run.begin()
     assert "experiment doomed was deleted: restore it there, or set another tracking.experiment" in told()[2]
 
 
