@@ -20,7 +20,7 @@ command_line
 stages run
 rollout
 policies episodes llava_data env_pool report chats inputs judge
-envs experts | prompting | models | learn | tracking stores | checkpoints | remote endpoint answers | sandbox
+envs experts | prompting | models | learn | tracking backends stores | checkpoints | remote endpoint answers | sandbox
 config tensors
 types errors files pictures progress
 """
@@ -30,7 +30,9 @@ CELLS = [[cell.split() for cell in line.split("|")] for line in LAYERS.strip().s
 DOORS = {
     "hydra": ["command_line.py", "config.py"],
     "omegaconf": ["command_line.py", "config.py"],
-    "mlflow": ["tracking.py", "stores.py"],
+    "mlflow": ["backends.py", "stores.py"],
+    "tensorboardX": ["backends.py"],
+    "wandb": ["backends.py"],
     "deepspeed": ["learn/engine.py"],
     "transformers": ["models", "stages/sft.py"],
     "peft": ["models"],

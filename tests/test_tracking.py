@@ -103,7 +103,7 @@ def test_a_resumed_run_tells_no_point_twice(compose_run, store: str, look) -> No
         run.finish({"ppo/entropy": 1 / 3})
     for name, expected in (
         ("ppo/entropy", [(1, 1.0), (2, 0.5), (3, 1 / 3)]),
-        ("ppo/new", [(1, 0.5), (2, 0.5), (3, 0.5)]),
+        ("verbose/ppo/new", [(1, 0.5), (2, 0.5), (3, 0.5)]),
     ):
         assert [(point.step, point.value) for point in look().get_metric_history(run_id_of(run), name)] == expected
     assert len(run.path("metrics.jsonl").read_text().splitlines()) == 3
@@ -111,8 +111,8 @@ def test_a_resumed_run_tells_no_point_twice(compose_run, store: str, look) -> No
 
 def test_a_crash_is_a_failed_run(compose_run, store: str, look) -> None:
     run = Run.open(compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={store}"), [])
+    run.begin()
     with pytest.raises(ZeroDivisionError), run:
-        run.begin()
         raise ZeroDivisionError
     assert look().get_run(run_id_of(run)).info.status == "FAILED"
 
@@ -247,9 +247,7 @@ def test_a_finished_run_is_sent_later(
         run.begin()
         run.log(1, {"a": 0.5, "bad": float("nan")})
         run.log(2, {"a": 0.25})
-        assert tracking.main([str(run.dir)]) == 2  # not finished yet
         run.finish({"success": 1.0})
-    assert "is continued by its name=" in capsys.readouterr().err
     assert tracking.main([str(run.dir)]) == 1
     where.unlink()
     shutil.copytree(made, where)
@@ -258,6 +256,8 @@ def test_a_finished_run_is_sent_later(
         assert points_of(look(uri), run, "a") == [(1, 0.5), (2, 0.25)]
         assert points_of(look(uri), run, "success") == [(2, 1.0)]
     assert look(uri).get_run(run_id_of(run)).info.status == "FINISHED"
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second == f"{run.dir}: all of it is in MLflow now (4 points, 2 files), as finished"
 
 
 def test_a_continued_run_sends_what_the_killed_one_could_not(compose_run, store: str, look) -> None:

@@ -304,12 +304,12 @@ class HardwareConfig:
 # ---- tracking --------------------------------------------------------------------------------------------------------
 @dataclass
 class TrackingConfig:
-    name: str = MISSING  # jsonl: metrics.jsonl only | mlflow: that, and MLflow
+    name: str = MISSING  # jsonl: metrics.jsonl only | mlflow, tensorboard, wandb: that, and a copy there
     uri: str | None = None  # null: what MLFLOW_TRACKING_URI says, else sqlite:///mlflow.db
-    experiment: str | None = None  # null: what MLFLOW_EXPERIMENT_NAME says, else vlm_agents
+    experiment: str | None = None  # or wandb's project; null: MLFLOW_EXPERIMENT_NAME or WANDB_PROJECT, else vlm_agents
 
     def __post_init__(self) -> None:
-        one_of("tracking.name", self.name, Literal["jsonl", "mlflow"])
+        one_of("tracking.name", self.name, Literal["jsonl", "mlflow", "tensorboard", "wandb"])
         refuse_secrets("tracking.uri", self.uri or "")
 
 
