@@ -220,6 +220,9 @@ class Tensorboard:
             for old in place.glob("events.out.tfevents.*"):
                 old.unlink()
             self._writer = SummaryWriter(str(place), flush_secs=10)
+            for picture in sorted((self._folder / "pictures").glob("*_*.png")):
+                key, _, step = picture.stem.rpartition("_")
+                self._picture(picture, key, int(step))
         return self._writer
 
     def _is_new(self, key: str, step: int) -> bool:
@@ -234,17 +237,21 @@ class Tensorboard:
                 writer.add_scalar(key, value, step, walltime=at / 1000)
 
     def file(self, path: Path, key: str, step: int) -> None:
-        if path.suffix in (".png", ".gif") and self._is_new(key or path.stem, step):
-            from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportMissingImports]
-
-            with Image.open(path) as image:
-                width, height = image.size
-            picture = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=path.read_bytes())
-            summary = Summary(value=[Summary.Value(tag=key or path.stem, image=picture)])
-            self._open().file_writer.add_summary(summary, step)
+        if path.suffix in (".png", ".gif"):
+            self._picture(path, key.replace("/", "_") or path.stem, step)  # the name under pictures/
         elif path.suffix in (".yaml", ".json") and self._is_new(path.name, step):
             text = path.read_text().replace("\n", "\n    ")  # Markdown: a block of code
             self._open().add_text(path.name, f"    {text}", step)
+
+    def _picture(self, path: Path, tag: str, step: int) -> None:
+        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportMissingImports]
+
+        writer = self._open()
+        if self._is_new(tag, step):
+            with Image.open(path) as image:
+                width, height = image.size
+            picture = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=path.read_bytes())
+            writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=picture)]), step)
 
     def end(self, status: str) -> None:
         pass
@@ -264,6 +271,7 @@ class Wandb:
     title = "Weights & Biases"
 
     def __init__(self, settings: Mapping[str, Any], folder: Path, sweep: Path | None) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")
         import wandb  # pyright: ignore[reportMissingImports]  # noqa: F401
 
         self._settings, self._folder, self._sweep = settings, folder, sweep
