@@ -32,10 +32,9 @@ PARAM_LENGTH = 500
 FILES = """SELECT DISTINCT artifact_location FROM experiments
     WHERE artifact_location LIKE 'file:%' OR artifact_location LIKE '/%'"""
 PARENT = "mlflow.parentRunId"
-TOKEN = "run_token"  # of a directory whose MLflow run may have been made without our having its answer
-OF_ONE_JOB = {"run_dir", "weights"}  # tags that a sweep's run has none of
+TOKEN = "mlflow.vlm_agents.token"  # a tag that the UI hides: a run that was made, its answer lost, is known by it
+OF_ONE_JOB = {"run_dir", "weights", "mlflow.source.name"}  # tags that a sweep's run has none of
 OF_THE_PLACE = "run_dir", "tracking."  # settings that say nothing of what a run does
-KIND = {"mlflow.experimentKind": "custom_model_development"}  # has the UI show training runs, and not chat traces
 QUIET = {  # unless the environment says otherwise: it is we who try again, and no address is printed
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -213,7 +212,7 @@ def open_experiment(client: Any, uri: str, name: str) -> str:
     if found is None:
         database = database_of(uri)
         try:
-            return client.create_experiment(name, database and (database.parent / "mlruns").as_uri(), KIND)
+            return client.create_experiment(name, database and (database.parent / "mlruns").as_uri())
         except MlflowException:  # another process was faster, on a server
             found = client.get_experiment_by_name(name)
             if found is None:
@@ -246,7 +245,7 @@ def open_run(
         atomic_write(note, known := f"{TOKEN} {secrets.token_hex(8)}")
         made = []
     else:
-        made = client.search_runs([experiment], f"tags.{TOKEN} = '{known.split()[1]}'", max_results=1)
+        made = client.search_runs([experiment], f"tags.`{TOKEN}` = '{known.split()[1]}'", max_results=1)
     if made:
         run_id = made[0].info.run_id
     else:
