@@ -42,9 +42,11 @@ reproduce: setup ## collect to eval: GAME=number_line, blackjack, ez_points or p
 	$(BIN)/python benchmarks/table.py after_SFT=outputs/$(RUN)_sft/eval after_PPO=outputs/$(RUN)/eval
 
 ui: setup ## MLflow in the browser, on this machine only
-	$(BIN)/python -m vlm_agents.tracking
-	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --backend-store-uri sqlite:///mlflow.db \
-		--host 127.0.0.1 --port 5000 --workers 1
+	@$(BIN)/python -m vlm_agents.tracking
+	@echo "MLflow: http://127.0.0.1:5000 (Ctrl-C ends it)"
+	@PYTHONWARNINGS=ignore MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
+		$(BIN)/mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000 --workers 1 \
+		--uvicorn-opts "--log-level warning" > /dev/null
 
 # The shipped weights: experts cloned on MiniGrid and the card games, then players of DoorKey whose hand slips, so that
 # PPO has something to do.

@@ -20,7 +20,7 @@ command_line chain completion hydra_errors
 stages run
 rollout
 policies episodes llava_data env_pool report chats inputs judge
-envs experts | prompting | models | learn | tracking stores | checkpoints | remote endpoint answers | sandbox
+envs experts | prompting | models | learn | tracking backends stores | checkpoints | remote endpoint answers | sandbox
 lineage weights
 config tensors
 types errors files pictures progress versions
@@ -31,7 +31,9 @@ CELLS = [[cell.split() for cell in line.split("|")] for line in LAYERS.strip().s
 DOORS = {
     "hydra": ["chain.py", "command_line.py", "completion.py", "hydra_errors.py", "config"],
     "omegaconf": ["chain.py", "command_line.py", "completion.py", "hydra_errors.py", "config"],
-    "mlflow": ["tracking.py", "stores.py"],
+    "mlflow": ["backends.py", "stores.py"],
+    "tensorboardX": ["backends.py"],
+    "wandb": ["backends.py"],
     "deepspeed": ["learn/engine.py"],
     "transformers": ["models", "stages/sft.py"],
     "peft": ["models"],

@@ -1,5 +1,6 @@
-"""MLflow on a real sqlite store, and what happens when there is none."""
+"""MLflow on a real sqlite store, and what happens when there is none; its siblings where they are installed."""
 
+import json
 import math
 import os
 import shutil
@@ -19,9 +20,10 @@ from PIL import Image
 
 from vlm_agents import stores, tracking
 from vlm_agents.__main__ import main
+from vlm_agents.backends import shown_as
 from vlm_agents.config import TrackingConfig
 from vlm_agents.errors import ConfigError
-from vlm_agents.run import Run
+from vlm_agents.run import Run, finished_metrics
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,6 @@ def made(compose_run, store: str, tmp_path: Path) -> Path:
     if not (folder / "mlruns").exists():
         with Run.open(compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={store}"), []) as run:
             run.begin()
-            pass
         shutil.rmtree(run.dir)
     return folder
 
@@ -72,6 +73,7 @@ def test_a_run_is_told_in_full(compose_run, store: str, look, capfd: pytest.Capt
     client = look()
     assert client.get_run(run_id_of(run)).info.status == "FINISHED"
     with Run.open(cfg, []) as run:  # goes on in the same MLflow run
+        run.begin()
         run.log(2, {"ppo/entropy": 0.25})
         run.finish({"eval/success": 1.0})
     told = client.get_run(run_id_of(run))
@@ -103,7 +105,7 @@ def test_a_resumed_run_tells_no_point_twice(compose_run, store: str, look) -> No
         run.finish({"ppo/entropy": 1 / 3})
     for name, expected in (
         ("ppo/entropy", [(1, 1.0), (2, 0.5), (3, 1 / 3)]),
-        ("ppo/new", [(1, 0.5), (2, 0.5), (3, 0.5)]),
+        ("verbose/ppo/new", [(1, 0.5), (2, 0.5), (3, 0.5)]),
     ):
         assert [(point.step, point.value) for point in look().get_metric_history(run_id_of(run), name)] == expected
     assert len(run.path("metrics.jsonl").read_text().splitlines()) == 3
@@ -111,6 +113,7 @@ def test_a_resumed_run_tells_no_point_twice(compose_run, store: str, look) -> No
 
 def test_a_crash_is_a_failed_run(compose_run, store: str, look) -> None:
     run = Run.open(compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={store}"), [])
+    run.begin()
     with pytest.raises(ZeroDivisionError), run:
         raise ZeroDivisionError
     assert look().get_run(run_id_of(run)).info.status == "FAILED"
@@ -130,11 +133,97 @@ def test_jobs_of_a_sweep_have_one_parent(compose_run, store: str, look, tmp_path
     assert look().get_run(parents[0]).info.run_name == "test/ppo"
 
 
+def test_a_sweeps_run_ends_as_its_jobs_do(compose_run, store: str, look, tmp_path: Path) -> None:
+    sweep = tmp_path / "multirun/test/ppo"
+
+    def job(name: str) -> Run:
+        cfg = compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={store}", f"run_dir={sweep / name}")
+        run = Run.open(cfg, [], sweep=sweep)
+        run.begin()
+        return run
+
+    def state() -> str:
+        return look().get_run((sweep / "mlflow_run_id").read_text()).info.status
+
+    first, second = job("0"), job("1")  # at the same time, as on Slurm
+    assert state() == "RUNNING"
+    with first:
+        pass
+    assert state() == "RUNNING"
+    with pytest.raises(ZeroDivisionError), second:
+        raise ZeroDivisionError
+    assert state() == "FAILED"
+    again = job("1")  # continued
+    assert state() == "RUNNING"
+    with again:
+        pass
+    assert state() == "FINISHED"
+
+
+def test_report_and_animation_are_there_and_no_weights(compose_run, store: str, look) -> None:
+    with Run.open(compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={store}"), ["stage=ppo"]) as run:
+        run.begin()
+        for name in ("report.html", "episode.gif", "episodes.jsonl", "model/model.safetensors"):
+            run.path(name).parent.mkdir(exist_ok=True)
+            run.path(name).touch()
+        bounds = {"eval/success_low": 0.2, "eval/success_high": 0.8, "eval/success_random": 0.125}
+        run.finish({"eval/success": 0.5, **bounds}, {"model": run.path("model")})
+    told = look().get_run(run_id_of(run))
+    files = {entry.path for entry in look().list_artifacts(run_id_of(run))}
+    assert files == {"config.yaml", "summary.json", "report.html", "episode.gif"}
+    assert (
+        told.data.tags.items()
+        >= {
+            "mlflow.source.name": "python -m vlm_agents stage=ppo",
+            "mlflow.source.git.commit": run.path("commit").read_text().strip(),
+            "mlflow.note.content": "Success 0.500 [0.200, 0.800]; random 0.125.\n\n`python -m vlm_agents stage=ppo`",
+            "weights": "model=tiny",
+        }.items()
+    )
+    assert told.data.tags["mlflow.user"]
+    assert not {"run_dir", "tracking.uri"} & told.data.params.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("eval/success", "eval/success"),
+        ("eval/success_low", "variants/eval/success_low"),
+        ("eval/return_greedy_before", "variants/eval/return_greedy_before"),
+        ("eval/entropy_greedy", "verbose/eval/entropy_greedy"),
+        ("ppo/approx_kl", "ppo/approx_kl"),
+        ("ppo/clip_fraction", "verbose/ppo/clip_fraction"),
+        ("time/update", "verbose/time/update"),
+        ("sft/loss", "sft/loss"),
+        ("mine", "mine"),
+    ],
+)
+def test_mlflow_shows_few_charts_first(name: str, shown: str) -> None:
+    assert shown_as(name) == shown
+
+
+def test_a_run_that_was_made_and_not_heard_of_is_found_again(
+    compose_run, made: Path, store: str, look, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    create, made_there = MlflowClient.create_run, []
+
+    def cut_off(*args: Any, **words: Any) -> Any:
+        made_there.append(create(*args, **words).info.run_id)
+        monkeypatch.setattr(MlflowClient, "create_run", create)
+        raise ConnectionError("the line went dead before the answer came")
+
+    monkeypatch.setattr(MlflowClient, "create_run", cut_off)
+    with Run.open(compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={store}"), []) as run:
+        run.begin()
+    assert [run_id_of(run)] == made_there
+
+
 def test_a_run_that_the_store_lost_is_begun_anew(compose_run, store: str, look) -> None:
     cfg = compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={store}")
     with Run.open(cfg, []) as run:
         run.begin()
-        pass
     first = run_id_of(run)
     run.path("mlflow_run_id").write_text("0" * 32)
     with Run.open(cfg, []) as run:
@@ -247,9 +336,7 @@ def test_a_finished_run_is_sent_later(
         run.begin()
         run.log(1, {"a": 0.5, "bad": float("nan")})
         run.log(2, {"a": 0.25})
-        assert tracking.main([str(run.dir)]) == 2  # not finished yet
         run.finish({"success": 1.0})
-    assert "is continued by its name=" in capsys.readouterr().err
     assert tracking.main([str(run.dir)]) == 1
     where.unlink()
     shutil.copytree(made, where)
@@ -258,6 +345,44 @@ def test_a_finished_run_is_sent_later(
         assert points_of(look(uri), run, "a") == [(1, 0.5), (2, 0.25)]
         assert points_of(look(uri), run, "success") == [(2, 1.0)]
     assert look(uri).get_run(run_id_of(run)).info.status == "FINISHED"
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second == f"{run.dir}: all of it is in MLflow now (4 points, 2 files), as finished"
+
+
+def test_a_killed_run_is_told_killed_and_a_live_one_is_left_alone(
+    compose_run, store: str, look, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run.open(compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={store}"), [])
+    run.begin()
+    run.log(1, {"a": 0.5})
+    run._lock.close()  # killed: nothing more is told
+    hold = "import fcntl, sys; file = open(sys.argv[1], 'ab'); fcntl.lockf(file, 2); print(flush=True); input()"
+    words = [sys.executable, "-c", hold, str(run.path("lock"))]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout
+        holder.stdout.readline()
+        assert tracking.main([str(run.dir)]) == 2
+        holder.communicate(b"\n")
+    assert "in use by another process" in capsys.readouterr().err
+    assert look().get_run(run_id_of(run)).info.status == "RUNNING"
+    assert tracking.main([str(run.dir)]) == 0
+    assert "as killed" in capsys.readouterr().out
+    assert look().get_run(run_id_of(run)).info.status == "KILLED"
+    assert points_of(look(), run, "a") == [(1, 0.5)]
+
+
+def test_the_same_command_sets_a_run_right_that_was_killed_behind_its_end(compose_run, store: str, look) -> None:
+    cfg = compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={store}")
+    run = Run.open(cfg, [])
+    run.begin()
+    run.finish({"eval/success": 1.0})
+    run._lock.close()
+    assert look().get_run(run_id_of(run)).info.status == "RUNNING"
+    assert finished_metrics(cfg) == {"eval/success": 1.0}
+    told = look().get_run(run_id_of(run)).info
+    assert told.status == "FINISHED"
+    assert abs(told.end_time / 1000 - run.path("DONE").stat().st_mtime) < 0.01
+    assert not run.path("unsent").exists()
 
 
 def test_a_continued_run_sends_what_the_killed_one_could_not(compose_run, store: str, look) -> None:
@@ -279,7 +404,7 @@ def test_a_continued_run_sends_what_the_killed_one_could_not(compose_run, store:
 def test_a_locked_database_holds_nothing_up(compose_run, store: str, made: Path, look, told) -> None:
     cfg = compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={store}")
     with Run.open(cfg, []) as run, closing(sqlite3.connect(made / "mlflow.db")) as other:
-        other.begin()
+        run.begin()
         other.execute("BEGIN EXCLUSIVE")
         start = time.monotonic()
         for step in range(20):
@@ -317,8 +442,8 @@ def test_what_the_user_deletes_there_is_told_once(compose_run, store: str, look,
     assert last == "MLflow lacks a part of this run; once MLflow works again, the run sends it when it is continued"
     assert len(told()) == 2
     look().delete_experiment(look().get_experiment_by_name("doomed").experiment_id)
-    with Run.open(compose_run(*words, f"run_dir={tmp_path / 'next'}"), []):
-        pass
+    with Run.open(compose_run(*words, f"run_dir={tmp_path / 'next'}"), []) as run:
+        run.begin()
     assert "experiment doomed was deleted: restore it there, or set another tracking.experiment" in told()[2]
 
 
@@ -390,6 +515,14 @@ def test_files_follow_a_folder_that_moved(compose_run, made: Path, look, tmp_pat
     assert not old.exists()
 
 
+def test_mlflows_own_experiment_follows_too(made: Path, look, tmp_path: Path) -> None:
+    shutil.copytree(made, tmp_path / "new")
+    stores.settle(tmp_path / "new/mlflow.db")
+    places = [one.artifact_location for one in look(f"sqlite:///{tmp_path}/new/mlflow.db").search_experiments()]
+    assert (tmp_path / "new/mlruns/0").as_uri() in places
+    assert all(place.startswith((tmp_path / "new/mlruns").as_uri()) for place in places)
+
+
 def test_files_that_somebody_keeps_elsewhere_stay_there(compose_run, made: Path, look, tmp_path: Path) -> None:
     shutil.copy(made / "mlflow.db", tmp_path)
     elsewhere = tmp_path / "disk/mlruns"
@@ -457,6 +590,59 @@ def test_an_address_with_a_secret_is_refused(
 )
 def test_an_address_without_a_secret_is_taken(uri: str) -> None:
     assert TrackingConfig("mlflow", uri).uri == uri
+
+
+# ---- the siblings ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_missing_package_is_told_and_the_run_goes_on(
+    compose_run, told, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("tensorboardX", "wandb"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with Run.open(compose_run("stage=ppo", f"tracking={name}"), []) as run:
+        run.begin()
+        run.log(1, {"a": 1.0})
+    (line,) = told()
+    assert line.startswith(f"tracking={name} is off, metrics.jsonl goes on (")
+    assert "pip install " in line
+
+
+def test_tensorboard_has_each_point_once(compose_run) -> None:
+    pytest.importorskip("tensorboardX")
+    loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    cfg = compose_run("stage=ppo", "tracking=tensorboard")
+    for first in (1, 2):  # the second process goes on from the first one's checkpoint
+        with Run.open(cfg, []) as run:
+            run.begin()
+            run.restore()
+            for step in (first, first + 1):
+                run.log(step, {"a": 1 / step})
+                run.image("b", Image.new("RGB", (4, 4)), step)
+                if step == 1:
+                    run.save_checkpoint(step, lambda folder: None, {})
+    shown = loader.EventAccumulator(str(run.path("tensorboard"))).Reload()
+    assert [(point.step, point.value) for point in shown.Scalars("a")] == [
+        (1, 1.0),
+        (2, 0.5),
+        (3, pytest.approx(1 / 3)),
+    ]
+    assert [picture.step for picture in shown.Images("b")] == [1, 2, 3]
+
+
+def test_wandb_asks_nobody_and_goes_on_in_the_same_run(compose_run, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", os.devnull)
+    cfg = compose_run("stage=ppo", "tracking=wandb")
+    for _ in range(2):
+        with Run.open(cfg, []) as run:
+            run.begin()
+            run.restore()
+            for step in (1, 2):
+                run.log(step, {"a": 1 / step})
+    kept = json.loads(run.path("wandb/told.json").read_text())
+    assert kept["last"] == {"a": 2}
+    assert len(list(run.path("wandb").glob(f"offline-run-*-{kept['id']}"))) == 2
 
 
 def test_jsonl_knows_no_mlflow(compose_run, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ import shlex
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -30,7 +31,7 @@ import numpy as np
 import yaml
 from PIL.Image import Image
 
-from vlm_agents import checkpoints
+from vlm_agents import checkpoints, tracking
 from vlm_agents.checkpoints import Checkpoint
 from vlm_agents.config import AUTO, CollectConfig, EvalConfig, PpoConfig, RunConfig, conf_dir, flat, may_change
 from vlm_agents.errors import ConfigError, DataError
@@ -45,15 +46,6 @@ from vlm_agents.weights import as_saved, begun, earlier_model, flat_settings, ho
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
-BOOKKEEPING = {
-    "config.yaml",
-    "overrides",
-    "commit",
-    "versions",
-    INPUTS,
-    "lock",
-    "mlflow_run_id",
-}  # these alone are no progress
 TRAINING_SEEDS = 2**30  # training seeds lie below, held-out panels at or above it: disjoint by construction
 
 
@@ -268,9 +260,7 @@ class Run:
         }
         atomic_write(self.path("summary.json"), to_json(summary, indent=2) + "\n")
         if self._tracker:
-            self._tracker.metrics(self._step, metrics)
-        if self._tracker:
-            self._tracker.artifact(self.path("summary.json"))
+            self._tracker.finished(self._step, metrics)
         atomic_write(self.path("DONE"), "")
         return dict(metrics)
 
@@ -310,11 +300,15 @@ def finished_metrics(cfg: RunConfig) -> dict[str, float] | None:
     refuse_other_settings(folder / "config.yaml", settings_of(cfg))
     refuse_other_inputs(folder)
     try:
-        return dict(json.loads((folder / "summary.json").read_text(encoding="utf-8"))["metrics"])
+        metrics = dict(json.loads((folder / "summary.json").read_text(encoding="utf-8"))["metrics"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{folder / 'summary.json'} is unreadable: delete {folder / 'DONE'}, and the same command writes it anew"
         ) from error
+    if (folder / "unsent").exists() and cfg.tracking.name != "jsonl":
+        with suppress(DataError):  # in use: the process that was there before is sending it
+            tracking.send(folder, dataclasses.asdict(cfg.tracking))
+    return metrics
 
 
 def settings_of(cfg: RunConfig) -> str:

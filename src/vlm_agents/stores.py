@@ -4,9 +4,12 @@ Knows no metrics. Raises whatever MLflow, SQLAlchemy and the file system raise: 
 """
 
 import fcntl
+import getpass
+import json
 import logging
 import os
 import re
+import secrets
 import shutil
 import sqlite3
 import time
@@ -26,31 +29,102 @@ DEFAULT = "sqlite:///mlflow.db"  # relative, so that no folder's name needs esca
 PATIENCE = 10  # seconds for an answer or a lock
 PARAMS_PER_CALL = 100  # MLflow's limits
 PARAM_LENGTH = 500
-FILES = "SELECT DISTINCT artifact_location FROM experiments WHERE artifact_location LIKE 'file:%'"
+FILES = """SELECT DISTINCT artifact_location FROM experiments
+    WHERE artifact_location LIKE 'file:%' OR artifact_location LIKE '/%'"""
+PARENT = "mlflow.parentRunId"
+TOKEN = "mlflow.vlm_agents.token"  # a tag that the UI hides: a run that was made, its answer lost, is known by it
+OF_ONE_JOB = {"run_dir", "weights", "mlflow.source.name"}  # tags that a sweep's run has none of
+OF_THE_PLACE = "run_dir", "tracking."  # settings that say nothing of what a run does
+QUIET = {  # unless the environment says otherwise: it is we who try again, and no address is printed
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": str(PATIENCE),
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+
+
+def quieten() -> None:
+    """Import MLflow, which takes seconds, with its tales switched off."""
+    os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
+    import mlflow  # noqa: F401
+
+    for chatty in ("mlflow", "alembic"):  # tales of migrations, and tracebacks of what is told here in a line
+        logging.getLogger(chatty).setLevel(logging.CRITICAL)
 
 
 def connect(
-    uri: str, experiment: str, folder: Path, sweep: Path | None, settings: Mapping[str, Any]
-) -> tuple[Any, str, bool, bool]:
+    uri: str,
+    experiment: str,
+    folder: Path,
+    sweep: Path | None,
+    settings: Mapping[str, Any],
+    tags: Mapping[str, str],
+    began: int,
+) -> tuple[Any, str, bool]:
     """Find or make all that the run in `folder` needs, which may fail anywhere and be done again: a client, the id of
-    its MLflow run, whether that was there before, and whether it had all settings."""
-    from mlflow.entities import Param
+    its MLflow run, and whether that was there before. It `began` at that time, in milliseconds."""
+    from mlflow.entities import Param, RunTag
 
     name = f"{settings['name']}/{settings['stage']['name']}"
-    tags = {"stage": settings["stage"]["name"], "env": settings["env"]["id"], "model": settings["model"]["name"]}
-    if settings["algo"] is not None:
-        tags["algo"] = settings["algo"]["name"]
     with opened(uri, sweep) as client:
         experiment_id = open_experiment(client, uri, experiment)
         if sweep is not None:
-            tags["mlflow.parentRunId"], _ = open_run(client, experiment_id, sweep, name, tags)
+            shared = {key: value for key, value in tags.items() if key not in OF_ONE_JOB}
+            parent, _ = open_run(client, experiment_id, sweep, name, {**shared, "sweep": "true"}, began)
+            tags = {**tags, PARENT: parent}
             name += f"/{folder.name}"
-    run_id, was_there = open_run(client, experiment_id, folder, name, tags)
-    known = client.get_run(run_id).data.params
-    params = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in flat(settings) if key not in known]
+    run_id, was_there = open_run(client, experiment_id, folder, name, tags, began)
+    told = client.get_run(run_id).data
+    params = [
+        Param(key, str(value)[:PARAM_LENGTH])
+        for key, value in flat(settings)
+        if key not in told.params and not key.startswith(OF_THE_PLACE)
+    ]
     for start in range(0, len(params), PARAMS_PER_CALL):
         client.log_batch(run_id, params=params[start : start + PARAMS_PER_CALL])
-    return client, run_id, was_there, not params
+    if was_there:  # continued, maybe by another commit or with other words
+        client.log_batch(run_id, tags=[RunTag(*tag) for tag in tags.items() if told.tags.get(tag[0]) != tag[1]])
+    return client, run_id, was_there
+
+
+def end_parent(client: Any, uri: str, run_id: str) -> None:
+    """End the sweep's run that a job's run belongs to, once none of its jobs goes on: the last to end does it. A job
+    that comes later has it run again."""
+    from mlflow.entities import RunStatus
+
+    run = client.get_run(run_id)
+    parent = run.data.tags.get(PARENT)
+    if parent is None:
+        return
+    with opened(uri, None):  # as the jobs of one sweep may end at the same time
+        jobs: list[Any] = []
+        token = ""
+        while token is not None:
+            words = f"tags.`{PARENT}` = '{parent}'"
+            page = client.search_runs([run.info.experiment_id], words, page_token=token or None)
+            jobs += page
+            token = page.token or None
+        ends = {job.info.status for job in jobs}
+        if all(RunStatus.is_terminated(RunStatus.from_string(end)) for end in ends):
+            end = next((end for end in ("FAILED", "KILLED") if end in ends), "FINISHED")
+            client.set_terminated(parent, end, end_time=max(job.info.end_time or 0 for job in jobs) or None)
+
+
+def times_of(folder: Path) -> tuple[int, int | None]:
+    """When the run began and, where it has come to its end, ended, in milliseconds."""
+    try:
+        seconds = float(json.loads((folder / "summary.json").read_text())["wall_seconds"])
+        ended = (folder / "DONE").stat().st_mtime
+    except (OSError, ValueError, LookupError, TypeError):
+        return int(time.time() * 1000), None
+    return int((ended - seconds) * 1000), int(ended * 1000)
+
+
+def user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container may have no name for its user
+        return ""
 
 
 def database_of(uri: str) -> Path | None:
@@ -118,9 +192,11 @@ def settle(database: Path) -> None:
     with closing(sqlite3.connect(database, timeout=PATIENCE)) as db, db:
         db.execute("BEGIN IMMEDIATE")  # a locked or read-only database is found here; MLflow would try for minutes
         for (old,) in db.execute(FILES).fetchall():
-            place = Path(url2pathname(urlsplit(old).path))
-            if place.name == beside.name and place != beside and (beside.exists() or not place.exists()):
-                new = beside.as_uri()
+            place = Path(old if old.startswith("/") else url2pathname(urlsplit(old).path))
+            inner = Path(place.name) if place.name.isdigit() else Path()  # MLflow's own `Default` has mlruns/0
+            root = place.parent if inner.name else place
+            if root.name == beside.name and root != beside and (beside.exists() or not root.exists()):
+                new = (beside / inner).as_uri()
                 db.execute("UPDATE experiments SET artifact_location = ? WHERE artifact_location = ?", (new, old))
                 db.execute(
                     "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?) WHERE instr(artifact_uri, ?) = 1",
@@ -146,22 +222,37 @@ def open_experiment(client: Any, uri: str, name: str) -> str:
     return found.experiment_id
 
 
-def open_run(client: Any, experiment: str, folder: Path, name: str, tags: Mapping[str, str]) -> tuple[str, bool]:
-    """Id of the MLflow run that belongs to `folder`, which its mlflow_run_id remembers, and whether it was there."""
+def open_run(
+    client: Any, experiment: str, folder: Path, name: str, tags: Mapping[str, str], began: int
+) -> tuple[str, bool]:
+    """Id of the MLflow run that belongs to `folder`, which its mlflow_run_id remembers, and whether it was there.
+
+    Before one is made its token stands there: a run that was made, and whose id never came back, is found again."""
     from mlflow.exceptions import MlflowException
 
     note = folder / "mlflow_run_id"
-    if note.exists():
+    known = note.read_text() if note.exists() else ""
+    if known and not known.startswith(TOKEN):
         try:
-            client.update_run(note.read_text(), status="RUNNING")
-            return note.read_text(), True
+            client.update_run(known, status="RUNNING")
+            return known, True
         except MlflowException as error:
             if error.get_http_status_code() not in (400, 404):  # deleted, or another store's
                 raise
             log.warning("this run is not in MLflow's store any more, a new one is begun there")
-    run_id = client.create_run(experiment, tags=dict(tags), run_name=name).info.run_id
+            known = ""
+    if not known:
+        atomic_write(note, known := f"{TOKEN} {secrets.token_hex(8)}")
+        made = []
+    else:
+        made = client.search_runs([experiment], f"tags.`{TOKEN}` = '{known.split()[1]}'", max_results=1)
+    if made:
+        run_id = made[0].info.run_id
+    else:
+        tags = {**tags, TOKEN: known.split()[1]}
+        run_id = client.create_run(experiment, start_time=began, tags=tags, run_name=name).info.run_id
     atomic_write(note, run_id)
-    return run_id, False
+    return run_id, bool(made)
 
 
 # ---- what MLflow answers ---------------------------------------------------------------------------------------------

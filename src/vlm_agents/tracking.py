@@ -1,10 +1,12 @@
-"""MLflow beside metrics.jsonl: a copy that a thread of its own makes, so that no server, lock or disk holds up a run.
+"""A copy beside metrics.jsonl, in MLflow, TensorBoard or Weights & Biases, that a thread of its own makes: no server,
+lock or disk holds up a run. What each of them needs stands in backends.py.
 
-What can't be sent now is sent later: while the run lasts, when it is continued, and once it is finished by
+What can't be sent now is sent later: while the run lasts, when it is continued or its command is given again, and by
 
     python -m vlm_agents.tracking <run directory>...
 """
 
+import fcntl
 import json
 import logging
 import math
@@ -14,86 +16,64 @@ import sqlite3
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
-from PIL import Image
 
-from vlm_agents import stores
+from vlm_agents import backends, stores
+from vlm_agents.backends import Backend, Point
 from vlm_agents.errors import DataError, harmless
-from vlm_agents.stores import masked, refused
+from vlm_agents.stores import masked
 
 log = logging.getLogger(__name__)
 
-PATIENCE = stores.PATIENCE  # seconds that a run waits for MLflow when it starts, and twice that at its end
-LONGEST = 60  # seconds that it waits at its end while MLflow takes one thing after another
+PATIENCE = stores.PATIENCE  # seconds that a run waits for the copy when it starts, and twice that at its end
+LONGEST = 60  # seconds that it waits at its end while one thing after another is taken
 PAUSES = 1, 300  # seconds between two tries, which double from the one to the other
-METRICS_PER_CALL = 500  # MLflow takes 1000
-QUIET = {  # unless the environment says otherwise: it is we who try again, and no address is printed
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": str(PATIENCE),
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-}
-
-
-class Point(NamedTuple):
-    """One number of a curve. Its time stays the same however often it is sent: MLflow knows it again."""
-
-    key: str
-    value: float
-    time: int  # milliseconds
-    step: int
+POINTS_PER_CALL = 500  # MLflow takes 1000
+SHOWN = "*.html", "*.gif", "summary.json"  # what is copied of a finished run, beside config.yaml; never its weights
+UNSENT = "unsent"  # this file lies in a run directory while its copy lacks something
 
 
 class Tracker:
-    """One MLflow run that follows a run directory; nothing with tracking=jsonl. No call raises; making it may wait for
-    PATIENCE, and its end for LONGEST, and no other call waits."""
+    """The copy of one run directory; nothing with tracking=jsonl. No call raises; making it may wait for PATIENCE, and
+    its end for LONGEST, and no other call waits."""
 
     def __init__(self, settings: Mapping[str, Any], folder: Path, sweep: Path | None) -> None:
         """`settings` are a RunConfig's, as nested dictionaries; `sweep` is the folder of the sweep, where it is one."""
-        self._settings, self._folder, self._sweep = settings, folder, sweep
+        self._folder = folder
         self._points: deque[Point] = deque()  # what waits to be sent; the thread alone takes out
         self._files: deque[tuple[Path, str, int]] = deque()  # with a key and a step: a picture
         self._read_back = False  # was metrics.jsonl?
-        self._steps: dict[str, set[int]] = {}  # at which MLflow has a metric
-        self._client: Any = None
-        self._run_id = ""
-        self._goes_on = False
+        self._connected = False
         self._status = ""
         self._stuck = False
-        self._heard = 0.0  # when MLflow last took something
+        self._heard = 0.0  # when it last took something
         self._complaints: set[str] = set()
         self._tried, self._news, self._closing = Event(), Event(), Event()
         self._thread: Thread | None = None
-        if settings["tracking"]["name"] == "mlflow" and self._importable():
-            self._uri, self._experiment = self._where()
-            self._thread = Thread(target=self._follow, name="mlflow", daemon=True)
+        self.title = ""
+        self.sent = {"points": 0, "files": 0}
+        if settings["tracking"]["name"] != "jsonl" and (backend := self._made(settings, sweep)):
+            self._backend, self.title = backend, backend.title
+            self.artifact(folder / "config.yaml")
+            with suppress(OSError):
+                (folder / UNSENT).touch()
+            self._thread = Thread(target=self._follow, name="tracker", daemon=True)
             self._thread.start()
             self._tried.wait(PATIENCE)
 
-    def _importable(self) -> bool:
-        """Import MLflow, which takes seconds, before there is the thread: two that import can trip each other up."""
-        os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
+    def _made(self, settings: Mapping[str, Any], sweep: Path | None) -> Backend | None:
+        """Its package is imported here, before there is the thread: two that import can trip each other up."""
         try:
-            import mlflow  # noqa: F401
+            return backends.make(settings, self._folder, sweep)
         except Exception as error:  # noqa: BLE001 - whatever ails the tracker must not stop the run
-            self._complain("MLflow is off, metrics.jsonl goes on", error)
-            return False
-        for chatty in ("mlflow", "alembic"):  # tales of migrations, and tracebacks of what is told here in a line
-            logging.getLogger(chatty).setLevel(logging.CRITICAL)
-        return True
-
-    def _where(self) -> tuple[str, str]:
-        """Address of the store and name of the experiment: as set, or as MLflow's own environment variables have it."""
-        uri, experiment = (self._settings["tracking"][name] for name in ("uri", "experiment"))
-        if not uri and (uri := os.environ.get("MLFLOW_TRACKING_URI")):
-            print(f"MLflow: {harmless(masked(uri))}, which MLFLOW_TRACKING_URI names", flush=True)
-        return uri or stores.DEFAULT, experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "vlm_agents"
+            self._complain(f"tracking={settings['tracking']['name']} is off, metrics.jsonl goes on", error)
+            return None
 
     # ---- what the run tells ----------------------------------------------------------------------------------------
     def metrics(self, step: int, metrics: Mapping[str, float | None]) -> None:
@@ -111,13 +91,19 @@ class Tracker:
     def artifact(self, path: Path) -> None:
         self._add(path)
 
+    def finished(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """To be called once summary.json is there: the run's last metrics, and the files that show what came of it."""
+        self.metrics(step, metrics)
+        for pattern in SHOWN:
+            for path in sorted(self._folder.glob(pattern)):
+                self.artifact(path)
+
     def _add(self, path: Path, key: str = "", step: int = 0) -> None:
-        if self._thread is not None:
-            self._files.append((path, key, step))
-            self._news.set()
+        self._files.append((path, key, step))
+        self._news.set()
 
     def close(self, status: str) -> bool:
-        """End the MLflow run as FINISHED, FAILED or KILLED. False, and a line of advice, where it lacks something."""
+        """End the copy as FINISHED, FAILED or KILLED. False, and a line of advice, where it lacks something."""
         if self._thread is None:
             return True
         self._status = status
@@ -127,10 +113,12 @@ class Tracker:
         while self._thread.is_alive() and time.monotonic() < min(self._heard + 2 * PATIENCE, start + LONGEST):
             self._thread.join(0.1)
         complete = not (self._thread.is_alive() or self._stuck or self._points)
-        if not complete:
+        if complete:
+            (self._folder / UNSENT).unlink(missing_ok=True)
+        else:
             command = f"python -m vlm_agents.tracking {shlex.quote(os.path.relpath(self._folder))} sends it"
             later = command if (self._folder / "DONE").exists() else "the run sends it when it is continued"
-            log.warning("MLflow lacks a part of this run; once MLflow works again, %s", later)
+            log.warning("%s lacks a part of this run; once %s works again, %s", self.title, self.title, later)
         return complete
 
     # ---- the thread ------------------------------------------------------------------------------------------------
@@ -143,7 +131,9 @@ class Tracker:
                 self._stuck, pause = False, PAUSES[0]
             except Exception as error:  # noqa: BLE001 - as above
                 if not self._stuck:
-                    self._complain("MLflow takes nothing for now and is tried again; metrics.jsonl goes on", error)
+                    self._complain(
+                        f"{self.title} takes nothing for now and is tried again; metrics.jsonl goes on", error
+                    )
                 self._stuck = True
             self._tried.set()
             if last:
@@ -157,60 +147,48 @@ class Tracker:
 
     def _send(self, last: bool) -> None:
         """Send all that waits, the points first: trouble with files mustn't hold them up."""
-        if self._client is None:
-            where = self._uri, self._experiment, self._folder, self._sweep
-            self._client, self._run_id, self._goes_on, settings_known = stores.connect(*where, self._settings)
-            if not settings_known:
-                self._files.appendleft((self._folder / "config.yaml", "", 0))
+        if not self._connected:
+            self._backend.connect()
+            self._connected = True
         while self._points:
-            batch = [self._points[index] for index in range(min(len(self._points), METRICS_PER_CALL))]
-            new = {(point.key, point.step): point for point in batch if point.step not in self._steps_of(point.key)}
-            self._log(list(new.values()))
-            for key, step in new:
-                self._steps[key].add(step)
+            batch = [self._points[index] for index in range(min(len(self._points), POINTS_PER_CALL))]
+            self._log(batch)
             for _ in batch:
                 self._points.popleft()
-            self._heard = time.monotonic()
+            self._took("points", len(batch))
         if last:
-            self._client.set_terminated(self._run_id, self._status)
+            self._backend.end(self._status)
         while self._files:
             self._send_file(*self._files[0])
             self._files.popleft()
-            self._heard = time.monotonic()
+            self._took("files", 1)
+        if last:
+            self._backend.close()
+
+    def _took(self, kind: str, count: int) -> None:
+        self.sent[kind] += count
+        self._heard = time.monotonic()
 
     def _send_file(self, path: Path, key: str, step: int) -> None:
         try:
-            if key:
-                with Image.open(path) as image:
-                    self._client.log_image(self._run_id, image, key=key, step=step)
-            else:
-                self._client.log_artifact(self._run_id, str(path))
+            self._backend.file(path, key, step)
         except Exception as error:
-            if not refused(error):
+            if not self._backend.refuses(error):
                 raise
-            self._complain(f"MLflow refuses {path.name}, and does without it", error)
+            self._complain(f"{self.title} refuses {path.name}, and does without it", error)
 
     def _log(self, points: Sequence[Point]) -> None:
         """All of them in one call; where that is refused, each in its own, so that one doesn't spoil the rest."""
-        from mlflow.entities import Metric
-
         try:
-            if points:
-                self._client.log_batch(self._run_id, metrics=[Metric(*point) for point in points])
+            self._backend.log(points)
         except Exception as error:
-            if not refused(error):
+            if not self._backend.refuses(error):
                 raise
             if len(points) == 1:
-                self._complain(f"MLflow refuses {points[0].key}, and does without it", error)
+                self._complain(f"{self.title} refuses {points[0].key}, and does without it", error)
             else:
                 for point in points:
                     self._log([point])
-
-    def _steps_of(self, key: str) -> set[int]:
-        if key not in self._steps:
-            history = self._client.get_metric_history(self._run_id, key) if self._goes_on else ()
-            self._steps[key] = {point.step for point in history}
-        return self._steps[key]
 
     def _complain(self, text: str, error: Exception) -> None:
         reason = masked(str(error).strip().split("\n", 1)[0] or type(error).__name__)
@@ -234,30 +212,65 @@ def points_in(path: Path) -> list[Point]:
     return points
 
 
-def send(folder: Path) -> bool:
-    """Send MLflow what it lacks of a finished run, whatever the run's tracking was. Whether it has everything now."""
+def send(folder: Path, tracking: Mapping[str, Any] | None = None) -> str:
+    """Send what a run's copy lacks, whatever the run's tracking was: MLflow's, where it was jsonl. What was sent, in a
+    line; empty where something still lacks.
+
+    A run that was killed ends there as KILLED until it is continued. DataError while a process holds the run."""
     try:
         settings = yaml.safe_load((folder / "config.yaml").read_text())
-        summary = json.loads((folder / "summary.json").read_text())
-        settings["tracking"]["name"] = "mlflow"
+        settings["tracking"] |= tracking or {}
+        if settings["tracking"]["name"] == "jsonl":
+            settings["tracking"]["name"] = "mlflow"
+        finished = (folder / "DONE").exists()
+        metrics = json.loads((folder / "summary.json").read_text())["metrics"] if finished else {}
     except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
-        raise DataError(f"{folder} holds no finished run; one that isn't is continued by its name=") from error
-    tracker = Tracker(settings, folder, None)
-    last = max((point.step for point in points_in(folder / "metrics.jsonl")), default=0)
-    tracker.metrics(last, summary["metrics"])
-    tracker.artifact(folder / "summary.json")
-    return tracker.close("FINISHED")
+        raise DataError(f"{folder} holds no run, or its config.yaml or summary.json is damaged") from error
+    with held(folder):
+        tracker = Tracker(settings, folder, sweep_of(folder))
+        last = max((point.step for point in points_in(folder / "metrics.jsonl")), default=0)
+        tracker.finished(last, metrics)
+        complete = tracker.close("FINISHED" if finished else "KILLED")
+    if not complete:
+        return ""
+    counts = f"{tracker.sent['points']} points, {tracker.sent['files']} files"
+    return f"all of it is in {tracker.title} now ({counts}), as {'finished' if finished else 'killed'}"
+
+
+def sweep_of(folder: Path) -> Path | None:
+    """The folder of the sweep that the run is a job of."""
+    return folder.parent if (folder.parent / "multirun.yaml").exists() else None
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes from the run in the meantime."""
+    with open(folder / "lock", "ab") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{folder} is in use by another process, which sends what it has to send itself") from None
+        yield
 
 
 def main(folders: Sequence[str]) -> int:
-    """Send finished runs, and have the default store find its files where they are now. The exit status."""
+    """Send what the copies of runs lack, and have the default store find its files where they are now. The exit
+    status."""
     with suppress(sqlite3.Error):
         stores.settle(Path("mlflow.db").absolute())
-    try:
-        return 0 if all(send(Path(folder)) for folder in folders) else 1
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    status = 0
+    for folder in folders:
+        try:
+            sent = send(Path(folder))
+        except DataError as error:
+            print(f"error: {error}", file=sys.stderr)
+            status = 2
+            continue
+        if sent:
+            print(f"{folder}: {sent}", flush=True)
+        else:
+            status = max(status, 1)
+    return status
 
 
 if __name__ == "__main__":

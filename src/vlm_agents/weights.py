@@ -25,7 +25,8 @@ from vlm_agents.errors import ConfigError, DataError
 RUN_MODEL = "model"  # where a stage leaves its model inside its run directory
 ADAPTER_FILE = "adapter_config.json"
 TEMPERATURE_FILE = "heads/temperature_head.safetensors"
-BOOKKEEPING = {"config.yaml", "overrides", "commit", "inputs.json", "lock", "mlflow_run_id"}  # these alone: no progress
+TRACKED = {"mlflow_run_id", "tensorboard", "wandb", "unsent"}  # what a tracker leaves
+BOOKKEEPING = {"config.yaml", "overrides", "commit", "versions", "inputs.json", "lock", *TRACKED}  # alone: no progress
 
 
 # ---- run directories -------------------------------------------------------------------------------------------------

@@ -13,12 +13,13 @@ from vlm_agents.config.secrets import refuse_secrets
 class TrackingConfig(Part, place="tracking"):
     name: str = setting(
         MISSING,
-        "jsonl: metrics.jsonl only; mlflow: that, and MLflow; chosen by tracking=",
-        choices=Literal["jsonl", "mlflow"],
+        "jsonl: metrics.jsonl only; mlflow, tensorboard, wandb: that, and a copy there; chosen by tracking=",
+        choices=Literal["jsonl", "mlflow", "tensorboard", "wandb"],
     )
     uri: str | None = setting(None, "MLflow's store; null: what MLFLOW_TRACKING_URI says, else sqlite:///mlflow.db")
     experiment: str | None = setting(
-        None, "MLflow's experiment; null: what MLFLOW_EXPERIMENT_NAME says, else vlm_agents"
+        None,
+        "MLflow's experiment, or wandb's project; null: what MLFLOW_EXPERIMENT_NAME or WANDB_PROJECT says, else vlm_agents",
     )
 
     def __post_init__(self) -> None:
