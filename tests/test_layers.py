@@ -19,10 +19,10 @@ __main__ worker
 command_line
 stages run
 rollout
-policies episodes llava_data env_pool report chats inputs judge
+policies episodes llava_data env_pool report frames chats inputs judge
 envs experts | prompting | models | learn | tracking stores | checkpoints | remote endpoint answers | sandbox
 config tensors
-types errors files pictures progress
+types errors files pictures progress metrics
 """
 CELLS = [[cell.split() for cell in line.split("|")] for line in LAYERS.strip().splitlines()]
 

@@ -22,6 +22,7 @@ import shlex
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -152,7 +153,9 @@ class Run:
         command = shlex.join(["python", "-m", "vlm_agents", *self._overrides])
         facts = {"command": command, "env": cfg.env.id, "model": played_by(cfg), "weights": self.weights}
         facts |= {"algo": cfg.algo.name} if cfg.algo else {}
-        return facts | {"seed": str(cfg.seed), "commit": commit()[:12]}
+        facts |= {"seed": str(cfg.seed), "commit": commit()[:12]}
+        versions = [f"{name} {version(name)}" for name in ("vlm-agents", "torch", "transformers")]
+        return facts | {"versions": ", ".join(versions), "time": f"{self._seconds():.0f} s"}
 
     def path(self, *parts: str) -> Path:
         return self.dir.joinpath(*parts)

@@ -19,7 +19,6 @@ from vlm_agents.policies import NoisyPolicy, Policy
 from vlm_agents.progress import track
 from vlm_agents.prompting import PromptFormat
 from vlm_agents.remote import ChatClient
-from vlm_agents.report import write_report
 from vlm_agents.rollout import collect, summarise
 from vlm_agents.run import Run, training_seed
 from vlm_agents.stages.playing import (
@@ -31,12 +30,13 @@ from vlm_agents.stages.playing import (
     scripted_policy,
     tell_unread,
 )
+from vlm_agents.stages.reporting import Album, report, shown
 from vlm_agents.types import Trajectory, Turn
 
 if TYPE_CHECKING:  # scripted and remote policies need no torch
     from vlm_agents.models import Agent
 
-REPORTED = 12  # episodes in report.html
+LOOKED_AT = 48  # episodes of which the report shows some
 BLOCK = 4  # episodes of each env that a model plays together, and again where one of them lacks
 SAMPLES = 3  # of a remote policy's reply, until one holds a legal action: what is sought here is data, not a grade
 
@@ -75,23 +75,19 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         for trajectory in track(playing(envs), "collect", total):
             writer.append(rated(trajectory, ratings(trajectory.turns, stage, client)))
     writer.sync()
-    metrics = summarise(read_episodes(run.dir, pictures=False), "collect")
+    metrics = {"collect/episodes": float(stage.episodes)}
+    metrics |= summarise(read_episodes(run.dir, pictures=False), "collect")
     if client:
         metrics |= {f"collect/{name}": count for name, count in client.counts().items()}
         unrated = tell_unread(run.dir, client, stage.policy == "remote", stage.rater == "remote")
         if stage.rater == "remote":
             metrics["collect/unrated"] = float(unrated)
     run.log(0, metrics)
-    report = run.path("report.html")
-    write_report(
-        report,
-        title=f"collect: {cfg.env.id}",
-        subtitle=f"{stage.episodes} episodes of {policy.name}",
-        metrics=metrics,
-        curves={},
-        episodes=list(islice(read_episodes(run.dir), REPORTED)),
-    )
-    return run.finish(metrics, {"report": report, "episodes": run.path("episodes.jsonl")})
+    album = Album()
+    for trajectory in islice(read_episodes(run.dir), LOOKED_AT):
+        album.keep(trajectory)
+    page = report(run, metrics, shown(album.episodes))
+    return run.finish(metrics, {"report": page, "episodes": run.path("episodes.jsonl")})
 
 
 def lacking(done: Iterable[int], run_seed: int, stage: CollectConfig) -> list[list[tuple[int, bool]]]:

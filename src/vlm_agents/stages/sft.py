@@ -17,10 +17,14 @@ from vlm_agents.learn.batch import microbatches
 from vlm_agents.learn.engine import AdamW
 from vlm_agents.models import Agent, load_agent
 from vlm_agents.models.loading import RUN_MODEL
+from vlm_agents.models.sampler import Sampler as ReplySampler
+from vlm_agents.report import Example
 from vlm_agents.run import Run, seed_everything, unfinished
 from vlm_agents.stages.playing import check_length
+from vlm_agents.stages.reporting import report
 from vlm_agents.stages.sft_data import Chats, check
 
+EXAMPLES = 6  # rows in report.html
 GROUPED = 8  # batches that are drawn together, then sorted by length
 NAMES = {"grad_norm": "grad_norm", "learning_rate": "lr"}  # the Trainer's, ours
 
@@ -59,7 +63,8 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         metrics |= validate(agent.eval(), validation, stage.batch_size, cfg.hardware)
     run.log(trainer.progress["step"], metrics)
     run.save_folder(RUN_MODEL, agent.save)
-    return run.finish(metrics, {"model": run.path(RUN_MODEL)})
+    examples = answered(agent.eval(), next(filter(len, held_out), train))
+    return run.finish(metrics, {"model": run.path(RUN_MODEL), "report": report(run, metrics, examples=examples)})
 
 
 class GroupedSampler(Sampler[int]):
@@ -201,3 +206,14 @@ def validate(agent: Agent, chats: Chats, batch_size: int, hardware: HardwareConf
         "sft/val_loss": -float(torch.cat(tokens).mean()),
         "sft/val_reply_probability": float(torch.stack(replies).exp().mean()),
     }
+
+
+def answered(agent: Agent, chats: Chats) -> list[Example]:
+    """Some rows with what the model says to them: its likeliest tokens, no more of them than the answer has."""
+    examples = []
+    sampler = ReplySampler(agent)
+    for index in np.unique(np.linspace(0, len(chats) - 1, EXAMPLES, dtype=int)).tolist():
+        prompt, answer, tokens = chats.question(index)
+        (reply,) = sampler.generate([prompt], [np.random.default_rng(0)], len(tokens), greedy=True)
+        examples.append(Example(prompt, answer, reply.text))
+    return examples
