@@ -255,8 +255,9 @@ def wilson_interval(successes: float, n: float, z: float = 1.959964) -> tuple[fl
 
 
 def with_interval(metrics: Mapping[str, float], name: str, suffix: str = "") -> str:
-    """`0.470 [0.402, 0.539]` of the eval metric `name`, which has an interval."""
-    return "{:.3f} [{:.3f}, {:.3f}]".format(*(metrics[f"{name}{bound}{suffix}"] for bound in ("", "_low", "_high")))
+    """`0.470 [0.402, 0.539]` of the eval metric `name`; without its interval where that isn't there."""
+    ends = [metrics[key] for bound in ("low", "high") if (key := f"{name}_{bound}{suffix}") in metrics]
+    return f"{metrics[name + suffix]:.3f}" + (" [{:.3f}, {:.3f}]".format(*ends) if len(ends) == 2 else "")
 
 
 def headline(stage: str, metrics: Mapping[str, float], where: str = "") -> str:

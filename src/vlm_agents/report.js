@@ -23,12 +23,14 @@ const picture = (index, room) => {
 
 const small = x => x == null ? "n/a" : number(Number(x.toPrecision(3)));
 const capital = text => text.slice(0, 1).toUpperCase() + text.slice(1);
+const message = ([role, text, images]) => el("div", {class: "message"}, el("span", {class: "label"}, role), images.map(index => picture(index, 180)), el("pre", {tabindex: 0}, text));
 
 // ---- what came of it: the sentence, the results on one scale, the facts
 document.title = $("title").textContent = data.title;
-$("sentence").append(...data.sentence.replaceAll(" -> ", " \u2192 ").split(/([\d.]+ \[[\d., ]+\])/).map((text, i) => {
+$("sentence").append(...data.sentence.replaceAll(" -> ", " \u2192 ").split(/([\d.]+ \[[\d., ]+\])/).flatMap((text, i) => {
   const [figure, ends] = text.split(/(?= \[)/);
-  return i % 2 ? el("span", {}, figure, el("i", {}, ends)) : text;
+  if (i % 2) return el("span", {}, figure, el("i", {}, ends));
+  return text.split(/(\S*-\S*)/).map((word, k) => k % 2 ? el("span", {class: "word"}, word) : word);  // no name is broken at its hyphens
 }));
 const percent = share => `${100 * Math.max(0, Math.min(1, share))}%`;
 function interval([share, low, high]) {
@@ -49,7 +51,7 @@ function copy(text, button, shown) {
   navigator.clipboard ? navigator.clipboard.writeText(text).then(() => told("Copied"), select) : select();
 }
 $("facts").append(...data.facts.filter(([, value]) => value).map(([name, value]) => {
-  if (name !== "command") return el("div", {class: value.length > 24 ? "long" : null}, el("dt", {class: "label"}, name), el("dd", {}, value));
+  if (name !== "command") return el("div", {class: value.length > 18 ? "long" : null}, el("dt", {class: "label"}, name), el("dd", {}, value));
   const shown = el("pre", {tabindex: 0}, value), button = el("button", {onclick: () => copy(value, button, shown), "aria-label": "Copy the command"}, "Copy");
   return el("div", {class: "wide"}, el("dt", {class: "label"}, name), el("dd", {class: "command"}, shown, button));
 }));
@@ -101,7 +103,7 @@ $("curves").append(...data.curves.filter(curve => curve.first).map(chart));
 const others = data.curves.filter(curve => !curve.first);
 $("others").hidden = !others.length;
 $("others").open = !$("curves").children.length;
-$("others").firstChild.textContent = `${others.length} more curves`;
+$("others").firstChild.textContent = `${others.length} more ${others.length === 1 ? "curve" : "curves"}`;
 $("others").addEventListener("toggle", () => $("more").children.length || $("more").append(...others.map(chart)));
 
 // ---- all numbers, with what they mean
@@ -165,7 +167,6 @@ function timeline() {
       episode.strayed == null ? null : el("span", {}, el("i", {class: "flag"}), "left the expert\u2019s way"),
       el("span", {}, `scale ${number(low)} to ${number(high)}`))];
 }
-const message = ([role, text, images]) => el("div", {class: "message"}, el("span", {class: "label"}, role), images.map(index => picture(index, 180)), el("pre", {tabindex: 0}, text));
 function show() {
   const turn = episode.turns[at], [images, text] = episode.seen[at] ?? [[], "no turn was played"], room = $("frame").clientWidth - 32;
   $("frame").replaceChildren(...(images.length ? images.map(index => picture(index, room / images.length)) : [el("pre", {}, text)]));

@@ -151,7 +151,8 @@ class Run:
         """What a report's reader needs in order to know, and to repeat, what was run."""
         cfg = self.cfg
         command = shlex.join(["python", "-m", "vlm_agents", *self._overrides])
-        facts = {"command": command, "env": cfg.env.id, "model": played_by(cfg), "weights": self.weights}
+        facts = {"command": command, "env": cfg.env.id, "model": played_by(cfg)}
+        facts |= {"weights": self.weights} if played_by(cfg) == cfg.model.name else {}
         facts |= {"algo": cfg.algo.name} if cfg.algo else {}
         facts |= {"seed": str(cfg.seed), "commit": commit()[:12]}
         versions = [f"{name} {version(name)}" for name in ("vlm-agents", "torch", "transformers")]
