@@ -59,9 +59,13 @@ def shown(episodes: Iterable[Trajectory], when: str = "") -> list[Shown]:
 
 def remember(run: Run, album: Album) -> None:
     """Put the episodes of before training where a run that is continued finds them."""
-    writer = EpisodeWriter(run.path(BEFORE), anew=True)
-    writer.append(*album.episodes)
-    writer.sync()
+
+    def write(folder: Path) -> None:
+        writer = EpisodeWriter(folder)
+        writer.append(*album.episodes)
+        writer.sync()
+
+    run.save_folder(BEFORE, write)
 
 
 def remembered(run: Run) -> list[Shown]:
