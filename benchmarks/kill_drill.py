@@ -199,7 +199,6 @@ def differences(unbroken: Path, killed: Path) -> Iterator[str]:
 
 def content(path: Path) -> Any:
     """What a file says, without the clock and the run's own name."""
-    run = next(parent for parent in path.parents if parent.parent.parent.name == "outputs")
     match path.name:
         case "mlflow_run_id" | "lock":
             return None
@@ -214,8 +213,12 @@ def content(path: Path) -> Any:
         case "summary.json" | "state.json":
             return timeless(json.loads(path.read_text()))
         case "report.html":
-            page = path.read_text().replace(f"run {run.parent.name},", "")
-            return re.sub(r'\["(time|speed)/[^"]*",[^\]]*\]', "", page)
+            page, block = path.read_text().split('id="block">', 1)
+            told = json.loads(block.split("</script>", 1)[0])
+            for part in ("curves", "groups"):
+                told[part] = [one for one in told[part] if not re.match("(time|speed)(/|$)", one["name"])]
+            told["facts"] = [fact for fact in told["facts"] if fact[0] not in ("command", "time")]
+            return page, told
         case _ if path.suffix in (".pt", ".pth"):
             return torch.load(path, weights_only=path.suffix == ".pt")  # made by this very script
     return path.read_bytes()

@@ -308,7 +308,8 @@ def test_two_runs_that_differ_are_told_apart(launcher: Launcher):
     assert launcher.run(NEVER, "name=other", "seed=1", *words) == 0
     assert launcher.run(NEVER, "name=short", *words[:-1], "stage.episodes=2") == 0
     other, short = (launcher.folder / f"outputs/{name}/eval" for name in ("other", "short"))
-    assert list(differences(one, other)) == ["config.yaml", "overrides", "summary.json"]  # a panel is every seed's
+    # a panel is every seed's; the report names the run's own
+    assert list(differences(one, other)) == ["config.yaml", "overrides", "report.html", "summary.json"]
     assert {"config.yaml", "episodes.jsonl", "metrics.jsonl", "report.html"} <= set(differences(one, short))
     (other / "DONE").unlink()
     assert "DONE" in set(differences(one, other))

@@ -19,11 +19,11 @@ __main__ worker
 command_line chain completion hydra_errors
 stages run
 rollout
-policies episodes llava_data env_pool report chats inputs judge
+policies episodes llava_data env_pool report frames chats inputs judge
 envs experts | prompting | models | learn | tracking backends stores | checkpoints | remote endpoint answers | sandbox
 lineage weights
 config tensors
-types errors files pictures progress versions
+types errors files pictures progress versions metrics
 """
 CELLS = [[cell.split() for cell in line.split("|")] for line in LAYERS.strip().splitlines()]
 

@@ -1,4 +1,4 @@
-"""Captioned frames, GIFs and the HTML report, from episodes made here."""
+"""Captioned frames, GIFs and the HTML page, from episodes made here."""
 
 import base64
 import io
@@ -12,8 +12,9 @@ import pytest
 from PIL import Image, ImageSequence
 
 from vlm_agents.errors import DataError
-from vlm_agents.report import ACCENT, BAD, captioned_frame, episode_gif, read_curves, write_report
-from vlm_agents.types import Message, Observation, Parsed, Reply, Step, Trajectory, Turn
+from vlm_agents.frames import ACCENT, BAD, captioned_frame, episode_gif
+from vlm_agents.report import Curve, Example, Result, Shown, read_curves, strayed, write_report
+from vlm_agents.types import Advice, Message, Observation, Parsed, Reply, Step, Trajectory, Turn
 
 HOSTILE = 'naïve 🙂 </script><script>alert(1)</script><!-- "\u2028 \ud800'
 RED, BLUE = (tuple(bytes.fromhex(colour[1:])) for colour in (BAD, ACCENT))
@@ -46,8 +47,8 @@ def episode(*turns: Turn) -> Trajectory:
 
 
 def report(path: Path, *episodes: Trajectory, **changes) -> str:
-    plain = {"title": "eval", "subtitle": "a run", "metrics": {}, "curves": {}}
-    write_report(path / "report.html", episodes=episodes, **(plain | changes))
+    plain = {"title": "eval", "sentence": "a run", "episodes": [Shown(episode, "model") for episode in episodes]}
+    write_report(path / "report.html", **(plain | changes))
     return (path / "report.html").read_text(encoding="utf-8")
 
 
@@ -65,7 +66,7 @@ class Page(HTMLParser):
         self.elements.append((tag, dict(attrs)))
 
     def handle_data(self, data: str) -> None:
-        if self.elements[-1:] == [("script", {"type": "application/json", "id": "data"})]:
+        if self.elements[-1:] == [("script", {"type": "application/json", "id": "block"})]:
             self.block += data
 
     @property
@@ -175,15 +176,19 @@ def test_model_text_can_not_leave_its_block(tmp_path: Path):
     hostile = replace(episode(unparsable_turn(HOSTILE), make_turn(thought=HOSTILE)), policy=HOSTILE, error=HOSTILE)
     told = {
         "title": HOSTILE,
-        "subtitle": "{{data}} {{script}}",
+        "sentence": "{{data}} {{script}}",
+        "facts": {HOSTILE: HOSTILE},
         "metrics": {HOSTILE: 1.0},
-        "table": [{HOSTILE: HOSTILE}],
+        "results": [Result(HOSTILE, (0.5, 0.4, 0.6), {HOSTILE: 1.0})],
+        "curves": [Curve(HOSTILE, [(0, 1.0)], HOSTILE)],
+        "episodes": [Shown(hostile, HOSTILE, HOSTILE)],
+        "examples": [Example((Message("user", HOSTILE),), HOSTILE, HOSTILE)],
     }
-    page = Page(report(tmp_path, hostile, **told, curves={HOSTILE: [(0, 1.0)]}))
+    page = Page(report(tmp_path, **told))
     assert page.elements == clean.elements
     assert "<" not in page.block
     assert page.block.isascii()
-    assert (page.data["title"], page.data["subtitle"]) == (HOSTILE, "{{data}} {{script}}")
+    assert (page.data["title"], page.data["sentence"]) == (HOSTILE, "{{data}} {{script}}")
     assert "".join(text for _, text in page.data["episodes"][0]["turns"][0]["reply"]) == HOSTILE
 
 
@@ -217,15 +222,28 @@ def test_numbers_reach_the_page(tmp_path: Path):
         report(
             tmp_path,
             episode(make_turn(value=nan), make_turn(value=None), make_turn(value=0.5)),
-            metrics={"eval/success": 0.75, "eval/return": nan},
-            curves={"eval/success": [(0, 0.5), (1, nan), (2, inf), (3, 0.75)]},
-            table=[{"policy": "random", "success": "0.10"}, {"policy": "expert", "steps": "7"}],
+            metrics={"eval/success": 0.75, "eval/success_low_greedy_before": 0.5, "eval/return": nan, "own": 1.0},
+            curves=[
+                Curve("x", [(0, 0.5), (1, nan), (2, inf), (3, 0.7512345678)], "iteration", bounds=[(0, 1)] * 4),
+                Curve("all of it lost", [(0, nan)], "iteration"),
+            ],
+            results=[
+                Result("random", (0.1, 0.0, 0.3), {"return": nan}, main=False),
+                Result("expert", (1.0, 0.9, 1.0), {"turns": 7.0}),
+            ],
         )
     ).data
-    assert data["metrics"] == [["eval/success", 0.75], ["eval/return", None]]
-    assert data["curves"] == [["eval/success", [[0, 0.5], [3, 0.75]]]]
-    assert data["columns"] == ["policy", "success", "steps"]
-    assert data["rows"] == [["random", "0.10", ""], ["expert", "", "7"]]
+    panel, own = data["groups"]
+    assert panel["columns"] == ["", "greedy, before"]
+    assert [(row[0], row[-1]) for row in panel["rows"]] == [
+        ("success", [0.75, None]), ("success_low", [None, 0.5]), ("return", [None, None])
+    ]  # fmt: skip
+    assert panel["rows"][0][1:3] == ["share of episodes", "episodes that ended in success"]
+    assert (own["name"], own["rows"]) == ("own", [["", "", "", "", [1.0]]])
+    (curve,) = data["curves"]
+    assert (curve["points"], curve["bounds"]) == ([[0, 0.5], [3, 0.751235]], [[0, 1], [0, 1]])
+    assert data["columns"] == ["return", "turns"]
+    assert [result["others"] for result in data["results"]] == [[None, None], [None, 7.0]]
     shown = data["episodes"][0]
     assert [turn["value"] for turn in shown["turns"]] == [None, None, 0.5]
     assert shown["return"] == 0.75  # 3 * 0.25
@@ -234,31 +252,69 @@ def test_numbers_reach_the_page(tmp_path: Path):
 
 def test_page_without_episodes_and_curves(tmp_path: Path):
     data = Page(report(tmp_path)).data
-    assert data["episodes"] == data["curves"] == data["rows"] == data["images"] == []
+    assert data["episodes"] == data["curves"] == data["results"] == data["groups"] == data["images"] == []
+
+
+# ---- the expert's way ------------------------------------------------------------------------------------------------
+def advised(*story: tuple[str | None, str | None, int | None]) -> Trajectory:
+    """An episode of (action, advised action, its distance) a turn; no advice where that action is None."""
+    seen = [Observation("", advice=None if said is None else Advice("", said, left)) for _, said, left in story]
+    turns = [
+        Turn(now, (), Reply(""), Parsed(action), Step(after, 0.0, False, False, {"success": 0.0}))
+        for (action, _, _), now, after in zip(story, seen, [*seen[1:], Observation("")], strict=True)
+    ]
+    last = turns[-1]
+    return episode(*turns[:-1], replace(last, step=replace(last.step, terminated=True)))
+
+
+@pytest.mark.parametrize(
+    ("story", "where"),
+    [
+        ([("a", "a", 3), ("a", "a", 2), ("b", "a", 1)], 2),  # its end is no success
+        ([("b", "a", 3), ("a", "a", 2), ("a", "a", 1)], None),  # another of several shortest ways
+        ([("a", "a", 3), ("b", "a", 2), ("a", "a", 2)], 1),  # no nearer than before
+        ([("a", "a", 3), ("b", "a", 2), ("a", None, None)], 1),  # where the expert knows no way
+        ([("a", "a", 2), ("a", "a", 2), ("a", "a", 1)], None),  # as advised, though chance had it otherwise
+        ([("a", "a", None), ("b", "a", None), ("a", "a", None)], 1),  # an expert that counts no steps
+        ([(None, "a", 2), ("a", "a", 2), ("a", "a", 1)], 0),  # no legal action
+        ([("b", None, None), ("b", None, None)], None),  # an env without an expert
+    ],
+)
+def test_the_first_turn_that_left_the_experts_way_is_found(tmp_path: Path, story: list, where: int | None):
+    assert strayed(advised(*story)) == where
+    assert Page(report(tmp_path, advised(*story))).data["episodes"][0]["strayed"] == where
+
+
+def test_another_way_to_success_is_no_error():
+    story = advised(("a", "a", 2), ("b", "a", 1))
+    assert strayed(story) == 1
+    last = story.turns[-1]
+    solved = replace(last, step=replace(last.step, metrics={"success": 1.0}))
+    assert strayed(replace(story, turns=(story.turns[0], solved))) is None
 
 
 # ---- curves --------------------------------------------------------------------------------------------------------
-def test_curves_are_read_in_order_and_by_key(tmp_path: Path):
+def test_curves_are_read_in_order_and_the_later_of_two_values_counts(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0, "a": 1.0, "c": 9}\n{"step": 5, "b": 2.0}\n{"step": 10, "a": 3.0}\n')
-    assert read_curves(path, ["b", "a", "never"]) == {"b": [(5, 2.0)], "a": [(0, 1.0), (10, 3.0)]}
+    path.write_text('{"step": 0, "a": 1.0}\n{"step": 5, "b": 2.0, "a": 2}\n{"step": 5, "a": 3.0}\n')
+    assert read_curves(path) == {"a": [(0, 1.0), (5, 3.0)], "b": [(5, 2.0)]}
 
 
 @pytest.mark.parametrize("line", [b'{"step": 1, "a"', b'{"a": 1.0}', b"[1]", b"\xff\xfe", b'{"step": 1, "a": "x"}'])
 def test_a_damaged_metrics_line_is_named_and_left_out(tmp_path: Path, caplog, line: bytes):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 0, "a": 1.0}\n' + line + b'\n{"step": 2, "a": 3.0}\n')
-    assert read_curves(path, ["a"]) == {"a": [(0, 1.0), (2, 3.0)]}
+    assert read_curves(path) == {"a": [(0, 1.0), (2, 3.0)]}
     assert "metrics.jsonl, line 2 is not" in caplog.text
 
 
 def test_what_was_no_number_is_no_point(tmp_path: Path, caplog):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0, "a": null}\n{"step": 1, "a": 2.0}\n')
-    assert read_curves(path, ["a"]) == {"a": [(1, 2.0)]}
+    assert read_curves(path) == {"a": [(1, 2.0)]}
     assert not caplog.text
 
 
 def test_missing_metrics_file_is_named(tmp_path: Path):
     with pytest.raises(DataError, match="nowhere"):
-        read_curves(tmp_path / "nowhere.jsonl", ["a"])
+        read_curves(tmp_path / "nowhere.jsonl")

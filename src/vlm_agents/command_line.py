@@ -165,6 +165,7 @@ def run_stage(composed: DictConfig) -> dict[str, float]:
                     "run_dir=... is the directory of one run: set hydra.sweep.dir=... for those of a sweep"
                 )
             cfg = replace(cfg, run_dir=job.runtime.output_dir)
+        from vlm_agents.metrics import headline
         from vlm_agents.run import Run, finished_metrics, settled
 
         cfg = settled(cfg)
@@ -180,7 +181,9 @@ def run_stage(composed: DictConfig) -> dict[str, float]:
         start = time.monotonic()
         with Run.open(cfg, overrides, sweep=Path(job.sweep.dir) if sweep else None) as run:
             metrics = importlib.import_module(f"vlm_agents.stages.{cfg.stage.name}").main(cfg, run)
-        print(f"{cfg.stage.name} finished in {time.monotonic() - start:.0f} s: {os.path.relpath(run.dir)}", flush=True)
+        came_of_it = f"{time.monotonic() - start:.0f} s: {headline(cfg.stage.name, metrics)}"
+        page = next((path for path in [run.path("report.html")] if path.exists()), run.dir)
+        print(f"{cfg.stage.name} finished in {came_of_it}; look at {os.path.relpath(page)}", flush=True)
         return metrics
     except VlmAgentsError as error:
         if sweep:

@@ -1,6 +1,6 @@
 // Draws report.html from its JSON block. Everything a model wrote goes in as text nodes, so it is never markup.
 "use strict";
-const data = JSON.parse(document.getElementById("data").textContent);
+const data = JSON.parse(document.getElementById("block").textContent);
 const $ = id => document.getElementById(id);
 const SVG = ["svg", "g", "path", "rect", "line", "circle", "text", "title"];
 function el(tag, attributes = {}, ...children) {
@@ -14,28 +14,47 @@ function el(tag, attributes = {}, ...children) {
 const number = x => x == null ? "n/a" : (Math.abs(x) < 1e5 ? String(Number(x.toPrecision(5)))
   : x.toLocaleString("en", {notation: "compact", maximumSignificantDigits: 4})).replace("-", "\u2212");
 const signed = x => (x > 0 ? "+" : "") + number(x);
-const words = name => name.replaceAll("_", " ");
+const words = name => name.replaceAll("_", " ").replace(/\bkl\b/g, "KL");
 const badge = stop => el("span", {class: "badge " + stop}, words(stop));
 const picture = (index, room) => {
   const [src, width, height] = data.images[index], scale = Math.max(1, Math.floor(room / Math.max(width, height)));
   return el("img", {src, width: width * scale, height: height * scale, alt: "what the policy saw", class: scale > 1 ? "pixels" : ""});
 };
 
-// ---- header, cards, table
+const small = x => x == null ? "n/a" : number(Number(x.toPrecision(3)));
+const capital = text => text.slice(0, 1).toUpperCase() + text.slice(1);
+const message = ([role, text, images]) => el("div", {class: "message"}, el("span", {class: "label"}, role), images.map(index => picture(index, 180)), el("pre", {tabindex: 0}, text));
+
+// ---- what came of it: the sentence, the results on one scale, the facts
 document.title = $("title").textContent = data.title;
-$("subtitle").textContent = data.subtitle;
-$("metrics").append(...data.metrics.map(([name, value]) =>
-  el("div", {class: "card"}, el("span", {class: "number"}, number(value)), el("span", {class: "label"}, words(name).replace("/", " / ")))));
-function cell(text) {
-  const match = /^([\d.]+) \[([\d.]+), ([\d.]+)\]$/.exec(text);
-  if (!match) return [text];
-  const [at, low, high] = match.slice(1).map(value => 4 + 192 * Math.min(1, Number(value)));
-  return [text, el("svg", {viewBox: "0 0 200 12", "aria-hidden": "true"}, el("line", {class: "rule", x1: 4, x2: 196, y1: 6, y2: 6}),
-    el("line", {class: "curve", x1: low, x2: high, y1: 6, y2: 6}), el("circle", {class: "dot", cx: at, cy: 6, r: 3.5}))];
+$("sentence").append(...data.sentence.replaceAll(" -> ", " \u2192 ").split(/([\d.]+ \[[\d., ]+\])/).flatMap((text, i) => {
+  const [figure, ends] = text.split(/(?= \[)/);
+  if (i % 2) return el("span", {}, figure, el("i", {}, ends));
+  return text.split(/(\S*-\S*)/).map((word, k) => k % 2 ? el("span", {class: "word"}, word) : word);  // no name is broken at its hyphens
+}));
+const percent = share => `${100 * Math.max(0, Math.min(1, share))}%`;
+function interval([share, low, high]) {
+  return el("div", {class: "scale", role: "img", "aria-label": `${number(share)}, between ${small(low)} and ${small(high)}`},
+    el("i", {class: "range", style: `left: ${percent(low)}; right: calc(100% - ${percent(high)})`}), el("i", {class: "at", style: `left: ${percent(share)}`}));
 }
-$("results").hidden = !data.rows.length;
-$("table").append(el("thead", {}, el("tr", {}, data.columns.map(name => el("th", {scope: "col"}, words(name))))), el("tbody", {},
-  data.rows.map(row => el("tr", {}, row.map((text, i) => i ? el("td", {}, cell(text)) : el("th", {scope: "row"}, text))))));
+$("results").hidden = !data.results.length;
+$("table").append(
+  el("thead", {}, el("tr", {}, el("th", {scope: "col"}, "policy"),
+    el("th", {scope: "col", class: "on", "aria-label": "success, drawn"}, el("div", {class: "scale", "aria-hidden": "true"}, [0, .25, .5, .75, 1].map(x => el("b", {style: `left: ${percent(x)}`}, String(x))))),
+    el("th", {scope: "col"}, "success [95 %]"), data.columns.map(name => el("th", {scope: "col", class: "value extra"}, name)))),
+  el("tbody", {}, data.results.map(({policy, main, success, others}) => el("tr", {class: main ? "main" : null}, el("th", {scope: "row"}, policy), el("td", {class: "on"}, interval(success)),
+    el("td", {}, el("b", {}, success[0].toFixed(3)), el("span", {class: "muted"}, ` [${success[1].toFixed(3)}, ${success[2].toFixed(3)}]`)),
+    others.map(value => el("td", {class: "value extra"}, value == null ? "" : value.toFixed(Math.abs(value) < 10 ? 3 : 1).replace("-", "\u2212")))))));
+function copy(text, button, shown) {
+  const told = said => { button.textContent = said; setTimeout(() => button.textContent = "Copy", 1500); };
+  const select = () => { getSelection().selectAllChildren(shown); told("Selected"); };  // where a page may not copy
+  navigator.clipboard ? navigator.clipboard.writeText(text).then(() => told("Copied"), select) : select();
+}
+$("facts").append(...data.facts.filter(([, value]) => value).map(([name, value]) => {
+  if (name !== "command") return el("div", {class: value.length > 18 ? "long" : null}, el("dt", {class: "label"}, name), el("dd", {}, value));
+  const shown = el("pre", {tabindex: 0}, value), button = el("button", {onclick: () => copy(value, button, shown), "aria-label": "Copy the command"}, "Copy");
+  return el("div", {class: "wide"}, el("dt", {class: "label"}, name), el("dd", {class: "command"}, shown, button));
+}));
 
 // ---- curves
 function ticks(low, high, count) {
@@ -49,32 +68,68 @@ function range(values) {
   const room = Math.max((high - low) * .06, Math.abs(high) * .006) || 1;  // never so close that the labels are all alike
   return [low - room, high + room];
 }
-function chart([name, points]) {
-  const W = 340, H = 184, L = 46, R = 8, T = 6, B = 22;
-  const xs = points.map(p => p[0]), [y0, y1] = range(points.map(p => p[1]));
-  const x0 = Math.min(...xs), x1 = Math.max(...xs, x0 + 1e-9);
-  const X = x => L + (W - L - R) * (x - x0) / (x1 - x0), Y = y => H - B - (H - T - B) * (y - y0) / (y1 - y0);
-  const last = points.at(-1), output = el("output", {}, number(last[1]));
+function chart(curve) {
+  const {name, unit, meaning, axis, points, bounds, marks, first} = curve, W = first ? 520 : 340, H = first ? 230 : 184, L = 46, R = 12, T = 8, B = 36;
+  const xs = [...points, ...marks].map(p => p[0]), [y0, y1] = range([...points.map(p => p[1]), ...bounds.flat(), ...marks.flatMap(mark => mark.slice(1))]);
+  const x0 = Math.min(...xs), x1 = Math.max(...xs), wide = x1 - x0 || 1;
+  const X = x => x1 === x0 ? (L + W - R) / 2 : L + (W - L - R) * (x - x0) / wide, Y = y => H - B - (H - T - B) * (y - y0) / (y1 - y0);
+  const line = some => some.map(([x, y]) => `${X(x).toFixed(2)} ${Y(y).toFixed(2)}`).join("L");
+  const last = points.at(-1), rest = `${small(points[0][1])} \u2192 ${small(last[1])}`, output = el("output", {}, points.length > 1 ? rest : small(last[1]));
   const cursor = el("line", {class: "rule", y1: T, y2: H - B, visibility: "hidden"}), dot = el("circle", {class: "dot", r: 4});
   const point = ([x, y]) => { dot.setAttribute("cx", X(x)); dot.setAttribute("cy", Y(y)); };
   point(last);
-  const svg = el("svg", {viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `${name}: from ${number(points[0][1])} to ${number(last[1])}`},
+  const svg = el("svg", {viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `${name} by ${axis}: from ${small(points[0][1])} to ${small(last[1])}`},
     ticks(y0, y1, 5).map(y => el("g", {}, el("line", {class: "rule", x1: L, x2: W - R, y1: Y(y), y2: Y(y)}),
       el("text", {x: L - 7, y: Y(y) + 4, "text-anchor": "end"}, number(y)))),
-    (x1 - x0 < 1e-6 ? [x0] : ticks(x0, x1, Math.min(5, x1 - x0))).map(x => el("text", {x: X(x), y: H - 5, "text-anchor": "middle"}, number(x))), cursor,
-    el("path", {class: "curve", d: "M" + points.map(([x, y]) => `${X(x).toFixed(2)} ${Y(y).toFixed(2)}`).join("L")}), dot);
+    (x1 === x0 ? [x0] : ticks(x0, x1, Math.min(6, wide))).map(x => el("text", {x: X(x), y: H - B + 16, "text-anchor": "middle"}, number(x))),
+    el("text", {x: W - R, y: H - 3, "text-anchor": "end"}, axis), cursor,
+    bounds.length ? el("path", {class: "band", d: "M" + line(points.map(([x], i) => [x, bounds[i][0]])) + "L" + line(points.map(([x], i) => [x, bounds[i][1]]).reverse()) + "Z"}) : null,
+    el("path", {class: "curve", d: "M" + line(points)}), dot,
+    marks.map(([x, y, low, high]) => el("g", {class: "mark"}, el("line", {x1: X(x), x2: X(x), y1: Y(low), y2: Y(high)}), el("circle", {cx: X(x), cy: Y(y), r: 4.5}),
+      el("title", {}, `${curve.marked}, ${axis} ${x}: ${small(y)} [${small(low)}, ${small(high)}]`))));
   svg.addEventListener("pointermove", event => {
     const box = svg.getBoundingClientRect(), x = (event.clientX - box.left) * W / box.width;
     const near = points.reduce((best, p) => Math.abs(X(p[0]) - x) < Math.abs(X(best[0]) - x) ? p : best);
     point(near); cursor.setAttribute("x1", X(near[0])); cursor.setAttribute("x2", X(near[0])); cursor.setAttribute("visibility", "visible");
-    output.textContent = `step ${near[0]}: ${number(near[1])}`;
+    output.textContent = `${axis} ${near[0]}: ${number(near[1])}`;
   });
-  svg.addEventListener("pointerleave", () => { point(last); cursor.setAttribute("visibility", "hidden"); output.textContent = number(last[1]); });
-  return el("figure", {class: "card chart"}, el("figcaption", {}, name, output), svg);
+  svg.addEventListener("pointerleave", () => { point(last); cursor.setAttribute("visibility", "hidden"); output.textContent = rest; });
+  const says = [meaning, unit && `(${unit})`].filter(Boolean).join(" ");
+  return el("figure", {class: "card chart"}, el("figcaption", {}, first ? capital(words(name.split("/").at(-1))) : name, output), says && el("p", {}, says), svg,
+    marks.length ? el("div", {class: "legend"}, el("span", {}, el("i", {class: "line"}), `${name}, with its 95 % interval`), el("span", {}, el("i", {class: "ring"}), curve.marked)) : null);
 }
-const drawn = data.curves.filter(([, points]) => points.length);
-$("training").hidden = !drawn.length;
-$("curves").append(...drawn.map(chart));
+$("training").hidden = !data.curves.length;
+$("curves").append(...data.curves.filter(curve => curve.first).map(chart));
+const others = data.curves.filter(curve => !curve.first);
+$("others").hidden = !others.length;
+$("others").open = !$("curves").children.length;
+$("others").firstChild.textContent = `${others.length} more ${others.length === 1 ? "curve" : "curves"}`;
+$("others").addEventListener("toggle", () => $("more").children.length || $("more").append(...others.map(chart)));
+
+// ---- all numbers, with what they mean
+const counted = data.groups.reduce((sum, group) => sum + group.rows.flatMap(row => row[4]).filter(value => value != null).length, 0);
+$("figures").hidden = !counted;
+$("figures").querySelector("summary").textContent = `${counted} numbers, with their meaning`;
+$("numbers").append(...data.groups.map(({name, title, says, columns, rows}) => {
+  const single = columns.length === 1 && !columns[0];
+  return el("div", {class: "card"}, el("h3", {}, title), says && el("p", {}, says), el("div", {class: "scroll", tabindex: 0, role: "region", "aria-label": title}, el("table", {},
+    el("thead", {}, el("tr", {}, el("th", {scope: "col"}, "name"), columns.map(column => el("th", {scope: "col", class: "value"}, single ? "value" : column || "model")),
+      ["unit", "healthy", "meaning"].map(text => el("th", {scope: "col"}, text)))),
+    el("tbody", {}, rows.map(([base, unit, meaning, healthy, values]) => el("tr", {}, el("th", {scope: "row"}, el("code", {}, `${name}/${base}`)),
+      values.map(value => el("td", {class: "value"}, value == null ? "" : number(value))), [unit, healthy, meaning].map(text => el("td", {}, text)))))))) ;
+}));
+
+// ---- rows of training data
+$("data").hidden = !data.examples.length;
+$("data").querySelector("p").textContent = "Rows of the data: what the model is asked, what it is to say, and what it says now.";
+$("rows").append(...data.examples.map(({prompt, answer, reply}) => {
+  const [, text, images] = data.messages[prompt.at(-1)], given = prompt.map(index => data.messages[index]);
+  return el("article", {class: "card example"}, el("div", {class: "seen"}, images.map(index => picture(index, 130)), el("p", {class: "asked", tabindex: 0}, text)),
+    el("div", {}, el("h3", {}, "To be learned"), el("pre", {tabindex: 0}, answer)),
+    reply == null ? null : el("div", {}, el("h3", {}, "The model says ", reply === answer ? el("span", {class: "badge success"}, "the same") : el("span", {class: "badge time_limit"}, "something else")),
+      reply === answer ? null : el("pre", {tabindex: 0}, reply)),
+    given.length > 1 ? el("details", {}, el("summary", {}, `All ${given.length} messages`), given.map(message)) : null);
+}));
 
 // ---- episode player: `at` counts the turns; one past the last shows how it ended
 let episode, at = 0, timer = null;
@@ -85,7 +140,7 @@ function told(turn) {
     el("div", {}, el("h3", {}, "Thought"), el("p", {class: thought ? "thought" : "muted"}, thought || "none in this reply")),
     el("div", {}, el("h3", {}, "Action"), el("span", {class: "action" + (turn.action == null ? " wrong" : "")}, turn.action ?? "no legal action"),
       turn.error && el("p", {class: "wrong"}, turn.error)),
-    el("dl", {}, fact("reward", signed(turn.reward)), fact("value", turn.value == null ? null : number(turn.value)), fact("expert", turn.expert),
+    el("dl", {}, fact("reward", signed(turn.reward)), fact("value", turn.value == null ? null : number(turn.value)), fact("expert", turn.expert, turn.expert != null && turn.expert !== turn.action && at === episode.strayed),
       turn.metrics.map(([name, value]) => fact(words(name), number(value))), turn.finish === "length" ? fact("reply", "cut at its length limit", true) : null),
     el("div", {}, el("h3", {}, "Reply as written"), el("pre", {tabindex: 0}, turn.reply.map(([kind, text]) =>
       kind ? el("mark", {class: kind === "action" ? "act" : ""}, text) : text))),
@@ -105,9 +160,11 @@ function timeline() {
     turns.map((turn, i) => turn.reward ? el("rect", {class: turn.reward > 0 ? "up" : "down", x: (i + .2) * W, width: W * .6,
       y: Math.min(Y(turn.reward), Y(0)), height: Math.max(1.5, Math.abs(Y(turn.reward) - Y(0)))}) : null),
     valued.length > 1 ? el("path", {class: "curve", d: "M" + valued.map(([i, value]) => `${(i + .5) * W} ${Y(value)}`).join("L")}) : null,
+    episode.strayed == null ? null : el("rect", {class: "flagged", x: episode.strayed * W, width: W, y: 0, height: 4}),
     turns.map((turn, i) => el("rect", {class: "hit", x: i * W, width: W, y: 0, height: H, onclick: () => go(i)},
       el("title", {}, `turn ${i + 1}: reward ${signed(turn.reward)}` + (turn.value == null ? "" : `, value ${number(turn.value)}`))))),
     el("div", {class: "legend"}, el("span", {}, el("i"), "reward"), valued.length > 1 ? el("span", {}, el("i", {class: "line"}), "value") : null,
+      episode.strayed == null ? null : el("span", {}, el("i", {class: "flag"}), "left the expert\u2019s way"),
       el("span", {}, `scale ${number(low)} to ${number(high)}`))];
 }
 function show() {
@@ -116,11 +173,11 @@ function show() {
   $("caption").textContent = images.length ? text : "";
   $("said").replaceChildren(...(turn ? told(turn) : ended()).filter(node => node));
   $("slider").value = at;
+  $("slider").setAttribute("aria-valuetext", turn ? `turn ${at + 1}` : "the end");
   $("place").textContent = turn ? `turn ${at + 1} of ${episode.turns.length}` : "the end";
-  $("timeline").replaceChildren(...timeline());
+  $("timeline").replaceChildren(...timeline().filter(node => node));
   $("given").hidden = !turn?.prompt.length;
-  $("prompt").replaceChildren(...(turn?.prompt ?? []).map(index => data.messages[index]).map(([role, text, images]) =>
-    el("div", {class: "message"}, el("span", {class: "label"}, role), images.map(index => picture(index, 180)), el("pre", {}, text))));
+  $("prompt").replaceChildren(...(turn?.prompt ?? []).map(index => message(data.messages[index])));
 }
 function play(on) {
   clearInterval(timer);
@@ -134,27 +191,45 @@ function go(turn, playing = false) {
   show();
 }
 const toggle = () => { const on = !timer; if (on && at === episode.turns.length) go(0); play(on); };
+const who = one => [one.policy, one.when].filter(Boolean).join(", ");
 function choose(index) {
   episode = data.episodes[index];
   for (const button of document.querySelectorAll("#list button")) button.setAttribute("aria-current", button.value === String(index));
-  $("headline").replaceChildren(el("h3", {}, episode.env), badge(episode.stop), el("span", {class: "muted"}, `seed ${episode.seed}, played by ${episode.policy}`));
+  $("headline").replaceChildren(el("h3", {}, episode.env), badge(episode.stop), el("span", {class: "muted"}, `seed ${episode.seed}, played by ${who(episode)}`));
+  const twins = data.episodes.map((one, i) => [one, i]).filter(([one]) => one.seed === episode.seed && one.env === episode.env)
+    .sort(([one], [other]) => other.policy.localeCompare(one.policy) || other.when.localeCompare(one.when));  // before, then after
+  $("twins").hidden = twins.length < 2;
+  $("twins").replaceChildren(el("span", {class: "label"}, "The same seed:"), ...twins.map(([one, i]) =>
+    el("button", {class: one.stop, onclick: () => choose(i), "aria-current": i === index, title: words(one.stop)}, who(one))));
+  const stray = episode.strayed, turn = episode.turns[stray];
+  $("stray").hidden = stray == null;
+  $("stray").onclick = () => go(stray);
+  if (turn) $("stray").replaceChildren(el("b", {}, `Turn ${stray + 1} left the expert\u2019s way: `), `${turn.action ?? "no legal action"} instead of ${turn.expert}`);
   $("slider").max = episode.turns.length;
-  go(0);
+  go(episode.stop === "success" ? 0 : stray ?? 0);
 }
-function filter(stop) {
-  const kept = data.episodes.map((one, index) => [one, index]).filter(([one]) => !stop || one.stop === stop);
-  for (const button of document.querySelectorAll("#filters button")) button.setAttribute("aria-pressed", button.value === (stop ?? ""));
+const FILTERS = {when: one => one.when, policy: one => one.policy, outcome: one => words(one.stop)};
+const ALL = {when: "before and after", policy: "all policies", outcome: "all outcomes"};
+const chosen = {};
+function filter(name, value) {
+  chosen[name] = value;
+  for (const button of document.querySelectorAll("#filters button")) button.setAttribute("aria-pressed", button.value === (chosen[button.name] ?? ""));
+  const kept = data.episodes.map((one, index) => [one, index]).filter(([one]) => Object.entries(FILTERS).every(([key, of]) => !chosen[key] || of(one) === chosen[key]))
+    .sort(([one], [other]) => (one.stop === "success") - (other.stop === "success"));
   $("list").replaceChildren(...kept.map(([one, index]) => el("li", {}, el("button", {value: index, onclick: () => choose(index)},
     one.seen[0]?.[0].length ? el("img", {src: data.images[one.seen[0][0][0]][0], alt: ""}) : null,
-    el("span", {}, badge(one.stop), el("br"), `seed ${one.seed}`, el("br"),
-      el("span", {class: "muted"}, `return ${number(one.return)}, ${one.turns.length} turns`))))));
-  choose(kept[0][1]);
+    el("span", {}, badge(one.stop), el("br"), one.policy + (one.when && !chosen.when ? `, ${one.when}` : ""), el("br"),
+      el("span", {class: "muted"}, `return ${small(one.return)}, ${one.turns.length} turns`))))));
+  if (kept.length) choose(kept[0][1]);
+  else $("list").append(el("li", {}, el("p", {class: "muted"}, "none of these")));
 }
 if (data.episodes.length) {
   $("episodes").hidden = false;
-  const stops = [...new Set(data.episodes.map(one => one.stop))];
-  $("filters").append(...[null, ...stops].map(stop => el("button", {value: stop ?? "", onclick: () => filter(stop)},
-    `${stop ? words(stop) : "all"} ${data.episodes.filter(one => !stop || one.stop === stop).length}`)));
+  for (const [name, of] of Object.entries(FILTERS)) {
+    const values = [...new Set(data.episodes.map(of))];
+    if (values.length > 1) $("filters").append(el("div", {class: "filter", role: "group", "aria-label": `Show episodes by ${name}`}, ["", ...values].map(value =>
+      el("button", {name, value, onclick: () => filter(name, value)}, value || ALL[name]))));
+  }
   $("back").onclick = () => go(at - 1); $("next").onclick = () => go(at + 1); $("play").onclick = toggle;
   $("slider").oninput = () => go(Number($("slider").value));
   addEventListener("resize", show);
@@ -163,5 +238,5 @@ if (data.episodes.length) {
     const act = {ArrowLeft: () => go(at - 1), ArrowRight: () => go(at + 1), p: toggle}[event.key];
     if (act) { event.preventDefault(); act(); }
   });
-  filter(null);
+  filter("when", data.episodes.some(one => one.when === "after training") ? "after training" : "");
 }

@@ -1,7 +1,7 @@
-"""What a person looks at: captioned frames, an episode as a GIF, and one self-contained HTML page per run.
+"""The page that a person opens after a run: one self-contained HTML file.
 
-This only draws. Which metrics, curves and episodes are shown is the stage's choice; nothing here plays, scores or
-reads a run directory. The page itself is the package's `report.html` and `report.js`, which find all in one JSON block.
+This only draws. Which numbers, curves and episodes are shown is the stage's choice; nothing here plays, scores or reads
+a run directory. The page itself is the package's `report.html` and `report.js`, which find all in one JSON block.
 """
 
 import base64
@@ -10,215 +10,144 @@ import io
 import json
 import logging
 import math
-from bisect import bisect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from importlib import resources
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from vlm_agents import metrics as names
 from vlm_agents.errors import DataError
 from vlm_agents.files import atomic_write
+from vlm_agents.frames import observations
 from vlm_agents.pictures import as_shown
-from vlm_agents.types import Observation, Parsed, Prompt, Trajectory, Turn
+from vlm_agents.types import Parsed, Prompt, Trajectory, Turn
 
 log = logging.getLogger(__name__)
 
-Size = tuple[int, int]
-Curves = dict[str, list[tuple[float, float]]]
-
-PAPER, INK, MUTED, GOOD, BAD, ACCENT = "#ffffff", "#1b1e25", "#5f6675", "#17734a", "#bd2c27", "#2f52c8"
-MARGIN, CAPTION_WIDTH, CAPTION_HEIGHT = 16, 304, 224
-SMALL_SIDE, LARGE_SIDE = 336, 640  # smaller pictures are enlarged towards the first, larger ones shrunk to the second
-FRAME_MS, LAST_FRAME_MS = 500, 2000
+Points = Sequence[tuple[float, float]]
+Interval = tuple[float, float, float]  # a share, and its 95 % interval
+DIGITS = 6  # of a curve's numbers, significant ones: what a screen shows is less
 
 
-# ---- pictures ------------------------------------------------------------------------------------------------------
-def captioned_frame(turn: Turn, index: int, box: Size | None = None) -> Image.Image:
-    """What the policy saw at turn `index` (from 0), beside what it thought, did and got.
+class Result(NamedTuple):
+    """A policy's figures on one panel. `main` is what the run is about; the others stand beside it."""
 
-    `box` is the room for the picture in pixels, by default as much as this picture takes: give one box to all frames
-    of an episode to have canvases of one size.
+    policy: str
+    success: Interval
+    others: Mapping[str, float | None]
+    main: bool = True
+
+
+class Curve(NamedTuple):
+    """A metric over the run; those that aren't `first` are folded away.
+
+    `bounds`: (low, high) of each point. `marks`: (x, share, low, high) of `marked`, drawn over it.
     """
-    start, end = turn.parsed.thought_span or (0, len(turn.reply.text))
-    action, error = turn.parsed.action, turn.parsed.error
-    facts = f"reward {_signed(turn.step.reward)}"
-    if turn.reply.value is not None:
-        facts += f"     value {_signed(turn.reply.value)}"
-    return _compose(
-        _picture(turn.observation),
-        box,
-        heading=f"turn {index + 1}",
-        body=turn.reply.text[start:end],
-        verdict=(action or "no legal action") + (f": {error}" if error else ""),
-        colour=BAD if action is None else ACCENT,
-        facts=facts,
-    )
+
+    name: str
+    points: Points
+    axis: str
+    first: bool = False
+    bounds: Sequence[tuple[float, float]] = ()
+    marks: Sequence[tuple[float, float, float, float]] = ()
+    marked: str = ""
 
 
-def episode_gif(trajectory: Trajectory, path: Path) -> None:
-    """Write the episode as a looping GIF of two turns a second, closed by a frame that tells the outcome."""
-    pictures = [_picture(observation) for observation in _observations(trajectory)] or [_text_picture("no turn")]
-    box = max(picture.width for picture in pictures), max(picture.height for picture in pictures)
-    frames = [captioned_frame(turn, index, box) for index, turn in enumerate(trajectory.turns)]
-    outcome = _compose(
-        pictures[-1],
-        box,
-        heading=f"{trajectory.env}   seed {trajectory.seed}",
-        body=trajectory.error or f"policy: {trajectory.policy}",
-        verdict=trajectory.stop.replace("_", " "),
-        colour=GOOD if trajectory.success else BAD,
-        facts=f"{len(frames)} turns     return {_signed(trajectory.total_reward)}",
-    )
-    method, dither = Image.Quantize.FASTOCTREE, Image.Dither.NONE  # the smallest files of the methods, and the fastest
-    first, *others = [frame.quantize(128, method, dither=dither) for frame in [*frames, outcome]]
-    durations = [FRAME_MS] * len(frames) + [LAST_FRAME_MS]
-    buffer = io.BytesIO()
-    first.save(buffer, "GIF", save_all=True, append_images=others, duration=durations, loop=0, optimize=True)
-    atomic_write(path, buffer.getvalue())
+class Shown(NamedTuple):
+    """An episode of the page: who played it, and `when`: before or after training, or empty."""
+
+    trajectory: Trajectory
+    policy: str
+    when: str = ""
 
 
-def _observations(trajectory: Trajectory) -> list[Observation]:
-    """What was seen before each turn and after the last."""
-    return [turn.observation for turn in trajectory.turns] + [turn.step.observation for turn in trajectory.turns[-1:]]
+class Example(NamedTuple):
+    """A row of training data: what is asked, what is to be learned, and what the model says to it, if it was asked."""
+
+    prompt: Prompt
+    answer: str
+    reply: str | None = None
 
 
-def _picture(observation: Observation) -> Image.Image:
-    """The observation's images in a row, or its text where it has none, at a size that can be looked at."""
-    if not observation.images:
-        return _text_picture(observation.text)
-    images = [as_shown(image) for image in observation.images]
-    row = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)), PAPER)
-    left = 0
-    for image in images:
-        row.paste(image, (left, 0))
-        left += image.width
-    row.thumbnail((LARGE_SIDE, LARGE_SIDE))
-    scale = max(1, SMALL_SIDE // max(row.size))
-    return row.resize((row.width * scale, row.height * scale), Image.Resampling.NEAREST)
+def read_curves(path: Path) -> dict[str, list[tuple[float, float]]]:
+    """The (step, value) points of each metric in a `metrics.jsonl`, in the file's order; null is left out.
 
-
-def _text_picture(text: str) -> Image.Image:
-    picture = Image.new("RGB", (SMALL_SIDE, SMALL_SIDE), PAPER)
-    lines = (line for paragraph in text.splitlines() for line in _wrap(paragraph, 15))
-    _write(ImageDraw.Draw(picture), (MARGIN, MARGIN), lines, 15, INK, CAPTION_WIDTH)
-    return picture
-
-
-def _compose(
-    picture: Image.Image, box: Size | None, *, heading: str, body: str, verdict: str, colour: str, facts: str
-) -> Image.Image:
-    """The picture at the left, centred in its box; at the right the texts, of which the body is cut to what fits."""
-    width, height = box or picture.size
-    height = max(height, CAPTION_HEIGHT)
-    canvas = Image.new("RGB", (width + CAPTION_WIDTH + 3 * MARGIN, height + 2 * MARGIN), PAPER)
-    canvas.paste(picture, (MARGIN + (width - picture.width) // 2, MARGIN + (height - picture.height) // 2))
-    draw = ImageDraw.Draw(canvas)
-    left, bottom = width + 2 * MARGIN, MARGIN + height
-    draw.text((left, MARGIN), heading[:CAPTION_WIDTH], MUTED, _font(13))
-    draw.text((left, bottom), facts, MUTED, _font(13), anchor="ld")
-    verdict_lines = list(islice(_wrap(verdict, 18), 4))
-    verdict_top = bottom - 28 - 24 * len(verdict_lines)
-    draw.rectangle((left, verdict_top - 10, left + 32, verdict_top - 8), colour)
-    _write(draw, (left, verdict_top), iter(verdict_lines), 18, colour, 24 * len(verdict_lines))
-    _write(draw, (left, MARGIN + 24), _wrap(body, 15), 15, INK, verdict_top - MARGIN - 24 - 14)
-    return canvas
-
-
-def _write(
-    draw: ImageDraw.ImageDraw, at: tuple[int, int], lines: Iterator[str], size: int, colour: str, height: int
-) -> None:
-    """Write as many lines as fit into `height`; an ellipsis tells that some were left out."""
-    pitch = size * 4 // 3
-    shown = list(islice(lines, height // pitch))
-    if shown and next(lines, None) is not None:
-        shown[-1] = shown[-1][:-3] + "..."
-    for row, line in enumerate(shown):
-        draw.text((at[0], at[1] + row * pitch), line, colour, _font(size))
-
-
-def _wrap(text: str, size: int) -> Iterator[str]:
-    """Break text into lines of the caption's width, between words where it can, inside a word that is too long.
-
-    Only what is asked for is measured, and no more than a character a pixel at once: texts may be of any length.
-    """
-    measure = _font(size).getlength
-    line = ""
-    for word in text.split():
-        if len(word) <= CAPTION_WIDTH and measure(f"{line} {word}") <= CAPTION_WIDTH:
-            line = f"{line} {word}".lstrip()
-            continue
-        if line:
-            yield line
-        line = word
-        while len(line) > CAPTION_WIDTH or measure(line) > CAPTION_WIDTH:
-            prefixes = range(1, min(len(line), CAPTION_WIDTH))
-            fit = max(1, bisect(prefixes, CAPTION_WIDTH, key=lambda end, line=line: measure(line[:end])))
-            yield line[:fit]
-            line = line[fit:]
-    if line:
-        yield line
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3g}" if value else "0"
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
-
-
-# ---- the page ------------------------------------------------------------------------------------------------------
-def read_curves(path: Path, keys: Iterable[str]) -> Curves:
-    """The (step, value) points of each key in a `metrics.jsonl`, in the file's order; never logged, or null: left out.
-
-    A line that somebody damaged is skipped with a warning: a picture of the rest is better than none.
+    Of two values at one step the later one counts. A line that somebody damaged is skipped with a warning: a picture of
+    the rest is better than none.
     """
     if not path.is_file():
         raise DataError(f"{path} does not exist: every stage writes it, so look for its folder's name")
-    curves: Curves = {key: [] for key in keys}
+    curves: dict[str, dict[float, float]] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             record = json.loads(line)
-            points = {key: (record["step"] + 0, record[key] + 0) for key in curves if record.get(key) is not None}
+            step = record.pop("step") + 0
+            points = {key: value + 0 for key, value in record.items() if value is not None}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             log.warning('%s, line %d is not {"step": ..., metrics}: left out of the curves', path, number)
             continue
-        for key, point in points.items():
-            curves[key].append(point)
-    return {key: points for key, points in curves.items() if points}
+        for key, value in points.items():
+            curves.setdefault(key, {})[step] = value
+    return {key: list(points.items()) for key, points in curves.items()}
+
+
+def strayed(trajectory: Trajectory) -> int | None:
+    """The first turn that left the expert's way; None where none did, or no expert knew a way.
+
+    An action is on the way if it is the advised one, or brings success nearer: there may be several shortest ways.
+    """
+    for index, turn in enumerate(trajectory.turns):
+        before, after = turn.observation.advice, turn.step.observation.advice
+        if before is None:
+            return None
+        if turn.parsed.action == before.action or (turn.step.terminated and turn.step.metrics.get("success")):
+            continue
+        left = math.inf if turn.step.terminated or after is None or after.distance is None else after.distance
+        if before.distance is None or left >= before.distance:
+            return index
+    return None
 
 
 def write_report(
     path: Path,
     *,
     title: str,
-    subtitle: str,
-    metrics: Mapping[str, float],
-    curves: Mapping[str, Sequence[tuple[float, float]]],
-    episodes: Sequence[Trajectory],
-    table: Sequence[Mapping[str, str]] = (),
+    sentence: str,
+    facts: Mapping[str, str] | None = None,
+    results: Sequence[Result] = (),
+    metrics: Mapping[str, float] | None = None,
+    curves: Sequence[Curve] = (),
+    episodes: Sequence[Shown] = (),
+    examples: Sequence[Example] = (),
 ) -> None:
-    """Write one HTML file that needs nothing else: metrics as cards, a table, curves, and a player of the episodes.
-
-    A table cell spelled `0.95 [0.91, 0.97]` is also drawn as an interval between 0 and 1.
-    """
+    """Write one HTML file that needs nothing else: the `sentence` that says what came of the run, the results with
+    their intervals, curves, a player of the episodes, examples, and all `metrics` with their meaning."""
     pool = _Pool()
-    columns = list(dict.fromkeys(column for row in table for column in row))
+    columns = list(dict.fromkeys(name for result in results for name in result.others))
     data = {
         "title": title,
-        "subtitle": subtitle,
-        "metrics": [(name, _finite(value)) for name, value in metrics.items()],
+        "sentence": sentence,
+        "facts": list((facts or {}).items()),
         "columns": columns,
-        "rows": [[row.get(column, "") for column in columns] for row in table],
-        "curves": [
-            (name, [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)])
-            for name, points in curves.items()
+        "results": [
+            {
+                "policy": result.policy,
+                "main": result.main,
+                "success": [_finite(value) for value in result.success],
+                "others": [_finite(result.others.get(name)) for name in columns],
+            }
+            for result in results
         ],
-        "episodes": [_episode(trajectory, pool) for trajectory in episodes],
+        "curves": [drawn for drawn in map(_curve, curves) if drawn["points"]],
+        "groups": _groups(metrics or {}),
+        "episodes": [_episode(shown, pool) for shown in episodes],
+        "examples": [
+            {"prompt": pool.add_messages(example.prompt), "answer": example.answer, "reply": example.reply}
+            for example in examples
+        ],
         "images": pool.images,
         "messages": pool.messages,
     }
@@ -230,6 +159,52 @@ def write_report(
 
 def _resource(name: str) -> str:
     return resources.files("vlm_agents").joinpath(name).read_text(encoding="utf-8")
+
+
+def _curve(curve: Curve) -> dict[str, object]:
+    metric = names.parts(curve.name).metric or names.Metric("", "")
+    keep = [index for index, point in enumerate(curve.points) if all(map(math.isfinite, point))]
+    return {
+        "name": curve.name,
+        "unit": metric.unit,
+        "meaning": metric.meaning,
+        "axis": curve.axis,
+        "first": curve.first,
+        "points": [_short(curve.points[index]) for index in keep],
+        "bounds": [_short(curve.bounds[index]) for index in keep] if curve.bounds else [],
+        "marks": [_short(mark) for mark in curve.marks],
+        "marked": curve.marked,
+    }
+
+
+def _short(values: Sequence[float]) -> list[float]:
+    return [float(f"{value:.{DIGITS}g}") for value in values]
+
+
+def _groups(metrics: Mapping[str, float]) -> list[dict[str, object]]:
+    """The metrics as one table a group, a row a metric and a column a variant; names that nobody explained come too."""
+    found: dict[str, dict[str, dict[str, float | None]]] = {}
+    for name, value in metrics.items():
+        part = names.parts(name)
+        column = ", ".join(filter(None, [part.variant, "before" if part.before else ""]))
+        found.setdefault(part.group, {}).setdefault(part.base, {})[column] = _finite(value)
+    groups: list[dict[str, object]] = []
+    for key in sorted(found, key=lambda key: list(names.GROUPS).index(key) if key in names.GROUPS else len(found)):
+        group, columns = names.GROUPS.get(key), list(dict.fromkeys(c for row in found[key].values() for c in row))
+        known = group.metrics if group else {}
+        groups.append(
+            {
+                "name": key,
+                "title": group.title if group else key,
+                "says": group.says if group else "",
+                "columns": columns,
+                "rows": [
+                    [base, *known.get(base, names.Metric("", "")), [row.get(column) for column in columns]]
+                    for base, row in found[key].items()
+                ],
+            }
+        )
+    return groups
 
 
 class _Pool:
@@ -269,16 +244,19 @@ class _Pool:
         return indices
 
 
-def _episode(trajectory: Trajectory, pool: _Pool) -> dict[str, object]:
+def _episode(shown: Shown, pool: _Pool) -> dict[str, object]:
+    trajectory = shown.trajectory
     return {
         "env": trajectory.env,
         "seed": str(trajectory.seed),  # a 64-bit seed is more than a JavaScript number holds
-        "policy": trajectory.policy,
+        "policy": shown.policy,
+        "when": shown.when,
+        "strayed": strayed(trajectory),
         "stop": trajectory.stop,
         "error": trajectory.error,
         "return": _finite(trajectory.total_reward),
         "turns": [_turn(turn, pool) for turn in trajectory.turns],
-        "seen": [(pool.add_images(seen.images), seen.text) for seen in _observations(trajectory)],
+        "seen": [(pool.add_images(seen.images), seen.text) for seen in observations(trajectory)],
     }
 
 

@@ -157,7 +157,8 @@ class Run:
         facts |= {"weights": self.weights} if self.weights else {}
         facts |= {"differs": "; ".join(self.differences)} if self.differences else {}
         facts |= {"algo": cfg.algo.name} if cfg.algo else {}
-        return facts | {"seed": str(cfg.seed), "commit": commit()[:12]}
+        facts |= {"seed": str(cfg.seed), "commit": commit()[:12]}
+        return facts | {"versions": ", ".join(versions().splitlines()), "time": f"{self._seconds():.0f} s"}
 
     def path(self, *parts: str) -> Path:
         return self.dir.joinpath(*parts)

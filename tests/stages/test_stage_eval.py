@@ -9,6 +9,7 @@ from PIL import Image
 
 from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import VlmAgentsError
+from vlm_agents.metrics import parts
 from vlm_agents.run import panel_seeds
 from vlm_agents.stages.playing import wilson_interval
 
@@ -84,6 +85,15 @@ def test_what_the_folder_holds(played: Path):
         "artifacts": {"report": "report.html", "episodes": "episodes.jsonl"},
     }
     assert (played / "DONE").is_file()
+
+
+def test_the_report_shows_sampled_and_greedy_episodes(played: Path):
+    told = json.loads((played / "report.html").read_text().split('id="block">', 1)[1].split("</script>", 1)[0])
+    seeds = panel_seeds("vlm_agents/Echo-v0", 30)
+    for policy in ("model, sampled", "model, greedy"):  # the first twelve, and four failures behind them
+        assert [int(one["seed"]) for one in told["episodes"] if one["policy"] == policy] == seeds[:16]
+    assert {one["strayed"] for one in told["episodes"]} == {0}  # no reply of this model is legal
+    assert [name for name in summary(played)["metrics"] if parts(name).metric is None] == []
 
 
 def test_an_interrupted_evaluation_starts_anew(run_stage: RunStage, tmp_path: Path):

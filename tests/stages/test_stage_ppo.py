@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from vlm_agents.config import RunConfig
 from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import ConfigError, DataError
+from vlm_agents.metrics import parts
 from vlm_agents.models import load_agent
 from vlm_agents.run import panel_seeds, training_seed
 from vlm_agents.stages.playing import format_of
@@ -83,12 +84,58 @@ def test_the_run_directory_is_complete(trained: Path):
     assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
     assert (trained / "report.html").is_file()
     assert len(list((trained / "pictures").glob("*.png"))) == 3
+    panel = panel_seeds("vlm_agents/Echo-v0", 5)
+    kept = [(episode.policy, episode.seed) for episode in read_episodes(trained / "before")]
+    assert kept == [(policy, seed) for policy in ("model", "model_greedy") for seed in panel]
     assert (trained / "model/model.safetensors").read_bytes() == (
         trained / "checkpoints/step_000003/model/model.safetensors"
     ).read_bytes()
     assert summary(trained)["artifacts"] == {
         "model": "model", "report": "report.html", "episodes": "episodes.jsonl"
     }  # fmt: skip
+
+
+def page(folder: Path) -> dict:
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    return json.loads(text.split('id="block">', 1)[1].split("</script>", 1)[0])
+
+
+def test_the_report_holds_the_same_seeds_before_against_after(trained: Path):
+    told, metrics = page(trained), summary(trained)["metrics"]
+    after, before = (f"{metrics[f'eval/success{when}']:.3f} [" for when in ("", "_before"))
+    assert told["sentence"].startswith(f"Success on 5 held-out seeds of vlm_agents/Echo-v0: {before}")
+    assert f" -> {after}" in told["sentence"]
+    assert [(result["policy"], result["success"][0]) for result in told["results"]] == [
+        ("model, sampled, before", metrics["eval/success_before"]),
+        ("model, sampled, after", metrics["eval/success"]),
+        ("model, greedy, before", metrics["eval/success_greedy_before"]),
+        ("model, greedy, after", metrics["eval/success_greedy"]),
+        ("random", metrics["eval/success_random"]),
+        ("expert", 1.0),
+    ]
+    first, *_ = told["curves"]
+    assert (first["name"], len(first["points"]), len(first["bounds"])) == ("rollout/success", 3, 3)
+    assert [mark[0] for mark in first["marks"]] == [0, 2, 3]
+    assert [(one["when"], one["policy"], int(one["seed"])) for one in told["episodes"]] == [
+        (f"{when} training", f"model, {how}", seed)
+        for when in ("after", "before")
+        for how in ("sampled", "greedy")
+        for seed in panel_seeds("vlm_agents/Echo-v0", 5)
+    ]
+
+
+def test_a_continued_run_still_shows_what_was_played_before(run_stage: RunStage, tmp_path: Path):
+    words = [*SMALL, "stage.iterations=1", "stage.eval_episodes=2"]
+    told = page(run_stage(tmp_path, *words))["episodes"]
+    for name in ("DONE", "report.html", "summary.json"):
+        (tmp_path / name).unlink()
+    assert page(run_stage(tmp_path, *words))["episodes"] == told
+    assert len(told) == 8  # two seeds, sampled and greedy, before and after
+
+
+def test_every_metric_of_a_run_is_explained(trained: Path):
+    logged = {name for line in [*lines(trained), summary(trained)["metrics"]] for name in line if name != "step"}
+    assert [name for name in sorted(logged) if parts(name).metric is None] == []
 
 
 def test_four_episodes_of_each_iteration_are_kept_and_none_is_of_the_panel(trained: Path):
@@ -140,7 +187,9 @@ def test_the_next_stage_starts_from_the_weights_that_are_left(trained: Path, run
     """A learning rate of 0 and the same panel: what was measured after is what is measured before."""
     again = run_stage(tmp_path, *SMALL, "stage.iterations=1", f"stage.init={trained}", "algo.lr=0", "algo.value_lr=0")
     then, now = lines(trained)[-1], lines(again)[0]
-    assert {name: now[name] for name in now if name != "step"} == {name: then[name] for name in then if name != "step"}
+    beside = {name for name in then if name.endswith(("_random", "_expert"))} - set(now)  # played in the end alone
+    assert then.keys() - beside == now.keys()
+    assert {name: now[name] for name in now if name != "step"} == {name: then[name] for name in now if name != "step"}
     end, start = (load_file(folder / "model/model.safetensors") for folder in (again, trained))
     assert all(torch.equal(end[name], start[name]) for name in start)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vlm_agents.config import HardwareConfig, LoraConfig, ModelConfig
 from vlm_agents.errors import ConfigError, DataError, TrainingError
+from vlm_agents.metrics import parts
 from vlm_agents.models import Agent, load_agent
 from vlm_agents.stages.sft import GroupedSampler, validate
 from vlm_agents.stages.sft_data import Chats, check
@@ -56,6 +57,21 @@ def test_the_loss_falls(trained: Path, tiny_model: Path):
     # random weights say every token with about equal probability, so the loss starts near log(vocabulary)
     agent = load_agent(ModelConfig("tiny", path=str(tiny_model)), HardwareConfig("cpu"))
     assert metrics_of(trained)["sft/val_loss"] < math.log(len(agent.tokenizer)) - 2
+
+
+def test_the_report_shows_rows_with_what_the_model_says(trained: Path):
+    text = (trained / "report.html").read_text(encoding="utf-8")
+    told = json.loads(text.split('id="block">', 1)[1].split("</script>", 1)[0])
+    assert told["sentence"].startswith(f"Loss {metrics_of(trained)['sft/loss']:.4g} over ")
+    assert [curve["name"] for curve in told["curves"] if curve["first"]] == ["sft/loss", "sft/grad_norm"]
+    assert all(example["prompt"] and example["answer"] and example["reply"] for example in told["examples"])
+    assert 3 <= len(told["examples"]) <= 6
+    assert told["images"]
+
+
+def test_every_metric_is_explained(trained: Path, echo_chats: Path, echo_episodes: Path):
+    logged = [name for folder in (trained, echo_chats, echo_episodes) for line in lines(folder) for name in line]
+    assert [name for name in sorted({*logged} - {"step"}) if parts(name).metric is None] == []
 
 
 def test_each_line_is_the_mean_over_its_steps(run_stage: RunStage, echo_chats: Path, tmp_path: Path, trained: Path):

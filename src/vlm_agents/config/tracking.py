@@ -19,7 +19,7 @@ class TrackingConfig(Part, place="tracking"):
     uri: str | None = setting(None, "MLflow's store; null: what MLFLOW_TRACKING_URI says, else sqlite:///mlflow.db")
     experiment: str | None = setting(
         None,
-        "MLflow's experiment, or wandb's project; null: what MLFLOW_EXPERIMENT_NAME or WANDB_PROJECT says, else vlm_agents",
+        "MLflow's experiment, or wandb's project; null: MLFLOW_EXPERIMENT_NAME or WANDB_PROJECT, else vlm_agents",
     )
 
     def __post_init__(self) -> None:

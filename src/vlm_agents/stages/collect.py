@@ -21,7 +21,6 @@ from vlm_agents.policies import NoisyPolicy, Policy
 from vlm_agents.progress import say, track
 from vlm_agents.prompting import PromptFormat
 from vlm_agents.remote import ChatClient
-from vlm_agents.report import write_report
 from vlm_agents.rollout import collect, summarise
 from vlm_agents.run import Run, training_seed
 from vlm_agents.stages.playing import (
@@ -33,12 +32,13 @@ from vlm_agents.stages.playing import (
     scripted_policy,
     tell_unread,
 )
+from vlm_agents.stages.reporting import Album, report, shown
 from vlm_agents.types import Trajectory, Turn
 
 if TYPE_CHECKING:  # scripted and remote policies need no torch
     from vlm_agents.models import Agent
 
-REPORTED = 12  # episodes in report.html
+LOOKED_AT = 48  # episodes of which the report shows some
 BLOCK = 4  # episodes of each env that a model plays together, and again where one of them lacks
 SAMPLES = 3  # of a remote policy's reply, until one holds a legal action: what is sought here is data, not a grade
 
@@ -77,7 +77,8 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         for trajectory in track(playing(envs), "collect", stage.episodes, "episodes", there):
             writer.append(rated(trajectory, ratings(trajectory.turns, stage, client)))
     writer.sync()
-    metrics = summarise(read_episodes(run.dir, pictures=False), "collect")
+    metrics = {"collect/episodes": float(stage.episodes)}
+    metrics |= summarise(read_episodes(run.dir, pictures=False), "collect")
     if client:
         metrics |= {f"collect/{name}": count for name, count in client.counts().items()}
         unrated = tell_unread(run.dir, client, stage.policy == "remote", stage.rater == "remote")
@@ -85,16 +86,11 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
             metrics["collect/unrated"] = float(unrated)
     tell(metrics, stage.episodes, run.path("episodes.jsonl"))
     run.log(0, metrics)
-    report = run.path("report.html")
-    write_report(
-        report,
-        title=f"collect: {cfg.env.id}",
-        subtitle=f"{stage.episodes} episodes of {policy.name}",
-        metrics=metrics,
-        curves={},
-        episodes=list(islice(read_episodes(run.dir), REPORTED)),
-    )
-    return run.finish(metrics, {"report": report, "episodes": run.path("episodes.jsonl")})
+    album = Album()
+    for trajectory in islice(read_episodes(run.dir), LOOKED_AT):
+        album.keep(trajectory)
+    page = report(run, metrics, shown(album.episodes))
+    return run.finish(metrics, {"report": page, "episodes": run.path("episodes.jsonl")})
 
 
 def already(blocks: Sequence[Sequence[tuple[int, bool]]], episodes: int) -> int:

@@ -5,23 +5,23 @@ from contextlib import closing
 from vlm_agents.config import EvalConfig, RunConfig
 from vlm_agents.episodes import EpisodeWriter
 from vlm_agents.errors import ConfigError
+from vlm_agents.frames import episode_gif
 from vlm_agents.progress import say
 from vlm_agents.prompting import make_format
 from vlm_agents.remote import ChatClient
-from vlm_agents.report import episode_gif, write_report
 from vlm_agents.run import Run
 from vlm_agents.stages.playing import (
     has_expert,
     open_envs,
+    play_baselines,
     play_model,
     play_panel,
     remote_policy,
     scripted_policy,
     tell_unread,
 )
+from vlm_agents.stages.reporting import Album, report, results, shown
 from vlm_agents.types import Trajectory
-
-NAMES = {"": "model, sampled", "_greedy": "model, greedy", "_random": "random", "_expert": "expert"}
 
 
 def main(cfg: RunConfig, run: Run) -> dict[str, float]:
@@ -29,7 +29,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     assert isinstance(stage, EvalConfig)
     prompt_format = make_format(cfg.prompt)
     advised = has_expert(cfg.env)
-    shown: list[Trajectory] = []
+    album, first = Album(stage.report_episodes), list[Trajectory]()
     if stage.policy == "expert" and not advised:
         raise ConfigError(f"{cfg.env.id} has no expert: set stage.policy=model or random")
     agent = None
@@ -44,11 +44,12 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
 
         def keep(trajectory: Trajectory) -> None:
             writer.append(trajectory)
-            if len(shown) < max(1, stage.report_episodes):  # the animation takes the first
-                shown.append(trajectory)
+            album.keep(trajectory)
+            if not first:  # for the animation
+                first.append(trajectory)
 
         if agent is not None:
-            metrics = play_model(cfg, envs, agent, stage.episodes, keep)
+            metrics = play_model(cfg, envs, agent, stage.episodes, keep, album.keep)
         elif stage.policy == "remote":
             with closing(ChatClient(stage.remote, run.path("remote"))) as client:
                 policy = remote_policy(cfg, client, samples=1)  # like the model, it has one try a turn
@@ -58,37 +59,16 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         else:
             policy = scripted_policy(stage.policy, prompt_format)
             metrics = play_panel(cfg, envs, policy, stage.episodes, on_episode=keep)
-        compared = stage.baselines and stage.policy in ("model", "remote")
-        baselines = ["random", *(["expert"] if advised else [])] if compared else []
-        for name in baselines:
-            metrics |= play_panel(cfg, envs, scripted_policy(name, prompt_format), stage.episodes, f"_{name}")
+        if stage.baselines and stage.policy in ("model", "remote"):
+            metrics |= play_baselines(cfg, envs, stage.episodes)
     writer.sync()
     run.log(0, metrics)
-    table = [
-        {
-            "policy": name if stage.policy == "model" or suffix else stage.policy,
-            "success (95 %)": "{:.3f} [{:.3f}, {:.3f}]".format(
-                *(metrics[f"eval/success{bound}{suffix}"] for bound in ("", "_low", "_high"))
-            ),
-            "return": f"{metrics[f'eval/return{suffix}']:.3f}",
-            "turns": f"{metrics[f'eval/episode_length{suffix}']:.1f}",
-            "loops": f"{metrics[f'eval/loop_rate{suffix}']:.3f}",
-        }
-        for suffix, name in NAMES.items()
-        if f"eval/success{suffix}" in metrics
-    ]
-    for line in table:
-        say("  ".join(f"{key}: {value}" for key, value in line.items()))
-    report, gif = run.path("report.html"), run.path("episode.gif")
-    write_report(
-        report,
-        title=f"eval: {cfg.env.id}",
-        subtitle=f"{stage.episodes} held-out seeds, {stage.policy}" + (f" of {stage.init}" if stage.init else ""),
-        metrics={name: value for name, value in metrics.items() if not name.endswith(("_random", "_expert"))},
-        curves={},
-        episodes=shown[: stage.report_episodes],
-        table=table,
-    )
-    if shown[0].turns:
-        episode_gif(shown[0], gif)
-    return run.finish(metrics, {"report": report, "episodes": run.path("episodes.jsonl")})
+    for result in results(cfg, metrics):
+        share, low, high = result.success
+        figures = {"success (95 %)": f"{share:.3f} [{low:.3f}, {high:.3f}]"}
+        figures |= {words: f"{value:.3f}" for words, value in result.others.items()}
+        say("  ".join(f"{words}: {figure}" for words, figure in {"policy": result.policy, **figures}.items()))
+    page, gif = report(run, metrics, shown(album.episodes)), run.path("episode.gif")
+    if first and first[0].turns:
+        episode_gif(first[0], gif)
+    return run.finish(metrics, {"report": page, "episodes": run.path("episodes.jsonl")})

@@ -1,6 +1,5 @@
 """What the stages that play have in common: the envs and policies of a configuration, and the held-out panel."""
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
@@ -14,6 +13,7 @@ from vlm_agents.envs.base import Env
 from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import ConfigError, EnvError
 from vlm_agents.experts import with_expert
+from vlm_agents.metrics import wilson_interval
 from vlm_agents.policies import ExpertPolicy, ModelPolicy, Policy, RandomPolicy, RemotePolicy, is_random
 from vlm_agents.progress import say, track
 from vlm_agents.prompting import Fitted, PromptFormat, make_format
@@ -152,17 +152,22 @@ def play_panel(
 
 
 def play_model(
-    cfg: RunConfig, envs: EnvPool, agent: "Agent", episodes: int, on_episode: Callable[[Trajectory], object]
+    cfg: RunConfig,
+    envs: EnvPool,
+    agent: "Agent",
+    episodes: int,
+    on_episode: Callable[[Trajectory], object] = lambda _: None,
+    on_greedy: Callable[[Trajectory], object] = lambda _: None,
 ) -> dict[str, float]:
     """The panel twice: sampled at the policy's own temperature, which `on_episode` sees, and greedy."""
+    greedy = model_policy(cfg, agent, greedy=True)
     sampled = play_panel(cfg, envs, model_policy(cfg, agent), episodes, "", agent, on_episode)
-    return sampled | play_panel(cfg, envs, model_policy(cfg, agent, greedy=True), episodes, "_greedy", agent)
+    return sampled | play_panel(cfg, envs, greedy, episodes, "_greedy", agent, on_greedy)
 
 
-def wilson_interval(successes: float, n: float, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of a success rate (Wilson 1927): honest at 0, at 1 and for small n."""
-    share = successes / n
-    centre = share + z * z / (2 * n)
-    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return (centre - spread) / scale, (centre + spread) / scale
+def play_baselines(cfg: RunConfig, envs: EnvPool, episodes: int) -> dict[str, float]:
+    """The panel by chance and, where there is one, by the expert: what a model's figures are held against."""
+    metrics: dict[str, float] = {}
+    for name in ["random", *(["expert"] if has_expert(cfg.env) else [])]:
+        metrics |= play_panel(cfg, envs, scripted_policy(name, make_format(cfg.prompt)), episodes, f"_{name}")
+    return metrics

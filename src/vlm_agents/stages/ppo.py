@@ -21,18 +21,25 @@ from vlm_agents.learn.batch import rows as build_rows
 from vlm_agents.learn.engine import TorchEngine
 from vlm_agents.learn.novelty import TemporalPredictor
 from vlm_agents.learn.update import update
+from vlm_agents.metrics import headline
 from vlm_agents.models import Agent, load_agent
 from vlm_agents.progress import say, track
-from vlm_agents.report import captioned_frame, read_curves, write_report
 from vlm_agents.rollout import collect, summarise
 from vlm_agents.run import Run, seed_everything, training_seed
-from vlm_agents.stages.playing import SHARES, format_of, has_expert, model_policy, open_envs, play_model
+from vlm_agents.stages.playing import (
+    SHARES,
+    format_of,
+    has_expert,
+    model_policy,
+    open_envs,
+    play_baselines,
+    play_model,
+)
+from vlm_agents.stages.reporting import Album, remember, remembered, report, shown, tell
 from vlm_agents.types import Trajectory
 from vlm_agents.weights import RUN_MODEL, init_folder
 
 RECORDED = 4  # episodes of each iteration kept in episodes.jsonl
-REPORTED = 12  # episodes in report.html
-CURVES = ("rollout/success", "rollout/return", "ppo/approx_kl", "ppo/entropy", "ppo/explained_variance", "eval/success")
 OPTIMIZER = "optimizer.pt"
 PREDICTOR = "temporal_predictor.pt"
 
@@ -70,7 +77,8 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     run.begin()
     with open_envs(cfg.env, stage.num_envs, has_expert(cfg.env)) as envs:
         if stage.eval_episodes and not checkpoint:
-            state["before"], _ = evaluate(cfg, run, envs, agent, 0)
+            state["before"] = evaluate(cfg, run, envs, agent, 0, album := Album())
+            remember(run, album)
             save(0)
         for iteration in range(checkpoint.step if checkpoint else 0, stage.iterations):
             state["last"], trajectories = iterate(cfg, run, envs, agent, engine, predictor, iteration)
@@ -80,31 +88,24 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
             writer.append(*trajectories[:RECORDED])
             done = iteration + 1
             if stage.eval_episodes and stage.eval_every and done % stage.eval_every == 0 and done < stage.iterations:
-                evaluate(cfg, run, envs, agent, done)
+                evaluate(cfg, run, envs, agent, done, Album(first=0))
             if done % stage.checkpoint_every == 0 or done == stage.iterations:
                 save(done)
-        after, shown = evaluate(cfg, run, envs, agent, stage.iterations) if stage.eval_episodes else ({}, [])
+        after = evaluate(cfg, run, envs, agent, stage.iterations, album := Album())
     run.save_folder(RUN_MODEL, agent.save)
-    return finish(cfg, run, state, after, shown)
+    return finish(run, state, after, album)
 
 
-def finish(
-    cfg: RunConfig, run: Run, state: dict[str, Any], after: dict[str, float], shown: list[Trajectory]
-) -> dict[str, float]:
+def finish(run: Run, state: dict[str, Any], after: dict[str, float], album: Album) -> dict[str, float]:
     """Report and summary: the last iteration's metrics, and the held-out panel after and before."""
-    before = {f"{name}_before": value for name, value in state["before"].items() if name.startswith(SHARES)}
+    before = {f"{name}_before": value for name, value in state["before"].items()}
     metrics = {**state["last"], **after, **before, "time/training": state["training_seconds"]}
     signal.conclude(state["last"])
-    report = run.path("report.html")
-    write_report(
-        report,
-        title=f"ppo: {cfg.env.id}",
-        subtitle=f"run {cfg.name}, seed {cfg.seed}",
-        metrics={name: value for name, value in metrics.items() if name.startswith(("eval/", "time/"))},
-        curves=read_curves(run.path("metrics.jsonl"), CURVES),
-        episodes=shown or list(deque(read_episodes(run.dir, skip_damaged=True), RECORDED)),
-    )
-    return run.finish(metrics, {"model": run.path(RUN_MODEL), "report": report, "episodes": run.path("episodes.jsonl")})
+    recorded = deque(read_episodes(run.dir, skip_damaged=True), RECORDED)
+    episodes = [*shown(album.episodes, "after training"), *remembered(run)] or shown(recorded)
+    artifacts = {"model": run.path(RUN_MODEL), "report": report(run, metrics, episodes)}
+    kept = {name: value for name, value in metrics.items() if name not in before or name.startswith(SHARES)}
+    return run.finish(kept, artifacts | {"episodes": run.path("episodes.jsonl")})
 
 
 def temporal_predictor(cfg: RunConfig, agent: Agent, init: str | None) -> TemporalPredictor | None:
@@ -178,36 +179,22 @@ def peak_bytes(device: torch.device, phase: str) -> dict[str, float]:
 
 
 def evaluate(
-    cfg: RunConfig, run: Run, envs: EnvPool, agent: Agent, step: int
-) -> tuple[dict[str, float], list[Trajectory]]:
-    """The held-out panel, logged at `step`, and its first episodes."""
-    assert isinstance(cfg.stage, PpoConfig)
+    cfg: RunConfig,
+    run: Run,
+    envs: EnvPool,
+    agent: Agent,
+    step: int,
+    album: Album,
+) -> dict[str, float]:
+    """The held-out panel, logged at `step`, in the end beside chance and the expert; nothing where it has no seed."""
+    stage = cfg.stage
+    assert isinstance(stage, PpoConfig)
+    if not stage.eval_episodes:
+        return {}
     agent.images.clear()
-    shown: list[Trajectory] = []
-
-    def keep(trajectory: Trajectory) -> None:
-        if len(shown) < REPORTED:
-            shown.append(trajectory)
-
-    metrics = play_model(cfg, envs, agent, cfg.stage.eval_episodes, keep)
+    metrics = play_model(cfg, envs, agent, stage.eval_episodes, album.keep, album.keep)
+    if step == stage.iterations:
+        metrics |= play_baselines(cfg, envs, stage.eval_episodes)
     run.log(step, metrics)
-    say(
-        f"eval after {step} iterations: success {metrics['eval/success']:.3f} sampled "
-        f"[{metrics['eval/success_low']:.3f}, {metrics['eval/success_high']:.3f}], "
-        f"{metrics['eval/success_greedy']:.3f} greedy"
-    )
-    return metrics, shown
-
-
-def tell(run: Run, iteration: int, iterations: int, metrics: dict[str, float], shown: Trajectory) -> None:
-    """Log an iteration, print a line of it, and keep the last turn of one episode as a picture."""
-    run.log(iteration + 1, metrics)
-    seconds = metrics["time/rollout"] + metrics["time/update"]
-    say(
-        f"iteration {iteration + 1:3d}/{iterations}  success {metrics['rollout/success']:.2f}  "
-        f"return {metrics['rollout/return']:.2f}  turns {metrics['rollout/episode_length']:.1f}  "
-        f"invalid {metrics['rollout/invalid_rate']:.3f}  kl {metrics['ppo/approx_kl']:.4f}  {seconds:.0f} s"
-    )
-    if shown.turns:
-        last = len(shown.turns) - 1
-        run.image("rollout/last_turn", captioned_frame(shown.turns[last], last), iteration + 1)
+    say(f"eval after {step} iterations: {headline('eval', metrics)}")
+    return metrics

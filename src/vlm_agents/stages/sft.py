@@ -17,13 +17,17 @@ from vlm_agents.errors import DataError, TrainingError
 from vlm_agents.learn.batch import microbatches
 from vlm_agents.learn.engine import AdamW
 from vlm_agents.models import Agent, load_agent
+from vlm_agents.models.sampler import Sampler as ReplySampler
 from vlm_agents.progress import say, track, under_way
+from vlm_agents.report import Example
 from vlm_agents.run import Run, seed_everything
 from vlm_agents.stages.playing import check_length
+from vlm_agents.stages.reporting import report
 from vlm_agents.stages.sft_data import Chats, check
 from vlm_agents.weights import RUN_MODEL, unfinished
 
 LINES = 10  # with the loss, on the screen
+EXAMPLES = 6  # rows in report.html
 GROUPED = 8  # batches that are drawn together, then sorted by length
 NAMES = {"grad_norm": "grad_norm", "learning_rate": "lr"}  # the Trainer's, ours
 
@@ -61,7 +65,8 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     say(told(metrics, sum(map(len, held_out))))
     run.log(trainer.progress["step"], metrics)
     run.save_folder(RUN_MODEL, agent.save)
-    return run.finish(metrics, {"model": run.path(RUN_MODEL)})
+    examples = answered(agent.eval(), next(filter(len, held_out), train))
+    return run.finish(metrics, {"model": run.path(RUN_MODEL), "report": report(run, metrics, examples=examples)})
 
 
 def told(metrics: Mapping[str, float], held_out: int) -> str:
@@ -231,3 +236,14 @@ def validate(agent: Agent, chats: Chats, batch_size: int, hardware: HardwareConf
         "sft/val_loss": -float(torch.cat(tokens).mean()),
         "sft/val_reply_probability": float(torch.stack(replies).exp().mean()),
     }
+
+
+def answered(agent: Agent, chats: Chats) -> list[Example]:
+    """Some rows with what the model says to them: its likeliest tokens, no more of them than the answer has."""
+    examples = []
+    sampler = ReplySampler(agent)
+    for index in np.unique(np.linspace(0, len(chats) - 1, EXAMPLES, dtype=int)).tolist():
+        prompt, answer, tokens = chats.question(index)
+        (reply,) = sampler.generate([prompt], [np.random.default_rng(0)], len(tokens), greedy=True)
+        examples.append(Example(prompt, answer, reply.text))
+    return examples

@@ -15,7 +15,7 @@ from vlm_agents.errors import DataError
 from vlm_agents.models.rendering import HFRenderer
 from vlm_agents.pictures import read_picture
 from vlm_agents.tensors import Row
-from vlm_agents.types import Message, Role
+from vlm_agents.types import Message, Prompt, Role
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +51,11 @@ class Chats(Dataset[Row]):
     def __getitem__(self, index: int) -> Row:
         return self._row(self.used[index], read_picture)
 
-    def _row(self, number: int, see: Callable[[bytes], Image.Image]) -> Row:
-        """The row in place `number` of the file, its pictures as `see` has them."""
+    def question(self, index: int) -> tuple[Prompt, str, list[int]]:
+        """What row `index` asks, as a model is asked it, and its answer, as text and as the tokens to learn."""
+        return self._question(self.used[index], read_picture)
+
+    def _question(self, number: int, see: Callable[[bytes], Image.Image]) -> tuple[Prompt, str, list[int]]:
         chat = self.records[number]
         if isinstance(chat, DataError):
             raise chat
@@ -64,7 +67,12 @@ class Chats(Dataset[Row]):
         reply = self.renderer.encode_reply(chat.answer)
         if self.renderer.vocabulary.reserved & set(reply[:-1]):
             raise DataError("its answer has characters that the model's tokenizer has no token for")
-        rendered = self.renderer.render(self.renderer.fit(prompt, self.max_prompt_tokens, len(reply)))
+        return self.renderer.fit(prompt, self.max_prompt_tokens, len(reply)), chat.answer, reply
+
+    def _row(self, number: int, see: Callable[[bytes], Image.Image]) -> Row:
+        """The row in place `number` of the file, its pictures as `see` has them."""
+        prompt, _, reply = self._question(number, see)
+        rendered = self.renderer.render(prompt)
         start, nothing = len(rendered.ids), np.zeros(0, dtype=np.float32)
         ids = np.concatenate([rendered.ids, np.array(reply, dtype=np.int64)])
         return Row(f"{self.path}:{number}", ids, rendered.images, ((start, len(ids)),), *[nothing] * 5)

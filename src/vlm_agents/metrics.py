@@ -1,0 +1,314 @@
+"""What every number that is logged means, in one place, and the sentence that a run comes down to.
+
+Names and words only: nothing here measures, logs or draws. `python -m vlm_agents.metrics` prints docs/metrics.md.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Metric(NamedTuple):
+    """One number: its unit, what it means in a line, and where a healthy run has it, if that can be said."""
+
+    unit: str
+    meaning: str
+    healthy: str = ""
+
+
+class Group(NamedTuple):
+    """The metrics whose names begin with the same `<group>/`; `says`: when they are measured, over what."""
+
+    title: str
+    says: str
+    metrics: Mapping[str, Metric]
+
+
+EPISODES = {
+    "success": Metric("share of episodes", "episodes that ended in success", "rises"),
+    "return": Metric("reward", "sum of an episode's rewards, penalties for illegal replies included", "rises"),
+    "positive_return": Metric("share of episodes", "episodes whose return is above 0", "rises"),
+    "episode_length": Metric("turns", "turns of an episode", "falls where being quick is what is learned"),
+    "steps_over_expert": Metric(
+        "ratio", "turns of a solved episode over those that the expert needs from its start", "towards 1"
+    ),
+    "time_limit_rate": Metric("share of episodes", "episodes that the limit of turns cut off", "falls"),
+    "invalid_rate": Metric("share of turns", "replies without a legal action", "below 0.05"),
+    "loop_rate": Metric(
+        "share of turns", "turns that did in a state what had been done in that state before", "below 0.1"
+    ),
+    "random_rate": Metric("share of turns", "turns that were drawn at random instead of asking the policy"),
+    "truncated_rate": Metric("share of turns", "replies cut off at prompt.max_reply_tokens", "near 0"),
+    "reply_tokens": Metric("tokens", "length of a reply", "steady: one that grows to the limit is cut off"),
+    "entropy": Metric("nats a token", "how spread the policy's choice of a token is", "falls slowly, not to 0 at once"),
+    "env_errors": Metric("episodes", "episodes that an error of the env ended; they are in no mean", "0"),
+}
+SERVER = {
+    "answers": Metric("answers", "what the server was asked for"),
+    "prompt_tokens": Metric("tokens", "of those questions"),
+    "completion_tokens": Metric("tokens", "of those answers"),
+    "cached_answers": Metric("answers", "what was found in the cache, at no cost"),
+    "cached_prompt_tokens": Metric("tokens", "of the questions that were found in the cache"),
+    "cached_completion_tokens": Metric("tokens", "of the answers that were found in the cache"),
+    "unparsable": Metric("answers", "answers that could not be read", "few"),
+}
+BOUNDS = {
+    f"{share}_{bound}": Metric("share of episodes", f"{end} end of the 95 % interval (Wilson) of {share}")
+    for share in ("success", "positive_return")
+    for bound, end in (("low", "lower"), ("high", "upper"))
+}
+GROUPS = {
+    "eval": Group(
+        "Held-out panel",
+        "The same held-out seeds every time, which no training sees. Without a suffix: sampled at the policy's own "
+        "temperature; `_greedy`: its likeliest tokens; `_random`, `_expert`: the scripted policies on the same seeds; "
+        "`_before`: before training.",
+        EPISODES | BOUNDS | SERVER,
+    ),
+    "rollout": Group(
+        "Rollout", "Over the episodes that an iteration of stage=ppo collects, before it learns from them.", EPISODES
+    ),
+    "ppo": Group(
+        "PPO update",
+        "Means over all turns of an iteration's passes, unless said otherwise.",
+        {
+            "policy_loss": Metric("", "clipped surrogate loss of the policy", "near 0; its sign says little"),
+            "value_loss": Metric("reward²", "squared error of the critic's values, halved", "falls"),
+            "entropy": Metric("nats a token", "entropy of the policy's tokens in the update", "falls slowly"),
+            "approx_kl": Metric(
+                "nats a turn", "how far the policy moved from the one that sampled: k3 estimate of the KL", "below 0.05"
+            ),
+            "clip_fraction": Metric("share of turns", "turns whose ratio has left [1 - clip, 1 + clip]", "below 0.3"),
+            "kl_reference": Metric("nats a token", "k3 estimate of the KL to the policy that training started from"),
+            "temperature": Metric("", "learned sampling temperature"),
+            "turn_entropy_loss": Metric("nats²", "how far a turn's entropy is from algo.turn_entropy", "falls"),
+            "ratio_at_start": Metric(
+                "ratio", "the ratio furthest from 1 before the first step: is what is trained what was sampled?", "1"
+            ),
+            "mismatch_kl": Metric(
+                "nats a turn",
+                "KL between the policy that sampled and the one that is updated, before any step",
+                "below 0.01",
+            ),
+            "updates": Metric("steps", "optimizer steps of the iteration; 0 while the critic alone learns"),
+            "lr": Metric("", "learning rate of the policy"),
+            "policy_grad_norm": Metric("", "gradient norm of the policy before clipping", "no jumps by powers of ten"),
+            "value_grad_norm": Metric("", "gradient norm of the critic's head before clipping"),
+            "temperature_grad_norm": Metric("", "gradient norm of the temperature's head before clipping"),
+            "explained_variance": Metric(
+                "share",
+                "share of the returns' variance that the critic foretold",
+                "towards 1; below 0: worse than none is",
+            ),
+            "advantage_std": Metric("reward", "standard deviation of the advantages, before they are normalised"),
+            "nothing_to_learn": Metric(
+                "0 or 1", "every reply was illegal, or no episode's rewards differed from another's", "0"
+            ),
+            "zero_advantage": Metric("share of turns", "turns that teach nothing: advantage 0", "below 0.9"),
+        },
+    ),
+    "novelty": Group(
+        "Novelty bonus",
+        "With algo.novelty.coef, per iteration.",
+        {
+            "surprise": Metric("nats a turn", "minus the log-probability of the actions under the predictor"),
+            "loss": Metric("nats a token", "loss of the predictor", "falls"),
+        },
+    ),
+    "sft": Group(
+        "Supervised fine-tuning",
+        "Every ten steps; the validation at the end.",
+        {
+            "loss": Metric("nats a token", "mean negative log-probability of the answers' tokens", "falls"),
+            "val_loss": Metric("nats a token", "the same on held-out rows", "near the loss; well above it: overfitted"),
+            "val_reply_probability": Metric("share", "mean probability of a whole held-out answer", "rises"),
+            "rows": Metric("rows", "rows that are trained on"),
+            "skipped_rows": Metric("rows", "rows left out as broken, with stage.skip_bad", "0"),
+            "grad_norm": Metric("", "gradient norm before clipping", "no jumps by powers of ten"),
+            "lr": Metric("", "learning rate"),
+        },
+    ),
+    "collect": Group(
+        "Collected episodes",
+        "Over all episodes of stage=collect.",
+        {"episodes": Metric("episodes", "episodes on file")}
+        | EPISODES
+        | SERVER
+        | {"unrated": Metric("turns", "turns that the rater gave no rating", "0")},
+    ),
+    "preprocess": Group(
+        "Rows for training",
+        "Counts over all sources of stage=preprocess.",
+        {
+            "train": Metric("rows", "rows to train on"),
+            "validation": Metric("rows", "rows held out"),
+            "pictures": Metric("pictures", "distinct pictures"),
+            "episodes": Metric("episodes", "episodes that were read"),
+            "episodes_left_out": Metric("episodes", "episodes without success, or ended by an error"),
+            "turns_left_out": Metric("turns", "turns without a label, or rated too low"),
+            "turns_rated": Metric("turns", "turns with a rating"),
+            "turns_unrated": Metric("turns", "turns without a rating"),
+            "duplicates": Metric("rows", "rows that were there already"),
+            "records": Metric("records", "records that were read"),
+            "records_skipped": Metric("records", "records that can't be read", "0"),
+            "no_chat": Metric("rows", "skipped: no chat that ends in an answer", "0"),
+            "mark_in_text": Metric("rows", "skipped: a text spells the mark of a picture", "0"),
+            "half_character": Metric("rows", "skipped: a text with half a surrogate pair", "0"),
+            "too_large": Metric("rows", "skipped: larger than a Parquet reader takes", "0"),
+        },
+    ),
+    "merge": Group(
+        "Merged weights",
+        "Over the first prompts of held-out seeds.",
+        {
+            "adapter_logit_difference": Metric("logits", "largest difference that the adapter makes"),
+            "max_logit_difference": Metric(
+                "logits", "largest difference of the merged model from the adapter model", "far below the adapter's"
+            ),
+            "quantised_logit_difference": Metric("logits", "the same from the model in 4 bits that was trained"),
+        },
+    ),
+    "doctor": Group(
+        "Machine and model",
+        "Estimates of stage=doctor; nothing is loaded.",
+        {
+            **{
+                f"{part}_bytes": Metric("bytes", f"memory of {words}")
+                for part, words in {
+                    "weights": "the weights",
+                    "optimizer": "the optimizer",
+                    "kv_cache": "the KV cache in sampling",
+                    "prefill": "prefill in sampling",
+                    "gradients": "the gradients",
+                    "activations": "the activations in an update",
+                    "logits": "the logits in an update",
+                    "optimizer_step": "an optimizer step",
+                    "sampling": "sampling in all",
+                    "update": "an update in all",
+                    "peak": "the larger of the two",
+                    "machine": "the device",
+                }.items()
+            },
+            "fits": Metric("", "1: the peak fits the device", "1"),
+            "parameters": Metric("parameters", "of the model"),
+            "prompt_tokens": Metric("tokens", "longest prompt"),
+            "gpus": Metric("GPUs", "that torch sees"),
+            "cpu_cores": Metric("cores", "that this process may use"),
+        },
+    ),
+    "time": Group(
+        "Time",
+        "Of an iteration of stage=ppo.",
+        {
+            "rollout": Metric("s", "collecting the episodes"),
+            "update": Metric("s", "learning from them"),
+            "training": Metric("s", "both, over all iterations"),
+        },
+    ),
+    "speed": Group(
+        "Speed",
+        "Of an iteration's rollout.",
+        {
+            "env_steps_per_s": Metric("turns/s", "turns played, all envs together"),
+            "reply_tokens_per_s": Metric("tokens/s", "tokens sampled"),
+        },
+    ),
+    "memory": Group(
+        "GPU memory",
+        "The most that tensors took.",
+        {
+            "rollout_bytes": Metric("bytes", "while collecting"),
+            "update_bytes": Metric("bytes", "while learning"),
+        },
+    ),
+}
+VARIANTS = ("_greedy", "_random", "_expert")
+
+
+class Name(NamedTuple):
+    """A metric's name in its parts: `eval/success_low_greedy_before` is eval, success_low, greedy, before."""
+
+    group: str
+    base: str
+    variant: str = ""
+    before: bool = False
+
+    @property
+    def metric(self) -> Metric | None:
+        return GROUPS[self.group].metrics.get(self.base) if self.group in GROUPS else None
+
+
+def parts(name: str) -> Name:
+    group, _, base = name.partition("/")
+    if group != "eval":
+        return Name(group, base)
+    plain = base.removesuffix("_before")
+    known = plain in GROUPS["eval"].metrics  # steps_over_expert is nobody's variant
+    variant = "" if known else next((word for word in VARIANTS if plain.endswith(word)), "")
+    return Name(group, plain.removesuffix(variant), variant[1:], plain != base)
+
+
+def wilson_interval(successes: float, n: float, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of a success rate (Wilson 1927): honest at 0, at 1 and for small n."""
+    share = successes / n
+    centre = share + z * z / (2 * n)
+    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return (centre - spread) / scale, (centre + spread) / scale
+
+
+def with_interval(metrics: Mapping[str, float], name: str, suffix: str = "") -> str:
+    """`0.470 [0.402, 0.539]` of the eval metric `name`; without its interval where that isn't there."""
+    ends = [metrics[key] for bound in ("low", "high") if (key := f"{name}_{bound}{suffix}") in metrics]
+    return f"{metrics[name + suffix]:.3f}" + (" [{:.3f}, {:.3f}]".format(*ends) if len(ends) == 2 else "")
+
+
+def headline(stage: str, metrics: Mapping[str, float], where: str = "") -> str:
+    """What came of a run, in a line; `where`, such as " on 200 held-out seeds", is put behind the noun."""
+    name = "eval/success"
+    match stage:
+        case "ppo" | "eval" if name in metrics:
+            sampled, greedy = with_interval(metrics, name), metrics.get(f"{name}_greedy")
+            if f"{name}_before" in metrics:
+                sampled = f"{with_interval(metrics, name, '_before')} -> {sampled}"
+            if greedy is None:
+                return f"success{where} {sampled}"
+            before = metrics.get(f"{name}_greedy_before")
+            start = "" if before is None else f"{before:.3f} -> "
+            return f"success{where} {sampled} sampled, {start}{greedy:.3f} greedy"
+        case "ppo":
+            return f"success {metrics['rollout/success']:.3f} in the last iteration's rollout, no held-out seed played"
+        case "sft":
+            held_out = f", {metrics['sft/val_loss']:.4g} on held-out rows" if "sft/val_loss" in metrics else ""
+            return f"loss {metrics['sft/loss']:.4g} over {metrics['sft/rows']:.0f} rows{held_out}"
+        case "collect":
+            return f"{metrics['collect/episodes']:.0f} episodes{where}, success {metrics['collect/success']:.3f}"
+        case "preprocess":
+            return (
+                f"{metrics['preprocess/train']:.0f} rows to train on, {metrics['preprocess/validation']:.0f} held out"
+            )
+        case "merge":
+            return f"logits within {metrics['merge/max_logit_difference']:.2g} of the adapter model's"
+        case "doctor":
+            need, there = (metrics[f"doctor/{part}_bytes"] / 2**30 for part in ("peak", "machine"))
+            return f"needs {need:.2f} GiB of {there:.2f}, {'fits' if metrics['doctor/fits'] else 'does not fit'}"
+    raise AssertionError(f"no headline for stage={stage}")
+
+
+def document() -> str:
+    """docs/metrics.md."""
+    lines = [
+        "# Metrics",
+        "",
+        "What the numbers of `metrics.jsonl`, `summary.json`, the report and the tracker mean. Generated by "
+        "`python -m vlm_agents.metrics`.",
+    ]
+    for name, group in GROUPS.items():
+        lines += ["", f"## {name}/: {group.title}", "", group.says, ""]
+        lines += ["| name | unit | meaning | healthy |", "|---|---|---|---|"]
+        lines += [f"| `{key}` | {m.unit} | {m.meaning} | {m.healthy} |" for key, m in group.metrics.items()]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(document(), end="")
