@@ -13,16 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlm_agents.config import AlgoConfig, PpoConfig, RunConfig
+from vlm_agents.config import PpoConfig, RunConfig
 from vlm_agents.env_pool import EnvPool
 from vlm_agents.episodes import EpisodeWriter, read_episodes
-from vlm_agents.errors import ConfigError
 from vlm_agents.learn.batch import rows as build_rows
 from vlm_agents.learn.engine import TorchEngine
 from vlm_agents.learn.novelty import TemporalPredictor
 from vlm_agents.learn.update import update
 from vlm_agents.models import Agent, load_agent
-from vlm_agents.models.loading import ADAPTER_FILE, RUN_MODEL, init_folder
+from vlm_agents.models.sources import RUN_MODEL, init_folder
 from vlm_agents.progress import say, track
 from vlm_agents.report import captioned_frame, read_curves, write_report
 from vlm_agents.rollout import collect, summarise
@@ -41,7 +40,6 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     stage, algo = cfg.stage, cfg.algo
     assert isinstance(stage, PpoConfig)
     assert algo is not None
-    check_reference(stage, algo)
     run.append_only("episodes.jsonl")
     checkpoint = run.restore()
     seed_everything(cfg.seed)
@@ -84,15 +82,6 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         after, shown = evaluate(cfg, run, envs, agent, stage.iterations) if stage.eval_episodes else ({}, [])
     run.save_folder(RUN_MODEL, agent.save)
     return finish(cfg, run, state, after, shown)
-
-
-def check_reference(stage: PpoConfig, algo: AlgoConfig) -> None:
-    """Switching the adapter off must give the policy that training started from."""
-    if algo.kl_coef > 0 and stage.init and (init_folder(stage.init) / ADAPTER_FILE).is_file():
-        raise ConfigError(
-            f"algo.kl_coef > 0 holds the policy near the one that it starts from, and stage.init={stage.init} is an "
-            "adapter that training would change: merge it into its model first (stage=merge), or set algo.kl_coef=0"
-        )
 
 
 def finish(

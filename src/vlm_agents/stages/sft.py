@@ -16,8 +16,8 @@ from vlm_agents.errors import DataError, TrainingError
 from vlm_agents.learn.batch import microbatches
 from vlm_agents.learn.engine import AdamW
 from vlm_agents.models import Agent, load_agent
-from vlm_agents.models.loading import RUN_MODEL
-from vlm_agents.run import Run, seed_everything, unfinished
+from vlm_agents.models.sources import RUN_MODEL
+from vlm_agents.run import Run, seed_everything
 from vlm_agents.stages.playing import check_length
 from vlm_agents.stages.sft_data import Chats, check
 
@@ -28,9 +28,6 @@ NAMES = {"grad_norm": "grad_norm", "learning_rate": "lr"}  # the Trainer's, ours
 def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     stage = cfg.stage
     assert isinstance(stage, SftConfig)
-    if unfinished(Path(stage.data)):
-        path = Path(stage.data) / "train.parquet"
-        raise DataError(f"no whole {path}: its stage=preprocess isn't finished; give that command again first")
     checkpoint = run.restore()
     seed_everything(cfg.seed)
     init = str(checkpoint.path) if checkpoint else stage.init
