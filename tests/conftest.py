@@ -155,9 +155,11 @@ def run_stage(echo_run: ComposeRun) -> RunStage:
     """`run_stage(folder, "stage=ppo", ...)`: runs the stage of `echo_run`'s configuration in this process; `folder`."""
 
     def run(folder: Path, *overrides: str) -> Path:
+        from vlm_agents import preflight
         from vlm_agents.run import Run
 
         cfg = echo_run(folder, *overrides)
+        preflight.check(cfg)
         with Run.open(cfg, overrides) as opened:
             importlib.import_module(f"vlm_agents.stages.{cfg.stage.name}").main(cfg, opened)
         return folder

@@ -17,13 +17,14 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = """
 __main__ worker
 command_line chain completion hydra_errors
+preflight
 stages run
 rollout
 policies episodes llava_data env_pool report frames chats inputs judge
 envs experts | prompting | models | learn | tracking backends stores | checkpoints | remote endpoint answers | sandbox
 lineage weights
 config tensors
-types errors files pictures progress versions metrics
+types errors files pictures progress versions metrics cores
 """
 CELLS = [[cell.split() for cell in line.split("|")] for line in LAYERS.strip().splitlines()]
 
@@ -43,6 +44,7 @@ DOORS = {
     "minigrid": ["envs", "experts"],
     "gymnasium": ["envs", "env_pool.py"],
     "httpx2": ["endpoint.py"],
+    "huggingface_hub": ["models/sources.py"],
 }
 
 
@@ -97,7 +99,7 @@ def test_each_dependency_has_its_door(path: Path) -> None:
 
 def test_what_an_episode_is_made_of_needs_no_torch() -> None:
     parts = ["types", "errors", "files", "config", "envs", "experts", "prompting", "episodes", "report", "run", "chain"]
-    parts += ["stages.collect", "stages.eval"]  # with a scripted or a remote policy
+    parts += ["preflight", "stages.collect", "stages.eval"]  # with a scripted or a remote policy
     statements = "; ".join(f"import vlm_agents.{part}" for part in parts)
     modules = [relative(path) for path in MODULES if relative(path).split("/")[0] in ("envs", "experts", "prompting")]
     statements += "".join(f"; import vlm_agents.{m.removesuffix('.py').replace('/', '.')}" for m in modules)

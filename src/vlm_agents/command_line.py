@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from textwrap import fill
@@ -128,6 +129,21 @@ def compose_and_run(task: Callable[[DictConfig], Any], argv: list[str], words: S
             with writing(Path(error.filename or "multirun")):  # where Hydra makes the directories of a sweep
                 raise
         raise explain(error, words) from error
+    finally:
+        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+            remove_idle_sweep(Path(HydraConfig.get().sweep.dir))
+
+
+def remove_idle_sweep(folder: Path) -> None:
+    """Remove what Hydra made for jobs of a sweep that left nothing behind, and the sweep's folder if none left any."""
+    with suppress(OSError):  # it holds more
+        for job in folder.iterdir():
+            if job.is_dir() and not any(job.iterdir()):
+                job.rmdir()
+        if [path.name for path in folder.iterdir()] == ["multirun.yaml"]:
+            (folder / "multirun.yaml").unlink()
+            for path in (folder, *folder.parents[:2]):
+                path.rmdir()
 
 
 def settings_help(argv: list[str], words: Sequence[str]) -> str:
@@ -165,6 +181,7 @@ def run_stage(composed: DictConfig) -> dict[str, float]:
                     "run_dir=... is the directory of one run: set hydra.sweep.dir=... for those of a sweep"
                 )
             cfg = replace(cfg, run_dir=job.runtime.output_dir)
+        from vlm_agents import preflight
         from vlm_agents.metrics import headline
         from vlm_agents.run import Run, finished_metrics, settled
 
@@ -176,6 +193,7 @@ def run_stage(composed: DictConfig) -> dict[str, float]:
                 flush=True,
             )
             return metrics
+        preflight.check(cfg)
         if not sweep and not any(word.startswith("name=") for word in overrides):
             print(f"continue with: python -m vlm_agents {shlex.join([*overrides, f'name={cfg.name}'])}", flush=True)
         start = time.monotonic()

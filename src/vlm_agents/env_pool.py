@@ -15,6 +15,7 @@ from gymnasium.error import NoAsyncCallError
 from gymnasium.spaces import Discrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 
+from vlm_agents.cores import single_threaded
 from vlm_agents.envs.base import Env, checked_observation, checked_step
 from vlm_agents.errors import EnvError, VlmAgentsError, harmless
 from vlm_agents.progress import under_way
@@ -183,12 +184,13 @@ class _Worker:
         loaded = [name for name in sys.modules if name.startswith(("vlm_agents.envs", "vlm_agents.experts"))]
         multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, *loaded])
         try:
-            self._vector = AsyncVectorEnv(
-                [partial(_Bridge, make)],
-                shared_memory=False,
-                context="forkserver",
-                autoreset_mode=AutoresetMode.DISABLED,
-            )
+            with single_threaded():  # for the server too, which loads numpy for all of them
+                self._vector = AsyncVectorEnv(
+                    [partial(_Bridge, make)],
+                    shared_memory=False,
+                    context="forkserver",
+                    autoreset_mode=AutoresetMode.DISABLED,
+                )
         except (EOFError, OSError) as error:
             raise EnvError(f"can't start a worker process ({error!r}); env.workers=false needs none") from error
 

@@ -70,6 +70,17 @@ def read_llava(path: Path, folder: Path, counts: Counter[str]) -> Iterator[Examp
         )
 
 
+def refuse_no_list(path: Path) -> None:
+    """DataError where `path` can't be read, or holds no list, as its first bytes say: files may be large."""
+    try:
+        with open(path, "rb") as file:
+            listed = file.read(1 << 12).lstrip().startswith(b"[")
+    except OSError:
+        listed = False
+    if not listed:
+        _load(path)  # says what is wrong
+
+
 def _load(path: Path) -> list[Any]:
     try:
         records = json.loads(path.read_bytes())

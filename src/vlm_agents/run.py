@@ -17,13 +17,13 @@ import hashlib
 import json
 import logging
 import math
-import os
 import random
 import shlex
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -31,7 +31,7 @@ import numpy as np
 import yaml
 from PIL.Image import Image
 
-from vlm_agents import checkpoints, tracking
+from vlm_agents import checkpoints, cores, tracking
 from vlm_agents.checkpoints import Checkpoint
 from vlm_agents.config import AUTO, CollectConfig, EvalConfig, PpoConfig, RunConfig, conf_dir, flat, may_change
 from vlm_agents.errors import ConfigError, DataError
@@ -81,12 +81,15 @@ def seed_everything(seed: int) -> None:
 class Run:
     """One run directory, held by one process at a time. Made by `open`, a context manager."""
 
-    def __init__(self, cfg: RunConfig, overrides: Sequence[str], lock: IO[bytes], sweep: Path | None) -> None:
+    def __init__(
+        self, cfg: RunConfig, overrides: Sequence[str], lock: IO[bytes], sweep: Path | None, undo: ExitStack
+    ) -> None:
         self.cfg = cfg
         self.dir = Path(cfg.run_dir)
         self._overrides = overrides
         self._lock = lock
         self._sweep = sweep
+        self._undo = undo  # what `open` made; until `begin`
         self._tracker: Tracker | None = None  # from `begin` on
         self.differences = differences(cfg)  # lines for a person: what it asks otherwise than its weights were taught
         self._append_only = [METRICS]
@@ -101,32 +104,36 @@ class Run:
         inputs."""
         refuse_nonsense(cfg)
         folder = Path(cfg.run_dir)
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            if any(folder.iterdir()) and not (folder / "lock").exists():
-                raise ConfigError(f"{folder} is no run directory, and not empty: choose another run_dir= or name=")
-            lock = open(folder / "lock", "ab")  # noqa: SIM115 - closed by __exit__
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by forked env workers
-        except BlockingIOError:
-            raise ConfigError(f"{folder} is in use by another process: wait for it, or choose another name=") from None
-        if (folder / "DONE").exists():
-            raise ConfigError(f"{folder} is finished: choose another name=, or delete that directory")
-        for part in (folder, *(path for path in folder.iterdir() if path.is_dir())):
-            sweep_temporaries(part)
-        settings = settings_of(cfg)
-        if holds_work(folder):
-            refuse_other_settings(folder / "config.yaml", settings)
-            refuse_other_inputs(folder)
-        else:
-            (folder / INPUTS).unlink(missing_ok=True)
-        if not (folder / INPUTS).exists():  # of an older version too
-            atomic_write(folder / INPUTS, to_json(hashes(inputs_of(cfg)), indent=2) + "\n")
-        atomic_write(folder / "config.yaml", settings)
-        atomic_write(folder / "overrides", "".join(f"{word}\n" for word in overrides))
-        atomic_write(folder / "commit", commit() + "\n")
-        atomic_write(folder / "versions", versions() + "\n")
-        return cls(cfg, overrides, lock, sweep)
+        with ExitStack() as undo:
+            with writing(folder):
+                make_folder(folder, undo)
+                if any(folder.iterdir()) and not (folder / "lock").exists():
+                    raise ConfigError(f"{folder} is no run directory, and not empty: choose another run_dir= or name=")
+                lock = open(folder / "lock", "ab")  # noqa: SIM115 - closed by __exit__
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by forked env workers
+            except BlockingIOError:
+                undo.pop_all()
+                raise ConfigError(
+                    f"{folder} is in use by another process: wait for it, or choose another name="
+                ) from None
+            if (folder / "DONE").exists():
+                raise ConfigError(f"{folder} is finished: choose another name=, or delete that directory")
+            for part in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+                sweep_temporaries(part)
+            settings = settings_of(cfg)
+            if holds_work(folder):
+                refuse_other_settings(folder / "config.yaml", settings)
+                refuse_other_inputs(folder)
+            else:
+                (folder / INPUTS).unlink(missing_ok=True)
+            if not (folder / INPUTS).exists():  # of an older version too
+                atomic_write(folder / INPUTS, to_json(hashes(inputs_of(cfg)), indent=2) + "\n")
+            atomic_write(folder / "config.yaml", settings)
+            atomic_write(folder / "overrides", "".join(f"{word}\n" for word in overrides))
+            atomic_write(folder / "commit", commit() + "\n")
+            atomic_write(folder / "versions", versions() + "\n")
+            return cls(cfg, overrides, lock, sweep, undo.pop_all())
 
     def __enter__(self) -> Self:
         return self
@@ -135,11 +142,14 @@ class Run:
         interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
         if self._tracker:
             self._tracker.close("FINISHED" if kind is None else "KILLED" if interrupted else "FAILED")
+        if kind is not None:
+            self._undo.close()
         self._lock.close()
 
     def begin(self) -> None:
         """To be called by a stage once what it needs is there and loaded: from here on it does something, and tells the
-        tracker."""
+        tracker. One that ends before leaves nothing behind."""
+        self._undo.pop_all()
         self._tracker = Tracker(dataclasses.asdict(self.cfg), self.dir, self._sweep)
         for line in ([f"weights: {self.weights}"] if self.weights else []) + self.differences:
             say(line)
@@ -266,6 +276,29 @@ class Run:
         return dict(metrics)
 
 
+def make_folder(folder: Path, undo: ExitStack) -> None:
+    """Make it with its parents; `undo` shall remove what was made here, and all that comes into it if it was empty."""
+    for path in reversed([folder, *folder.parents]):
+        if not path.is_dir():
+            with suppress(FileExistsError):  # another process was faster: then it is that one's
+                path.mkdir()
+                undo.callback(remove_empty, path)
+    folder.mkdir(exist_ok=True)
+    if not any(folder.iterdir()):
+        undo.callback(clear, folder)
+
+
+def remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # somebody else has put something into it
+        folder.rmdir()
+
+
+def clear(folder: Path) -> None:
+    """Remove all that is in the folder."""
+    for path in folder.iterdir():
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def settled(cfg: RunConfig) -> RunConfig:
     """`cfg` with what was left open chosen: as the run that has begun in its directory has it, else by what is there.
 
@@ -280,16 +313,13 @@ def settled(cfg: RunConfig) -> RunConfig:
         init = old["stage.init"] if "stage.init" in old else earlier_model(cfg)
         cfg = dataclasses.replace(cfg, stage=dataclasses.replace(stage, init=init))
     if hardware.threads is None:
-        threads = old["hardware.threads"] if "hardware.threads" in old else free_cores()
+        threads, why = (old["hardware.threads"], "") if "hardware.threads" in old else cores.choose()
+        if why:
+            say(why)
         cfg = dataclasses.replace(cfg, hardware=dataclasses.replace(hardware, threads=threads))
     if init := init_of(cfg):
         cfg = dataclasses.replace(cfg, model=as_saved(cfg.model, init, old))
     return cfg
-
-
-def free_cores() -> int:
-    """How many threads torch should have here."""
-    return len(os.sched_getaffinity(0))
 
 
 def finished_metrics(cfg: RunConfig) -> dict[str, float] | None:

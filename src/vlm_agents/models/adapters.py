@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vlm_agents.config import LoraConfig
 from vlm_agents.errors import ModelError
 from vlm_agents.weights import ADAPTER_FILE
 
@@ -32,11 +33,14 @@ BASE = {"base_model_name_or_path": str | None}
 DRAWN = (True, False, "gaussian", "orthogonal")  # `init_lora_weights` that leave the base as it is
 
 
-def adapter_settings(folder: Path) -> dict[str, Any]:
-    """What the adapter in `folder` says of itself; ModelError where it is none of LoRA, or more than plain LoRA.
+def refuse_no_adapter_weights(folder: Path) -> None:
+    """ModelError where an adapter lacks its weights."""
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ModelError(f"{folder / ADAPTER_WEIGHTS} is missing: save the adapter as safetensors; a .bin isn't read")
 
-    What peft can do and `lora` doesn't hand on is refused, before peft sees it: it would be dropped, or frozen.
-    """
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What the adapter in `folder` says of itself; ModelError where it is none of LoRA."""
     path = folder / ADAPTER_FILE
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -45,6 +49,25 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
     kind = saved.get("peft_type") if isinstance(saved, dict) else None
     if kind != "LORA" or not saved.keys() >= {"r", "lora_alpha"}:
         raise ModelError(f"{path} has peft_type={kind}: name an adapter with peft_type=LORA, r and lora_alpha")
+    return saved
+
+
+def refuse_full_training(folder: Path, lora: LoraConfig | None) -> None:
+    """ModelError where there is an adapter in `folder`, and the model shall have none."""
+    if lora is None:
+        saved = read_settings(folder)
+        raise ModelError(
+            f"{folder} holds a LoRA adapter: add model/lora=adapter model.lora.rank={saved['r']} "
+            f"model.lora.alpha={saved['lora_alpha']}"
+        )
+
+
+def adapter_settings(folder: Path) -> dict[str, Any]:
+    """`read_settings`; ModelError too where that is more than plain LoRA.
+
+    What peft can do and `lora` doesn't hand on is refused, before peft sees it: it would be dropped, or frozen.
+    """
+    path, saved = folder / ADAPTER_FILE, read_settings(folder)
     if wrong := sorted(
         key for key, kind in (MEANT | BASE).items() if key in saved and not isinstance(saved[key], kind)
     ):

@@ -2,7 +2,6 @@
 
 import json
 import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ from transformers.utils.hub import cached_file
 from vlm_agents.config import HardwareConfig, ModelConfig, TrainableConfig
 from vlm_agents.errors import ConfigError, ModelError
 from vlm_agents.models.actor_critic import Agent, TemperatureHead, ValueHead
-from vlm_agents.models.adapters import adapter_settings
+from vlm_agents.models.adapters import adapter_settings, refuse_full_training
 from vlm_agents.models.architectures import tokenizer_for, whole_config
 from vlm_agents.models.damage import refusing
 from vlm_agents.models.families import Family, family_of, kind_of
 from vlm_agents.models.fingerprint import BASE_FILE
+from vlm_agents.models.machine import refuse_no_bitsandbytes, refuse_no_gpu
 from vlm_agents.models.probing import prove
 from vlm_agents.models.processing import (
     PROCESSOR_FILE,
@@ -29,11 +29,10 @@ from vlm_agents.models.processing import (
     make_image_processor,
     prove_settings,
 )
+from vlm_agents.models.sources import TINY, WHOLE, check_source, is_hub_id
 from vlm_agents.progress import say, under_way
-from vlm_agents.weights import ADAPTER_FILE, RUN_MODEL, init_folder
+from vlm_agents.weights import ADAPTER_FILE, init_folder
 
-TINY = Path(__file__).parent / "tiny_weights"
-WHOLE = "Set model.path or stage.init to a whole HF folder"
 PROBE = "What do you see?"
 
 transformers_logging.set_verbosity_error()
@@ -50,22 +49,15 @@ def load_agent(
     says.
     """
     use_hardware(hardware)
-    if cfg.quantize and find_spec("bitsandbytes") is None:
-        raise ModelError(
-            f"model.quantize={cfg.quantize} needs bitsandbytes: pip install it, or set model.quantize=null"
-        )
+    refuse_no_bitsandbytes(cfg.quantize)
     os.environ.setdefault("DS_ACCELERATOR", hardware.device.split(":")[0])  # else deepspeed, once imported, warns
     if hardware.device == "cpu":  # there torch reads shared heads as they are; transformers copies them out for a mask
         os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
     train = cfg.train.settled(freeze_vision)
     folder = init_folder(init) if init else None
     adapter = folder if folder and (folder / ADAPTER_FILE).is_file() else None
-    if adapter and cfg.lora is None:
-        saved = adapter_settings(adapter)
-        raise ModelError(
-            f"{adapter} holds a LoRA adapter: add model/lora=adapter model.lora.rank={saved['r']} "
-            f"model.lora.alpha={saved['lora_alpha']}"
-        )
+    if adapter:
+        refuse_full_training(adapter, cfg.lora)
     base = base_of(adapter, cfg) if adapter else folder
     source = str(base or cfg.path or TINY)
     random = cfg.weights == "random" and base is None
@@ -135,11 +127,6 @@ def place(source: str) -> str:
     return str(Path(source).resolve()) if Path(source).is_dir() else source
 
 
-def is_hub_id(source: str) -> bool:
-    """Whether `source` may be one: they have one slash at most."""
-    return not Path(source).is_absolute() and source.count("/") <= 1
-
-
 def use_hardware(hardware: HardwareConfig) -> None:
     """ConfigError where torch knows no such device, or this machine has none.
 
@@ -149,13 +136,9 @@ def use_hardware(hardware: HardwareConfig) -> None:
         device = torch.device(hardware.device)
     except RuntimeError as error:
         raise ConfigError(f"hardware.device={hardware.device} is no device of torch: set cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"hardware.device={hardware.device}: torch sees no GPU here; set hardware=cpu")
+    if device.type == "cuda":
+        refuse_no_gpu(hardware.device, torch.cuda.device_count() if torch.cuda.is_available() else 0)
     if device.type == "cuda" and device.index is not None:
-        if device.index >= torch.cuda.device_count():
-            raise ConfigError(
-                f"hardware.device={device}: torch numbers {torch.cuda.device_count()} GPUs here, from 0 on"
-            )
         torch.cuda.set_device(device)
     if hardware.threads is not None:
         torch.set_num_threads(hardware.threads)
@@ -198,7 +181,7 @@ def load_parts(source: str, random: bool, hardware: HardwareConfig, cfg: ModelCo
     The processor class is not used: those of the Qwen families need torchvision for videos.
     """
     with refusing(f"model {source}", WHOLE, source):
-        check_source(source)
+        check_source(source, weights=not random)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         kind_of(config.model_type)
         if "/" in (kernel := str(config._attn_implementation)):  # transformers would take it, before our own setting
@@ -213,20 +196,6 @@ def load_parts(source: str, random: bool, hardware: HardwareConfig, cfg: ModelCo
                 settings |= four_bit(config.model_type, hardware)
             model = load_whole(source, settings)
         return model, load_tokenizer(source), load_image_processor(source)
-
-
-def check_source(source: str) -> None:
-    """Refuse what is no model in fewer words than transformers does."""
-    folder = Path(source)
-    if not folder.is_dir() and not is_hub_id(source):
-        raise OSError("there is no such folder")
-    if (folder / "config.json").is_file():
-        return
-    if (folder / ADAPTER_FILE).is_file() or (folder / RUN_MODEL).is_dir():
-        raise ModelError(f"{source} is a run or an adapter, and model.path takes a model: set stage.init={source}")
-    quiet = {"_raise_exceptions_for_connection_errors": False, "_raise_exceptions_for_missing_entries": False}
-    if not folder.is_dir() and cached_file(source, "config.json", **quiet) is None:
-        raise OSError("no such folder, and not in the hub's cache or reachable")
 
 
 def load_tokenizer(source: str) -> Any:

@@ -10,7 +10,7 @@ from torch import nn
 
 from vlm_agents.config import LoraConfig, ModelConfig, TrainableConfig
 from vlm_agents.errors import ConfigError, ModelError
-from vlm_agents.models.adapters import ADAPTER_FILE, ADAPTER_WEIGHTS, MEANT, adapter_settings
+from vlm_agents.models.adapters import ADAPTER_FILE, MEANT, adapter_settings, refuse_no_adapter_weights
 from vlm_agents.models.families import Family
 from vlm_agents.models.fingerprint import differing
 from vlm_agents.progress import say
@@ -96,8 +96,7 @@ def config_of(folder: Path) -> PeftLoraConfig:
 
 def read(adapted: PeftModel, folder: Path, name: str) -> None:
     """Fill the adapter `name` from `folder`. ModelError where its tensors aren't those that this model has for it."""
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise ModelError(f"{folder / ADAPTER_WEIGHTS} is missing: save the adapter as safetensors; a .bin isn't read")
+    refuse_no_adapter_weights(folder)
     report = adapted.load_adapter(str(folder), name, is_trainable=True)
     if report.missing_keys or report.unexpected_keys:
         raise ModelError(

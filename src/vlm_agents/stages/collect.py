@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from vlm_agents.config import CollectConfig, RunConfig
 from vlm_agents.env_pool import EnvPool
 from vlm_agents.episodes import EpisodeWriter, read_episodes
-from vlm_agents.errors import ConfigError
 from vlm_agents.judge import Judge
 from vlm_agents.policies import NoisyPolicy, Policy
 from vlm_agents.progress import say, track
@@ -47,8 +46,6 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     stage = cfg.stage
     assert isinstance(stage, CollectConfig)
     advised = has_expert(cfg.env)
-    if not advised and "expert" in (stage.policy, stage.rater):
-        raise ConfigError(f"{cfg.env.id} has no expert: set stage.policy and stage.rater to something else")
     agent = None
     if stage.policy == "model":
         from vlm_agents.models import load_agent  # brings torch along: seconds that the other policies save

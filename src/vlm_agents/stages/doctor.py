@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vlm_agents.config import DoctorConfig, HardwareConfig, LoraConfig, RunConfig
+from vlm_agents.cores import affinity
 from vlm_agents.errors import ConfigError
 from vlm_agents.models import Agent
 from vlm_agents.models.memory import ROOM, Memory, Work, blueprint, estimate, patches_of
@@ -37,15 +38,15 @@ Rows = list[tuple[str, ...]]
 def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     assert isinstance(cfg.stage, DoctorConfig)
     run.restore()
-    show("this machine", machine())
-    show("packages", list(packages()))
     agent = blueprint(cfg.model, cfg.hardware, cfg.stage.freeze_vision)
     work = work_of(cfg, agent)
+    run.begin()
+    show("this machine", machine())
+    show("packages", list(packages()))
     need, there = estimate(agent, work, cfg.hardware.device, cfg.model.quantize), memory_of(cfg.hardware)
     fits = need.peak * ROOM <= there
     show(f"{cfg.model.name} on {cfg.hardware.name}, {cfg.hardware.dtype}", table(cfg, agent, work, need, there))
     tell(cfg, work, need, there)
-    run.begin()
     metrics = {f"doctor/{name}_bytes": float(value) for name, value in asdict(need).items()}
     metrics |= {f"doctor/{name}_bytes": float(getattr(need, name)) for name in ("sampling", "update", "peak")}
     metrics |= {
@@ -54,7 +55,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         "doctor/parameters": float(sum(parameter.numel() for parameter in agent.model.parameters())),
         "doctor/prompt_tokens": float(work.prompt),
         "doctor/gpus": float(torch.cuda.device_count()),
-        "doctor/cpu_cores": float(cores()),
+        "doctor/cpu_cores": float(len(affinity())),
     }
     run.log(0, metrics)
     return run.finish(metrics)
@@ -69,13 +70,8 @@ def show(title: str, rows: Rows) -> None:
 
 
 # ---- the machine -----------------------------------------------------------------------------------------------------
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def machine() -> Rows:
-    rows = [("python", platform.python_version()), ("CPU cores", str(cores())), ("memory", gib(host_memory()))]
+    rows = [("python", platform.python_version()), ("CPU cores", str(len(affinity()))), ("memory", gib(host_memory()))]
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         rows.append((f"GPU {index}", f"{gpu.name}, {gib(gpu.total_memory)}"))

@@ -4,7 +4,6 @@ from contextlib import closing
 
 from vlm_agents.config import EvalConfig, RunConfig
 from vlm_agents.episodes import EpisodeWriter
-from vlm_agents.errors import ConfigError
 from vlm_agents.frames import episode_gif
 from vlm_agents.progress import say
 from vlm_agents.prompting import make_format
@@ -30,8 +29,6 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     prompt_format = make_format(cfg.prompt)
     advised = has_expert(cfg.env)
     album, first = Album(stage.report_episodes), list[Trajectory]()
-    if stage.policy == "expert" and not advised:
-        raise ConfigError(f"{cfg.env.id} has no expert: set stage.policy=model or random")
     agent = None
     if stage.policy == "model":
         from vlm_agents.models import load_agent  # brings torch along: seconds that the other policies save

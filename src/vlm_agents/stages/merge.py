@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from vlm_agents.config import MergeConfig, RunConfig
-from vlm_agents.errors import ConfigError, ModelError
+from vlm_agents.errors import ModelError
 from vlm_agents.models import Agent, Sampler, load_agent
+from vlm_agents.models.sources import adapter_folder
 from vlm_agents.progress import say
 from vlm_agents.run import Run
 from vlm_agents.stages.playing import first_prompts
 from vlm_agents.types import Prompt
-from vlm_agents.weights import ADAPTER_FILE, RUN_MODEL, init_folder
+from vlm_agents.weights import RUN_MODEL
 
 PROBES = 16  # held-out seeds whose first prompts are compared
 # In float32 sums come in another order, no more. In bfloat16 each merged weight is rounded to 8 bits once more.
@@ -28,14 +29,8 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     stage = cfg.stage
     assert isinstance(stage, MergeConfig)
     run.restore()  # an interrupted one starts anew
-    source = init_folder(stage.init)
-    if not (source / ADAPTER_FILE).is_file():
-        raise ConfigError(
-            f"stage.init={stage.init} holds whole weights and no adapter, so there is nothing to merge: {source} is a "
-            "plain HF folder already. Name the run of stage=sft or stage=ppo that had model/lora=adapter"
-        )
+    source = adapter_folder(stage.init)
     prompts = first_prompts(cfg, PROBES)
-    run.begin()
     quantised = None
     if cfg.model.quantize:  # what was trained; it goes before the next one comes: one model at a time in memory
         quantised = logits(load_agent(cfg.model, cfg.hardware, stage.init), prompts)
@@ -55,6 +50,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         if quantised is not None:
             metrics["merge/quantised_logit_difference"] = float((found - quantised).abs().max())
 
+    run.begin()
     run.save_folder(RUN_MODEL, write)
     rounding = ""
     if quantised is not None:

@@ -65,9 +65,14 @@ def format_of(cfg: RunConfig, agent: "Agent | None" = None) -> PromptFormat:
 
 
 def check_length(agent: "Agent", setting: str, prompt_tokens: int | None, reply_tokens: int) -> None:
-    """ConfigError where a prompt as long as this `setting`, where it is set, and its reply are more than the model has
-    positions for."""
-    asked, context = (prompt_tokens or 1) + reply_tokens, agent.renderer.context
+    """`refuse_too_long` for a model that is loaded: its config.json need not say how many positions it has."""
+    refuse_too_long(agent.renderer.context, setting, prompt_tokens, reply_tokens)
+
+
+def refuse_too_long(context: int, setting: str, prompt_tokens: int | None, reply_tokens: int) -> None:
+    """ConfigError where a prompt as long as this `setting`, where it is set, and its reply are more than `context`, for
+    which a model has positions."""
+    asked = (prompt_tokens or 1) + reply_tokens
     if asked > context:
         settings = {setting: prompt_tokens, "prompt.max_reply_tokens": reply_tokens}
         given = " and ".join(f"{name}={value}" for name, value in settings.items() if value is not None)

@@ -37,7 +37,6 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     run.restore()  # an interrupted one starts anew
     counts: Counter[str] = Counter()
     pngs = Pngs()
-    run.begin()
     with ExitStack() as stack:
         files = {split: stack.enter_context(ChatWriter(run.path(f"{split}.parquet"))) for split in SPLITS}
         for row in track(sound_rows(stage, make_format(cfg.prompt), counts, pngs), "preprocess", None, "rows"):
@@ -57,6 +56,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
                 f"{''.join(f'{line}; ' for line in lack)}collect more episodes, or loosen stage.success_only and "
                 "stage.min_score"
             )
+        run.begin()
         for file in files.values():
             file.publish()
     metrics = {f"preprocess/{name}": float(count) for name, count in counts.items()}
@@ -110,8 +110,6 @@ def rows_of(
 ) -> Iterator[dict]:
     """The rows of a run directory, or of a file in LLaVA's layout, which says itself what is to be learned."""
     if source.suffix != ".json":
-        if source.is_file():
-            raise DataError(f"{source}: chats in LLaVA's layout are one JSON list in a file named *.json")
         if unfinished(source):
             say(f"{source} isn't finished: what it has so far is taken")
         for trajectory in read_episodes(source):

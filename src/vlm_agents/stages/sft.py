@@ -24,7 +24,7 @@ from vlm_agents.run import Run, seed_everything
 from vlm_agents.stages.playing import check_length
 from vlm_agents.stages.reporting import report
 from vlm_agents.stages.sft_data import Chats, check
-from vlm_agents.weights import RUN_MODEL, unfinished
+from vlm_agents.weights import RUN_MODEL
 
 LINES = 10  # with the loss, on the screen
 EXAMPLES = 6  # rows in report.html
@@ -35,9 +35,6 @@ NAMES = {"grad_norm": "grad_norm", "learning_rate": "lr"}  # the Trainer's, ours
 def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     stage = cfg.stage
     assert isinstance(stage, SftConfig)
-    if unfinished(Path(stage.data)):
-        path = Path(stage.data) / "train.parquet"
-        raise DataError(f"no whole {path}: its stage=preprocess isn't finished; give that command again first")
     checkpoint = run.restore()
     seed_everything(cfg.seed)
     init = str(checkpoint.path) if checkpoint else stage.init
