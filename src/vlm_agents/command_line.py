@@ -107,8 +107,15 @@ def refuse_other_places(setting: str, value: str) -> None:
 
 def compose_and_run(arguments: Sequence[str]) -> None:
     """Hand over to Hydra, which calls `run_stage` once, or once a job of a sweep."""
+    sweeps: set[Path] = set()
+
+    def job(composed: DictConfig) -> dict[str, float]:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            sweeps.add(Path(HydraConfig.get().sweep.dir))
+        return run_stage(composed)
+
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(run_stage)()
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
     except VlmAgentsError:
         raise
     except (HydraException, OmegaConfBaseException, AssertionError, AttributeError, ValueError, OSError) as error:
@@ -119,8 +126,8 @@ def compose_and_run(arguments: Sequence[str]) -> None:
                 raise
         raise explain(error, arguments) from error
     finally:
-        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-            remove_idle_sweep(Path(HydraConfig.get().sweep.dir))
+        for folder in sweeps:
+            remove_idle_sweep(folder)
 
 
 def remove_idle_sweep(folder: Path) -> None:

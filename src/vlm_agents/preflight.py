@@ -26,7 +26,7 @@ from vlm_agents.run import holds_work, unfinished
 
 MOMENTS = 8  # bytes that AdamW keeps of a trained parameter
 COPY = 4  # and its copy in fp32, where the weights are in another precision
-GIB = 1 << 30
+MIB = 1 << 20
 
 
 def check(cfg: RunConfig) -> None:
@@ -160,8 +160,9 @@ def check_disk(cfg: RunConfig, source: str | None) -> None:
     with writing(place):
         free = shutil.disk_usage(place).free + there
     if need > free:
-        fewer = ", or set stage.keep_checkpoints=1" if kept > 1 else ""
+        fits = max(min(checkpoints, 2) * size, size + model) <= free
+        fewer = ", or set stage.keep_checkpoints=1" if kept > 1 and fits else ""
         raise DataError(
-            f"can't write {folder}: its model and {kept} checkpoints take {need / GIB:.2f} GiB at least, and "
-            f"{free / GIB:.2f} GiB are free there. Make room{fewer}"
+            f"can't write {folder}: its model and checkpoints take {need / MIB:,.0f} MiB at least, and "
+            f"{free / MIB:,.0f} MiB are free there. Make room{fewer}"
         )

@@ -227,6 +227,7 @@ def test_the_base_of_a_merged_model_is_no_base_of_its_adapter(
 
 def test_only_lora_is_merged(run_stage: RunStage, tmp_path: Path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    (tmp_path / "adapter_model.safetensors").touch()
     with pytest.raises(ModelError, match=r"adapter_config\.json has peft_type=IA3"):
         run_stage(tmp_path / "run", "stage=merge", f"stage.init={tmp_path}", "model=tiny")
 
