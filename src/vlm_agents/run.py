@@ -276,8 +276,12 @@ def make_folder(folder: Path, undo: ExitStack) -> None:
     """Make it with its parents; `undo` shall remove what was made here, and all that comes into it if it was empty."""
     for path in reversed([folder, *folder.parents]):
         if not path.is_dir():
-            with suppress(FileExistsError):  # another process was faster: then it is that one's
+            try:
                 path.mkdir()
+            except FileExistsError:
+                if not path.is_dir():
+                    raise
+            else:  # else another process was faster, and it is that one's
                 undo.callback(remove_empty, path)
     folder.mkdir(exist_ok=True)
     if not any(folder.iterdir()):
