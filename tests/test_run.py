@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -503,3 +504,36 @@ def test_seeds_of_a_run_depend_on_its_seed_and_purpose(cfg: RunConfig, compose_r
     ):
         assert run.seed_for("model") == run.seed_for("model")
         assert len({run.seed_for("model"), run.seed_for("data"), run.seed_for("data", 1), other.seed_for("model")}) == 4
+
+
+def tree(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("stop", [RuntimeError, KeyboardInterrupt])
+def test_a_run_that_ends_before_it_begins_leaves_nothing(
+    compose_run, tmp_path: Path, stop: type[BaseException]
+) -> None:
+    """Of three folders that it would have made one is there, with what is in it."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").touch()
+    cfg = compose_run("stage=ppo", f"run_dir={tmp_path / 'mine/deep/run'}")
+    with suppress(stop), Run.open(cfg, []) as run:
+        run.path("part").mkdir()
+        raise stop
+    assert tree(tmp_path) == ["mine", "mine/notes.txt"]
+    (tmp_path / "mine/deep/run").mkdir(parents=True)  # somebody's: it stays, empty as it was
+    with suppress(stop), Run.open(cfg, []):
+        raise stop
+    assert tree(tmp_path / "mine") == ["deep", "deep/run", "notes.txt"]
+
+
+def test_a_run_that_has_begun_stays(cfg: RunConfig) -> None:
+    for begin in (True, False):  # the second goes on with the first
+        with suppress(RuntimeError), Run.open(cfg, []) as run:
+            if begin:
+                run.begin()
+                run.log(1, {"loss": 1.0})
+            raise RuntimeError
+        assert (Path(cfg.run_dir) / "metrics.jsonl").exists()
+        assert (Path(cfg.run_dir) / "config.yaml").exists()

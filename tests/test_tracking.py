@@ -88,7 +88,8 @@ def test_a_run_is_told_in_full(compose_run, store: str, look, capfd: pytest.Capt
     assert files == {"config.yaml", "summary.json", "images"}
     assert told.info.artifact_uri.startswith(Path(store.removeprefix("sqlite:///")).parent.as_uri())
     assert client.get_experiment(told.info.experiment_id).name == "vlm_agents"
-    assert capfd.readouterr().err == ""  # no tales of migrations
+    lines = capfd.readouterr().err.splitlines()
+    assert [line for line in lines if not line.startswith("weights: ")] == []  # no tales of migrations
 
 
 def test_a_resumed_run_tells_no_point_twice(compose_run, store: str, look) -> None:

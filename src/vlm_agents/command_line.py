@@ -27,7 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from vlm_agents import completion
+from vlm_agents import completion, cores
 from vlm_agents.config import conf_dir, described, groups, listing, parse, refuse_secrets, register
 from vlm_agents.errors import ConfigError, VlmAgentsError, harmless
 from vlm_agents.files import writing
@@ -118,8 +118,15 @@ def refuse_other_places(setting: str, value: str) -> None:
 def compose_and_run(task: Callable[[DictConfig], Any], argv: list[str], words: Sequence[str]) -> None:
     """Hand the words over to Hydra, which reads `argv` and calls `task` once, or once a job of a sweep."""
     argv[1:] = sorted(words, key=is_override)  # argparse: flags first
+    sweeps: set[Path] = set()
+
+    def job(composed: DictConfig) -> Any:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            sweeps.add(Path(HydraConfig.get().sweep.dir))
+        return task(composed)
+
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
     except (VlmAgentsError, BrokenPipeError):
         raise
     except (HydraException, OmegaConfBaseException, AssertionError, AttributeError, ValueError, OSError) as error:
@@ -130,8 +137,8 @@ def compose_and_run(task: Callable[[DictConfig], Any], argv: list[str], words: S
                 raise
         raise explain(error, words) from error
     finally:
-        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-            remove_idle_sweep(Path(HydraConfig.get().sweep.dir))
+        for folder in sweeps:
+            remove_idle_sweep(folder)
 
 
 def remove_idle_sweep(folder: Path) -> None:
@@ -185,6 +192,7 @@ def run_stage(composed: DictConfig) -> dict[str, float]:
         from vlm_agents.metrics import headline
         from vlm_agents.run import Run, finished_metrics, settled
 
+        open_threads = cfg.hardware.threads is None
         cfg = settled(cfg)
         if (metrics := finished_metrics(cfg)) is not None:
             where = os.path.relpath(cfg.run_dir)
@@ -194,6 +202,8 @@ def run_stage(composed: DictConfig) -> dict[str, float]:
             )
             return metrics
         preflight.check(cfg)
+        if open_threads and cfg.hardware.threads == (choice := cores.choose())[0] and choice[1]:
+            print(choice[1], flush=True)
         if not sweep and not any(word.startswith("name=") for word in overrides):
             print(f"continue with: python -m vlm_agents {shlex.join([*overrides, f'name={cfg.name}'])}", flush=True)
         start = time.monotonic()

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 MOST = 8  # threads by themselves: a small model gains nothing by more, and a large one belongs on a GPU
@@ -17,8 +18,9 @@ SLACK = 0.3  # of a core that others may take and it still counts as free
 NUMERIC = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # read once, by numpy and torch as they load
 
 
+@cache
 def choose() -> tuple[int, str]:
-    """The number of threads, and where that isn't one for each core, a line that says why.
+    """The number of threads, and where fewer than one for each core are chosen, a line that says why.
 
     What OMP_NUM_THREADS says is taken: the user's word, or a launcher's, joblib's for one, that runs jobs side by side.
     Else the least of: the affinity mask, the control group's quota, what Slurm gave the task, what other processes
@@ -26,7 +28,7 @@ def choose() -> tuple[int, str]:
     """
     cpus = affinity()
     if asked := _whole(os.environ.get("OMP_NUM_THREADS", "").split(",")[0]):
-        return asked, _line(cpus, f"OMP_NUM_THREADS={asked}", asked)
+        return asked, ""
     room = {f"more than {MOST} help little": float(MOST)}
     for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"):  # the second counts all tasks of a node
         if given := _whole(os.environ.get(name, "")):
@@ -34,8 +36,12 @@ def choose() -> tuple[int, str]:
             break
     room |= measured(cpus, WINDOW_S)
     why, least = min(room.items(), key=lambda pair: pair[1])
-    threads = max(1, min(len(cpus), math.floor(least + SLACK)))
-    return threads, _line(cpus, why.format(taken=len(cpus) - threads), threads)
+    cores = len(cpus)
+    threads = max(1, min(cores, math.floor(least + SLACK)))
+    if threads == cores:
+        return threads, ""
+    chosen = f"{cores} cores, {why.format(taken=cores - threads)}: {threads} thread{'s' if threads > 1 else ''}"
+    return threads, f"{chosen}; hardware.threads={cores} takes {'both' if cores == 2 else 'all'}"
 
 
 def affinity() -> set[int]:
@@ -74,14 +80,6 @@ def single_threaded() -> Iterator[None]:
             del os.environ[name]
             if value is not None:
                 os.environ[name] = value
-
-
-def _line(cpus: set[int], why: str, threads: int) -> str:
-    cores = len(cpus)
-    if threads == cores:
-        return ""
-    words = f"{cores} cores, {why}: {threads} thread{'s' if threads > 1 else ''}"
-    return f"{words}; hardware.threads={cores} takes {'both' if cores == 2 else 'all'}"
 
 
 def _whole(word: str) -> int:

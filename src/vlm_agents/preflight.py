@@ -26,7 +26,7 @@ from vlm_agents.weights import ADAPTER_FILE, holds_work, init_folder, unfinished
 
 MOMENTS = 8  # bytes that AdamW keeps of a trained parameter
 COPY = 4  # and its copy in fp32, where the weights are in another precision
-GIB = 1 << 30
+MIB = 1 << 20
 
 
 def check(cfg: RunConfig) -> None:
@@ -100,8 +100,9 @@ def check_weights(cfg: RunConfig) -> str | None:
         if not (start / ADAPTER_FILE).is_file():
             check_source(str(start))
             return str(start)
+        said = read_settings(start)
         refuse_no_adapter_weights(start)
-        base = str(read_settings(start).get("base_model_name_or_path") or "")
+        base = str(said.get("base_model_name_or_path") or "")
         if Path(base).is_dir() or source is None:
             return base or None
     if source:
@@ -148,8 +149,9 @@ def check_disk(cfg: RunConfig, source: str | None) -> None:
     with writing(place):
         free = shutil.disk_usage(place).free + there
     if need > free:
-        fewer = ", or set stage.keep_checkpoints=1" if kept > 1 else ""
+        fits = max(min(checkpoints, 2) * size, size + model) <= free
+        fewer = ", or set stage.keep_checkpoints=1" if kept > 1 and fits else ""
         raise DataError(
-            f"can't write {folder}: its model and {kept} checkpoints take {need / GIB:.2f} GiB at least, and "
-            f"{free / GIB:.2f} GiB are free there. Make room{fewer}"
+            f"can't write {folder}: its model and checkpoints take {need / MIB:,.0f} MiB at least, and "
+            f"{free / MIB:,.0f} MiB are free there. Make room{fewer}"
         )

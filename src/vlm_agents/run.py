@@ -41,7 +41,7 @@ from vlm_agents.lineage import differences, refuse_nonsense
 from vlm_agents.progress import say
 from vlm_agents.tracking import Tracker
 from vlm_agents.versions import versions
-from vlm_agents.weights import as_saved, begun, earlier_model, flat_settings, holds_work, init_of, weights_of
+from vlm_agents.weights import as_saved, begun, earlier_model, flat_settings, has_model, holds_work, init_of, weights_of
 
 log = logging.getLogger(__name__)
 
@@ -280,8 +280,12 @@ def make_folder(folder: Path, undo: ExitStack) -> None:
     """Make it with its parents; `undo` shall remove what was made here, and all that comes into it if it was empty."""
     for path in reversed([folder, *folder.parents]):
         if not path.is_dir():
-            with suppress(FileExistsError):  # another process was faster: then it is that one's
+            try:
                 path.mkdir()
+            except FileExistsError:
+                if not path.is_dir():
+                    raise
+            else:  # else another process was faster, and it is that one's
                 undo.callback(remove_empty, path)
     folder.mkdir(exist_ok=True)
     if not any(folder.iterdir()):
@@ -312,10 +316,8 @@ def settled(cfg: RunConfig) -> RunConfig:
     if isinstance(stage, PpoConfig | EvalConfig) and stage.init == AUTO:
         init = old["stage.init"] if "stage.init" in old else earlier_model(cfg)
         cfg = dataclasses.replace(cfg, stage=dataclasses.replace(stage, init=init))
-    if hardware.threads is None:
-        threads, why = (old["hardware.threads"], "") if "hardware.threads" in old else cores.choose()
-        if why:
-            say(why)
+    if hardware.threads is None and has_model(cfg):
+        threads = old["hardware.threads"] if "hardware.threads" in old else cores.choose()[0]
         cfg = dataclasses.replace(cfg, hardware=dataclasses.replace(hardware, threads=threads))
     if init := init_of(cfg):
         cfg = dataclasses.replace(cfg, model=as_saved(cfg.model, init, old))

@@ -68,8 +68,8 @@ def test_a_missing_folder(load: Load, tmp_path: Path):
 
 def test_a_hub_id_that_isnt_here(load: Load):
     message = refusal(load, path="nobody/no-such-model")
-    assert "no-such-model can't be loaded: no such folder, and not in the hub's cache or reachable. Set" in message
-    assert "model.path" in message
+    assert "no-such-model can't be loaded: no such folder, not in the hub's cache, and HF_HUB_OFFLINE is set" in message
+    assert "set model.path=FOLDER, or unset that" in message
 
 
 def test_an_adapter_or_a_run_as_a_path(load: Load, tmp_path: Path):

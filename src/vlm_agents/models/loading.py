@@ -181,9 +181,10 @@ def load_parts(source: str, random: bool, hardware: HardwareConfig, cfg: ModelCo
     The processor class is not used: those of the Qwen families need torchvision for videos.
     """
     with refusing(f"model {source}", WHOLE, source):
-        check_source(source, weights=not random)
+        check_source(source, weights=False)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         kind_of(config.model_type)
+        check_source(source, weights=not random)
         if "/" in (kernel := str(config._attn_implementation)):  # transformers would take it, before our own setting
             raise ModelError(f"{source}/config.json asks for code from the hub, {kernel}: remove _attn_implementation")
         if (weights := str(getattr(config, "transformers_weights", None) or "")).endswith(".bin"):
