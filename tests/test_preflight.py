@@ -66,7 +66,6 @@ def test_each_choice_is_looked_at(compose_run, tmp_path: Path):
         (ConfigError, "no GPU here", (*ppo, "hardware.device=cuda")),
         (ModelError, "there is no such folder", (*ppo, "model.path=/no/where")),
         (ModelError, "model.safetensors is missing", (*ppo, f"model.path={tmp_path / 'bare'}")),
-        (ModelError, "add model/lora=adapter model.lora.rank=4", (*ppo, f"stage.init={tmp_path / 'adapter'}")),
         (
             ModelError,
             "adapter_model.safetensors is missing",
