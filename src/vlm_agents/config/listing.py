@@ -43,7 +43,8 @@ def listing(cfg: DictConfig, chosen: Mapping[str, str], width: int) -> str:
     text = []
     for group, lines in blocks.items():
         option = chosen.get(group) or ""
-        title = f"{group}={option}: {described(group, option)}" if group else "the run"
+        about = described(group, option) if option else "off"
+        title = f"{group}={option or 'null'}: {about}" if group else "the run"
         others = [other for other in options.get(group, []) if other != option]
         head = [title, f"  or {', '.join(others)}"] if others else [title]
         text.append("\n".join([*(fill(words, width, subsequent_indent="  ") for words in head), *lines]))
