@@ -31,7 +31,7 @@ def row(question: str = "<image>Which colour?", answer: str = "red", *pngs: byte
 def written(path: Path, *added: dict[str, Any]) -> Path:
     with ChatWriter(path) as file:
         for each in added:
-            file.add(each)
+            file.add(each, digest(each))
         file.publish()
     return path
 
@@ -84,7 +84,7 @@ def test_what_does_not_read_back_as_it_was_added_takes_no_place(tmp_path: Path):
     before = path.read_bytes()
     changed = row(answer="blue")
     with ChatWriter(path) as file:
-        file.add(changed)
+        file.add(changed, digest(changed))
         changed["messages"][-1]["content"] = "green"  # as a fault in memory would
         with pytest.raises(DataError, match=r"a\.parquet does not read back as it was written"):
             file.publish()

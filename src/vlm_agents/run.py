@@ -85,6 +85,7 @@ class Run:
     def __init__(self, cfg: RunConfig, overrides: Sequence[str], lock: IO[bytes], sweep: Path | None) -> None:
         self.cfg = cfg
         self.dir = Path(cfg.run_dir)
+        self.env = cfg.env.id  # of the record; a stage that plays none names that of its data
         self._overrides = overrides
         self._lock = lock
         self._sweep = sweep
@@ -150,7 +151,7 @@ class Run:
         """What a report's reader needs in order to know, and to repeat, what was run."""
         cfg = self.cfg
         command = shlex.join(["python", "-m", "vlm_agents", *self._overrides])
-        facts = {"command": command, "env": cfg.env.id, "model": played_by(cfg), "weights": self.weights}
+        facts = {"command": command, "env": self.env, "model": played_by(cfg), "weights": self.weights}
         facts |= {"algo": cfg.algo.name} if cfg.algo else {}
         return facts | {"seed": str(cfg.seed), "commit": commit()[:12]}
 
@@ -243,7 +244,7 @@ class Run:
         cfg = self.cfg
         summary = {
             "stage": cfg.stage.name,
-            "env": cfg.env.id,
+            "env": self.env,
             "model": played_by(cfg),
             "algo": None if cfg.algo is None else cfg.algo.name,
             "seed": cfg.seed,

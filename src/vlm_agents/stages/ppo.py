@@ -27,6 +27,7 @@ from vlm_agents.progress import say, track
 from vlm_agents.report import captioned_frame, read_curves, write_report
 from vlm_agents.rollout import collect, summarise
 from vlm_agents.run import Run, seed_everything, training_seed
+from vlm_agents.stages.cards import save_model
 from vlm_agents.stages.playing import SHARES, format_of, has_expert, model_policy, open_envs, play_model
 from vlm_agents.types import Trajectory
 
@@ -82,7 +83,9 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
             if done % stage.checkpoint_every == 0 or done == stage.iterations:
                 save(done)
         after, shown = evaluate(cfg, run, envs, agent, stage.iterations) if stage.eval_episodes else ({}, [])
-    run.save_folder(RUN_MODEL, agent.save)
+    first = next(read_episodes(run.dir, skip_damaged=True), None)
+    prompt = first.turns[0].prompt if first and first.turns else None
+    save_model(run, agent.save, {**after, **before_of(state)}, prompt, cfg.prompt.format)
     return finish(cfg, run, state, after, shown)
 
 
@@ -95,12 +98,16 @@ def check_reference(stage: PpoConfig, algo: AlgoConfig) -> None:
         )
 
 
+def before_of(state: dict[str, Any]) -> dict[str, float]:
+    """The held-out panel before training."""
+    return {f"{name}_before": value for name, value in state["before"].items() if name.startswith(SHARES)}
+
+
 def finish(
     cfg: RunConfig, run: Run, state: dict[str, Any], after: dict[str, float], shown: list[Trajectory]
 ) -> dict[str, float]:
     """Report and summary: the last iteration's metrics, and the held-out panel after and before."""
-    before = {f"{name}_before": value for name, value in state["before"].items() if name.startswith(SHARES)}
-    metrics = {**state["last"], **after, **before, "time/training": state["training_seconds"]}
+    metrics = {**state["last"], **after, **before_of(state), "time/training": state["training_seconds"]}
     report = run.path("report.html")
     write_report(
         report,

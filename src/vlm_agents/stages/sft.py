@@ -18,6 +18,7 @@ from vlm_agents.learn.engine import AdamW
 from vlm_agents.models import Agent, load_agent
 from vlm_agents.models.loading import RUN_MODEL
 from vlm_agents.run import Run, seed_everything, unfinished
+from vlm_agents.stages.cards import origin_of, save_model
 from vlm_agents.stages.playing import check_length
 from vlm_agents.stages.sft_data import Chats, check
 
@@ -37,6 +38,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     agent = load_agent(cfg.model, cfg.hardware, init)
     if agent.temperature_head is not None:
         agent.temperature_head.requires_grad_(False)  # learned from rewards alone
+    run.env, form = origin_of(Path(stage.data))
     budget = cfg.prompt.max_prompt_tokens
     check_length(agent, "prompt.max_prompt_tokens", budget, cfg.prompt.max_reply_tokens)
     paths = [Path(stage.data) / f"{split}.parquet" for split in ("train", "validation")]
@@ -58,7 +60,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     for validation in filter(len, held_out):
         metrics |= validate(agent.eval(), validation, stage.batch_size, cfg.hardware)
     run.log(trainer.progress["step"], metrics)
-    run.save_folder(RUN_MODEL, agent.save)
+    save_model(run, agent.save, metrics, train.example(), form)
     return run.finish(metrics, {"model": run.path(RUN_MODEL)})
 
 
