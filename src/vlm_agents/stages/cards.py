@@ -15,6 +15,7 @@ import yaml
 
 from vlm_agents.chats import CHAT_COLUMNS, TRL_COLUMNS
 from vlm_agents.config import PpoConfig, RunConfig
+from vlm_agents.errors import DataError
 from vlm_agents.files import atomic_write
 from vlm_agents.run import MAY_CHANGE, Run, flat_settings
 from vlm_agents.types import Prompt
@@ -175,10 +176,11 @@ def write_dataset_card(run: Run, rows: Mapping[str, int]) -> None:
 def origin_of(data: Path) -> tuple[str, str | None]:
     """Of which env the rows of a stage=preprocess are, and in which prompt format, as far as it says."""
     env, form = data.name, None
-    if (data / "summary.json").is_file():
-        env = json.loads((data / "summary.json").read_text(encoding="utf-8")).get("env") or env
-    if (data / "config.yaml").is_file():
-        form = flat_settings(data / "config.yaml", f"delete {data}, and run stage=preprocess again").get("prompt.format")
+    try:
+        env = json.loads((data / "summary.json").read_text(encoding="utf-8"))["env"] or env
+        form = flat_settings(data / "config.yaml", "").get("prompt.format")
+    except (OSError, ValueError, KeyError, TypeError, DataError):  # a Parquet of somebody else, or a copy of ours
+        pass
     return env, form
 
 

@@ -34,7 +34,7 @@ LEFT_OUT = {
     "turns_illegal": "turns whose reply holds no legal action",
     "turns_badly_rated": "turns rated under {stage.min_score:g} (stage.min_score)",
     "turns_not_rated": "turns without a rating (stage.min_score)",
-    "turns_unadvised": "turns without an expert's advice (stage.label={stage.label}; a random move has no other label)",
+    "turns_unadvised": "turns that an expert's advice would label, and without any (stage.label={stage.label})",
     "duplicates": "chats that are there already",
     "records_skipped": "of {records} records, named above",
     **dict.fromkeys(FLAWS, "rows that no model can take, named above ({name})"),
