@@ -88,7 +88,7 @@ tiny-weights: setup ## rebuild the weights of the tiny model (about 90 minutes);
 	$(call TINY,sft,keys) $(CLONE) stage.init=outputs/tiny_slips2/sft
 	$(call TINY,sft,rough) $(CLONE) stage.init=outputs/tiny_keys/sft stage.data=outputs/tiny_slips/preprocess \
 		stage.epochs=0.15 stage.lr=3e-4
-	cp -r outputs/tiny_rough/sft/model/. src/vlm_agents/models/tiny_weights/
+	cd outputs/tiny_rough/sft/model && cp -r $$(ls | grep -v README.md) $(CURDIR)/src/vlm_agents/models/tiny_weights/
 	sha256sum src/vlm_agents/models/tiny_weights/model.safetensors
 
 test: setup ## the tests

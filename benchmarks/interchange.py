@@ -14,7 +14,6 @@ import sys
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 SHOWN = ("trl", "llamafactory", "transformers", "datasets", "pyarrow")
 TRAINING = {
@@ -76,6 +75,7 @@ def compare(run: Path, model: Path, ours: list[dict[str, list[int]]]) -> list[st
     """A line of the table."""
     versions = [installed(name) for name in SHOWN]
     theirs, losses = llamafactory(run, model) if versions[1] else trl(run, model)
+    versions[0] = "" if versions[1] else versions[0]  # LLaMA-Factory has one of its own
     assert len(theirs) == len(ours), f"{len(theirs)} rows of {len(ours)}"
     equal = [a == b for a, b in zip(ours, theirs, strict=True)]
     nearly = [same or a == without_line_end(b) for same, a, b in zip(equal, ours, theirs, strict=True)]
@@ -95,30 +95,16 @@ def without_line_end(row: dict[str, list[int]]) -> dict[str, list[int]]:
     return {name: ids[:-1] for name, ids in row.items()} if row["labels"][-1] != -100 else row
 
 
-def for_trl(row: dict[str, Any], tokenizer: Any) -> dict[str, str]:
-    """A row's prompt as the chat template writes it, and the reply up to the end of the turn, all that is learned."""
-    *context, answer = row["messages"]
-    chat = []
-    for message in context:
-        texts = message["content"].split("<image>")
-        parts = [part for text in texts for part in ({"type": "image"}, {"type": "text", "text": text})]
-        chat.append({"role": message["role"], "content": [part for part in parts[1:] if part.get("text") != ""]})
-    prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    return {"prompt": prompt, "completion": answer["content"] + tokenizer.eos_token}
-
-
 def trl(run: Path, model: Path) -> tuple[list[dict[str, list[int]]], list[float]]:
     from datasets import load_dataset
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from trl import SFTConfig, SFTTrainer
 
-    processor = AutoProcessor.from_pretrained(model)
-    chats = load_dataset(str(run), cache_dir="cache")["train"]
     trainer = SFTTrainer(
         AutoModelForImageTextToText.from_pretrained(model),
         SFTConfig("trl", max_length=None, **TRAINING),
-        train_dataset=chats.map(for_trl, fn_kwargs={"tokenizer": processor.tokenizer}, remove_columns="messages"),
-        processing_class=processor,
+        train_dataset=load_dataset(str(run), "trl", cache_dir="cache")["train"],
+        processing_class=AutoProcessor.from_pretrained(model),
     )
     theirs = []
     for row in trainer.train_dataset:
@@ -134,17 +120,13 @@ def llamafactory(run: Path, model: Path) -> tuple[list[dict[str, list[int]]], li
     from llamafactory.model import load_tokenizer
     from llamafactory.train.tuner import run_exp
 
-    tags = {f"{name}_tag": name for name in ("role", "content", "user", "assistant", "system")}
-    columns = {"messages": "messages", "images": "images"}
-    entry = {"file_name": str(run / "train.parquet"), "formatting": "sharegpt", "columns": columns, "tags": tags}
-    Path("dataset_info.json").write_text(json.dumps({"ours": entry}))
     settings = TRAINING | {
         "stage": "sft",
         "do_train": True,
         "model_name_or_path": str(model),
         "finetuning_type": "full",
-        "dataset": "ours",
-        "dataset_dir": ".",
+        "dataset": "train",
+        "dataset_dir": str(run),
         "template": "qwen2_vl",
         "mask_history": True,  # a row is there for its last turn alone
         "cutoff_len": 4096,

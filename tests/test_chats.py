@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from vlm_agents import chats
-from vlm_agents.chats import GROUP_BYTES, SCHEMA, ChatWriter, digest, flaw, read_chats
+from vlm_agents.chats import GROUP_BYTES, SCHEMA, ChatWriter, digest, flaw, in_parts, read_chats
 from vlm_agents.errors import DataError
 
 
@@ -31,7 +31,7 @@ def row(question: str = "<image>Which colour?", answer: str = "red", *pngs: byte
 def written(path: Path, *added: dict[str, Any]) -> Path:
     with ChatWriter(path) as file:
         for each in added:
-            file.add(each)
+            file.add(each, digest(each))
         file.publish()
     return path
 
@@ -84,7 +84,7 @@ def test_what_does_not_read_back_as_it_was_added_takes_no_place(tmp_path: Path):
     before = path.read_bytes()
     changed = row(answer="blue")
     with ChatWriter(path) as file:
-        file.add(changed)
+        file.add(changed, digest(changed))
         changed["messages"][-1]["content"] = "green"  # as a fault in memory would
         with pytest.raises(DataError, match=r"a\.parquet does not read back as it was written"):
             file.publish()
@@ -137,6 +137,27 @@ def test_what_no_model_can_take_is_told(change: dict[str, Any], name: str | None
     found = flaw(row() | change)
     assert (found and found.name) == name
     assert re.search(text, found.text if found else "")
+
+
+def test_in_parts_each_picture_is_before_the_text_of_its_message():
+    said = [("system", "rules"), ("user", "<image><image>Which?"), ("assistant", "red"), ("user", "<image>")]
+    messages = [{"role": role, "content": content} for role, content in [*said, ("assistant", "blue")]]
+    picture, text = {"type": "image"}, [{"type": "text", "text": word} for word in ("rules", "Which?", "red", "blue")]
+    assert in_parts(messages) == {
+        "prompt": [
+            {"role": "system", "content": [text[0]]},
+            {"role": "user", "content": [picture, picture, text[1]]},
+            {"role": "assistant", "content": [text[2]]},
+            {"role": "user", "content": [picture]},
+        ],
+        "completion": [{"role": "assistant", "content": [text[3]]}],
+    }
+
+
+def test_a_file_of_an_older_version_has_no_parts_and_is_read(tmp_path: Path):
+    columns = ["messages", "images"]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row()], SCHEMA).select(columns), tmp_path / "a.parquet")
+    assert list(read_chats(tmp_path / "a.parquet")) == [{name: row()[name] for name in columns}]
 
 
 def test_rows_differ_by_what_is_said_and_shown():

@@ -195,11 +195,13 @@ def test_preprocess_takes_it_beside_episodes_and_sft_learns_from_it(
     assert len(rows) > 2
     metrics = json.loads((chats / "summary.json").read_text())["metrics"]
     assert (metrics["preprocess/records"], metrics["preprocess/records_skipped"]) == (4, 1)
+    assert json.loads((chats / "summary.json").read_text())["env"] == "cards.json, vlm_agents/Echo-v0"
 
     source = f"stage.data={chats}"
     trained = run_stage(tmp_path / "sft", "stage=sft", source, "stage.batch_size=8", "stage.warmup_steps=1")
     metrics = json.loads((trained / "summary.json").read_text())["metrics"]
     assert metrics["sft/rows"] == len(rows)
+    assert "Which colour?" not in (trained / "model/README.md").read_text()  # somebody's own data isn't told
 
 
 def test_half_a_character_is_skipped_in_preprocess_by_record_and_turn(

@@ -1,7 +1,8 @@
 """Chats as Parquet, one a row: the columns, what makes a row sound, writing and reading.
 
-`messages` are role and content, a picture's place marked by `<image>`; `images` are PNGs, in order. Knows nothing of
-where chats come from, nor of any model.
+`messages` are role and content, a picture's place marked by `<image>`; `images` are PNGs, in order. `prompt` and
+`completion` say the same in parts, as TRL wants it; nothing here reads them. Knows nothing of where chats come from,
+nor of any model.
 """
 
 import hashlib
@@ -21,12 +22,15 @@ from vlm_agents.files import sync, temporary_of, writing
 from vlm_agents.types import Role
 
 IMAGE_MARK = "<image>"
+CHAT_COLUMNS = ("messages", "images", "env", "seed", "turn")
+TRL_COLUMNS = ("prompt", "completion", "images")
 ROLES = get_args(Role)
 AT_ONCE = 64  # rows that are read
 GROUP_BYTES = 1 << 28  # of a row group's texts and pictures: readers hold a whole one, and most of them 2 GiB at most
 ROW_BYTES = (1 << 31) - 1  # Arrow counts a column's bytes in 31 bits
 
 _TEXT = {"dtype": "string", "_type": "Value"}
+_PARTS = [{"role": _TEXT, "content": [{"type": _TEXT, "text": _TEXT}]}]
 # For `datasets`, in the one spelling that its versions 3, 4 and 5 know: a list of something is [something].
 _FEATURES = {
     "messages": [{"role": _TEXT, "content": _TEXT}],
@@ -34,8 +38,13 @@ _FEATURES = {
     "env": _TEXT,
     "seed": {"dtype": "int64", "_type": "Value"},
     "turn": {"dtype": "int32", "_type": "Value"},
+    "prompt": _PARTS,
+    "completion": _PARTS,
 }
 _STRING = pyarrow.string()
+_ARROW_PARTS = pyarrow.list_(
+    pyarrow.struct({"role": _STRING, "content": pyarrow.list_(pyarrow.struct({"type": _STRING, "text": _STRING}))})
+)
 SCHEMA = pyarrow.schema(
     {
         "messages": pyarrow.list_(pyarrow.struct({"role": _STRING, "content": _STRING})),
@@ -43,13 +52,18 @@ SCHEMA = pyarrow.schema(
         "env": _STRING,
         "seed": pyarrow.int64(),
         "turn": pyarrow.int32(),
+        "prompt": _ARROW_PARTS,
+        "completion": _ARROW_PARTS,
     }.items(),
     metadata={"huggingface": json.dumps({"info": {"features": _FEATURES}})},
 )
 
 
+FLAWS = ("no_chat", "mark_in_text", "half_character", "too_large")
+
+
 class Flaw(NamedTuple):
-    name: str  # to count it by
+    name: str  # of FLAWS, to count it by
     text: str  # what is wrong, for people
 
 
@@ -120,10 +134,21 @@ def digest(row: dict[str, Any]) -> bytes:
     return state.digest()
 
 
-class ChatWriter:
-    """Writes rows of SCHEMA to a file that appears when all of them are in it and read back right, or not at all.
+def in_parts(messages: Sequence[dict[str, str]]) -> dict[str, list[dict[str, Any]]]:
+    """The columns `prompt` and `completion`: all but the last message, and the last, each text or picture a part."""
+    said = []
+    for message in messages:
+        text = message["content"].replace(IMAGE_MARK, "")  # pictures stand before it, see `_misplaced`
+        parts = [{"type": "image"}] * message["content"].count(IMAGE_MARK)
+        said.append({"role": message["role"], "content": parts + [{"type": "text", "text": text}] * bool(text)})
+    return {"prompt": said[:-1], "completion": said[-1:]}
 
-    A row group stores each of its distinct pictures once. A context manager: what wasn't published is gone after it.
+
+class ChatWriter:
+    """Writes rows to a file that appears when all of them are in it and read back right, or not at all.
+
+    They are given without the columns that `in_parts` makes of them. A row group stores each of its
+    distinct pictures once. A context manager: what wasn't published is gone after it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -146,14 +171,14 @@ class ChatWriter:
                 self._file.close()
             self._temporary.unlink(missing_ok=True)
 
-    def add(self, row: dict[str, Any]) -> None:
-        """A row without a flaw."""
+    def add(self, row: dict[str, Any], key: bytes) -> None:
+        """A row without a flaw, and its digest."""
         size = _bytes(row)
         if self._rows and self._size + size > GROUP_BYTES:
             self._flush()
         self._rows.append(row)
         self._size += size
-        self._digests.append(digest(row))
+        self._digests.append(key)
 
     def publish(self) -> None:
         """Put the file into its place; without rows there is none, nor one from before. DataError if it is damaged."""
@@ -176,7 +201,8 @@ class ChatWriter:
         with writing(self.path):
             if self._file is None:
                 self._file = pyarrow.parquet.ParquetWriter(self._temporary, SCHEMA, dictionary_pagesize_limit=1 << 30)
-            self._file.write_table(pyarrow.Table.from_pylist(self._rows, SCHEMA))
+            rows = [row | in_parts(row["messages"]) for row in self._rows]
+            self._file.write_table(pyarrow.Table.from_pylist(rows, SCHEMA))
         self._rows, self._size = [], 0
 
 
@@ -201,5 +227,5 @@ def read_chats(path: Path) -> Iterator[dict[str, Any]]:
 
 def _bytes(row: dict[str, Any]) -> int:
     """What the row takes where it is unpacked. UnicodeEncodeError for half a surrogate pair, which has no bytes."""
-    texts = [row.get("env", ""), *(message["content"] for message in row["messages"])]
+    texts = [row.get("env", ""), *2 * [message["content"] for message in row["messages"]]]  # as they are, and in parts
     return sum(len(text.encode()) for text in texts) + sum(len(image["bytes"]) for image in row["images"])

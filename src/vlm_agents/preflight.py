@@ -19,7 +19,7 @@ from vlm_agents.config import (
 )
 from vlm_agents.errors import ConfigError, DataError
 from vlm_agents.files import writing
-from vlm_agents.models.adapters import read_settings, refuse_no_adapter_weights
+from vlm_agents.models.adapters import named_base, read_settings, refuse_no_adapter_weights
 from vlm_agents.models.machine import refuse_no_bitsandbytes, refuse_no_driver
 from vlm_agents.models.sources import adapter_folder, check_source, config_of, parameters_of, source_of
 from vlm_agents.weights import ADAPTER_FILE, holds_work, init_folder, unfinished
@@ -100,9 +100,9 @@ def check_weights(cfg: RunConfig) -> str | None:
         if not (start / ADAPTER_FILE).is_file():
             check_source(str(start))
             return str(start)
-        said = read_settings(start)
+        read_settings(start)
         refuse_no_adapter_weights(start)
-        base = str(said.get("base_model_name_or_path") or "")
+        base = named_base(start)
         if Path(base).is_dir() or source is None:
             return base or None
     if source:

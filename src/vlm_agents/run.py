@@ -86,6 +86,7 @@ class Run:
     ) -> None:
         self.cfg = cfg
         self.dir = Path(cfg.run_dir)
+        self.env = cfg.env.id  # of the record; a stage that plays none names that of its data
         self._overrides = overrides
         self._lock = lock
         self._sweep = sweep
@@ -163,7 +164,7 @@ class Run:
         """What a report's reader needs in order to know, and to repeat, what was run."""
         cfg = self.cfg
         command = shlex.join(["python", "-m", "vlm_agents", *self._overrides])
-        facts = {"command": command, "env": cfg.env.id, "model": played_by(cfg)}
+        facts = {"command": command, "env": self.env, "model": played_by(cfg)}
         facts |= {"weights": self.weights} if self.weights else {}
         facts |= {"differs": "; ".join(self.differences)} if self.differences else {}
         facts |= {"algo": cfg.algo.name} if cfg.algo else {}
@@ -259,7 +260,7 @@ class Run:
         cfg = self.cfg
         summary = {
             "stage": cfg.stage.name,
-            "env": cfg.env.id,
+            "env": self.env,
             "model": played_by(cfg),
             "weights": self.weights or None,
             "differs": self.differences,

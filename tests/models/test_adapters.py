@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -151,7 +152,31 @@ def test_a_base_by_a_relative_path_is_found_from_elsewhere(
     assert os.path.samefile(again.model.name_or_path, tiny_folder)
 
 
-def test_the_shipped_base_is_named_as_peft_names_it(load: Load, tmp_path: Path):
+def test_the_shipped_base_is_named_by_the_package_that_ships_it(load: Load, tmp_path: Path):
+    """Older versions wrote its absolute path, of whatever machine."""
     load(path=None, lora=SMALL).save(tmp_path)
-    assert settings(tmp_path)["base_model_name_or_path"].endswith("/vlm_agents/models/tiny_weights")
+    assert settings(tmp_path)["base_model_name_or_path"] == "vlm_agents/models/tiny_weights"
+    assert not (tmp_path / "README.md").exists()  # peft's, with that machine's path
     load(init=tmp_path, path=None, lora=SMALL)
+    put(tmp_path, base_model_name_or_path="/elsewhere/site-packages/vlm_agents/models/tiny_weights")
+    load(init=tmp_path, path=None, lora=SMALL)
+
+
+def test_a_base_in_the_project_is_named_by_its_place_there_and_found_when_the_project_moves(
+    load: Load, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """From within it and from elsewhere, also where the working directory has another folder of that name."""
+    project, other = tmp_path / "project", tmp_path / "other"
+    shutil.copytree(tiny_folder, project / "outputs/base/model")
+    (other / "outputs/base/model").mkdir(parents=True)
+    monkeypatch.chdir(project)
+    load(path="outputs/base/model", lora=SMALL).save(project / "outputs/adapted")
+    assert settings(project / "outputs/adapted")["base_model_name_or_path"] == "outputs/base/model"
+    moved = project.rename(tmp_path / "moved")
+    for place in (moved, other):
+        monkeypatch.chdir(place)
+        again = load(init=moved / "outputs/adapted", path=None, lora=SMALL)
+        assert os.path.samefile(again.model.name_or_path, moved / "outputs/base/model")
+    monkeypatch.chdir(moved)  # the adapter alone goes elsewhere
+    away = (moved / "outputs/adapted").rename(tmp_path / "away")
+    load(init=away, path=None, lora=SMALL)

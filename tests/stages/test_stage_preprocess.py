@@ -1,6 +1,5 @@
 """Preprocessing: which turns are kept and what is learned to be said there; and that others can read the Parquet."""
 
-import inspect
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -11,9 +10,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from interchange import for_trl
 from PIL import Image
-from transformers import AutoTokenizer
 
 from vlm_agents.config import HardwareConfig, ModelConfig
 from vlm_agents.envs.echo import COLORS
@@ -25,7 +22,6 @@ from vlm_agents.stages.sft import Chats
 from vlm_agents.types import Advice, Message, Observation, Parsed, Reply, Step, Stop, Trajectory, Turn
 
 RunStage = Callable[..., Path]
-ROOT = Path(__file__).parents[2]
 
 
 def metrics_of(folder: Path) -> dict[str, float]:
@@ -89,29 +85,42 @@ def test_without_rows_to_hold_out_there_is_no_validation_file(run_stage: RunStag
     assert "sft/val_loss" not in metrics_of(trained)
 
 
-def test_the_docs_have_what_makes_trl_s_columns():
-    assert inspect.getsource(for_trl) in (ROOT / "docs/data.md").read_text()
+def test_load_dataset_has_the_columns_for_each_reader(echo_chats: Path, tmp_path: Path):
+    """TRL refuses to learn a completion alone where it sees `messages` as well."""
+    named: dict[str, Any] = {
+        name: datasets.load_dataset(str(echo_chats), name, split="train", cache_dir=str(tmp_path))
+        for name in ("default", "trl")
+    }
+    assert set(named["default"].column_names) == {"messages", "images", "env", "seed", "turn"}
+    assert set(named["trl"].column_names) == {"prompt", "completion", "images"}
+    for row, given in zip(named["default"], named["trl"], strict=True):
+        *asked, answer = row["messages"]
+        assert as_messages(given["prompt"]) == asked
+        assert as_messages(given["completion"]) == [answer]
+        assert given["images"] == row["images"]
+
+
+def as_messages(parts: list[dict[str, Any]]) -> list[dict[str, str]]:
+    return [
+        {"role": one["role"], "content": "".join(part["text"] or f"<{part['type']}>" for part in one["content"])}
+        for one in parts
+    ]
 
 
 def test_what_trl_is_given_are_the_tokens_that_sft_learns(echo_chats: Path, tiny_model: Path):
+    """As TRL's collator asks the template for them; it learns the line end after a reply too."""
     agent = load_agent(ModelConfig("tiny", path=str(tiny_model)), HardwareConfig("cpu"))
     ours = Chats(echo_chats / "train.parquet", agent.renderer)
-    for index, row in enumerate(table(echo_chats)):
-        given = for_trl(row, agent.tokenizer)
+    line_end = agent.tokenizer.encode("\n")
+    for index, given in enumerate(table(echo_chats)):
+        prompt = agent.tokenizer.apply_chat_template(given["prompt"], tokenize=False, add_generation_prompt=True)
+        whole = agent.tokenizer.apply_chat_template([*given["prompt"], *given["completion"]], tokenize=False)
+        completion = whole.removeprefix(prompt)
         # a picture of 56 pixels takes 4 tokens, which a processor puts into the place of one
-        prompt = given["prompt"].replace("<|image_pad|>", "<|image_pad|>" * 4)
+        prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * 4)
         ((start, end),) = ours[index].spans
         assert agent.tokenizer.encode(prompt) == ours[index].input_ids[:start].tolist()
-        assert agent.tokenizer.encode(given["completion"]) == ours[index].input_ids[start:end].tolist()
-
-
-def test_what_trl_is_given_has_its_pictures_in_their_places(tiny_model: Path):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    said = [("user", "First: <image> Second: <image>"), ("assistant", "red")]
-    row = {"messages": [{"role": role, "content": text} for role, text in said]}
-    picture = "<|vision_start|><|image_pad|><|vision_end|>"
-    prompt = f"<|im_start|>user\nFirst: {picture} Second: {picture}<|im_end|>\n<|im_start|>assistant\n"
-    assert for_trl(row, tokenizer) == {"prompt": prompt, "completion": "red<|im_end|>"}
+        assert agent.tokenizer.encode(completion) == ours[index].input_ids[start:end].tolist() + line_end
 
 
 def test_no_episode_is_in_both_splits(echo_chats: Path, echo_episodes: Path):
@@ -214,6 +223,22 @@ def test_replies_below_the_score_are_left_out(preprocess):
     assert answers(preprocess([TURNS], "stage.min_score=4", name="b")) == ["open", "wait", "knock"]
 
 
+def test_what_was_left_out_is_told_by_its_setting(preprocess, run_stage, tmp_path: Path, capsys):
+    preprocess([TURNS, [*TURNS[:1], turn("knock", None)]], "stage.min_score=5")
+    reasons = (
+        "1 turns whose reply holds no legal action",
+        "1 turns rated under 5 (stage.min_score)",
+        "1 turns without a rating (stage.min_score)",
+        "1 turns that an expert's advice would label, and without any (stage.label=reply)",
+        "1 chats that are there already",
+    )
+    assert f"left out: {', '.join(reasons)}\n" in capsys.readouterr().err
+    words = ("stage.success_only=true", "stage.val_fraction=0")
+    EpisodeWriter(tmp_path / "a_collect").append(Trajectory("hand", 9, "hand", tuple(TURNS), "failure"))
+    run_stage(tmp_path / "b", "stage=preprocess", f"stage.data=[{tmp_path / 'a_collect'}]", *words)
+    assert "left out: 1 of 3 episodes without success (stage.success_only)" in capsys.readouterr().err
+
+
 def test_a_step_that_nobody_rated_passes_only_where_no_score_is_asked_for(preprocess):
     turns = [turn("open", None), turn("knock", 5.0)]
     assert answers(preprocess([turns])) == ["open", "knock"]
@@ -284,12 +309,13 @@ def test_episodes_of_several_runs_are_one_dataset(run_stage: RunStage, preproces
     data = f"stage.data=[{tmp_path / 'a_collect'},{echo_episodes}]"
     folder = run_stage(tmp_path / "both", "stage=preprocess", data, "stage.val_fraction=0")
     assert set(table(folder)["env"]) == {"hand", "vlm_agents/Echo-v0"}
+    assert json.loads((folder / "summary.json").read_text())["env"] == "hand, vlm_agents/Echo-v0"
 
 
 def test_broken_episodes_teach_nothing_and_nothing_left_is_an_error(preprocess):
-    with pytest.raises(DataError, match=r"no turn of .* is left to learn from .*'episodes_left_out': 1.*collect more"):
+    with pytest.raises(DataError, match=r"left out: 1 of 1 episodes that an error of the env ended\): collect more"):
         preprocess([TURNS], "stage.success_only=false", stop="env_error")
-    with pytest.raises(DataError, match=r"'turns_left_out': 1.*loosen stage.success_only and stage.min_score"):
+    with pytest.raises(DataError, match=r"left out: 1 turns rated under 9 \(stage\.min_score\)\).*or loosen"):
         preprocess([TURNS[1:2]], "stage.min_score=9", name="b")
 
 

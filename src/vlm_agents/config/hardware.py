@@ -15,7 +15,12 @@ class HardwareConfig(Part, place="hardware"):
     dtype: str = setting(
         "float32", "number format of the weights and activations", choices=Literal["float32", "bfloat16"]
     )
-    threads: int | None = setting(None, "torch CPU threads; null: all cores", low=1)
+    threads: int | None = setting(
+        None,
+        "torch CPU threads; null: as many as cores are free when the run begins, 8 at most, or OMP_NUM_THREADS; kept "
+        "with the run, for rounding depends on it",
+        low=1,
+    )
     tokens_per_microbatch: int = setting(
         8192, "padded tokens in one forward and backward pass; less needs less memory", low=1
     )

@@ -11,6 +11,8 @@ from vlm_agents.config import LoraConfig
 from vlm_agents.errors import ModelError
 from vlm_agents.weights import ADAPTER_FILE
 
+PACKAGE = Path(__file__).resolve().parents[1]
+SHIPPED = PACKAGE / "models" / "tiny_weights"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 LISTS = list | str | None
 MEANT: dict[str, Any] = {  # what `lora` hands to peft, which then does with it as in training; and of what type it is
@@ -80,6 +82,18 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
     return saved
 
 
+def named_base(folder: Path) -> str:
+    """The base that the adapter in `folder` names: its folder where that is found, as `tidy` names it, or what stands
+    there, which may be a hub id; empty where none is named."""
+    named = adapter_settings(folder).get("base_model_name_or_path") or ""
+    if not named:
+        return ""
+    for root in (*folder.resolve().parents, Path.cwd()):  # its own project first, for another has equal names
+        if (root / named).is_dir():
+            return str((root / named).resolve())
+    return str(SHIPPED) if Path(named).parts[-2:] == SHIPPED.parts[-2:] else named  # another machine's package
+
+
 def shown(saved: dict[str, Any], keys: list[str]) -> str:
     return ", ".join(f"{key}={json.dumps(saved[key])[:60]}" for key in keys)
 
@@ -98,8 +112,11 @@ def foreign_settings(saved: dict[str, Any]) -> list[str]:
 def tidy(folder: Path) -> None:
     """Make what peft wrote into `folder`, and into the folders in it, the same in every process and from everywhere.
 
-    Lists are sorted (peft has sets), and a base that is a folder is named by its absolute path.
+    Lists are sorted (peft has sets). The base is named by the package that ships it, or by its place in the working
+    directory where the adapter lies there too; any other folder by its absolute path, without which nobody would find
+    it. The card that peft writes names it as well, and goes.
     """
+    here = Path.cwd()
     for path in folder.rglob(ADAPTER_FILE):
         saved = json.loads(path.read_text(encoding="utf-8"))
         for key, value in saved.items():
@@ -107,5 +124,11 @@ def tidy(folder: Path) -> None:
                 saved[key] = sorted(value)
         base = saved.get("base_model_name_or_path")
         if base and Path(base).is_dir():
-            saved["base_model_name_or_path"] = str(Path(base).resolve())
+            place = Path(base).resolve()
+            if place == SHIPPED:
+                place = place.relative_to(PACKAGE.parent)
+            elif place.is_relative_to(here) and folder.resolve().is_relative_to(here):
+                place = place.relative_to(here)
+            saved["base_model_name_or_path"] = place.as_posix()
         path.write_text(json.dumps(saved, indent=2, sort_keys=True))
+        (path.parent / "README.md").unlink(missing_ok=True)

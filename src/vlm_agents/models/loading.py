@@ -15,7 +15,7 @@ from transformers.utils.hub import cached_file
 from vlm_agents.config import HardwareConfig, ModelConfig, TrainableConfig
 from vlm_agents.errors import ConfigError, ModelError
 from vlm_agents.models.actor_critic import Agent, TemperatureHead, ValueHead
-from vlm_agents.models.adapters import adapter_settings, refuse_full_training
+from vlm_agents.models.adapters import named_base, refuse_full_training
 from vlm_agents.models.architectures import tokenizer_for, whole_config
 from vlm_agents.models.damage import refusing
 from vlm_agents.models.families import Family, family_of, kind_of
@@ -102,9 +102,8 @@ def base_of(folder: Path, cfg: ModelConfig) -> Path | None:
 
     Where both are named the adapter knows better.
     """
-    named = adapter_settings(folder).get("base_model_name_or_path") or ""
-    ours = Path(named).parts[-2:] == TINY.parts[-2:]  # where another machine has this package
-    shipped = cfg.path is None and ours and not (Path(named).is_dir() and place(named) != place(str(TINY)))
+    named = named_base(folder)
+    shipped = cfg.path is None and named == str(TINY)
     if not named or shipped or (cfg.path and place(named) == place(cfg.path)):
         return None
     trained = f"the adapter in {folder} was trained on {named}"

@@ -10,7 +10,7 @@ from torch import nn
 
 from vlm_agents.config import LoraConfig, ModelConfig, TrainableConfig
 from vlm_agents.errors import ConfigError, ModelError
-from vlm_agents.models.adapters import ADAPTER_FILE, MEANT, adapter_settings, refuse_no_adapter_weights
+from vlm_agents.models.adapters import ADAPTER_FILE, MEANT, adapter_settings, named_base, refuse_no_adapter_weights
 from vlm_agents.models.families import Family
 from vlm_agents.models.fingerprint import differing
 from vlm_agents.progress import say
@@ -74,7 +74,7 @@ def refuse_another_base(model: Any, folder: Path) -> None:
     """ModelError where what lies beside the adapter says that it was trained on other weights than those of `model`."""
     if not (others := differing(model, folder)):
         return
-    named = adapter_settings(folder).get("base_model_name_or_path")
+    named = named_base(folder)
     where = f"set model.path to where {named} lies now" if named else "set model.path"
     if named and Path(named).is_dir():  # where the settings can't overrule it
         where = f"put them back there, or write their place into {ADAPTER_FILE} as base_model_name_or_path"

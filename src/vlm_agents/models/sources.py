@@ -13,10 +13,11 @@ from safetensors import SafetensorError, safe_open
 
 from vlm_agents.config import ModelConfig
 from vlm_agents.errors import ConfigError, ModelError
+from vlm_agents.models.adapters import SHIPPED
 from vlm_agents.progress import say
 from vlm_agents.weights import ADAPTER_FILE, RUN_MODEL, init_folder
 
-TINY = Path(__file__).parent / "tiny_weights"
+TINY = SHIPPED
 WHOLE = "Set model.path or stage.init to a whole HF folder"
 CONFIG_FILE = "config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")

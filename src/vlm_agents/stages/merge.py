@@ -16,6 +16,7 @@ from vlm_agents.models import Agent, Sampler, load_agent
 from vlm_agents.models.sources import adapter_folder
 from vlm_agents.progress import say
 from vlm_agents.run import Run
+from vlm_agents.stages.cards import save_model
 from vlm_agents.stages.playing import first_prompts
 from vlm_agents.types import Prompt
 from vlm_agents.weights import RUN_MODEL
@@ -51,7 +52,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
             metrics["merge/quantised_logit_difference"] = float((found - quantised).abs().max())
 
     run.begin()
-    run.save_folder(RUN_MODEL, write)
+    save_model(run, write, metrics, prompts[0], cfg.prompt.format)
     rounding = ""
     if quantised is not None:
         rounding = f"; from the model in 4 bits that was trained, by {metrics['merge/quantised_logit_difference']:.2g}"

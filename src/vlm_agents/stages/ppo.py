@@ -26,6 +26,7 @@ from vlm_agents.models import Agent, load_agent
 from vlm_agents.progress import say, track
 from vlm_agents.rollout import collect, summarise
 from vlm_agents.run import Run, seed_everything, training_seed
+from vlm_agents.stages.cards import save_model
 from vlm_agents.stages.playing import (
     SHARES,
     format_of,
@@ -92,13 +93,20 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
             if done % stage.checkpoint_every == 0 or done == stage.iterations:
                 save(done)
         after = evaluate(cfg, run, envs, agent, stage.iterations, album := Album())
-    run.save_folder(RUN_MODEL, agent.save)
+    first = next(read_episodes(run.dir, skip_damaged=True), None)
+    prompt = first.turns[0].prompt if first and first.turns else None
+    save_model(run, agent.save, {**after, **before_of(state)}, prompt, cfg.prompt.format)
     return finish(run, state, after, album)
+
+
+def before_of(state: dict[str, Any]) -> dict[str, float]:
+    """The held-out panel before training."""
+    return {f"{name}_before": value for name, value in state["before"].items()}
 
 
 def finish(run: Run, state: dict[str, Any], after: dict[str, float], album: Album) -> dict[str, float]:
     """Report and summary: the last iteration's metrics, and the held-out panel after and before."""
-    before = {f"{name}_before": value for name, value in state["before"].items()}
+    before = before_of(state)
     metrics = {**state["last"], **after, **before, "time/training": state["training_seconds"]}
     signal.conclude(state["last"])
     recorded = deque(read_episodes(run.dir, skip_damaged=True), RECORDED)

@@ -1,6 +1,6 @@
-"""Recorded episodes and LLaVA files to SFT data: one chat a turn, as Parquet with `messages` and `images`.
+"""Recorded episodes and LLaVA files to SFT data: one chat a turn, as Parquet.
 
-`datasets` and LLaMA-Factory read that; docs/data.md says what TRL wants.
+`datasets`, TRL and LLaMA-Factory read it, each its own columns; docs/data.md says how.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from vlm_agents.chats import GROUP_BYTES, IMAGE_MARK, ChatWriter, digest, flaw
+from vlm_agents.chats import FLAWS, GROUP_BYTES, IMAGE_MARK, ChatWriter, digest, flaw
 from vlm_agents.config import PreprocessConfig, RunConfig
 from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import DataError
@@ -23,10 +23,23 @@ from vlm_agents.policies import is_random
 from vlm_agents.progress import say, track
 from vlm_agents.prompting import PromptFormat, make_format
 from vlm_agents.run import Run, held_out, stable_hash
+from vlm_agents.stages.cards import write_dataset_card
 from vlm_agents.types import Prompt, Trajectory, Turn
 from vlm_agents.weights import unfinished
 
 SPLITS = ("train", "validation")
+# Why something isn't in the data, by the name that it is counted under.
+LEFT_OUT = {
+    "episodes_unsuccessful": "of {episodes} episodes without success (stage.success_only)",
+    "episodes_broken": "of {episodes} episodes that an error of the env ended",
+    "turns_illegal": "turns whose reply holds no legal action",
+    "turns_badly_rated": "turns rated under {stage.min_score:g} (stage.min_score)",
+    "turns_not_rated": "turns without a rating (stage.min_score)",
+    "turns_unadvised": "turns that an expert's advice would label, and without any (stage.label={stage.label})",
+    "duplicates": "chats that are there already",
+    "records_skipped": "of {records} records, named above",
+    **dict.fromkeys(FLAWS, "rows that no model can take, named above ({name})"),
+}
 
 logger = logging.getLogger(__name__)
 
@@ -37,24 +50,26 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     run.restore()  # an interrupted one starts anew
     counts: Counter[str] = Counter()
     pngs = Pngs()
+    envs: set[str] = set()
     with ExitStack() as stack:
         files = {split: stack.enter_context(ChatWriter(run.path(f"{split}.parquet"))) for split in SPLITS}
-        for row in track(sound_rows(stage, make_format(cfg.prompt), counts, pngs), "preprocess", None, "rows"):
+        rows = sound_rows(stage, make_format(cfg.prompt), counts, pngs)
+        for row, key in track(rows, "preprocess", None, "rows"):
             split = SPLITS[stable_hash("split", row["env"], row["seed"]) % 10_000 < stage.val_fraction * 10_000]
-            files[split].add(row)
+            files[split].add(row, key)
+            envs.add(row["env"])
         if counts["turns_unrated"] and not counts["turns_rated"]:
             raise DataError(
                 f"stage.min_score={stage.min_score:g} asks for ratings, and no step in {', '.join(stage.data)} has "
                 "one: run stage=collect with stage.rater=expert or remote, or set stage.min_score=0"
             )
         if not files["train"]:
-            lack = left_out(stage, counts)
+            why = left_out(counts, stage)
             if held := len(files["validation"]):
-                lack.append(f"{held} rows are held out by stage.val_fraction={stage.val_fraction:g}")
+                why.append(f"{held} rows held out (stage.val_fraction={stage.val_fraction:g})")
             raise DataError(
-                f"no turn of {', '.join(stage.data)} is left to learn from ({dict(counts)}): "
-                f"{''.join(f'{line}; ' for line in lack)}collect more episodes, or loosen stage.success_only and "
-                "stage.min_score"
+                f"no turn of {', '.join(stage.data)} is left to learn from (left out: {', '.join(why) or 'nothing'}): "
+                "collect more episodes, or loosen the settings that are named here"
             )
         run.begin()
         for file in files.values():
@@ -62,31 +77,30 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     metrics = {f"preprocess/{name}": float(count) for name, count in counts.items()}
     metrics |= {f"preprocess/{split}": float(len(file)) for split, file in files.items()}
     metrics["preprocess/pictures"] = float(len(pngs.seen))
-    say(", ".join(f"{value:.0f} {name.removeprefix('preprocess/')}" for name, value in metrics.items()))
-    for line in left_out(stage, counts):
-        say(line)
+    written = " and ".join(f"{len(file)} in {file.path.name}" for file in files.values() if len(file))
+    say(f"rows to learn from: {written}, with {len(pngs.seen)} distinct pictures")
+    if out := left_out(counts, stage):
+        say(f"left out: {', '.join(out)}")
+    run.env = ", ".join(sorted(envs))
+    write_dataset_card(run, {split: len(file) for split, file in files.items() if len(file)})
     run.log(0, metrics)
     return run.finish(metrics, {split: file.path for split, file in files.items() if len(file)})
 
 
-def left_out(stage: PreprocessConfig, counts: Counter[str]) -> list[str]:
-    """Which settings left how much out."""
-    lines = []
-    if episodes := counts["episodes_left_out"]:
-        why = (
-            "by stage.success_only=true, or since their env failed" if stage.success_only else "since their env failed"
-        )
-        lines.append(f"{episodes} of {counts['episodes']} episodes are left out {why}")
-    if turns := counts["turns_left_out"]:
-        score = f" and stage.min_score={stage.min_score:g}" if stage.label == "reply" and stage.min_score else ""
-        lines.append(f"{turns} turns are left out by stage.label={stage.label}{score}")
-    return lines
+def left_out(counts: Counter[str], stage: PreprocessConfig) -> list[str]:
+    """What isn't in the data, with how many and by which setting."""
+    return [
+        f"{counts[name]} {words.format(stage=stage, name=name, episodes=counts['episodes'], records=counts['records'])}"
+        for name, words in LEFT_OUT.items()
+        if counts[name]
+    ]
 
 
 def sound_rows(
     stage: PreprocessConfig, prompt_format: PromptFormat, counts: Counter[str], pngs: "Pngs"
-) -> Iterator[dict]:
-    """The rows of all sources, each chat once; one that no model can take is named, counted and left out."""
+) -> Iterator[tuple[dict, bytes]]:
+    """The rows of all sources and their digests, each chat once; one that no model can take is named, counted and left
+    out."""
     learned: set[bytes] = set()
     for source in map(Path, stage.data):
         record = "record" if source.suffix == ".json" else "the episode of seed"
@@ -102,7 +116,7 @@ def sound_rows(
                 counts["duplicates"] += 1
                 continue
             learned.add(key)
-            yield row
+            yield row, key
 
 
 def rows_of(
@@ -134,15 +148,18 @@ def chats(
 ) -> Iterator[dict]:
     """The turns of an episode that are worth learning from; `counts` says why the others aren't."""
     counts["episodes"] += 1
-    if trajectory.stop == "env_error" or (stage.success_only and not trajectory.success):
+    broken = trajectory.stop == "env_error"
+    if broken or (stage.success_only and not trajectory.success):
         counts["episodes_left_out"] += 1
+        counts["episodes_broken" if broken else "episodes_unsuccessful"] += 1
         return
     for index, turn in enumerate(trajectory.turns):
         if stage.label == "reply" and stage.min_score > 0:
             counts["turns_rated" if "quality" in turn.step.metrics else "turns_unrated"] += 1
-        text = label(turn, stage, prompt_format)
+        text, lacking = label(turn, stage, prompt_format)
         if text is None:
             counts["turns_left_out"] += 1
+            counts[lacking] += 1
             continue
         yield chat(turn.prompt, text, pngs) | {"env": trajectory.env, "seed": trajectory.seed, "turn": index}
 
@@ -157,19 +174,26 @@ def chat(prompt: Prompt, answer: str, pngs: "Pngs") -> dict:
     }
 
 
-def label(turn: Turn, stage: PreprocessConfig, prompt_format: PromptFormat) -> str | None:
-    """What to learn to say here: the reply if its step was good enough, or what the expert would have said.
+def label(turn: Turn, stage: PreprocessConfig, prompt_format: PromptFormat) -> tuple[str | None, str]:
+    """What to learn to say here: the reply if its step was good enough, or what the expert would have said; or None,
+    and which of LEFT_OUT is why.
 
     Random moves are no label: there the expert's advice is taken, where it gave any.
     """
-    meant = stage.label == "reply" and not is_random(turn.reply)
-    if meant and turn.parsed.error is None and turn.step.metrics.get("quality", 0.0) >= stage.min_score:
-        return turn.reply.text
+    if stage.label == "reply" and not is_random(turn.reply):
+        metrics = turn.step.metrics
+        if turn.parsed.error is not None:
+            return None, "turns_illegal"
+        if metrics.get("quality", 0.0) < stage.min_score:
+            return None, "turns_badly_rated" if "quality" in metrics else "turns_not_rated"
+        return turn.reply.text, ""
     advice = turn.observation.advice
-    action = turn.parsed.action if stage.label == "played" or advice is None else advice.action
-    if meant or advice is None or action is None:
-        return None
-    return prompt_format.write(advice.thought, action, turn.observation.legal_actions)
+    if advice is None:
+        return None, "turns_unadvised"
+    action = turn.parsed.action if stage.label == "played" else advice.action
+    if action is None:
+        return None, "turns_illegal"
+    return prompt_format.write(advice.thought, action, turn.observation.legal_actions), ""
 
 
 class Pngs:

@@ -21,6 +21,7 @@ from vlm_agents.models.sampler import Sampler as ReplySampler
 from vlm_agents.progress import say, track, under_way
 from vlm_agents.report import Example
 from vlm_agents.run import Run, seed_everything
+from vlm_agents.stages.cards import origin_of, save_model
 from vlm_agents.stages.playing import check_length
 from vlm_agents.stages.reporting import report
 from vlm_agents.stages.sft_data import Chats, check
@@ -41,6 +42,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     agent = load_agent(cfg.model, cfg.hardware, init)
     if agent.temperature_head is not None:
         agent.temperature_head.requires_grad_(False)  # learned from rewards alone
+    run.env, form = origin_of(Path(stage.data))
     budget = cfg.prompt.max_prompt_tokens
     check_length(agent, "prompt.max_prompt_tokens", budget, cfg.prompt.max_reply_tokens)
     paths = [Path(stage.data) / f"{split}.parquet" for split in ("train", "validation")]
@@ -61,7 +63,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         metrics |= validate(agent.eval(), validation, stage.batch_size, cfg.hardware)
     say(told(metrics, sum(map(len, held_out))))
     run.log(trainer.progress["step"], metrics)
-    run.save_folder(RUN_MODEL, agent.save)
+    save_model(run, agent.save, metrics, train.example(), form)
     examples = answered(agent.eval(), next(filter(len, held_out), train))
     return run.finish(metrics, {"model": run.path(RUN_MODEL), "report": report(run, metrics, examples=examples)})
 

@@ -77,6 +77,15 @@ class Chats(Dataset[Row]):
         ids = np.concatenate([rendered.ids, np.array(reply, dtype=np.int64)])
         return Row(f"{self.path}:{number}", ids, rendered.images, ((start, len(ids)),), *[nothing] * 5)
 
+    def example(self) -> tuple[Message, ...]:
+        """What is asked in the first row, with blanks for pictures."""
+        chat = self.records[self.used[0]]
+        assert isinstance(chat, Chat)
+        blank = (Image.new("1", (1, 1)),)
+        return tuple(
+            Message(role, text.replace(IMAGE_MARK, ""), blank * text.count(IMAGE_MARK)) for role, text in chat.prompt
+        )
+
     def problems(self) -> dict[int, str]:
         """What is wrong with each row that can't be trained on, by its number in the file.
 

@@ -1,0 +1,53 @@
+"""What pyproject says of the package: each dependency is used, and each import is one."""
+
+import ast
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import vlm_agents
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+MODULES = {"pillow": "PIL", "pyyaml": "yaml", "hydra-core": "hydra"}  # where it isn't the name
+# Nothing imports these: others do on our behalf, or a setting names them.
+CALLED = {
+    "accelerate": "transformers' Trainer, in stages/sft.py",
+    "bitsandbytes": "transformers and peft, for model.quantize",
+    "deepspeed": "several processes and ZeRO: asked for by the next stage of training",
+    "hydra-submitit-launcher": "conf/hydra/launcher/slurm.yaml",
+}
+
+
+def imported(folder: str) -> set[str]:
+    """The packages that the code in a folder imports, wherever in a file, beside Python's own and this one."""
+    names = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names.add(node.module)
+    return {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"vlm_agents"}
+
+
+def modules(requirements: list[str]) -> set[str]:
+    names = [re.split(r"[^\w-]", requirement)[0] for requirement in requirements]
+    return {MODULES.get(name, name if name in CALLED else name.replace("-", "_")) for name in names}
+
+
+def test_what_is_imported_is_required_and_what_is_required_is_imported():
+    assert imported("src") | set(CALLED) == modules(PROJECT["dependencies"])
+    assert not imported("src") & set(CALLED)
+
+
+def test_what_the_tests_import_is_required_too():
+    local = {path.stem for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
+    (extra,) = PROJECT["optional-dependencies"].items()  # no extra that nothing uses
+    assert extra[0] == "dev"
+    assert imported("tests") - local <= modules([*PROJECT["dependencies"], *extra[1]])
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (Path(vlm_agents.__file__).parent / "py.typed").is_file()
