@@ -10,6 +10,7 @@ import vlm_agents
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
 MODULES = {"pillow": "PIL", "pyyaml": "yaml", "hydra-core": "hydra"}  # where it isn't the name
 # Nothing imports these: others do on our behalf, or a setting names them.
 CALLED = {
@@ -38,15 +39,17 @@ def modules(requirements: list[str]) -> set[str]:
 
 
 def test_what_is_imported_is_required_and_what_is_required_is_imported():
-    assert imported("src") | set(CALLED) == modules(PROJECT["dependencies"])
+    optional = {"tensorboardX", "wandb"}  # tracking=tensorboard, tracking=wandb
+    assert imported("src") | set(CALLED) == modules(PROJECT["dependencies"]) | optional
+    assert optional <= modules([*EXTRAS["tensorboard"], *EXTRAS["wandb"]])
     assert not imported("src") & set(CALLED)
 
 
 def test_what_the_tests_import_is_required_too():
     local = {path.stem for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
-    (extra,) = PROJECT["optional-dependencies"].items()  # no extra that nothing uses
-    assert extra[0] == "dev"
-    assert imported("tests") - local <= modules([*PROJECT["dependencies"], *extra[1]])
+    assert set(EXTRAS) == {"dev", "tensorboard", "wandb"}  # none that nothing uses
+    required = [requirement for extra in EXTRAS.values() for requirement in extra]
+    assert imported("tests") - local <= modules([*PROJECT["dependencies"], *required])
 
 
 def test_the_package_says_that_it_is_typed():
