@@ -83,7 +83,7 @@ def test_a_finished_stage_is_told_by_its_figures_and_its_page(tmp_path: Path) ->
     metrics = {"eval/success": 0.995, "eval/success_expert": 1.0, "eval/return": 1.0}
     summary = {"metrics": metrics, "artifacts": {"report": "report.html"}}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
-    assert outcome("eval", tmp_path) == f"eval        eval/success 0.995, eval/success_expert 1  {tmp_path}/report.html"
+    assert outcome("eval", tmp_path) == f"eval        success 0.995; {tmp_path}/report.html"
 
 
 @pytest.mark.parametrize(

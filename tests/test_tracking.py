@@ -177,7 +177,7 @@ def test_report_and_animation_are_there_and_no_weights(compose_run, store: str, 
         >= {
             "mlflow.source.name": "python -m vlm_agents stage=ppo",
             "mlflow.source.git.commit": run.path("commit").read_text().strip(),
-            "mlflow.note.content": "Success 0.500 [0.200, 0.800]; random 0.125.\n\n`python -m vlm_agents stage=ppo`",
+            "mlflow.note.content": "success 0.500 [0.200, 0.800]\n\n`python -m vlm_agents stage=ppo`",
             "weights": "model=tiny",
         }.items()
     )

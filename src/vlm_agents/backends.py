@@ -21,6 +21,7 @@ from PIL import Image
 from vlm_agents import stores
 from vlm_agents.errors import harmless
 from vlm_agents.files import atomic_write
+from vlm_agents.metrics import headline
 
 # What MLflow shows first, by the part of a name before the slash. It makes a section of charts of each such part, in
 # the order of the alphabet, and draws every metric of it: of these parts the rest goes to sections at the end.
@@ -102,18 +103,8 @@ def command_of(folder: Path) -> str:
 def result_of(folder: Path) -> str:
     """The end of a run in a sentence, from its summary.json; empty before that."""
     with suppress(OSError, ValueError, LookupError, TypeError):
-        metrics = json.loads((folder / "summary.json").read_text())["metrics"]
-        prefix = "eval/success" if "eval/success" in metrics else "rollout/success"
-        if prefix in metrics:
-            low, high = metrics.get(f"{prefix}_low"), metrics.get(f"{prefix}_high")
-            bounds = "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
-            others = [
-                f"{name.replace('_', ' ')} {metrics[f'{prefix}_{name}']:.3f}"
-                for name in ("before", "greedy", "greedy_before", "random", "expert")
-                if metrics.get(f"{prefix}_{name}") is not None
-            ]
-            return f"Success {metrics[prefix]:.3f}{bounds}" + "".join(f"; {other}" for other in others) + "."
-        return "; ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:3] if value is not None)
+        summary = json.loads((folder / "summary.json").read_text())
+        return headline(summary["stage"], summary["metrics"])
     return ""
 
 

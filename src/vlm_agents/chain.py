@@ -25,15 +25,9 @@ from omegaconf.errors import OmegaConfBaseException
 from vlm_agents.config import RunConfig, conf_dir, parse
 from vlm_agents.errors import ConfigError, VlmAgentsError, did_you_mean
 from vlm_agents.hydra_errors import explain, is_override
+from vlm_agents.metrics import headline
 
 ORDER = ("collect", "preprocess", "sft", "ppo", "eval")
-FIGURES = {  # what is told of each in the end, where it has them
-    "collect": ("collect/success", "collect/return"),
-    "preprocess": ("preprocess/train", "preprocess/validation"),
-    "sft": ("sft/loss", "sft/val_loss"),
-    "ppo": ("rollout/success", "eval/success_before", "eval/success", "eval/success_greedy"),
-    "eval": ("eval/success", "eval/success_greedy", "eval/success_random", "eval/success_expert"),
-}
 OURS = {
     "stage": "all stages are run; an override of one alone begins with its name, as in sft.stage.epochs=3",
     "experiment": "name it after run, as in 'run number_line'",
@@ -187,6 +181,5 @@ def run_stage(overrides: Iterable[str], debug: bool) -> int:
 def outcome(stage: str, folder: Path) -> str:
     """A finished stage in one line: its figures, and where to read on."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    metrics, page = summary["metrics"], summary["artifacts"].get("report")
-    figures = ", ".join(f"{name} {metrics[name]:.4g}" for name in FIGURES[stage] if metrics.get(name) is not None)
-    return f"{stage:<12}{figures}  {folder / page if page else folder}"
+    page = summary["artifacts"].get("report")
+    return f"{stage:<12}{headline(stage, summary['metrics'])}; {folder / page if page else folder}"
