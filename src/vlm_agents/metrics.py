@@ -285,7 +285,8 @@ def headline(stage: str, metrics: Mapping[str, float], where: str = "") -> str:
         case "ppo":
             return f"success {metrics['rollout/success']:.3f} in the last iteration's rollout, no held-out seed played"
         case "sft":
-            held_out = f", {metrics['sft/val_loss']:.4g} on held-out rows" if "sft/val_loss" in metrics else ""
+            known = "sft/val_loss" in metrics
+            held_out = f", {metrics['sft/val_loss']:.4g} on held-out rows" if known else ", none of them held out"
             return f"loss {metrics['sft/loss']:.4g} over {metrics['sft/rows']:.0f} rows{held_out}"
         case "collect":
             return f"{metrics['collect/episodes']:.0f} episodes{where}, success {metrics['collect/success']:.3f}"

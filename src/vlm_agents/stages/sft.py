@@ -1,7 +1,7 @@
 """Supervised fine-tuning on chats: transformers' Trainer around the agent, renderer and log-probs that PPO uses too."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,22 +61,10 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         metrics["sft/skipped_rows"] = float(skipped)
     for validation in filter(len, held_out):
         metrics |= validate(agent.eval(), validation, stage.batch_size, cfg.hardware)
-    say(told(metrics, sum(map(len, held_out))))
     run.log(trainer.progress["step"], metrics)
     save_model(run, agent.save, metrics, train.example(), form)
     examples = answered(agent.eval(), next(filter(len, held_out), train))
     return run.finish(metrics, {"model": run.path(RUN_MODEL), "report": report(run, metrics, examples=examples)})
-
-
-def told(metrics: Mapping[str, float], held_out: int) -> str:
-    """What came of it, in a line."""
-    line = f"loss {metrics['sft/loss']:.4f} on {metrics['sft/rows']:.0f} rows"
-    if not held_out:
-        return f"{line}; no row was held out to validate on"
-    probability = metrics["sft/val_reply_probability"]
-    return (
-        f"{line}, {metrics['sft/val_loss']:.4f} on {held_out} held out, whose replies it gives {probability:.2f} each"
-    )
 
 
 class GroupedSampler(Sampler[int]):
