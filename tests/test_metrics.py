@@ -58,7 +58,7 @@ GREEDY = {"eval/success_greedy": 0.99}
             "success 0.470 [0.402, 0.539] -> 1.000 [0.981, 1.000] sampled, 0.750 -> 0.990 greedy",
         ),
         ("ppo", {"rollout/success": 0.5}, "success 0.500 in the last iteration's rollout, no held-out seed played"),
-        ("sft", {"sft/loss": 0.12345, "sft/rows": 40.0}, "loss 0.1235 over 40 rows"),
+        ("sft", {"sft/loss": 0.12345, "sft/rows": 40.0}, "loss 0.1235 over 40 rows, none of them held out"),
         (
             "sft",
             {"sft/loss": 0.5, "sft/rows": 40.0, "sft/val_loss": 0.75},
