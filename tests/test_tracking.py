@@ -348,7 +348,9 @@ def test_a_finished_run_is_sent_later(
         assert points_of(look(uri), run, "success") == [(2, 1.0)]
     assert look(uri).get_run(run_id_of(run)).info.status == "FINISHED"
     first, second = capsys.readouterr().out.splitlines()
-    assert first == second == f"{run.dir}: metrics and files are all in MLflow now (4 points, 2 files sent), as finished"
+    assert (
+        first == second == f"{run.dir}: metrics and files are all in MLflow now (4 points, 2 files sent), as finished"
+    )
 
 
 def test_a_killed_run_is_told_killed_and_a_live_one_is_left_alone(

@@ -234,7 +234,9 @@ def send(folder: Path, tracking: Mapping[str, Any] | None = None) -> str:
     if not complete:
         return ""
     counts = f"{tracker.sent['points']} points, {tracker.sent['files']} files"
-    return f"metrics and files are all in {tracker.title} now ({counts} sent), as {'finished' if finished else 'killed'}"
+    return (
+        f"metrics and files are all in {tracker.title} now ({counts} sent), as {'finished' if finished else 'killed'}"
+    )
 
 
 def sweep_of(folder: Path) -> Path | None:
