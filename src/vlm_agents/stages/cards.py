@@ -66,9 +66,10 @@ def model_card(run: Run, folder: Path, metrics: Mapping[str, float], prompt: Pro
     temperature, reply = f"{cfg.model.temperature:g}", cfg.prompt.max_reply_tokens
     what = "A LoRA adapter for" if adapter else "All weights of"
     taught = ".json" in run.env  # by somebody's own chats
+    does = "was taught by" if taught else "acts in"
     lines = [
         f"# {'Taught by' if taught else 'An agent for'} {run.env}\n",
-        f"{what} a vision-language model that {'was taught by' if taught else 'acts in'} `{run.env}`, by {TRAINED[cfg.stage.name]}. Saved by vlm-agents "
+        f"{what} a vision-language model that {does} `{run.env}`, by {TRAINED[cfg.stage.name]}. Saved by vlm-agents "
         f"{version('vlm-agents')}{f', commit {made}' if (made := run.facts()['commit']) else ''}.\n",
         f"* **Base**: {base}",
         f"* **Made by** `{portable_command(run.facts()['command'])}`",
