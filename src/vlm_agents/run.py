@@ -168,7 +168,8 @@ class Run:
         facts |= {"weights": self.weights} if self.weights else {}
         facts |= {"differs": "; ".join(self.differences)} if self.differences else {}
         facts |= {"algo": cfg.algo.name} if cfg.algo else {}
-        facts |= {"seed": str(cfg.seed), "commit": commit()[:12]}
+        made = commit()
+        facts |= {"seed": str(cfg.seed), "commit": made[:12] + made[40:]}  # with its +, where files were changed
         return facts | {"versions": ", ".join(versions().splitlines()), "time": f"{self._seconds():.0f} s"}
 
     def path(self, *parts: str) -> Path:
