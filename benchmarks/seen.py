@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from vlm_agents.episodes import read_episodes
-from vlm_agents.stages.playing import wilson_interval
+from vlm_agents.metrics import wilson_interval
 
 
 def starts(folder: Path, what_counts: str) -> list[tuple[str, bool]]:

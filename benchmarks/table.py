@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from vlm_agents.episodes import read_episodes
-from vlm_agents.stages.playing import wilson_interval
+from vlm_agents.metrics import wilson_interval
 from vlm_agents.weights import flat_settings
 
 COLUMNS = ("success", "positive_return", "return", "episode_length")

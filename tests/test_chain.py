@@ -96,3 +96,12 @@ def test_a_signal_reaches_the_stage_and_is_told_once(tmp_path: Path, number: int
     process.send_signal(number)
     _, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (status, f"{word}; the same command with the run's name= continues it\n")
+
+
+def test_a_machine_or_model_that_a_later_stage_lacks_is_told_before_the_first(tmp_path: Path) -> None:
+    for word, said in (("sft.hardware=gpu", "no GPU here"), ("sft.model.path=/no/where", "there is no such folder")):
+        process = chain(tmp_path, *FAST, word)
+        _, err = process.communicate(timeout=60)
+        assert (process.returncode, err.count("\n")) == (2, 1)
+        assert said in err
+    assert not list(tmp_path.iterdir())

@@ -170,7 +170,7 @@ def test_help_names_stages_groups_and_commands(cli, capsys) -> None:
     text = capsys.readouterr().out
     for word in ("collect", "preprocess", "sft", "ppo", "eval", "minigrid", "cot_json", "tiny", "mlflow", "jsonl"):
         assert word in text
-    assert text.count("python -m vlm_agents") == 2
+    assert text.count("python -m vlm_agents") == 3
     assert max(map(len, text.splitlines())) <= 120
 
 

@@ -133,12 +133,14 @@ class Mlflow:
 
     def _tags(self) -> dict[str, str]:
         settings, stage = self._settings, self._settings["stage"]
+        policy, model = stage.get("policy", "model"), settings["model"]["name"]
+        plays = policy == "model" and stage["name"] != "preprocess"
         commit = self._folder / "commit"
         tags = {
             "stage": stage["name"],
             "env": settings["env"]["id"],
-            "model": settings["model"]["name"],
-            "weights": stage.get("init") or f"model={settings['model']['name']}",
+            "model": model if policy == "model" else stage["remote"]["model"] if policy == "remote" else policy,
+            "weights": (stage.get("init") or f"model={model}") if plays else "",
             "run_dir": os.path.relpath(self._folder),
             "mlflow.source.name": command_of(self._folder),
             "mlflow.source.type": "LOCAL",

@@ -47,6 +47,10 @@ def main(arguments: Sequence[str], debug: bool) -> int:
     given, name = name, name or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{secrets.token_hex(3)}"
     plan = planned([word for word in arguments if word not in words], words, name)
     cfgs = composed(plan)
+    from vlm_agents import preflight
+
+    for cfg in cfgs.values():
+        preflight.check_before_a_chain(cfg)
     if given is None:
         print(f"continue with: python -m vlm_agents run {shlex.join([*arguments, f'name={name}'])}", flush=True)
     from vlm_agents.run import finished_metrics, settled

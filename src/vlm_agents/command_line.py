@@ -49,6 +49,8 @@ group=option chooses a part, key=value sets anything inside one:
 Examples:
   python -m vlm_agents stage=ppo env=minigrid
   python -m vlm_agents stage=eval stage.policy=expert env.id=MiniGrid-FourRooms-v0 stage.episodes=50
+  python -m vlm_agents run name=mine env.id=MiniGrid-Empty-8x8-v0 ppo.stage.iterations=4
+      all stages, from collect to eval; `run number_line`: those of an experiment
 
 stage=ppo --help lists every setting of that run with its meaning; --cfg job prints the composed
 configuration; -m seed=0,1,2 sweeps; name=<name> continues a run; --version; --debug shows tracebacks.

@@ -22,7 +22,7 @@ from vlm_agents.files import writing
 from vlm_agents.models.adapters import named_base, read_settings, refuse_no_adapter_weights
 from vlm_agents.models.machine import refuse_no_bitsandbytes, refuse_no_driver
 from vlm_agents.models.sources import adapter_folder, check_source, config_of, parameters_of, source_of
-from vlm_agents.weights import ADAPTER_FILE, holds_work, init_folder, unfinished
+from vlm_agents.weights import ADAPTER_FILE, has_model, holds_work, init_folder, unfinished
 
 MOMENTS = 8  # bytes that AdamW keeps of a trained parameter
 COPY = 4  # and its copy in fp32, where the weights are in another precision
@@ -31,19 +31,29 @@ MIB = 1 << 20
 
 def check(cfg: RunConfig) -> None:
     """VlmAgentsError where the run of `cfg` can't be: in one line what, where, and the fix."""
+    check_data(cfg.stage)
+    check_env_and_machine(cfg)
+    if has_model(cfg):
+        source = check_weights(cfg)
+        check_prompt(cfg, source)
+        check_disk(cfg, source)
+
+
+def check_before_a_chain(cfg: RunConfig) -> None:
+    """What of `check` needs nothing that an earlier stage writes."""
+    check_env_and_machine(cfg)
+    if has_model(cfg) and cfg.model.path:
+        check_source(cfg.model.path, weights=cfg.model.weights != "random")
+
+
+def check_env_and_machine(cfg: RunConfig) -> None:
     stage = cfg.stage
-    check_data(stage)
     if not isinstance(stage, PreprocessConfig | SftConfig):
         check_env(cfg)
-    if isinstance(stage, PreprocessConfig) or getattr(stage, "policy", "model") != "model":
-        return
-    if not isinstance(stage, DoctorConfig):  # which says itself what lacks
+    if has_model(cfg) and not isinstance(stage, DoctorConfig):  # which says itself what lacks
         refuse_no_driver(cfg.hardware.device)
         if not isinstance(stage, MergeConfig):
             refuse_no_bitsandbytes(cfg.model.quantize)
-    source = check_weights(cfg)
-    check_prompt(cfg, source)
-    check_disk(cfg, source)
 
 
 def check_data(stage: StageConfig) -> None:

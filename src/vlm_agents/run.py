@@ -14,6 +14,7 @@ append-only file; resuming cuts them back to that, so a run that was killed leav
 import dataclasses
 import fcntl
 import hashlib
+import io
 import json
 import logging
 import math
@@ -193,7 +194,9 @@ class Run:
         path = self.path("pictures", f"{key.replace('/', '_')}_{step:06d}.png")
         with writing(path):
             path.parent.mkdir(exist_ok=True)
-            image.save(path)
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        atomic_write(path, buffer.getvalue(), durable=False)
         if self._tracker:
             self._tracker.image(key, path, step)
 

@@ -92,7 +92,8 @@ def page() -> str:
     """All settings, by group and option, as Markdown."""
     hints = get_type_hints(RunConfig)
     plain = [row for row in rows(RunConfig) if "." not in row.name and row.name not in groups()]
-    parts = ["## The run", described_rows(plain)]
+    said: Mapping[str, Any] = yaml.safe_load((conf_dir() / "config.yaml").read_text(encoding="utf-8"))
+    parts = ["## The run", described_rows(row._replace(default=said.get(row.name, row.default)) for row in plain)]
     for group, (_, rules) in settings_of(RunConfig).items():
         if base := part_in(hints[group]):
             parts += section(group, base, rules)
