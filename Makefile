@@ -100,10 +100,11 @@ check: setup ## lint, types, tests
 	$(BIN)/pyright
 	$(MAKE) test
 
-format: setup ## sort imports, format, write the tables of docs/configuration.md
+format: setup ## sort imports, format, write what docs/ has from the code
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/python -m vlm_agents.config docs/configuration.md
+	$(BIN)/python -m vlm_agents.metrics > docs/metrics.md
 
 clean: ## remove caches; runs and .venv stay
 	rm -rf build dist .pytest_cache .ruff_cache

@@ -9,7 +9,6 @@ import math
 import netrc
 import os
 import secrets
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,9 +18,10 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 from vlm_agents import stores
+from vlm_agents.config import command
 from vlm_agents.errors import harmless
 from vlm_agents.files import atomic_write
-from vlm_agents.metrics import headline
+from vlm_agents.metrics import headline, parts
 
 # What MLflow shows first, by the part of a name before the slash. It makes a section of charts of each such part, in
 # the order of the alphabet, and draws every metric of it: of these parts the rest goes to sections at the end.
@@ -33,7 +33,6 @@ FIRST = {
     "speed": (),
     "memory": (),
 }
-VARIANTS = "_low", "_high", "_greedy", "_random", "_expert", "_before"
 
 
 class Point(NamedTuple):
@@ -90,14 +89,13 @@ def shown_as(key: str) -> str:
     group, _, name = key.rpartition("/")
     if group not in FIRST or name in FIRST[group]:
         return key
-    while name.endswith(VARIANTS):
-        name = name.rpartition("_")[0]
+    name = parts(key).base.removesuffix("_low").removesuffix("_high")
     return f"variants/{key}" if name in FIRST[group] else f"verbose/{key}"
 
 
 def command_of(folder: Path) -> str:
     words = (folder / "overrides").read_text().splitlines() if (folder / "overrides").exists() else []
-    return shlex.join(["python", "-m", "vlm_agents", *words])
+    return command(words)
 
 
 def result_of(folder: Path) -> str:

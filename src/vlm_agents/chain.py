@@ -7,7 +7,6 @@ stage from within.
 import json
 import os
 import secrets
-import shlex
 import signal
 import subprocess
 import sys
@@ -18,13 +17,11 @@ from pathlib import Path
 from types import FrameType
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from vlm_agents.config import RunConfig, conf_dir, parse
+from vlm_agents.config import RunConfig, command, conf_dir, parse
 from vlm_agents.errors import ConfigError, VlmAgentsError, did_you_mean
-from vlm_agents.hydra_errors import explain, is_override
+from vlm_agents.hydra_errors import REFUSALS, explain, is_override
 from vlm_agents.metrics import headline
 
 ORDER = ("collect", "preprocess", "sft", "ppo", "eval")
@@ -52,14 +49,14 @@ def main(arguments: Sequence[str], debug: bool) -> int:
     for cfg in cfgs.values():
         preflight.check_before_a_chain(cfg)
     if given is None:
-        print(f"continue with: python -m vlm_agents run {shlex.join([*arguments, f'name={name}'])}", flush=True)
+        print(f"continue with: {command(['run', *arguments, f'name={name}'])}", flush=True)
     from vlm_agents.run import finished_metrics, settled
 
     for stage, overrides in plan.items():
         if finished_metrics(settled(cfgs[stage])) is not None:
             print(f"{stage} was finished before: {os.path.relpath(cfgs[stage].run_dir)}", flush=True)
             continue
-        print(f"python -m vlm_agents {shlex.join(overrides)}", flush=True)
+        print(command(overrides), flush=True)
         if status := run_stage(overrides, debug):
             return status
     for stage, cfg in cfgs.items():
@@ -141,7 +138,7 @@ def checked(overrides: Sequence[str]) -> RunConfig:
         return parse(found)
     except VlmAgentsError:
         raise
-    except (HydraException, OmegaConfBaseException, AssertionError, AttributeError, ValueError) as error:
+    except REFUSALS as error:
         raise explain(error, overrides) from error
 
 

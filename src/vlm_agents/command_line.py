@@ -1,4 +1,5 @@
-"""The command line: compose a configuration, check it, run one stage. Alone with config.py it knows Hydra.
+"""The command line: compose a configuration, check it, run one stage. With chain, completion,
+hydra_errors and config it alone knows Hydra.
 
 What a user can mend is told in one line, with exit status 2; any other exception is a bug of ours and keeps its
 traceback. Nothing heavy is imported before the configuration is known to be good.
@@ -8,7 +9,6 @@ import importlib
 import logging
 import os
 import re
-import shlex
 import shutil
 import sys
 import time
@@ -28,10 +28,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from vlm_agents import completion, cores
-from vlm_agents.config import conf_dir, described, groups, listing, parse, refuse_secrets, register
+from vlm_agents.config import command, conf_dir, described, groups, listing, parse, refuse_secrets, register
 from vlm_agents.errors import ConfigError, VlmAgentsError, harmless
 from vlm_agents.files import writing
-from vlm_agents.hydra_errors import check_flags, explain, is_override
+from vlm_agents.hydra_errors import REFUSALS, check_flags, explain, is_override
 from vlm_agents.progress import hush
 from vlm_agents.versions import versions
 
@@ -131,7 +131,7 @@ def compose_and_run(task: Callable[[DictConfig], Any], argv: list[str], words: S
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
     except (VlmAgentsError, BrokenPipeError):
         raise
-    except (HydraException, OmegaConfBaseException, AssertionError, AttributeError, ValueError, OSError) as error:
+    except (*REFUSALS, OSError) as error:
         if any(frame.name == task.__name__ for frame in traceback.extract_tb(error.__traceback__)):
             raise  # it was composed, and a stage begun: a bug
         if isinstance(error, OSError) and not isinstance(error, HydraException):
@@ -207,12 +207,12 @@ def run_stage(composed: DictConfig) -> dict[str, float]:
         if open_threads and cfg.hardware.threads == (choice := cores.choose())[0] and choice[1]:
             print(choice[1], flush=True)
         if not sweep and not any(word.startswith("name=") for word in overrides):
-            print(f"continue with: python -m vlm_agents {shlex.join([*overrides, f'name={cfg.name}'])}", flush=True)
+            print(f"continue with: {command([*overrides, f'name={cfg.name}'])}", flush=True)
         start = time.monotonic()
         with Run.open(cfg, overrides, sweep=Path(job.sweep.dir) if sweep else None) as run:
             metrics = importlib.import_module(f"vlm_agents.stages.{cfg.stage.name}").main(cfg, run)
         came_of_it = f"{time.monotonic() - start:.0f} s: {headline(cfg.stage.name, metrics)}"
-        page = next((path for path in [run.path("report.html")] if path.exists()), run.dir)
+        page = run.path("report.html") if run.path("report.html").exists() else run.dir
         print(f"{cfg.stage.name} finished in {came_of_it}; look at {os.path.relpath(page)}", flush=True)
         return metrics
     except VlmAgentsError as error:

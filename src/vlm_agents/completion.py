@@ -8,11 +8,10 @@ from collections.abc import Iterator, Sequence
 from typing import get_args
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 
 from vlm_agents.config import conf_dir, entries, groups, register
 from vlm_agents.errors import ConfigError
+from vlm_agents.hydra_errors import REFUSALS
 
 # readline has a word begin after = and :, so that what stands before is taken off the answers.
 SCRIPT = """\
@@ -63,7 +62,7 @@ def offers(words: Sequence[str]) -> Iterator[str]:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             cfg = compose("config", [*words, "name=_", "run_dir=_"])
         found = list(entries(cfg))
-    except (HydraException, OmegaConfBaseException, AssertionError, ValueError):
+    except REFUSALS:
         return  # no stage yet, or something wrong with it: groups alone
     for entry in found:
         if not entry.rules.bring_in:

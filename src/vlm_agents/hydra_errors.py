@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -22,6 +22,8 @@ from omegaconf.errors import (
 from vlm_agents.config import conf_dir, env_of_id, flat, groups, off_by_default
 from vlm_agents.errors import ConfigError, did_you_mean
 
+# What Hydra and OmegaConf raise for overrides that they can't compose.
+REFUSALS = (HydraException, OmegaConfBaseException, AssertionError, AttributeError, ValueError)
 # Each way of writing a flag, and what it takes. Hydra's --experimental-rerun is left out: it reads a pickle.
 FLAGS = {
     **dict.fromkeys(("--help", "-h", "--version", "--hydra-help", "--debug", "--resolve"), ""),

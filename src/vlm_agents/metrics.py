@@ -1,6 +1,7 @@
 """What every number that is logged means, in one place, and the sentence that a run comes down to.
 
-Names and words only: nothing here measures, logs or draws. `python -m vlm_agents.metrics` prints docs/metrics.md.
+Names, words and intervals only: nothing here measures, logs or draws. `python -m vlm_agents.metrics` prints
+docs/metrics.md.
 """
 
 import math

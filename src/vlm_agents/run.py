@@ -19,12 +19,12 @@ import json
 import logging
 import math
 import random
-import shlex
 import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -34,7 +34,7 @@ from PIL.Image import Image
 
 from vlm_agents import checkpoints, cores, tracking
 from vlm_agents.checkpoints import Checkpoint
-from vlm_agents.config import AUTO, CollectConfig, EvalConfig, PpoConfig, RunConfig, conf_dir, flat, may_change
+from vlm_agents.config import AUTO, CollectConfig, EvalConfig, PpoConfig, RunConfig, command, conf_dir, flat, may_change
 from vlm_agents.errors import ConfigError, DataError
 from vlm_agents.files import append_line, atomic_write, cut_after, last_lines, sweep_temporaries, sync, writing
 from vlm_agents.inputs import INPUTS, hashes, inputs_of, refuse_other_inputs
@@ -164,8 +164,7 @@ class Run:
     def facts(self) -> dict[str, str]:
         """What a report's reader needs in order to know, and to repeat, what was run."""
         cfg = self.cfg
-        command = shlex.join(["python", "-m", "vlm_agents", *self._overrides])
-        facts = {"command": command, "env": self.env, "model": played_by(cfg)}
+        facts = {"command": command(self._overrides), "env": self.env, "model": played_by(cfg)}
         facts |= {"weights": self.weights} if self.weights else {}
         facts |= {"differs": "; ".join(self.differences)} if self.differences else {}
         facts |= {"algo": cfg.algo.name} if cfg.algo else {}
@@ -390,6 +389,7 @@ def to_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(plain(value), indent=indent, allow_nan=False)
 
 
+@cache
 def commit() -> str:
     """Commit of the checkout that this code runs from, with + if files were changed; empty for an installed wheel."""
     root = conf_dir().parent

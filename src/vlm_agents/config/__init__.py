@@ -6,7 +6,7 @@ docs/configuration.md show what stands here.
 """
 
 from vlm_agents.config.algo import AlgoConfig, NoveltyConfig
-from vlm_agents.config.conf import conf_dir, described, groups
+from vlm_agents.config.conf import command, conf_dir, described, groups
 from vlm_agents.config.env import (
     BlackjackConfig,
     CardsConfig,
@@ -74,6 +74,7 @@ __all__ = [
     "ValueHeadConfig",
     "at_least",
     "between",
+    "command",
     "conf_dir",
     "described",
     "entries",

@@ -1,5 +1,7 @@
 """The YAML groups of `conf/`: where they lie, and which there are."""
 
+import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 from vlm_agents.errors import ConfigError
@@ -12,6 +14,11 @@ def conf_dir() -> Path:
         if (candidate / "config.yaml").is_file():
             return candidate
     raise ConfigError(f"no conf/config.yaml beside {package}: reinstall vlm_agents")
+
+
+def command(words: Iterable[str]) -> str:
+    """What a person types in order to run these words, as a shell reads it."""
+    return shlex.join(["python", "-m", "vlm_agents", *words])
 
 
 def groups() -> dict[str, list[str]]:

@@ -17,6 +17,7 @@ from vlm_agents.chats import CHAT_COLUMNS, TRL_COLUMNS
 from vlm_agents.config import PpoConfig, RunConfig, may_change
 from vlm_agents.errors import DataError
 from vlm_agents.files import atomic_write
+from vlm_agents.metrics import with_interval
 from vlm_agents.models.sources import TINY, is_hub_id
 from vlm_agents.run import Run
 from vlm_agents.types import Prompt
@@ -63,6 +64,7 @@ def model_card(run: Run, folder: Path, metrics: Mapping[str, float], prompt: Pro
         **known,
         "tags": ["vlm-agents", cfg.stage.name, *(["lora"] if adapter else [])],
     }
+    facts = run.facts()
     temperature, reply = f"{cfg.model.temperature:g}", cfg.prompt.max_reply_tokens
     what = "A LoRA adapter for" if adapter else "All weights of"
     taught = ".json" in run.env  # by somebody's own chats
@@ -70,9 +72,9 @@ def model_card(run: Run, folder: Path, metrics: Mapping[str, float], prompt: Pro
     lines = [
         f"# {'Taught by' if taught else 'An agent for'} {run.env}\n",
         f"{what} a vision-language model that {does} `{run.env}`, by {TRAINED[cfg.stage.name]}. Saved by vlm-agents "
-        f"{version('vlm-agents')}{f', commit {made}' if (made := run.facts()['commit']) else ''}.\n",
+        f"{version('vlm-agents')}{f', commit {made}' if (made := facts['commit']) else ''}.\n",
         f"* **Base**: {base}",
-        f"* **Made by** `{portable_command(run.facts()['command'])}`",
+        f"* **Made by** `{portable_command(facts['command'])}`",
         f"* **To be sampled** at temperature {temperature}, at most {reply} tokens a reply, in {cfg.hardware.dtype}",
         "* `heads/` holds what vlm-agents trains beside the model, such as the value head; other tools pass it over.",
         *asked(run, prompt, form),
@@ -123,8 +125,7 @@ def results(cfg: RunConfig, metrics: Mapping[str, float]) -> list[str]:
     for share, words in SHARES.items():
         for variant, when in VARIANTS.items():
             if f"{share}{variant}" in metrics:
-                value, low, high = (metrics[f"{share}{end}{variant}"] for end in ("", "_low", "_high"))
-                rows.append(f"| {words}, {when} | {value:.3f} [{low:.3f}, {high:.3f}] |")
+                rows.append(f"| {words}, {when} | {with_interval(metrics, share, variant)} |")
     own = f"{cfg.stage.name}/" if not isinstance(cfg.stage, PpoConfig) else None
     rows += [f"| {name} | {value:.4g} |" for name, value in metrics.items() if own and name.startswith(own)]
     if not rows:
