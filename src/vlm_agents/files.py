@@ -1,6 +1,7 @@
 """Writing files so that what was there before survives a crash and a full disk. Knows nothing of what is written."""
 
 import errno
+import fcntl
 import hashlib
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from vlm_agents.errors import DataError
 
@@ -21,6 +23,17 @@ REMEDIES = {
     errno.ENAMETOOLONG: "Choose a shorter name",
     errno.ELOOP: "A link there leads to itself: remove it",
 }
+
+
+def hold(file: IO[bytes]) -> bool:
+    """Does this process hold the file's lock now? It has it until the file is closed; another process's stays its own.
+
+    Unlike flock's, it isn't inherited by forked env workers."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextmanager

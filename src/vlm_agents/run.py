@@ -12,7 +12,6 @@ append-only file; resuming cuts them back to that, so a run that was killed leav
 """
 
 import dataclasses
-import fcntl
 import hashlib
 import io
 import json
@@ -36,7 +35,7 @@ from vlm_agents import checkpoints, cores, tracking
 from vlm_agents.checkpoints import Checkpoint
 from vlm_agents.config import AUTO, CollectConfig, EvalConfig, PpoConfig, RunConfig, command, conf_dir, flat, may_change
 from vlm_agents.errors import ConfigError, DataError
-from vlm_agents.files import append_line, atomic_write, cut_after, last_lines, sweep_temporaries, sync, writing
+from vlm_agents.files import append_line, atomic_write, cut_after, hold, last_lines, sweep_temporaries, sync, writing
 from vlm_agents.inputs import INPUTS, hashes, inputs_of, refuse_other_inputs
 from vlm_agents.lineage import differences, refuse_nonsense
 from vlm_agents.progress import say
@@ -112,13 +111,9 @@ class Run:
                 if any(folder.iterdir()) and not (folder / "lock").exists():
                     raise ConfigError(f"{folder} is no run directory, and not empty: choose another run_dir= or name=")
                 lock = open(folder / "lock", "ab")  # noqa: SIM115 - closed by __exit__
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by forked env workers
-            except BlockingIOError:
+            if not hold(lock):
                 undo.pop_all()
-                raise ConfigError(
-                    f"{folder} is in use by another process: wait for it, or choose another name="
-                ) from None
+                raise ConfigError(f"{folder} is in use by another process: wait for it, or choose another name=")
             if (folder / "DONE").exists():
                 raise ConfigError(f"{folder} is finished: choose another name=, or delete that directory")
             for part in (folder, *(path for path in folder.iterdir() if path.is_dir())):

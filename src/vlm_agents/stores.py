@@ -3,7 +3,6 @@
 Knows no metrics. Raises whatever MLflow, SQLAlchemy and the file system raise: the tracker asks again later.
 """
 
-import fcntl
 import getpass
 import json
 import logging
@@ -21,7 +20,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from vlm_agents.config import flat
-from vlm_agents.files import atomic_write
+from vlm_agents.files import atomic_write, hold
 
 log = logging.getLogger(__name__)
 
@@ -154,16 +153,12 @@ def opened(uri: str, sweep: Path | None) -> Iterator[Any]:
 def exclusive(path: Path) -> Iterator[None]:
     """Hold a lock; TimeoutError when another process keeps it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as lock:
+    with open(path, "ab") as file:
         deadline = time.monotonic() + PATIENCE
-        while True:
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"another process holds {path}") from None
-                time.sleep(0.05)
+        while not hold(file):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"another process holds {path}")
+            time.sleep(0.05)
         yield
 
 

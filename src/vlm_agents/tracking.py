@@ -6,7 +6,6 @@ What can't be sent now is sent later: while the run lasts, when it is continued 
     python -m vlm_agents.tracking <run directory>...
 """
 
-import fcntl
 import json
 import logging
 import math
@@ -27,6 +26,7 @@ import yaml
 from vlm_agents import backends, stores
 from vlm_agents.backends import Backend, Point
 from vlm_agents.errors import DataError, harmless
+from vlm_agents.files import hold
 from vlm_agents.stores import masked
 
 log = logging.getLogger(__name__)
@@ -247,11 +247,9 @@ def sweep_of(folder: Path) -> Path | None:
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Keep other processes from the run in the meantime."""
-    with open(folder / "lock", "ab") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{folder} is in use by another process, which sends what it has to send itself") from None
+    with open(folder / "lock", "ab") as file:
+        if not hold(file):
+            raise DataError(f"{folder} is in use by another process, which sends what it has to send itself")
         yield
 
 
