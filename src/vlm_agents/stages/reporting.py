@@ -96,7 +96,7 @@ def report(
     sentence = headline(cfg.stage.name, metrics, where(cfg))
     write_report(
         path,
-        title=f"{cfg.stage.name}: {cfg.env.id}",
+        title=f"{cfg.stage.name}: {run.env}",
         sentence=sentence[0].upper() + sentence[1:],
         facts=run.facts(),
         results=results(cfg, metrics),
