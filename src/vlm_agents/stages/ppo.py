@@ -37,6 +37,7 @@ from vlm_agents.stages.playing import (
     play_model,
 )
 from vlm_agents.stages.reporting import Album, remember, remembered, report, shown, tell
+from vlm_agents.stages.watch import Watch, conclude
 from vlm_agents.types import Trajectory
 from vlm_agents.weights import RUN_MODEL, init_folder
 
@@ -74,7 +75,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         writer.sync()
         run.save_checkpoint(step, write, state, stage.keep_checkpoints)
 
-    watch = signal.Watch(cfg, stage.iterations)
+    watch = Watch(cfg, stage.iterations)
     run.begin()
     with open_envs(cfg.env, stage.num_envs, has_expert(cfg.env)) as envs:
         if stage.eval_episodes and not checkpoint:
@@ -108,7 +109,7 @@ def finish(run: Run, state: dict[str, Any], after: dict[str, float], album: Albu
     """Report and summary: the last iteration's metrics, and the held-out panel after and before."""
     before = before_of(state)
     metrics = {**state["last"], **after, **before, "time/training": state["training_seconds"]}
-    signal.conclude(state["last"])
+    conclude(state["last"])
     recorded = deque(read_episodes(run.dir, skip_damaged=True), RECORDED)
     episodes = [*shown(album.episodes, "after training"), *remembered(run)] or shown(recorded)
     artifacts = {"model": run.path(RUN_MODEL), "report": report(run, metrics, episodes)}
