@@ -151,7 +151,7 @@ def as_taught(cfg: RunConfig, init: str, old: Mapping[str, Any]) -> RunConfig:
     """`cfg` with the env and the prompt that the adapter at `init` was taught in, where that can be told: it is proven
     there, and the record names it. `old` as for `as_saved`."""
     run = run_of(init)
-    known = old or (told_by(next(teachers(run), run)) if run else {})
+    known = old or next(map(told_by, teachers(run) if run else ()), {})
     env, prompt = part_of(known, "env"), part_of(known, "prompt")
     if not env or not prompt:
         return cfg

@@ -17,6 +17,7 @@ import io
 import json
 import logging
 import math
+import os
 import random
 import shutil
 import subprocess
@@ -399,7 +400,8 @@ def refuse_other_settings(snapshot: Path, settings: str) -> None:
     for key in sorted(old.keys() | new.keys()):
         if not {key, key.split(".")[0]} & allowed and old.get(key) != new.get(key):
             longer = key in ("stage.iterations", "stage.epochs") and (folder / "DONE").exists()
-            init = folder if longer else old.get("stage.init")  # under another name nobody would find it
+            # under another name nobody would find it
+            init = os.path.relpath(folder) if longer else old.get("stage.init")
             start = f" with stage.init={init}" if init else ""
             aim = " to train its model further" if longer else ""
             raise ConfigError(

@@ -1,5 +1,6 @@
 """What the stages that play have in common: the envs and policies of a configuration, and the held-out panel."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
@@ -126,8 +127,9 @@ def demonstrations(cfg: RunConfig) -> list[str]:
         return ["another model on the server", "another prompt="]
     if run := cloned_in(cfg):
         return [
-            f"more demonstrations (stage=collect stage.episodes=) and more steps (stage.epochs=) than {run} had",
-            "what its failures in report.html do first that the expert doesn't",
+            f"more demonstrations (stage=collect stage.episodes=) and more steps (stage.epochs=) than "
+            f"{os.path.relpath(run)} had",
+            "a look at report.html: where failures first left the expert's way",
         ]
     return ["train with stage=sft first, and give its run as stage.init", "another prompt="]
 
