@@ -39,6 +39,7 @@ def check(cfg: RunConfig) -> None:
     check_data(cfg.stage)
     check_env_and_machine(cfg)
     if has_model(cfg):
+        refuse_nonsense(cfg)  # what a run says of its model is told before what its files look like
         source = check_weights(cfg)
         check_prompt(cfg, source)
         check_disk(cfg, source)
