@@ -5,13 +5,15 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from vlm_agents.chain import composed, outcome, planned
 from vlm_agents.config import register
-from vlm_agents.errors import ConfigError
+from vlm_agents.errors import ConfigError, VlmAgentsError
+from vlm_agents.preflight import check_before_a_chain
 
 FAST = ["env=echo", "tracking=jsonl", "hardware.threads=1", "collect.stage.num_envs=4", "name=a"]
 
@@ -84,6 +86,9 @@ def test_a_finished_stage_is_told_by_its_figures_and_its_page(tmp_path: Path) ->
     summary = {"metrics": metrics, "artifacts": {"report": "report.html"}}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     assert outcome("eval", tmp_path) == f"eval        success 0.995; {tmp_path}/report.html"
+    summary = {"metrics": metrics | {"eval/invalid_rate": 0.77}, "artifacts": {}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert "success 0.995; no agent yet: 77% of its replies hold no legal action; " in outcome("eval", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +101,28 @@ def test_a_signal_reaches_the_stage_and_is_told_once(tmp_path: Path, number: int
     process.send_signal(number)
     _, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (status, f"{word}; the same command with the run's name= continues it\n")
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("ppo.stage.init=nowhere", "stage.init=nowhere holds no model"),
+        ("ppo.stage.init=outputs/b/sft", "outputs/b/sft is a run of model=other, not tiny"),
+        ("ppo.prompt.max_reply_tokens=4096", "that is 4097 tokens"),
+        ("eval.stage.init=outputs/a/sft/model", None),  # made by the chain
+    ],
+)
+def test_an_init_that_no_stage_makes_is_looked_at_before_the_first(
+    word: str, said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs/b/sft/model").mkdir(parents=True)
+    (tmp_path / "outputs/b/sft/DONE").touch()
+    (tmp_path / "outputs/b/sft/config.yaml").write_text("{stage: {name: sft}, model: {name: other}}")
+    register()
+    cfgs = composed(planned([], [*FAST, word], "a")).values()
+    with pytest.raises(VlmAgentsError, match=said) if said else nullcontext():
+        check_before_a_chain(cfgs)
 
 
 def test_a_machine_or_model_that_a_later_stage_lacks_is_told_before_the_first(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm_agents.metrics import GROUPS, Name, document, headline, parts
+from vlm_agents.metrics import GROUPS, Name, document, headline, parts, shortcoming
 
 
 def test_the_document_is_the_current_one():
@@ -82,3 +82,36 @@ def test_the_sentence_says_where():
     assert headline("eval", PANEL, " on 200 held-out seeds of Echo:").startswith(
         "success on 200 held-out seeds of Echo: 1."
     )
+
+
+@pytest.mark.parametrize(
+    ("panels", "said"),
+    [
+        ({"": (0.3, 0.0), "_random": (0.4, 0.0)}, "no better than random play, with success 0.400"),
+        ({"": (0.4, 0.0), "_random": (0.4, 0.0)}, "no better"),
+        ({"": (0.0, 0.2), "_random": (0.0, 0.1)}, ""),  # none succeeds, and returns say which is nearer
+        ({"": (0.3, 0.0), "_greedy": (0.9, 0.0), "_random": (0.4, 0.0)}, ""),  # its temperature is too high, no more
+        ({"": (1.0, 1.0), "_random": (1.0, 1.0)}, ""),  # anybody solves it
+        ({"": (0.3, 0.0)}, ""),  # nobody played at random
+    ],
+)
+def test_a_policy_no_better_than_chance_is_told(panels: dict[str, tuple[float, float]], said: str):
+    metrics = {f"eval/success{end}": success for end, (success, _) in panels.items()}
+    found = shortcoming(metrics | {f"eval/return{end}": value for end, (_, value) in panels.items()})
+    assert said in found
+    assert bool(said) == bool(found)
+
+
+@pytest.mark.parametrize(
+    ("rates", "said"),
+    [
+        ({"eval/invalid_rate": 0.77}, "77% of its replies"),
+        ({"eval/invalid_rate": 0.5}, ""),
+        ({"eval/invalid_rate": 0.77, "eval/invalid_rate_greedy": 0.1}, ""),
+        ({"rollout/invalid_rate": 0.77}, "77% of its replies"),  # no panel was played
+        ({"sft/loss": 1.0}, ""),
+    ],
+)
+def test_a_policy_that_is_mostly_illegal_is_told(rates: dict[str, float], said: str):
+    assert said in shortcoming(rates)
+    assert bool(said) == bool(shortcoming(rates))

@@ -1,5 +1,6 @@
 """What is refused before torch is imported: one line each, and nothing left behind. Wrong settings are in test_cli."""
 
+import json
 import os
 import shutil
 import socket
@@ -83,6 +84,35 @@ def test_each_choice_is_looked_at(compose_run, tmp_path: Path):
     for kind, said, words in wrong:
         with pytest.raises(kind, match=said):
             preflight.check(compose_run(*words))
+
+
+def test_weights_of_another_architecture(compose_run, tmp_path: Path):
+    """As another folder's config.json has it; an adapter's is that of its base, of which its loader says what lacks."""
+    other = shutil.copytree(TINY, tmp_path / "other")
+    other.joinpath("config.json").write_text('{"model_type": "llava_next"}')
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").touch()
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": str(other)}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    kind = "has weights of model_type=llava_next, and model=tiny is one of qwen2_5_vl: set model= to .* model.path="
+    for init in (other, adapter):
+        with pytest.raises(ConfigError, match=kind):
+            preflight.check(compose_run("stage=ppo", "env=echo", f"stage.init={init}"))
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "/no/where"}))
+    with pytest.raises(ModelError, match="was trained on /no/where, which isn't there: put it back"):
+        preflight.check(compose_run("stage=ppo", "env=echo", f"stage.init={adapter}"))
+
+
+def test_weights_are_looked_at_until_a_checkpoint_has_some(compose_run, tmp_path: Path):
+    """Whatever else the run has done; and from a folder where a relative stage.init leads nowhere."""
+    cfg = compose_run("stage=ppo", "env=echo", "stage.init=nowhere")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match=r"stage\.init=nowhere holds no model"):
+        preflight.check(cfg)
+    (tmp_path / "run/checkpoints/step_000001").mkdir(parents=True)
+    preflight.check(cfg)
 
 
 def test_what_a_choice_does_not_need_is_not_asked_for(compose_run):

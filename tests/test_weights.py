@@ -1,17 +1,18 @@
 """Whose weights: chosen by what lies under the run's name, told in words, and refused where they can't be meant."""
 
 import json
-from dataclasses import asdict
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from vlm_agents.config import RunConfig, conf_dir, parse, register
+from vlm_agents.config import EchoConfig, RunConfig, conf_dir, parse, register
 from vlm_agents.errors import ConfigError
-from vlm_agents.lineage import differences, taught
-from vlm_agents.run import Run, settled
+from vlm_agents.lineage import cloned_in, differences, taught
+from vlm_agents.run import Run, finished_metrics, settled
 from vlm_agents.weights import weights_of
 
 
@@ -77,6 +78,45 @@ def test_a_directory_of_one_s_own_has_its_neighbours() -> None:
     assert init("stage=ppo", "run_dir=there/other") is None
 
 
+def test_a_sweep_somewhere_has_its_neighbours() -> None:
+    """Both with hydra.sweep.dir=there/<stage>: the job of the same seed."""
+    for seed in (3, 4):
+        run("sft", f"seed={seed}", folder=f"there/sft/{seed - 3}")
+    assert init("stage=ppo", "seed=4", "run_dir=there/ppo/0") == "there/sft/1"
+    assert init("stage=ppo", "seed=4", "run_dir=there/others/0") is None
+
+
+@pytest.mark.parametrize(
+    ("words", "given", "told"),
+    [
+        (
+            ["stage=ppo"],
+            ["name=x"],
+            "no earlier stage to go on from, no model in outputs/x/sft, multirun/x/sft. stage.init=<its run> names ",
+        ),
+        (
+            ["stage=eval", "run_dir=there/eval"],
+            ["name=x"],
+            "warning: no earlier stage trained what plays, no model in outputs/x/ppo, multirun/x/ppo, there/ppo, "
+            "outputs/x/sft, multirun/x/sft, there/sft. ",
+        ),
+        (["stage=ppo", "run_dir=there/0"], [], "no earlier stage to go on from, "),  # its place alone is given
+        (["stage=ppo", "run_dir=outputs/x/ppo"], [], ""),  # nobody can expect any: the name is new
+        (["stage=eval", "stage.init=null"], ["name=x", "stage.init=null"], ""),
+        (["stage=eval", "stage.policy=expert"], ["name=x", "stage.policy=expert"], ""),
+        (["stage=sft", "stage.data=d"], ["name=x"], ""),
+    ],
+)
+def test_that_none_was_found_is_told_with_where_it_was_looked_for(
+    words: list[str], given: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Run.open(chosen(*words), given) as opened:
+        opened.begin()
+    line = next((line for line in capsys.readouterr().err.splitlines() if "stage.init=null" in line), "")
+    assert line.startswith(told)
+    assert bool(line) == bool(told)
+
+
 def test_each_job_of_a_sweep_goes_on_with_that_of_its_seed() -> None:
     for seed in (3, 4):
         run("sft", f"seed={seed}", folder=f"multirun/x/sft/{seed - 3}")
@@ -122,6 +162,50 @@ def test_the_screen_the_record_and_the_report_know(capsys: pytest.CaptureFixture
     assert (summary["weights"], summary["differs"]) == ("outputs/x/sft", [line])
 
 
+def test_a_run_s_model_folder_is_its_run() -> None:
+    """Or a checkpoint's; a copy of it elsewhere says nothing."""
+    run("ppo", "model.weights=random", "prompt=action_only")
+    (Path("outputs/x/ppo/checkpoints/step_000001/model")).mkdir(parents=True)
+    for inner in ("model", "checkpoints/step_000001", "checkpoints/step_000001/model"):
+        cfg = chosen("stage=eval", f"stage.init=outputs/x/ppo/{inner}")
+        assert any("prompt.format=action_only" in line for line in differences(cfg))
+        with pytest.raises(ConfigError, match="is a run of model=tiny, not tiny_llava"):
+            Run.open(replace(cfg, model=replace(cfg.model, name="tiny_llava")), [])
+    assert weights_of(chosen("stage=eval", "stage.init=outputs/x/ppo/model")) == "outputs/x/ppo"
+    Path("outputs/x/ppo/model").rename("model")
+    assert differences(chosen("stage=eval", "stage.init=model")) == []
+
+
+def test_a_resumed_run_says_from_where(capsys: pytest.CaptureFixture[str]) -> None:
+    """From its own weights, where a checkpoint has some; else that it begins anew."""
+    run("sft")
+    cfg = chosen("stage=ppo", "prompt=cot_json", "run_dir=outputs/x/ppo")
+    said = []
+    for checkpoint in (False, True, True):
+        with Run.open(cfg, ["name=x"]) as opened:
+            opened.restore()
+            opened.begin()
+            opened.log(1, {"a": 1.0})
+            if checkpoint:
+                opened.save_checkpoint(3, lambda folder: (folder / "model").mkdir(), {})
+        said.append([line for line in capsys.readouterr().err.splitlines() if line.startswith(("weights", "ppo was"))])
+    anew = "ppo was interrupted before a first checkpoint: begins anew"
+    own = "weights: checkpoints/step_000003 of this run, which began from outputs/x/sft"
+    assert said == [["weights: outputs/x/sft"], [anew, "weights: outputs/x/sft"], [own]]
+
+
+def test_the_way_to_go_on_under_another_name_is_told() -> None:
+    """There stage.init=auto would find nothing."""
+    run("sft")
+    run("ppo", "stage.episodes=8")
+    for word, said in (
+        ("stage.iterations=9", "another name= with stage.init=outputs/x/ppo to train its model further, or"),
+        ("prompt=action_only", "choose another name= with stage.init=outputs/x/sft, or delete"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            finished_metrics(chosen("stage=ppo", "stage.episodes=8", "run_dir=outputs/x/ppo", word))
+
+
 # ---- what they were taught -------------------------------------------------------------------------------------------
 def test_it_is_traced_back_to_the_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Wherever it is asked from; and what asks nothing itself, such as sft, has no say."""
@@ -155,6 +239,43 @@ def test_what_changes_nothing_in_a_prompt_is_not_told() -> None:
     assert differences(chosen("stage=eval", f"stage.init={ppo}/checkpoints/step_000001")) == [
         "these weights learned model.temperature=0.5, and this run has model.temperature=1.0"
     ]
+
+
+def test_weights_that_are_named_and_not_read_are_told() -> None:
+    run("sft", "model.path=a/b")
+    assert differences(chosen("stage=ppo")) == []
+    assert differences(chosen("stage=ppo", "model.path=a/b")) == []  # as a chain has it
+    assert differences(chosen("stage=ppo", "model.path=c", "model.weights=random")) == [
+        "model.path=c model.weights=random isn't used: the weights are outputs/x/sft; stage.init=null has it used"
+    ]
+    Path("outputs/x/sft/model/adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
+    assert differences(chosen("stage=ppo", "model.path=c")) == []  # its base may have moved there
+
+
+def test_where_a_model_was_cloned() -> None:
+    """However far back; a run under the name of its own source ends the search."""
+    run("sft")
+    run("ppo")
+    merged = run("merge", "stage.init=outputs/x/ppo/model", folder="outputs/z/merge")
+    assert cloned_in(chosen("stage=eval", f"stage.init={merged}")) == Path("outputs/x/sft").resolve()
+    assert cloned_in(chosen("stage=eval", "stage.init=null")) is None
+    shutil.rmtree("outputs/x/sft")
+    Path("outputs/x/ppo").rename("outputs/x/sft")
+    assert cloned_in(chosen("stage=eval", f"stage.init={merged}")) is None
+    assert cloned_in(chosen("stage=eval", "stage.init=outputs/x/sft")) is None
+
+
+def test_an_adapter_is_merged_where_it_was_taught() -> None:
+    run("collect", "prompt=action_only", "env=echo", "env.turns=5")
+    run("preprocess", "stage.data=[outputs/x/collect]")
+    run("sft", "stage.data=outputs/x/preprocess")
+    cfg = chosen("stage=merge", "stage.init=outputs/x/sft")
+    assert cfg.env == EchoConfig(turns=5)
+    assert cfg.prompt.format == "action_only"
+    begun = run("merge", "stage.init=outputs/x/sft", folder="outputs/y/merge", done=False)
+    shutil.rmtree("outputs/x/collect")  # it goes on with what it began with
+    assert chosen("stage=merge", "stage.init=outputs/x/sft", f"run_dir={begun}").env == cfg.env
+    assert chosen("stage=merge", "stage.init=outputs/x/sft", "env=number_line").env.family == "number_line"
 
 
 def test_data_of_another_kind_than_sft_s_settings_say_is_told() -> None:

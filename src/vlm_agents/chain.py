@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from vlm_agents.config import RunConfig, command, conf_dir, parse
 from vlm_agents.errors import ConfigError, VlmAgentsError, did_you_mean
 from vlm_agents.hydra_errors import REFUSALS, explain, is_override
-from vlm_agents.metrics import headline
+from vlm_agents.metrics import headline, shortcoming
 
 ORDER = ("collect", "preprocess", "sft", "ppo", "eval")
 OURS = {
@@ -46,8 +46,7 @@ def main(arguments: Sequence[str], debug: bool) -> int:
     cfgs = composed(plan)
     from vlm_agents import preflight
 
-    for cfg in cfgs.values():
-        preflight.check_before_a_chain(cfg)
+    preflight.check_before_a_chain(cfg for cfg in cfgs.values() if not (Path(cfg.run_dir) / "DONE").exists())
     if given is None:
         print(f"continue with: {command(['run', *arguments, f'name={name}'])}", flush=True)
     from vlm_agents.run import finished_metrics, settled
@@ -183,4 +182,6 @@ def outcome(stage: str, folder: Path) -> str:
     """A finished stage in one line: its figures, and where to read on."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     page = summary["artifacts"].get("report")
-    return f"{stage:<12}{headline(stage, summary['metrics'])}; {folder / page if page else folder}"
+    lack = shortcoming(summary["metrics"])
+    words = f"{headline(stage, summary['metrics'])}{f'; no agent yet: {lack}' if lack else ''}"
+    return f"{stage:<12}{words}; {folder / page if page else folder}"

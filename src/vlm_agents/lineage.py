@@ -3,15 +3,26 @@
 Read from run directories, back to the data. What is no run of ours says nothing.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vlm_agents.config import AUTO, CollectConfig, EvalConfig, PpoConfig, PreprocessConfig, RunConfig, SftConfig, flat
+from vlm_agents.config import (
+    AUTO,
+    CollectConfig,
+    EvalConfig,
+    PpoConfig,
+    PreprocessConfig,
+    PromptConfig,
+    RunConfig,
+    SftConfig,
+    env_of,
+    flat,
+)
 from vlm_agents.errors import ConfigError
 from vlm_agents.weights import (
     ADAPTER_FILE,
-    RUN_MODEL,
     TEMPERATURE_FILE,
     flat_settings,
     has_model,
@@ -32,27 +43,50 @@ Taught = dict[str, list[Any]]  # settings by dotted names, each with every value
 
 
 def taught(folder: Path) -> Taught:
-    """How the model, or the data, in a run directory was asked, and in which env: empty where nobody can tell.
+    """How the model, or the data, in a run directory was asked, and in which env: empty where nobody can tell."""
+    union: Taught = {}
+    for settings in map(told_by, teachers(folder)):
+        temperature = "model.temperature" if settings["stage.name"] == "ppo" else None
+        for key, value in settings.items():
+            if key.split(".")[0] in ("env", "prompt") or key == temperature:
+                known = union.setdefault(key, [])
+                known += [] if value in known else [value]
+    return union
+
+
+def teachers(folder: Path) -> Iterator[Path]:
+    """The runs of collect, or of ppo, that asked what the model, or the data, in a run directory was taught.
 
     A stage that asks nothing itself passes on what its data did: sft -> preprocess -> collect.
     """
-    settings = told_by(folder)
-    if settings.get("stage.name") in ("collect", "ppo"):
-        asked = {key: [value] for key, value in settings.items() if key.split(".")[0] in ("env", "prompt")}
-        ppo = settings["stage.name"] == "ppo"
-        return asked | ({"model.temperature": [settings.get("model.temperature")]} if ppo else {})
-    origin = {"sft": "stage.data", "preprocess": "stage.data", "merge": "stage.init"}
-    sources = settings.get(origin.get(settings.get("stage.name", ""), ""), [])
-    return together(found_from(folder, source) for source in ([sources] if isinstance(sources, str) else sources))
+    stage = told_by(folder).get("stage.name")
+    if stage in ("collect", "ppo"):
+        yield folder
+    elif origin := {"sft": "data", "preprocess": "data", "merge": "init"}.get(stage or ""):
+        for source in sources_of(folder, f"stage.{origin}"):
+            yield from teachers(source)
 
 
-def together(folders: Iterable[Path]) -> Taught:
-    """What several taught."""
-    union: Taught = {}
-    for folder in folders:
-        for key, values in taught(folder).items():
-            union[key] = [*(known := union.get(key, [])), *(value for value in values if value not in known)]
-    return union
+def sources_of(folder: Path, key: str) -> list[Path]:
+    """The run directories that the setting `key` of the run in `folder` names."""
+    sources = told_by(folder).get(key) or []
+    found = [found_from(folder, source) for source in ([sources] if isinstance(sources, str) else sources)]
+    return [run_of(str(path)) or path for path in found]
+
+
+def line_of(init: str | None) -> Iterator[Path]:
+    """The run whose weights `init` names, that whose weights it began from, and so on back."""
+    run = run_of(init) if init else None
+    met: set[Path] = set()
+    while run and run.resolve() not in met:  # one that was renamed to its own source's name
+        met.add(run.resolve())
+        yield run
+        run = next(iter(sources_of(run, "stage.init")), None)
+
+
+def cloned_in(cfg: RunConfig) -> Path | None:
+    """The stage=sft that the run's weights come from; None where they come from none, or nobody can tell."""
+    return next((run for run in line_of(init_of(cfg)) if told_by(run).get("stage.name") == "sft"), None)
 
 
 def found_from(folder: Path, source: str) -> Path:
@@ -64,8 +98,9 @@ def found_from(folder: Path, source: str) -> Path:
 def differences(cfg: RunConfig) -> list[str]:
     """A line for each setting in which this run asks otherwise than its weights, or its data, were taught."""
     now = dict(flat({"env": vars(cfg.env), "prompt": vars(cfg.prompt)})) | {"model.temperature": cfg.model.temperature}
+    unread = unread_weights(cfg)
     if isinstance(cfg.stage, SftConfig):
-        return [
+        return unread + [
             f"the data asks with {key}={words}, and this run's setting is {now[key]}: what is learned is the data's"
             for key, words in otherwise(taught(Path(cfg.stage.data)), now)
         ]
@@ -73,7 +108,7 @@ def differences(cfg: RunConfig) -> list[str]:
     run = run_of(init) if init else None
     if init is None or run is None or not isinstance(cfg.stage, PpoConfig | EvalConfig | CollectConfig):
         return []
-    lines = [
+    lines = unread + [
         f"these weights learned {key}={words}, and this run has {key}={now[key]}"
         for key, words in otherwise(taught(run), now)
     ]
@@ -87,6 +122,22 @@ def differences(cfg: RunConfig) -> list[str]:
     return lines
 
 
+def unread_weights(cfg: RunConfig) -> list[str]:
+    """A line where the settings name weights that nobody reads: those at `stage.init`, of another origin, have their
+    place. An adapter does need its base, and loading it says which one that is."""
+    init, model = init_of(cfg), cfg.model
+    run = run_of(init) if init else None
+    if init is None or run is None or (inside(init) / ADAPTER_FILE).is_file():
+        return []
+    settings, named = told_by(run), list[str]()
+    path = settings.get("model.path")
+    if model.path and (path is None or found_from(run, path).resolve() != Path(model.path).resolve()):
+        named += [f"model.path={model.path}"]
+    if model.weights == "random" and settings.get("model.weights") != "random":
+        named += ["model.weights=random"]
+    return [f"{' '.join(named)} isn't used: the weights are {init}; stage.init=null has it used"] if named else []
+
+
 def otherwise(known: Taught, now: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The settings whose value `now` is none of the known ones, and those in words."""
     for key, values in known.items():
@@ -94,6 +145,20 @@ def otherwise(known: Taught, now: Mapping[str, Any]) -> Iterator[tuple[str, str]
         another_env = key.startswith("env.") and key != "env.id" and now["env.id"] not in known.get("env.id", [])
         if key in now and now[key] not in values and not moot and not another_env:
             yield key, " or ".join(map(str, values))
+
+
+def as_taught(cfg: RunConfig, init: str, old: Mapping[str, Any]) -> RunConfig:
+    """`cfg` with the env and the prompt that the adapter at `init` was taught in, where that can be told: it is proven
+    there, and the record names it. `old` as for `as_saved`."""
+    run = run_of(init)
+    known = old or next(map(told_by, teachers(run) if run else ()), {})
+    env, prompt = part_of(known, "env"), part_of(known, "prompt")
+    if not env or not prompt:
+        return cfg
+    try:
+        return replace(cfg, env=env_of(env), prompt=PromptConfig(**prompt))
+    except (KeyError, TypeError, ConfigError):  # of another version
+        return cfg
 
 
 # ---- what can have no sense ------------------------------------------------------------------------------------------
@@ -122,7 +187,7 @@ def refuse_other_model(cfg: RunConfig) -> None:
     run = run_of(init) if init else None
     if run is None:
         return
-    trained = flat_settings(run / "config.yaml", f"put it back, or set stage.init={init}/{RUN_MODEL}").get("model.name")
+    trained = flat_settings(run / "config.yaml", "put back a whole one").get("model.name")
     if trained not in (None, cfg.model.name):
         raise ConfigError(f"stage.init={init} is a run of model={trained}, not {cfg.model.name}: set model={trained}")
 

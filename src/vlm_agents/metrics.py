@@ -229,6 +229,7 @@ GROUPS = {
         },
     ),
 }
+MOSTLY = 0.5  # share of illegal replies
 VARIANTS = ("_greedy", "_random", "_expert")
 
 
@@ -268,6 +269,23 @@ def with_interval(metrics: Mapping[str, float], name: str, suffix: str = "") -> 
     """`0.470 [0.402, 0.539]` of the eval metric `name`; without its interval where that isn't there."""
     ends = [metrics[key] for bound in ("low", "high") if (key := f"{name}_{bound}{suffix}") in metrics]
     return f"{metrics[name + suffix]:.3f}" + (" [{:.3f}, {:.3f}]".format(*ends) if len(ends) == 2 else "")
+
+
+def shortcoming(metrics: Mapping[str, float]) -> str:
+    """Why the policy that was played is no agent yet, in words: it seldom says what can be done, or chance does as well
+    by success, then return, as it does sampled and greedy. Empty where neither is so."""
+    rates = [metrics[f"eval/invalid_rate{end}"] for end in ("", "_greedy") if f"eval/invalid_rate{end}" in metrics]
+    illegal = min(rates, default=metrics.get("rollout/invalid_rate", 0.0))
+    if illegal > MOSTLY:
+        return f"{illegal:.0%} of its replies hold no legal action"
+
+    def came_of(variant: str) -> tuple[float, float]:
+        return metrics[f"eval/success{variant}"], metrics[f"eval/return{variant}"]
+
+    if "eval/success_random" not in metrics or metrics["eval/success_random"] == 1:
+        return ""
+    best, chance = max(came_of(end) for end in ("", "_greedy") if f"eval/success{end}" in metrics), came_of("_random")
+    return f"it is no better than random play, with success {chance[0]:.3f}" if best <= chance else ""
 
 
 def headline(stage: str, metrics: Mapping[str, float], where: str = "") -> str:

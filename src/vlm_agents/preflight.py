@@ -4,9 +4,13 @@ prompt and disk. Writes nothing; what isn't cheap to know is left to whoever nee
 
 import math
 import shutil
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
+from vlm_agents.checkpoints import newest_first
 from vlm_agents.config import (
+    AUTO,
     CollectConfig,
     DoctorConfig,
     EvalConfig,
@@ -19,10 +23,11 @@ from vlm_agents.config import (
 )
 from vlm_agents.errors import ConfigError, DataError
 from vlm_agents.files import writing
-from vlm_agents.models.adapters import named_base, read_settings, refuse_no_adapter_weights
+from vlm_agents.lineage import refuse_nonsense
+from vlm_agents.models.adapters import read_settings, refuse_no_adapter_weights
 from vlm_agents.models.machine import refuse_no_bitsandbytes, refuse_no_driver
-from vlm_agents.models.sources import adapter_folder, check_source, config_of, parameters_of, source_of
-from vlm_agents.weights import ADAPTER_FILE, has_model, holds_work, init_folder, unfinished
+from vlm_agents.models.sources import adapter_folder, base_of, check_source, config_of, parameters_of, source_of
+from vlm_agents.weights import ADAPTER_FILE, has_model, init_folder, run_of, told_by, unfinished
 
 MOMENTS = 8  # bytes that AdamW keeps of a trained parameter
 COPY = 4  # and its copy in fp32, where the weights are in another precision
@@ -34,16 +39,25 @@ def check(cfg: RunConfig) -> None:
     check_data(cfg.stage)
     check_env_and_machine(cfg)
     if has_model(cfg):
+        refuse_nonsense(cfg)  # what a run says of its model is told before what its files look like
         source = check_weights(cfg)
         check_prompt(cfg, source)
         check_disk(cfg, source)
 
 
-def check_before_a_chain(cfg: RunConfig) -> None:
-    """What of `check` needs nothing that an earlier stage writes."""
-    check_env_and_machine(cfg)
-    if has_model(cfg) and cfg.model.path:
-        check_source(cfg.model.path, weights=cfg.model.weights != "random")
+def check_before_a_chain(cfgs: Iterable[RunConfig]) -> None:
+    """What of `check` needs nothing that an earlier one of these stages writes."""
+    made: list[Path] = []
+    for cfg in cfgs:
+        init = getattr(cfg.stage, "init", None)
+        if init == AUTO or (init and any(Path(init).resolve().is_relative_to(folder) for folder in made)):
+            cfg = replace(cfg, stage=replace(cfg.stage, init=None))
+        elif init:
+            refuse_nonsense(cfg)
+        check_env_and_machine(cfg)
+        if has_model(cfg):
+            check_prompt(cfg, check_weights(cfg))
+        made.append(Path(cfg.run_dir).resolve())
 
 
 def check_env_and_machine(cfg: RunConfig) -> None:
@@ -102,22 +116,38 @@ def check_weights(cfg: RunConfig) -> str | None:
         if source:
             check_source(source, weights=False)
         return source
-    folder = Path(cfg.run_dir)
-    if folder.is_dir() and holds_work(folder):  # what it needs of others is in its checkpoint
-        return source
+    if isinstance(stage, SftConfig | PpoConfig) and newest_first(Path(cfg.run_dir) / "checkpoints"):
+        return source  # it goes on with the weights of a checkpoint
     if init := getattr(stage, "init", None):
         start = adapter_folder(init) if isinstance(stage, MergeConfig) else init_folder(init)
-        if not (start / ADAPTER_FILE).is_file():
-            check_source(str(start))
-            return str(start)
-        read_settings(start)
-        refuse_no_adapter_weights(start)
-        base = named_base(start)
-        if Path(base).is_dir() or source is None:
-            return base or None
+        base: Path | None = start
+        if (start / ADAPTER_FILE).is_file():
+            read_settings(start)
+            refuse_no_adapter_weights(start)
+            base = base_of(start, cfg.model)
+        if base:
+            check_source(str(base))
+            refuse_other_kind(cfg, init, str(base))
+            return str(base)
     if source:
         check_source(source, weights=cfg.model.weights != "random")
     return source
+
+
+def refuse_other_kind(cfg: RunConfig, init: str, source: str) -> None:
+    """ConfigError where the weights in `source`, to which `init` leads, are of another architecture than the model that
+    is configured: the record would name that one."""
+    own = source_of(cfg.model)
+    wanted = config_of(own).get("model_type") if own else None
+    wanted = wanted or (cfg.model.architecture or {}).get("model_type")
+    found = config_of(source).get("model_type")
+    if found and wanted and found != wanted:
+        run = run_of(init)
+        path = (told_by(run).get("model.path") if run else None) or source
+        raise ConfigError(
+            f"stage.init={init} has weights of model_type={found}, and model={cfg.model.name} is one of {wanted}: set "
+            f"model= to what they were made of, or model.path={path}"
+        )
 
 
 def check_prompt(cfg: RunConfig, source: str | None) -> None:

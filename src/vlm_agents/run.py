@@ -17,6 +17,7 @@ import io
 import json
 import logging
 import math
+import os
 import random
 import shutil
 import subprocess
@@ -33,15 +34,37 @@ from PIL.Image import Image
 
 from vlm_agents import checkpoints, cores, tracking
 from vlm_agents.checkpoints import Checkpoint
-from vlm_agents.config import AUTO, CollectConfig, EvalConfig, PpoConfig, RunConfig, command, conf_dir, flat, may_change
+from vlm_agents.config import (
+    AUTO,
+    CollectConfig,
+    EvalConfig,
+    MergeConfig,
+    PpoConfig,
+    RunConfig,
+    command,
+    conf_dir,
+    flat,
+    may_change,
+)
 from vlm_agents.errors import ConfigError, DataError
 from vlm_agents.files import append_line, atomic_write, cut_after, hold, last_lines, sweep_temporaries, sync, writing
 from vlm_agents.inputs import INPUTS, hashes, inputs_of, refuse_other_inputs
-from vlm_agents.lineage import differences, refuse_nonsense
+from vlm_agents.lineage import as_taught, differences, refuse_nonsense
 from vlm_agents.progress import say
 from vlm_agents.tracking import Tracker
 from vlm_agents.versions import versions
-from vlm_agents.weights import as_saved, begun, earlier_model, flat_settings, has_model, holds_work, init_of, weights_of
+from vlm_agents.weights import (
+    RUN_MODEL,
+    as_saved,
+    begun,
+    earlier_model,
+    flat_settings,
+    found_none,
+    has_model,
+    holds_work,
+    init_of,
+    weights_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +105,13 @@ class Run:
     """One run directory, held by one process at a time. Made by `open`, a context manager."""
 
     def __init__(
-        self, cfg: RunConfig, overrides: Sequence[str], lock: IO[bytes], sweep: Path | None, undo: ExitStack
+        self,
+        cfg: RunConfig,
+        overrides: Sequence[str],
+        lock: IO[bytes],
+        sweep: Path | None,
+        undo: ExitStack,
+        resumed: bool,
     ) -> None:
         self.cfg = cfg
         self.dir = Path(cfg.run_dir)
@@ -95,6 +124,8 @@ class Run:
         self.differences = differences(cfg)  # lines for a person: what it asks otherwise than its weights were taught
         self._append_only = [METRICS]
         self._artifacts: dict[str, str] = {}
+        self._resumed = resumed  # something was done here before
+        self._checkpoint: Checkpoint | None = None
         self._step = 0
         self._started = time.monotonic()
         self._seconds_before = 0.0
@@ -119,7 +150,7 @@ class Run:
             for part in (folder, *(path for path in folder.iterdir() if path.is_dir())):
                 sweep_temporaries(part)
             settings = settings_of(cfg)
-            if holds_work(folder):
+            if resumed := holds_work(folder):
                 refuse_other_settings(folder / "config.yaml", settings)
                 refuse_other_inputs(folder)
             else:
@@ -130,7 +161,7 @@ class Run:
             atomic_write(folder / "overrides", "".join(f"{word}\n" for word in overrides))
             atomic_write(folder / "commit", commit() + "\n")
             atomic_write(folder / "versions", versions() + "\n")
-            return cls(cfg, overrides, lock, sweep, undo.pop_all())
+            return cls(cfg, overrides, lock, sweep, undo.pop_all(), resumed)
 
     def __enter__(self) -> Self:
         return self
@@ -148,8 +179,16 @@ class Run:
         tracker. One that ends before leaves nothing behind."""
         self._undo.pop_all()
         self._tracker = Tracker(dataclasses.asdict(self.cfg), self.dir, self._sweep)
-        for line in ([f"weights: {self.weights}"] if self.weights else []) + self.differences:
+        for line in [*self._whose(), *self.differences]:
             say(line)
+
+    def _whose(self) -> list[str]:
+        """Lines on the weights that it goes on with, which are its own where a checkpoint has some."""
+        if self._checkpoint and (self._checkpoint.path / RUN_MODEL).is_dir():
+            place = self._checkpoint.path.relative_to(self.dir)
+            return [f"weights: {place} of this run, which began from {self.weights}"]
+        whose = f"weights: {self.weights}" if self.weights else ""
+        return list(filter(None, (whose, found_none(self.cfg, self._overrides))))
 
     @property
     def weights(self) -> str:
@@ -233,7 +272,9 @@ class Run:
         """Put the append-only files back to where the latest checkpoint saw them, and return it; None: from the start.
 
         Register the files first."""
-        checkpoint = self.latest_checkpoint()
+        self._checkpoint = checkpoint = self.latest_checkpoint()
+        if self._resumed and not checkpoint and self.cfg.stage.name != "collect":  # which goes on with its episodes
+            say(f"{self.cfg.stage.name} was interrupted before a first checkpoint: begins anew")
         offsets = {} if checkpoint is None else checkpoint.offsets
         self._seconds_before = 0.0 if checkpoint is None else checkpoint.seconds
         for name in self._append_only:
@@ -318,6 +359,8 @@ def settled(cfg: RunConfig) -> RunConfig:
     if hardware.threads is None and has_model(cfg):
         threads = old["hardware.threads"] if "hardware.threads" in old else cores.choose()[0]
         cfg = dataclasses.replace(cfg, hardware=dataclasses.replace(hardware, threads=threads))
+    if isinstance(cfg.stage, MergeConfig):
+        cfg = as_taught(cfg, cfg.stage.init, old)
     if init := init_of(cfg):
         cfg = dataclasses.replace(cfg, model=as_saved(cfg.model, init, old))
     return cfg
@@ -350,14 +393,20 @@ def settings_of(cfg: RunConfig) -> str:
 
 def refuse_other_settings(snapshot: Path, settings: str) -> None:
     """ConfigError naming the first setting in which the run that is there differs from the one that is asked for."""
-    old = flat_settings(snapshot, f"delete {snapshot.parent}, or choose another name=")
+    folder = snapshot.parent
+    old = flat_settings(snapshot, f"delete {folder}, or choose another name=")
     new = dict(flat(yaml.safe_load(settings)))
     allowed = may_change()
     for key in sorted(old.keys() | new.keys()):
         if not {key, key.split(".")[0]} & allowed and old.get(key) != new.get(key):
+            longer = key in ("stage.iterations", "stage.epochs") and (folder / "DONE").exists()
+            # under another name nobody would find it
+            init = os.path.relpath(folder) if longer else old.get("stage.init")
+            start = f" with stage.init={init}" if init else ""
+            aim = " to train its model further" if longer else ""
             raise ConfigError(
-                f"{snapshot.parent} holds a run with {key}={old.get(key)}, not {new.get(key)}: "
-                f"give the old value to continue it, choose another name=, or delete that directory"
+                f"{folder} holds a run with {key}={old.get(key)}, not {new.get(key)}: give the old value to continue "
+                f"it, choose another name={start}{aim}, or delete that directory"
             )
 
 

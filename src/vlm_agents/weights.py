@@ -15,6 +15,7 @@ from vlm_agents.config import (
     EvalConfig,
     LoraConfig,
     ModelConfig,
+    PpoConfig,
     PreprocessConfig,
     RunConfig,
     TemperatureHeadConfig,
@@ -85,9 +86,10 @@ def inside(source: str) -> Path:
 
 
 def run_of(init: str) -> Path | None:
-    """The run directory that `init` is, or is a checkpoint of. A folder of weights alone says nothing of its run."""
+    """The run directory that `init` is, or whose model or checkpoint it is. Weights alone say nothing of their run."""
     folder = Path(init)
-    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    whole = folder.parent if folder.name == RUN_MODEL else folder
+    run = whole.parent.parent if whole.parent.name == "checkpoints" else whole
     return run if (run / "config.yaml").is_file() and (run != folder or (run / "DONE").is_file()) else None
 
 
@@ -106,7 +108,8 @@ def weights_of(cfg: RunConfig) -> str:
     if not has_model(cfg) or not hasattr(cfg.stage, "init"):
         return ""
     if init := init_of(cfg):
-        return f"{init}, an adapter" if (inside(init) / ADAPTER_FILE).is_file() else init
+        name = str(Path(init).parent) if Path(init).name == RUN_MODEL and run_of(init) else init
+        return f"{name}, an adapter" if (inside(init) / ADAPTER_FILE).is_file() else name
     model = cfg.model
     if model.weights == "random":
         return f"the model's own: random weights of seed {model.seed}"
@@ -121,13 +124,9 @@ def earlier_model(cfg: RunConfig) -> str | None:
     """
     if not has_model(cfg):
         return None
-    for stage in ("ppo", "sft") if isinstance(cfg.stage, EvalConfig) else ("sft",):
-        found = list(begun([Path("outputs", cfg.name, stage)]))
-        own = Path(cfg.run_dir)
-        if own.name == cfg.stage.name:  # run_dir=somewhere/ppo: somewhere/sft, where that is one
-            beside = begun([own.parent / stage])
-            found += [run for run in beside if not any(run.samefile(other) for other in found)]
-        jobs = list(begun(Path("multirun", cfg.name, stage).glob("*")))
+    for places in earlier_places(cfg):
+        found = list(begun(places))
+        jobs = list(begun(job for place in places for job in place.glob("*")))
         found += [job for job in jobs if told_by(job).get("seed") == cfg.seed]  # each seed goes on with its own
         if len(found) > 1 or (jobs and not found):
             runs = found or jobs
@@ -143,6 +142,35 @@ def earlier_model(cfg: RunConfig) -> str | None:
         if found:
             return str(found[0])
     return None
+
+
+def earlier_places(cfg: RunConfig) -> list[list[Path]]:
+    """For each earlier stage, the one that is asked first in front: where it would have left a run, or a sweep's jobs.
+
+    Beside the usual places that is somewhere/sft for somewhere/ppo, and for its job somewhere/ppo/0.
+    """
+    own = Path(cfg.run_dir)
+    above = [folder.parent for folder in (own, own.parent) if folder.name == cfg.stage.name]
+    places = []
+    for stage in ("ppo", "sft") if isinstance(cfg.stage, EvalConfig) else ("sft",):
+        named: dict[Path, Path] = {}
+        for root in (Path("outputs", cfg.name), Path("multirun", cfg.name), *above):
+            named.setdefault((root / stage).resolve(), root / stage)
+        places.append(list(named.values()))
+    return places
+
+
+def found_none(cfg: RunConfig, overrides: Iterable[str]) -> str:
+    """A line that `stage.init=auto` found no earlier model, and where it was looked for; empty where it found one, or
+    where nobody named a run that could have one."""
+    stage, words = cfg.stage, {word.lstrip("+").partition("=")[0] for word in overrides}
+    if not isinstance(stage, PpoConfig | EvalConfig) or not has_model(cfg) or stage.init or "stage.init" in words:
+        return ""
+    if "name" not in words and cfg.name in Path(cfg.run_dir).parts:
+        return ""
+    looked = f"no model in {', '.join(str(place) for places in earlier_places(cfg) for place in places)}"
+    told = "warning: no earlier stage trained what plays" if stage.name == "eval" else "no earlier stage to go on from"
+    return f"{told}, {looked}. stage.init=<its run> names one, stage.init=null says that these weights are meant"
 
 
 def begun(folders: Iterable[Path]) -> Iterator[Path]:

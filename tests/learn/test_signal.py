@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,9 +63,11 @@ def test_it_is_said_once_after_two_iterations_with_what_to_do(
     assert [bool(text) for text in said] == [False, False, False, True, False, False]
     assert said[3].startswith("nothing to learn from: every reply is illegal, such as 'xyz' (no action).")
     assert "stage=sft first" in said[3]
-    conclude({METRIC: 1.0})
+    conclude(watch.cfg, {METRIC: 1.0})
     assert "nothing to learn from" in capsys.readouterr().err
-    conclude({METRIC: 0.0})
+    conclude(watch.cfg, {METRIC: 0.0, "eval/invalid_rate": 0.8})
+    assert "no agent yet: 80% of its replies hold no legal action. What helps: train with" in capsys.readouterr().err
+    conclude(watch.cfg, {METRIC: 0.0})
     assert capsys.readouterr().err == ""
 
 
@@ -78,3 +81,17 @@ def test_the_remedy_is_that_of_the_lack(compose_run: Callable[..., RunConfig], c
         watch = Watch(replace(cfg, env=replace(cfg.env, invalid_penalty=penalty)), iterations=1)
         watch.look(0, figures(episodes, gamma=0.9), episodes)
         assert words in capsys.readouterr().err
+
+
+def test_weights_that_were_cloned_need_more_of_that(
+    compose_run: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    """Not stage=sft first: they had it."""
+    (tmp_path / "sft/model").mkdir(parents=True)
+    (tmp_path / "sft/config.yaml").write_text("stage: {name: sft}")
+    cfg = compose_run("stage=ppo", f"stage.init={tmp_path / 'sft/model'}")
+    for episodes in ([episode([-0.1], [False])], [episode([0, 0]), episode([0, 0])]):
+        Watch(cfg, iterations=1).look(0, {METRIC: 1.0}, episodes)
+        said = capsys.readouterr().err
+        assert "more demonstrations (stage=collect stage.episodes=) and more steps (stage.epochs=) than " in said
+        assert "sft first" not in said

@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import DatasetCard, ModelCard
 
-from vlm_agents.stages.cards import portable_command, read_front
+from vlm_agents.config import PpoConfig, RunConfig
+from vlm_agents.stages.cards import base_of, portable_command, read_front
 
 RunStage = Callable[..., Path]
 LORA = ("model/lora=adapter", "model.lora.rank=4", "model.lora.alpha=8")
@@ -52,6 +54,14 @@ def test_a_base_on_the_hub_and_its_licence_are_handed_down(tmp_path: Path):
         (tmp_path / "README.md").write_text(foreign)
         assert read_front(tmp_path) == {}
     assert read_front(tmp_path / "nowhere") == {}
+
+
+def test_weights_that_are_gone_when_the_model_is_saved_are_named_all_the_same(compose_run: Callable[..., RunConfig]):
+    """A run that goes on from its checkpoint needs them no more; and what `stage.init` names is no hub id."""
+    cfg = compose_run("stage=ppo", "stage.init=null")
+    assert isinstance(cfg.stage, PpoConfig)
+    known, words = base_of(replace(cfg, stage=replace(cfg.stage, init="gone/sft")))
+    assert (known, words) == ({"license": "mit"}, "the model of `gone/sft` (`model=tiny`)")
 
 
 @pytest.mark.parametrize(

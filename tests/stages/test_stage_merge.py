@@ -206,7 +206,9 @@ def test_the_base_of_a_merged_model_is_no_base_of_its_adapter(
     """An adapter on a merged model, which has since moved: the weights under that one differ by an adapter alone."""
     sft = ("stage=sft", f"stage.data={echo_chats}", "stage.batch_size=16", "stage.warmup_steps=0", "stage.lr=1e-2")
     first = run_stage(tmp_path / "first", *sft, "stage.epochs=1", *LORA)
-    merged = run_stage(tmp_path / "merged", "stage=merge", f"stage.init={first}") / "model"
+    merged = run_stage(tmp_path / "merged", "stage=merge", f"stage.init={first}", "env=minigrid") / "model"
+    assert json.loads((tmp_path / "merged/summary.json").read_text())["env"] == "vlm_agents/Echo-v0"  # of the data
+    assert "An agent for vlm_agents/Echo-v0" in (merged / "README.md").read_text()
     second = run_stage(tmp_path / "second", *sft, "stage.epochs=1", *LORA, f"model.path={merged}")
     merged.rename(tmp_path / "moved")
     message = (

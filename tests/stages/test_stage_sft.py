@@ -44,7 +44,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 def trained(run_stage: RunStage, echo_chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three epochs of the chats' rows in batches of 8."""
     folder = tmp_path_factory.mktemp("sft")
-    return run_stage(folder, *SHORT, f"stage.data={echo_chats}", "stage.epochs=3")
+    return run_stage(folder, *SHORT, f"stage.data={echo_chats}", "stage.epochs=3", "env=minigrid")
 
 
 def test_the_loss_falls(trained: Path, tiny_model: Path):
@@ -62,6 +62,7 @@ def test_the_loss_falls(trained: Path, tiny_model: Path):
 def test_the_report_shows_rows_with_what_the_model_says(trained: Path):
     text = (trained / "report.html").read_text(encoding="utf-8")
     told = json.loads(text.split('id="block">', 1)[1].split("</script>", 1)[0])
+    assert told["title"] == "sft: vlm_agents/Echo-v0"  # of its data: it plays no env itself
     assert told["sentence"].startswith(f"Loss {metrics_of(trained)['sft/loss']:.4g} over ")
     assert [curve["name"] for curve in told["curves"] if curve["first"]] == ["sft/loss", "sft/grad_norm"]
     assert all(example["prompt"] and example["answer"] and example["reply"] for example in told["examples"])

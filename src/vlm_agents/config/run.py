@@ -167,6 +167,13 @@ def env_of_id(env_id: str) -> str | None:
     return next((env.family for env in ENVS if env.id == env_id), None)
 
 
+def env_of(settings: Mapping[str, Any]) -> EnvConfig:
+    """The env of these settings, as a run's config.yaml has them; KeyError, TypeError or ConfigError where they are of
+    another version."""
+    kinds = {env.family: env for env in ENVS}
+    return kinds[settings["family"]](**settings)
+
+
 def parse(cfg: DictConfig) -> RunConfig:
     """The composed configuration as checked plain dataclasses; ConfigError says which value is off."""
     run = OmegaConf.to_object(cfg)

@@ -13,6 +13,7 @@ from vlm_agents.weights import ADAPTER_FILE
 
 PACKAGE = Path(__file__).resolve().parents[1]
 SHIPPED = PACKAGE / "models" / "tiny_weights"
+BASE_FILE = "base.json"  # beside an adapter of ours: what tells its base from other weights, as `fingerprint` has it
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 LISTS = list | str | None
 MEANT: dict[str, Any] = {  # what `lora` hands to peft, which then does with it as in training; and of what type it is

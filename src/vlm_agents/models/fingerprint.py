@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from vlm_agents.errors import ModelError
+from vlm_agents.models.adapters import BASE_FILE
 
-BASE_FILE = "base.json"  # beside an adapter
 VALUES = 8  # of each tensor
 BLOCK = 64  # weights that share a scale in NF4
 NF4 = (  # the 16 levels of arXiv 2305.14314, appendix E

@@ -15,11 +15,10 @@ from transformers.utils.hub import cached_file
 from vlm_agents.config import HardwareConfig, ModelConfig, TrainableConfig
 from vlm_agents.errors import ConfigError, ModelError
 from vlm_agents.models.actor_critic import Agent, TemperatureHead, ValueHead
-from vlm_agents.models.adapters import named_base, refuse_full_training
+from vlm_agents.models.adapters import refuse_full_training
 from vlm_agents.models.architectures import tokenizer_for, whole_config
 from vlm_agents.models.damage import refusing
 from vlm_agents.models.families import Family, family_of, kind_of
-from vlm_agents.models.fingerprint import BASE_FILE
 from vlm_agents.models.machine import refuse_no_bitsandbytes, refuse_no_gpu
 from vlm_agents.models.probing import prove
 from vlm_agents.models.processing import (
@@ -29,7 +28,7 @@ from vlm_agents.models.processing import (
     make_image_processor,
     prove_settings,
 )
-from vlm_agents.models.sources import TINY, WHOLE, check_source, is_hub_id
+from vlm_agents.models.sources import TINY, WHOLE, base_of, check_source
 from vlm_agents.progress import say, under_way
 from vlm_agents.weights import ADAPTER_FILE, init_folder
 
@@ -59,6 +58,8 @@ def load_agent(
     if adapter:
         refuse_full_training(adapter, cfg.lora)
     base = base_of(adapter, cfg) if adapter else folder
+    if adapter and base and cfg.path:  # of the settings, as a rule: an earlier stage trained that model further
+        say(f"the adapter in {adapter} was trained on {base}: so that is taken, not model.path={cfg.path}")
     source = str(base or cfg.path or TINY)
     random = cfg.weights == "random" and base is None
     drawn = random and cfg.architecture is not None
@@ -95,35 +96,6 @@ def load_agent(
     agent = agent.to(hardware.device).eval()
     prove(agent)
     return agent
-
-
-def base_of(folder: Path, cfg: ModelConfig) -> Path | None:
-    """The folder of weights that the adapter in `folder` was trained on; None where that is the model of `cfg`.
-
-    Where both are named the adapter knows better.
-    """
-    named = named_base(folder)
-    shipped = cfg.path is None and named == str(TINY)
-    if not named or shipped or (cfg.path and place(named) == place(cfg.path)):
-        return None
-    trained = f"the adapter in {folder} was trained on {named}"
-    moved = f"where it has moved, write its place into {ADAPTER_FILE} as base_model_name_or_path"
-    if Path(named).is_dir():
-        if cfg.path is not None:  # of the settings, as a rule: an earlier stage trained that model further
-            say(f"{trained}: so that is taken, not model.path={cfg.path}")
-        return Path(named)
-    if cfg.path is not None and (folder / BASE_FILE).is_file():
-        return None  # a copy elsewhere: whether it is one, the adapter itself will tell
-    if cfg.path is not None:
-        raise ModelError(f"{trained}, and model.path is {cfg.path}: set model.path={named}, or {moved}")
-    if is_hub_id(named):
-        raise ModelError(f"{trained}: set model.path={named} if that is a hub id, or to where that folder lies now")
-    raise ModelError(f"{trained}, which isn't there: put it back, or {moved}")
-
-
-def place(source: str) -> str:
-    """One name for one folder; a hub id as it is."""
-    return str(Path(source).resolve()) if Path(source).is_dir() else source
 
 
 def use_hardware(hardware: HardwareConfig) -> None:

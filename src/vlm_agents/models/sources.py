@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from vlm_agents.config import ModelConfig
 from vlm_agents.errors import ConfigError, ModelError
-from vlm_agents.models.adapters import SHIPPED
+from vlm_agents.models.adapters import BASE_FILE, SHIPPED, named_base
 from vlm_agents.progress import say
 from vlm_agents.weights import ADAPTER_FILE, RUN_MODEL, init_folder
 
@@ -44,6 +44,33 @@ def is_hub_id(source: str) -> bool:
 def source_of(cfg: ModelConfig) -> str | None:
     """The folder or hub id that the model of `cfg` itself is read from; None: dimensions alone make it."""
     return None if cfg.weights == "random" and cfg.architecture is not None else cfg.path or str(TINY)
+
+
+def base_of(folder: Path, cfg: ModelConfig) -> Path | None:
+    """The folder of weights that the adapter in `folder` was trained on; None where that is the model of `cfg`.
+
+    Where both are named the adapter knows better. ModelError where neither is to be had.
+    """
+    named = named_base(folder)
+    shipped = cfg.path is None and named == str(TINY)
+    if not named or shipped or (cfg.path and place(named) == place(cfg.path)):
+        return None
+    if Path(named).is_dir():
+        return Path(named)
+    if cfg.path is not None and (folder / BASE_FILE).is_file():
+        return None  # a copy elsewhere: whether it is one, the adapter itself will tell
+    trained = f"the adapter in {folder} was trained on {named}"
+    moved = f"where it has moved, write its place into {ADAPTER_FILE} as base_model_name_or_path"
+    if cfg.path is not None:
+        raise ModelError(f"{trained}, and model.path is {cfg.path}: set model.path={named}, or {moved}")
+    if is_hub_id(named):
+        raise ModelError(f"{trained}: set model.path={named} if that is a hub id, or to where that folder lies now")
+    raise ModelError(f"{trained}, which isn't there: put it back, or {moved}")
+
+
+def place(source: str) -> str:
+    """One name for one folder; a hub id as it is."""
+    return str(Path(source).resolve()) if Path(source).is_dir() else source
 
 
 def config_of(source: str) -> dict[str, Any]:

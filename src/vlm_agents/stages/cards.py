@@ -21,7 +21,7 @@ from vlm_agents.metrics import with_interval
 from vlm_agents.models.sources import TINY, is_hub_id
 from vlm_agents.run import Run
 from vlm_agents.types import Prompt
-from vlm_agents.weights import ADAPTER_FILE, RUN_MODEL, flat_settings, init_folder
+from vlm_agents.weights import ADAPTER_FILE, RUN_MODEL, flat_settings, inside
 
 CARD = "README.md"
 FRONT_MATTER = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)
@@ -88,9 +88,9 @@ def base_of(cfg: RunConfig) -> tuple[dict[str, str], str]:
     init, path = getattr(cfg.stage, "init", None), cfg.model.path
     drawn = cfg.model.weights == "random"
     known: dict[str, str] = {}
-    for source in filter(None, (init and str(init_folder(init)), path or (None if drawn else str(TINY)))):
+    for source in filter(None, (init and str(inside(init)), path or (None if drawn else str(TINY)))):
         known = read_front(Path(source))
-        if not Path(source).is_dir() and is_hub_id(source):
+        if source == path and not Path(source).is_dir() and is_hub_id(source):
             known = {"base_model": source}
         if known:
             break

@@ -17,6 +17,7 @@ from vlm_agents.stages.playing import (
     play_panel,
     remote_policy,
     scripted_policy,
+    tell_shortcoming,
     tell_unread,
 )
 from vlm_agents.stages.reporting import Album, report, results, shown
@@ -65,6 +66,8 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         figures = {"success (95 %)": f"{share:.3f} [{low:.3f}, {high:.3f}]"}
         figures |= {words: f"{value:.3f}" for words, value in result.others.items()}
         say("  ".join(f"{words}: {figure}" for words, figure in {"policy": result.policy, **figures}.items()))
+    if stage.policy in ("model", "remote"):
+        tell_shortcoming(cfg, metrics)
     page, gif = report(run, metrics, shown(album.episodes)), run.path("episode.gif")
     if first and first[0].turns:
         episode_gif(first[0], gif)

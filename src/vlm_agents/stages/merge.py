@@ -16,10 +16,10 @@ from vlm_agents.models import Agent, Sampler, load_agent
 from vlm_agents.models.sources import adapter_folder
 from vlm_agents.progress import say
 from vlm_agents.run import Run
-from vlm_agents.stages.cards import save_model
+from vlm_agents.stages.cards import origin_of, save_model
 from vlm_agents.stages.playing import first_prompts
 from vlm_agents.types import Prompt
-from vlm_agents.weights import RUN_MODEL
+from vlm_agents.weights import RUN_MODEL, run_of
 
 PROBES = 16  # held-out seeds whose first prompts are compared
 # In float32 sums come in another order, no more. In bfloat16 each merged weight is rounded to 8 bits once more.
@@ -31,6 +31,8 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     assert isinstance(stage, MergeConfig)
     run.restore()  # an interrupted one starts anew
     source = adapter_folder(stage.init)
+    if (trained := run_of(stage.init)) and (trained / "DONE").exists():
+        run.env, _ = origin_of(trained)  # somebody's own chats, perhaps: then what is played here is any env
     prompts = first_prompts(cfg, PROBES)
     quantised = None
     if cfg.model.quantize:  # what was trained; it goes before the next one comes: one model at a time in memory
@@ -58,7 +60,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         rounding = f"; from the model in 4 bits that was trained, by {metrics['merge/quantised_logit_difference']:.2g}"
     say(
         f"merged {source}: logits differ by {metrics['merge/max_logit_difference']:.2g} at most over {PROBES} prompts, "
-        f"where the adapter itself makes {effect:.2g}{rounding}"
+        f"prompt={cfg.prompt.format} of {cfg.env.id}, where the adapter itself makes {effect:.2g}{rounding}"
     )
     run.log(0, metrics)
     return run.finish(metrics, {"model": run.path(RUN_MODEL)})

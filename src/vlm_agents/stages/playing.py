@@ -1,6 +1,7 @@
 """What the stages that play have in common: the envs and policies of a configuration, and the held-out panel."""
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,8 @@ from vlm_agents.envs.base import Env
 from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import ConfigError, EnvError
 from vlm_agents.experts import with_expert
-from vlm_agents.metrics import wilson_interval
+from vlm_agents.lineage import cloned_in
+from vlm_agents.metrics import shortcoming, wilson_interval
 from vlm_agents.policies import ExpertPolicy, ModelPolicy, Policy, RandomPolicy, RemotePolicy, is_random
 from vlm_agents.progress import say, track
 from vlm_agents.prompting import Fitted, PromptFormat, make_format
@@ -21,6 +23,7 @@ from vlm_agents.remote import ChatClient
 from vlm_agents.rollout import collect, summarise
 from vlm_agents.run import panel_seeds
 from vlm_agents.types import Prompt, Trajectory
+from vlm_agents.weights import has_model
 
 if TYPE_CHECKING:  # scripted and remote policies need no torch
     from vlm_agents.models import Agent
@@ -110,6 +113,25 @@ def tell_unread(folder: Path, client: ChatClient, policy: bool, rater: bool) -> 
     if missing:
         say(f"{' and '.join(missing)}: {client.why_unread()}")
     return unrated
+
+
+def tell_shortcoming(cfg: RunConfig, metrics: Mapping[str, float]) -> None:
+    """Say, by its held-out panel, that what played is no agent yet, and what may help; nothing where it is one."""
+    if lack := shortcoming(metrics):
+        say(f"no agent yet: {lack}. What helps: {'; '.join(demonstrations(cfg))}")
+
+
+def demonstrations(cfg: RunConfig) -> list[str]:
+    """What a policy needs to start from, by where its weights come from."""
+    if not has_model(cfg):
+        return ["another model on the server", "another prompt="]
+    if run := cloned_in(cfg):
+        return [
+            f"more demonstrations (stage=collect stage.episodes=) and more steps (stage.epochs=) than "
+            f"{os.path.relpath(run)} had",
+            "a look at report.html: where failures first left the expert's way",
+        ]
+    return ["train with stage=sft first, and give its run as stage.init", "another prompt="]
 
 
 def first_prompts(cfg: RunConfig, episodes: int) -> list[Prompt]:

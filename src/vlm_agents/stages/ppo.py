@@ -109,7 +109,7 @@ def finish(run: Run, state: dict[str, Any], after: dict[str, float], album: Albu
     """Report and summary: the last iteration's metrics, and the held-out panel after and before."""
     before = before_of(state)
     metrics = {**state["last"], **after, **before, "time/training": state["training_seconds"]}
-    conclude(state["last"])
+    conclude(run.cfg, metrics)
     recorded = deque(read_episodes(run.dir, skip_damaged=True), RECORDED)
     episodes = [*shown(album.episodes, "after training"), *remembered(run)] or shown(recorded)
     artifacts = {"model": run.path(RUN_MODEL), "report": report(run, metrics, episodes)}

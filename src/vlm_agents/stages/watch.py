@@ -8,6 +8,7 @@ from vlm_agents.config import RunConfig
 from vlm_agents.learn.batch import usable
 from vlm_agents.learn.signal import METRIC, all_illegal
 from vlm_agents.progress import say
+from vlm_agents.stages.playing import demonstrations, tell_shortcoming
 from vlm_agents.types import Trajectory
 
 QUOTED = 60  # characters of a reply
@@ -47,18 +48,20 @@ class Watch:
     def remedies(self, episodes: Sequence[Trajectory]) -> list[str]:
         """What may mend it, from what helps most."""
         temperature = f"model.temperature={self.cfg.model.temperature:g}"
-        first = "train with stage=sft first, and give its run as stage.init"
+        first = demonstrations(self.cfg)
         if all_illegal(episodes):
-            return [first, "another prompt=", f"a temperature lower than {temperature}"]
+            return [*first, f"a temperature lower than {temperature}"]
         if all(episode.success for episode in episodes):
             return ["a harder env: this one is solved"]
         illegal = any(turn.parsed.action is None for episode in episodes for turn in episode.turns)
         penalty = ["env.invalid_penalty=0.1, for some replies are illegal"]
         more = [f"more episodes than stage.episodes={len(episodes)}", f"a temperature higher than {temperature}"]
-        return [*(penalty if illegal and not self.cfg.env.invalid_penalty else []), first, *more, "an easier env"]
+        return [*(penalty if illegal and not self.cfg.env.invalid_penalty else []), *first, *more, "an easier env"]
 
 
-def conclude(metrics: Mapping[str, float]) -> None:
-    """Say at the end of a run that it stayed so, by the metrics of its last iteration."""
+def conclude(cfg: RunConfig, metrics: Mapping[str, float]) -> None:
+    """Say at the end of a run that it stayed so, by the metrics of its last iteration; else what its panel lacks."""
     if metrics.get(METRIC):
         say("to the end there was nothing to learn from, as said above: the model is no better for it")
+    else:
+        tell_shortcoming(cfg, metrics)
