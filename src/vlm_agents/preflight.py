@@ -17,7 +17,7 @@ from vlm_agents.config import (
     SftConfig,
     StageConfig,
 )
-from vlm_agents.errors import ConfigError, DataError
+from vlm_agents.errors import ConfigError, DataError, did_you_mean
 from vlm_agents.files import writing
 from vlm_agents.models.adapters import named_base, read_settings, refuse_no_adapter_weights
 from vlm_agents.models.machine import refuse_no_bitsandbytes, refuse_no_driver
@@ -27,10 +27,12 @@ from vlm_agents.weights import ADAPTER_FILE, has_model, holds_work, init_folder,
 MOMENTS = 8  # bytes that AdamW keeps of a trained parameter
 COPY = 4  # and its copy in fp32, where the weights are in another precision
 MIB = 1 << 20
+NAMED = 8  # of the newest runs, in an error
 
 
 def check(cfg: RunConfig) -> None:
     """VlmAgentsError where the run of `cfg` can't be: in one line what, where, and the fix."""
+    refuse_other_name(cfg)
     check_data(cfg.stage)
     check_env_and_machine(cfg)
     if has_model(cfg):
@@ -54,6 +56,27 @@ def check_env_and_machine(cfg: RunConfig) -> None:
         refuse_no_driver(cfg.hardware.device)
         if not isinstance(stage, MergeConfig):
             refuse_no_bitsandbytes(cfg.model.quantize)
+
+
+def refuse_other_name(cfg: RunConfig) -> None:
+    """DataError where the stage reads what an earlier one left under its name, and only other names have such."""
+    match cfg.stage:
+        case PreprocessConfig(data=sources):
+            pass
+        case SftConfig(data=source) | MergeConfig(init=source):
+            sources = [source]
+        case _:
+            return
+    for folder in map(Path, sources):
+        if folder.parent.name == cfg.name and not folder.parent.exists():
+            runs = sorted(folder.parent.parent.glob(f"*/{folder.name}/DONE"), key=lambda path: -path.stat().st_mtime)
+            names = [path.parent.parent.name for path in runs]
+            if names:
+                hint = did_you_mean(cfg.name, names)
+                raise DataError(
+                    f"nothing has run under name={cfg.name}: give the name of a run that has its "
+                    f"stage={folder.name} done.{hint} There are: {', '.join(names[:NAMED])}"
+                )
 
 
 def check_data(stage: StageConfig) -> None:

@@ -46,6 +46,8 @@ from vlm_agents.weights import as_saved, begun, earlier_model, flat_settings, ha
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
+# What an option of a group is called inside the group, and the word that chooses it: each brings settings of its own.
+CHOSEN = {"env.family": "env", "model.name": "model", "prompt.format": "prompt", "hardware.name": "hardware"}
 TRAINING_SEEDS = 2**30  # training seeds lie below, held-out panels at or above it: disjoint by construction
 
 
@@ -91,6 +93,7 @@ class Run:
         self._lock = lock
         self._sweep = sweep
         self._undo = undo  # what `open` made; until `begin`
+        self._begun = False
         self._tracker: Tracker | None = None  # from `begin` on
         self.differences = differences(cfg)  # lines for a person: what it asks otherwise than its weights were taught
         self._append_only = [METRICS]
@@ -145,7 +148,11 @@ class Run:
 
     def begin(self) -> None:
         """To be called by a stage once what it needs is there and loaded: from here on it does something, and tells the
-        tracker. One that ends before leaves nothing behind."""
+        tracker. One that ends before leaves nothing behind. Another call, or the first `log` at the latest, does no
+        more."""
+        if self._begun:
+            return
+        self._begun = True
         self._undo.pop_all()
         self._tracker = Tracker(dataclasses.asdict(self.cfg), self.dir, self._sweep)
         for line in ([f"weights: {self.weights}"] if self.weights else []) + self.differences:
@@ -178,6 +185,7 @@ class Run:
     # ---- what the run tells ----------------------------------------------------------------------------------------
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl (non-finite numbers as null), and tell the tracker."""
+        self.begin()
         self._step = step
         append_line(self.dir / METRICS, to_json({"step": step, **metrics}))
         if self._tracker:
@@ -353,11 +361,12 @@ def refuse_other_settings(snapshot: Path, settings: str) -> None:
     old = flat_settings(snapshot, f"delete {snapshot.parent}, or choose another name=")
     new = dict(flat(yaml.safe_load(settings)))
     allowed = may_change()
-    for key in sorted(old.keys() | new.keys()):
+    for key in sorted(old.keys() | new.keys(), key=lambda key: (key not in CHOSEN, key)):
         if not {key, key.split(".")[0]} & allowed and old.get(key) != new.get(key):
+            name = CHOSEN.get(key, key)
             raise ConfigError(
-                f"{snapshot.parent} holds a run with {key}={old.get(key)}, not {new.get(key)}: "
-                f"give the old value to continue it, choose another name=, or delete that directory"
+                f"{snapshot.parent} holds a run with {name}={old.get(key)}, not {new.get(key)}: "
+                f"give {name}={old.get(key)} to continue it, choose another name=, or delete that directory"
             )
 
 

@@ -10,6 +10,7 @@ from vlm_agents.prompting import make_format
 from vlm_agents.remote import ChatClient
 from vlm_agents.run import Run
 from vlm_agents.stages.playing import (
+    check_first_prompt,
     has_expert,
     open_envs,
     play_baselines,
@@ -34,7 +35,9 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         from vlm_agents.models import load_agent  # brings torch along: seconds that the other policies save
 
         agent = load_agent(cfg.model, cfg.hardware, stage.init)
-    run.begin()
+        check_first_prompt(cfg, agent)
+    if stage.policy != "remote":  # which begins with the server's first answer
+        run.begin()
     with open_envs(cfg.env, stage.num_envs, advised) as envs:
         run.restore()  # an interrupted evaluation starts anew
         writer = EpisodeWriter(run.dir, anew=True)
@@ -48,7 +51,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         if agent is not None:
             metrics = play_model(cfg, envs, agent, stage.episodes, keep, album.keep)
         elif stage.policy == "remote":
-            with closing(ChatClient(stage.remote, run.path("remote"))) as client:
+            with closing(ChatClient(stage.remote, run.path("remote"), run.begin)) as client:
                 policy = remote_policy(cfg, client, samples=1)  # like the model, it has one try a turn
                 metrics = play_panel(cfg, envs, policy, stage.episodes, on_episode=keep)
                 metrics |= {f"eval/{name}": count for name, count in client.counts().items()}
