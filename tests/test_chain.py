@@ -120,9 +120,11 @@ def test_an_init_that_no_stage_makes_is_looked_at_before_the_first(
     (tmp_path / "outputs/b/sft/DONE").touch()
     (tmp_path / "outputs/b/sft/config.yaml").write_text("{stage: {name: sft}, model: {name: other}}")
     register()
-    cfgs = composed(planned([], [*FAST, word], "a")).values()
+    made: list[Path] = []
     with pytest.raises(VlmAgentsError, match=said) if said else nullcontext():
-        check_before_a_chain(cfgs)
+        for cfg in composed(planned([], [*FAST, word], "a")).values():
+            check_before_a_chain(cfg, made)
+            made.append(Path(cfg.run_dir).resolve())
 
 
 def test_a_machine_or_model_that_a_later_stage_lacks_is_told_before_the_first(tmp_path: Path) -> None:

@@ -41,9 +41,6 @@ class Answers:
         self._folder = folder
         self._cache = cache
         self._address = address.encode()
-        for place in (folder, cache):
-            with writing(place):
-                place.mkdir(parents=True, exist_ok=True)
 
     def of_run(self, question: bytes) -> Completion | None:
         return load(self._in_run(question))
@@ -53,6 +50,12 @@ class Answers:
         return answer and replace(answer, cached=True)
 
     def keep(self, question: bytes, answer: Completion) -> None:
+        for place in (
+            self._folder,
+            self._cache,
+        ):  # not before there is an answer: a server that isn't there leaves none
+            with writing(place):
+                place.mkdir(parents=True, exist_ok=True)
         content = json.dumps(asdict(answer))
         atomic_write(self._in_run(question), content)  # first: a run killed in between counts what it paid for
         if not answer.cached and not answer.refused:  # another run may ask again

@@ -114,11 +114,12 @@ class Mlflow:
     def __init__(self, settings: Mapping[str, Any], folder: Path, sweep: Path | None) -> None:
         stores.quieten()
         self._settings, self._folder, self._sweep = settings, folder, sweep
-        uri, experiment = (settings["tracking"][name] for name in ("uri", "experiment"))
-        if not uri and (uri := os.environ.get("MLFLOW_TRACKING_URI")):
-            print(f"MLflow: {harmless(stores.masked(uri))}, which MLFLOW_TRACKING_URI names", flush=True)
-        self._uri = uri or stores.DEFAULT
-        self._experiment = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "vlm_agents"
+        self._uri = stores.address(settings["tracking"])
+        if not settings["tracking"]["uri"] and self._uri != stores.DEFAULT:
+            print(f"MLflow: {harmless(stores.masked(self._uri))}, which MLFLOW_TRACKING_URI names", flush=True)
+        self._experiment = (
+            settings["tracking"]["experiment"] or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "vlm_agents"
+        )
         self._began, self._ended = stores.times_of(folder)
         self._client: Any = None
         self._run_id = ""
@@ -140,7 +141,8 @@ class Mlflow:
             "model": model if policy == "model" else stage["remote"]["model"] if policy == "remote" else policy,
             "weights": (stage.get("init") or f"model={model}") if plays else "",
             "run_dir": os.path.relpath(self._folder),
-            "mlflow.source.name": command_of(self._folder),
+            "command": command_of(self._folder),
+            "mlflow.source.name": command([f"stage={stage['name']}"]),  # its pages show what follows the last slash
             "mlflow.source.type": "LOCAL",
             "mlflow.user": stores.user(),
             "mlflow.source.git.commit": commit.read_text().strip() if commit.exists() else "",
@@ -176,7 +178,8 @@ class Mlflow:
         note = "\n\n".join(part for part in (result_of(self._folder), f"`{command_of(self._folder)}`") if part)
         self._client.set_tag(self._run_id, "mlflow.note.content", note)
         self._client.set_terminated(self._run_id, status, end_time=self._ended)
-        stores.end_parent(self._client, self._uri, self._run_id)
+        if self._sweep is not None:
+            stores.end_parent(self._client, self._uri, self._run_id, self._sweep)
 
     def close(self) -> None:
         pass

@@ -4,15 +4,17 @@ Each is a process of its own. What is done is passed over, so that the same comm
 stage from within.
 """
 
+import ctypes
 import json
 import os
+import re
 import secrets
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -21,17 +23,20 @@ from omegaconf import OmegaConf
 
 from vlm_agents.config import RunConfig, command, conf_dir, parse
 from vlm_agents.errors import ConfigError, VlmAgentsError, did_you_mean
-from vlm_agents.hydra_errors import REFUSALS, explain, is_override
+from vlm_agents.hydra_errors import REFUSALS, explain, first_of_sweep, is_override
 from vlm_agents.metrics import headline, shortcoming
 
 ORDER = ("collect", "preprocess", "sft", "ppo", "eval")
+EACH = "a chain isn't swept: give one command for each of the values, each with a name=... of its own"
 OURS = {
     "stage": "all stages are run; an override of one alone begins with its name, as in sft.stage.epochs=3",
     "experiment": "name it after run, as in 'run number_line'",
     "run_dir": "a chain lies in outputs/<name>: set name=...",
-    "sweep": "give one command for each of its values, each with a name=... of its own",
+    "sweep": EACH,
 }
+OF_A_STAGE = "stage", "algo"  # the parts of a run that not all stages have alike
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def main(arguments: Sequence[str], debug: bool) -> int:
@@ -40,19 +45,25 @@ def main(arguments: Sequence[str], debug: bool) -> int:
     ConfigError, before anything is run, where a stage can't take what it is given.
     """
     words = [word for word in arguments if is_override(word)]
-    name = next((word.removeprefix("name=") for word in reversed(words) if word.startswith("name=")), None)
-    given, name = name, name or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{secrets.token_hex(3)}"
+    given = next((word.removeprefix("name=") for word in reversed(words) if word.startswith("name=")), None)
+    name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{secrets.token_hex(3)}" if given is None else given
     plan = planned([word for word in arguments if word not in words], words, name)
     cfgs = composed(plan)
     from vlm_agents import preflight
-
-    preflight.check_before_a_chain(cfg for cfg in cfgs.values() if not (Path(cfg.run_dir) / "DONE").exists())
-    if given is None:
-        print(f"continue with: {command(['run', *arguments, f'name={name}'])}", flush=True)
     from vlm_agents.run import finished_metrics, settled
 
+    made: list[Path] = []  # run directories of the stages so far
+    for stage, cfg in cfgs.items():
+        if not (Path(cfg.run_dir) / "DONE").exists():
+            with in_words_of_a_chain(stage):
+                preflight.check_before_a_chain(cfg, made)
+        made.append(Path(cfg.run_dir).resolve())
+    if given is None:
+        print(f"continue with: {command(['run', *arguments, f'name={name}'])}", flush=True)
     for stage, overrides in plan.items():
-        if finished_metrics(settled(cfgs[stage])) is not None:
+        with in_words_of_a_chain(stage):
+            finished = finished_metrics(settled(cfgs[stage])) is not None
+        if finished:
             print(f"{stage} was finished before: {os.path.relpath(cfgs[stage].run_dir)}", flush=True)
             continue
         print(command(overrides), flush=True)
@@ -65,6 +76,7 @@ def main(arguments: Sequence[str], debug: bool) -> int:
 
 def planned(names: Sequence[str], words: Sequence[str], name: str) -> dict[str, list[str]]:
     """The overrides of each stage of the chain, in the order of its stages."""
+    refuse_flags_and_sweeps([*names, *words])
     experiment = experiment_of(names)
     stages = [
         stage
@@ -88,6 +100,16 @@ def planned(names: Sequence[str], words: Sequence[str], name: str) -> dict[str, 
     first = {stage: f"stage={stage}" if experiment is None else f"experiment={experiment}/{stage}" for stage in stages}
     rest = {stage: (shared | own[stage] | {"name": f"name={name}"}).values() for stage in stages}
     return {stage: [first[stage], *rest[stage]] for stage in stages}
+
+
+def refuse_flags_and_sweeps(words: Sequence[str]) -> None:
+    for word in words:
+        if word in ("-m", "--multirun") or first_of_sweep(word):
+            raise ConfigError(f"{word}: {EACH}")
+        if word.startswith("-"):
+            raise ConfigError(
+                f"{word}: run takes an experiment and key=value; flags are for one stage, as in 'stage=ppo --cfg job'"
+            )
 
 
 def key_of(word: str) -> str:
@@ -114,9 +136,10 @@ def composed(plan: Mapping[str, Sequence[str]]) -> dict[str, RunConfig]:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         for stage, overrides in plan.items():
             try:
-                cfgs[stage] = checked(overrides)
+                with in_words_of_a_chain(stage):
+                    cfgs[stage] = checked(overrides)
             except ConfigError as error:
-                for word in overrides[1:]:
+                for word in (word for word in overrides[1:] if key_of(word).split(".")[0] in OF_A_STAGE):
                     fits = [other for other, (first, *rest) in plan.items() if word in rest and takes([first, word])]
                     if fits and not takes([overrides[0], word]):
                         choice = " or ".join(f"{other}.{word}" for other in fits)
@@ -125,6 +148,16 @@ def composed(plan: Mapping[str, Sequence[str]]) -> dict[str, RunConfig]:
                         ) from error
                 raise
     return cfgs
+
+
+@contextmanager
+def in_words_of_a_chain(stage: str) -> Iterator[None]:
+    """Errors of the block name a setting as a chain is given it: those of one stage begin with its name."""
+    try:
+        yield
+    except VlmAgentsError as error:
+        of_one = rf"(?<![\w.])(?=({'|'.join(OF_A_STAGE)})\.[a-z])"
+        raise type(error)(re.sub(of_one, f"{stage}.", str(error))) from error
 
 
 def checked(overrides: Sequence[str]) -> RunConfig:
@@ -150,8 +183,8 @@ def takes(overrides: Sequence[str]) -> bool:
 def run_stage(overrides: Iterable[str], debug: bool) -> int:
     """Run one stage in a process of its own, and pass on the signals that end it: it tells of them, once.
 
-    It has a process group to itself: what a terminal sends comes through us alone. Returns its exit status, as a shell
-    has it.
+    It has a process group to itself: what a terminal sends comes through us alone. Where we are killed (SIGKILL), Linux
+    sends it SIGTERM. Returns its exit status, as a shell has it.
     """
     came: list[int] = []
     children: list[subprocess.Popen[bytes]] = []
@@ -166,7 +199,8 @@ def run_stage(overrides: Iterable[str], debug: bool) -> int:
         for number in (number for number in SIGNALS if before[number] != signal.SIG_IGN):  # as nohup has it
             signal.signal(number, pass_on)
         line = [sys.executable, "-m", "vlm_agents", *overrides]
-        children.append(subprocess.Popen(line, env=os.environ | {"HYDRA_FULL_ERROR": str(int(debug))}, process_group=0))
+        environ = os.environ | {"HYDRA_FULL_ERROR": str(int(debug))}
+        children.append(subprocess.Popen(line, env=environ, process_group=0, preexec_fn=end_with_parent))
         for number in came:  # before it was there
             children[0].send_signal(number)
         status = children[0].wait()
@@ -176,6 +210,12 @@ def run_stage(overrides: Iterable[str], debug: bool) -> int:
     if came and status == 0:  # it was done already: then nobody has told yet
         signal.raise_signal(came[0])
     return 128 - status if status < 0 else status
+
+
+def end_with_parent() -> None:
+    """Have this process terminated when the one that started it is gone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def outcome(stage: str, folder: Path) -> str:

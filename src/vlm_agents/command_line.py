@@ -8,12 +8,11 @@ traceback. Nothing heavy is imported before the configuration is known to be goo
 import importlib
 import logging
 import os
-import re
 import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from vlm_agents import completion, cores
 from vlm_agents.config import command, conf_dir, described, groups, listing, parse, refuse_secrets, register
 from vlm_agents.errors import ConfigError, VlmAgentsError, harmless
 from vlm_agents.files import writing
-from vlm_agents.hydra_errors import REFUSALS, check_flags, explain, is_override
+from vlm_agents.hydra_errors import REFUSALS, check_flags, explain, first_of_sweep, is_override
 from vlm_agents.progress import hush
 from vlm_agents.versions import versions
 
@@ -81,10 +80,11 @@ def run(argv: list[str]) -> int:
             refuse_secrets(setting, value.strip("'\""))
             refuse_other_places(setting, value)
         register()
-        if words[:1] == ["run"]:
+        cores.forget_nonsense()
+        if "run" in words:
             from vlm_agents import chain
 
-            return chain.main(words[1:], debug)
+            return chain.main([word for word in words if word != "run"], debug)
         if HELP_FLAGS & set(arguments):
             print(settings_help(argv, words))
         else:
@@ -117,18 +117,12 @@ def refuse_other_places(setting: str, value: str) -> None:
         raise ConfigError(f"name={value!r} names a folder: use letters, digits and . _ + - only")
 
 
-def compose_and_run(task: Callable[[DictConfig], Any], argv: list[str], words: Sequence[str]) -> None:
+def compose_and_run(task: Task, argv: list[str], words: Sequence[str]) -> None:
     """Hand the words over to Hydra, which reads `argv` and calls `task` once, or once a job of a sweep."""
     argv[1:] = sorted(words, key=is_override)  # argparse: flags first
-    sweeps: set[Path] = set()
-
-    def job(composed: DictConfig) -> Any:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            sweeps.add(Path(HydraConfig.get().sweep.dir))
-        return task(composed)
-
+    sweeps: dict[Path, list[Exception | None]] = {}  # what stopped each job
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(keeping_ends(task, sweeps))()
     except (VlmAgentsError, BrokenPipeError):
         raise
     except (*REFUSALS, OSError) as error:
@@ -141,6 +135,41 @@ def compose_and_run(task: Callable[[DictConfig], Any], argv: list[str], words: S
     finally:
         for folder in sweeps:
             remove_idle_sweep(folder)
+    for folder, ends in sweeps.items():
+        end_sweep(folder, ends)
+
+
+def keeping_ends(task: Task, sweeps: dict[Path, list[Exception | None]]) -> Task:
+    """The task which, in a sweep, adds to `sweeps` what stopped the job, or None."""
+    here = os.getpid()
+
+    def job(composed: DictConfig) -> Any:
+        if HydraConfig.get().mode != RunMode.MULTIRUN:
+            return task(composed)
+        ends = sweeps.setdefault(Path(HydraConfig.get().sweep.dir), [])
+        try:
+            result = task(composed)
+        except Exception as error:
+            ends.append(error)
+            if os.getpid() == here and isinstance(error, VlmAgentsError):
+                return None  # it is told; Hydra would tell it again, after a line of its own
+            raise
+        ends.append(None)
+        return result
+
+    return job
+
+
+def end_sweep(folder: Path, ends: Sequence[Exception | None]) -> None:
+    """Tell the tracker how a sweep ended; VlmAgentsError where a job failed. `ends` is what stopped each job."""
+    failed = [error for error in ends if error]
+    if (folder / "mlflow_run_id").exists():
+        from vlm_agents import tracking
+
+        tracking.end_sweep(folder, "FAILED" if failed else "FINISHED")
+    if failed:
+        count = f"{len(failed)} of {len(ends)} jobs"
+        raise VlmAgentsError(f"{count} of {os.path.relpath(folder)} failed") from failed[0]
 
 
 def remove_idle_sweep(folder: Path) -> None:
@@ -169,7 +198,7 @@ def settings_help(argv: list[str], words: Sequence[str]) -> str:
         except OmegaConfBaseException as error:
             raise Carried(explain(error, ())) from error
 
-    one = [re.sub(r"^([^=]+=[^\[{('\",]*),.*", r"\1", word) for word in words if word not in ("-m", "--multirun")]
+    one = [first_of_sweep(word) or word for word in words if word not in ("-m", "--multirun")]
     compose_and_run(explain_settings, argv, [*one, "hydra.mode=RUN"])
     return texts[0]
 
@@ -190,6 +219,9 @@ def run_stage(composed: DictConfig) -> dict[str, float]:
                     "run_dir=... is the directory of one run: set hydra.sweep.dir=... for those of a sweep"
                 )
             cfg = replace(cfg, run_dir=job.runtime.output_dir)
+            overrides = [word for word in overrides if word.partition("=")[0].lstrip("+") not in ("name", "sweep")]
+            # what a person gives in order to have this job alone, again
+            overrides += [f"name={cfg.name}", f"run_dir=outputs/{cfg.name}/{cfg.stage.name}_{job.job.num}"]
         from vlm_agents import preflight
         from vlm_agents.metrics import headline
         from vlm_agents.run import Run, finished_metrics, settled
@@ -218,7 +250,7 @@ def run_stage(composed: DictConfig) -> dict[str, float]:
     except VlmAgentsError as error:
         if sweep:
             report(error, debug=False)
-            raise  # Hydra keeps it until the sweep's other jobs are done
+            raise  # kept until the sweep's other jobs are done
         raise Carried(error) from error
     except BrokenPipeError as error:
         raise Carried(error) from error

@@ -12,8 +12,11 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from vlm_agents.errors import harmless
+
 MOST = 8  # threads by themselves: a small model gains nothing by more, and a large one belongs on a GPU
 WINDOW_S = 0.3  # in which others are watched; the kernel counts in hundredths of a second
+LARGEST = 1024  # number of threads that is taken for one, as hardware.threads has it
 SLACK = 0.3  # of a core that others may take and it still counts as free
 NUMERIC = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # read once, by numpy and torch as they load
 
@@ -27,7 +30,7 @@ def choose() -> tuple[int, str]:
     leave, MOST.
     """
     cpus = affinity()
-    if asked := _whole(os.environ.get("OMP_NUM_THREADS", "").split(",")[0]):
+    if asked := _whole(os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()):
         return asked, ""
     room = {f"more than {MOST} help little": float(MOST)}
     for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"):  # the second counts all tasks of a node
@@ -42,6 +45,16 @@ def choose() -> tuple[int, str]:
         return threads, ""
     chosen = f"{cores} cores, {why.format(taken=cores - threads)}: {threads} thread{'s' if threads > 1 else ''}"
     return threads, f"{chosen}; hardware.threads={cores} takes {'both' if cores == 2 else 'all'}"
+
+
+def forget_nonsense() -> None:
+    """Take an OMP_NUM_THREADS that holds no numbers of threads out of the environment, and say so: libraries
+    complain of it, or start thousands of them."""
+    said = os.environ.get("OMP_NUM_THREADS")
+    if said is not None and not all(0 < _whole(word.strip()) <= LARGEST for word in said.split(",")):
+        del os.environ["OMP_NUM_THREADS"]
+        if said.strip():
+            print(f"OMP_NUM_THREADS={harmless(said)} is left out: it takes numbers from 1 to {LARGEST}", flush=True)
 
 
 def affinity() -> set[int]:

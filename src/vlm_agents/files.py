@@ -28,12 +28,13 @@ REMEDIES = {
 def hold(file: IO[bytes]) -> bool:
     """Does this process hold the file's lock now? It has it until the file is closed; another process's stays its own.
 
-    Unlike flock's, it isn't inherited by forked env workers."""
+    Unlike flock's, it isn't inherited by forked env workers. A file that another process has removed since it was
+    opened is no lock any more."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    except (BlockingIOError, FileNotFoundError):
         return False
-    return True
 
 
 @contextmanager

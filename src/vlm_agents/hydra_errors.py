@@ -8,6 +8,8 @@ import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ValueType
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import (
@@ -47,9 +49,28 @@ OTHER_WORDS = {
     "tracking=off": "write tracking=jsonl",
 }
 
+NO_STAGE = (
+    "nothing says what to run. All stages: 'python -m vlm_agents run name=mine env.id=MiniGrid-Empty-8x8-v0'; one: "
+    "'python -m vlm_agents stage=ppo env=minigrid', of stage=<{stages}>; --help lists more"
+)
+
 
 def is_override(word: str) -> bool:
     return ("=" in word and not word.startswith("-")) or word.startswith("~")
+
+
+def first_of_sweep(word: str) -> str | None:
+    """The override that the first job of a sweep over `word` has; None where it sweeps over nothing."""
+    try:
+        override = OverridesParser.create().parse_override(word)
+    except HydraException:  # told when it is composed
+        return None
+    if not override.is_sweep_override():
+        return None
+    listed = (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP, ValueType.RANGE_SWEEP)
+    if override.value_type not in listed:  # glob() and interval() have no first one
+        return word
+    return f"{word.partition('=')[0]}={next(override.sweep_string_iterator())}"
 
 
 def check_flags(arguments: Sequence[str]) -> list[str]:
@@ -89,6 +110,8 @@ def explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
             text = f"{cause.full_key}: no such setting.{suggestion(cause)}"
         case ValidationError():
             text = f"{cause.full_key}: {text.rstrip('.')}.{example(cause)}"
+        case _ if "You must specify 'stage'" in text:
+            text = NO_STAGE.format(stages="|".join(groups()["stage"]))
         case MissingMandatoryValue():
             text = f"{cause.full_key} has no value: give {cause.full_key}=..."
         case MissingConfigException():
@@ -153,13 +176,15 @@ def suggestion(error: OmegaConfBaseException) -> str:
     path, key = str(error.full_key).rpartition(".")[0], str(error.key)
     if path and not known:  # any may be given, such as model.image_processor's
         return f" Write '{path}={{{key}: ...}}'"
+    root = error.parent_node._get_root()
+    tree = {str(name): node for name, node in root.items_ex(resolve=False) if name != "hydra"}
+    elsewhere = [name for name, _ in flat(tree) if name.endswith(f".{key}") and name not in off_by_default()]
+    if not path:
+        elsewhere = [*(f"{group}=..." for group in groups() if group.endswith(f"/{key}")), *elsewhere]
+    if elsewhere:
+        return f" Did you mean {' or '.join(elsewhere)}?"
     if path:
         return did_you_mean(key, known).replace("'", f"'{path}.", 1) or f" There are: {', '.join(known)}"
-    deeper = [f"{group}=..." for group in groups() if group.endswith(f"/{key}")]
-    tree = {str(name): node for name, node in error.parent_node.items_ex(resolve=False) if name != "hydra"}
-    deeper += [name for name, _ in flat(tree) if name.endswith(f".{key}") and name not in off_by_default()]
-    if deeper:
-        return f" Did you mean {' or '.join(deeper)}?"
     return did_you_mean(key, [*known, *groups()]) or f" There are: {', '.join(known)}"
 
 

@@ -4,7 +4,7 @@ prompt and disk. Writes nothing; what isn't cheap to know is left to whoever nee
 
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from vlm_agents.config import (
     SftConfig,
     StageConfig,
 )
-from vlm_agents.errors import ConfigError, DataError
+from vlm_agents.errors import ConfigError, DataError, did_you_mean
 from vlm_agents.files import writing
 from vlm_agents.lineage import refuse_nonsense
 from vlm_agents.models.adapters import read_settings, refuse_no_adapter_weights
@@ -32,10 +32,12 @@ from vlm_agents.weights import ADAPTER_FILE, has_model, init_folder, run_of, tol
 MOMENTS = 8  # bytes that AdamW keeps of a trained parameter
 COPY = 4  # and its copy in fp32, where the weights are in another precision
 MIB = 1 << 20
+NAMED = 8  # of the newest runs, in an error
 
 
 def check(cfg: RunConfig) -> None:
     """VlmAgentsError where the run of `cfg` can't be: in one line what, where, and the fix."""
+    refuse_other_name(cfg)
     check_data(cfg.stage)
     check_env_and_machine(cfg)
     if has_model(cfg):
@@ -45,19 +47,16 @@ def check(cfg: RunConfig) -> None:
         check_disk(cfg, source)
 
 
-def check_before_a_chain(cfgs: Iterable[RunConfig]) -> None:
-    """What of `check` needs nothing that an earlier one of these stages writes."""
-    made: list[Path] = []
-    for cfg in cfgs:
-        init = getattr(cfg.stage, "init", None)
-        if init == AUTO or (init and any(Path(init).resolve().is_relative_to(folder) for folder in made)):
-            cfg = replace(cfg, stage=replace(cfg.stage, init=None))
-        elif init:
-            refuse_nonsense(cfg)
-        check_env_and_machine(cfg)
-        if has_model(cfg):
-            check_prompt(cfg, check_weights(cfg))
-        made.append(Path(cfg.run_dir).resolve())
+def check_before_a_chain(cfg: RunConfig, made: Sequence[Path]) -> None:
+    """What of `check` needs nothing that an earlier stage, whose directories are `made`, writes."""
+    init = getattr(cfg.stage, "init", None)
+    if init == AUTO or (init and any(Path(init).resolve().is_relative_to(folder) for folder in made)):
+        cfg = replace(cfg, stage=replace(cfg.stage, init=None))
+    elif init:
+        refuse_nonsense(cfg)
+    check_env_and_machine(cfg)
+    if has_model(cfg):
+        check_prompt(cfg, check_weights(cfg))
 
 
 def check_env_and_machine(cfg: RunConfig) -> None:
@@ -68,6 +67,27 @@ def check_env_and_machine(cfg: RunConfig) -> None:
         refuse_no_driver(cfg.hardware.device)
         if not isinstance(stage, MergeConfig):
             refuse_no_bitsandbytes(cfg.model.quantize)
+
+
+def refuse_other_name(cfg: RunConfig) -> None:
+    """DataError where the stage reads what an earlier one left under its name, and only other names have such."""
+    match cfg.stage:
+        case PreprocessConfig(data=sources):
+            pass
+        case SftConfig(data=source) | MergeConfig(init=source):
+            sources = [source]
+        case _:
+            return
+    for folder in map(Path, sources):
+        if folder.parent.name == cfg.name and not folder.parent.exists():
+            runs = sorted(folder.parent.parent.glob(f"*/{folder.name}/DONE"), key=lambda path: -path.stat().st_mtime)
+            names = [path.parent.parent.name for path in runs]
+            if names:
+                hint = did_you_mean(cfg.name, names)
+                raise DataError(
+                    f"nothing has run under name={cfg.name}: give the name of a run that has its "
+                    f"stage={folder.name} done.{hint} There are: {', '.join(names[:NAMED])}"
+                )
 
 
 def check_data(stage: StageConfig) -> None:

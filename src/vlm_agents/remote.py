@@ -29,10 +29,12 @@ IN_A_ROW = 16  # refused prompts, or two for each request under way, without one
 
 
 class ChatClient:
-    """Asks from `cfg.concurrency` coroutines at once. `folder` keeps the run's answers."""
+    """Asks from `cfg.concurrency` coroutines at once. `folder` keeps the run's answers. `heard` is called with each
+    one, wherever it comes from."""
 
-    def __init__(self, cfg: RemoteConfig, folder: Path) -> None:
+    def __init__(self, cfg: RemoteConfig, folder: Path, heard: Callable[[], object] = lambda: None) -> None:
         self._cfg = cfg
+        self._heard = heard
         self._endpoint = Endpoint(cfg)
         self._folder = folder
         self._answers = Answers(folder, Path(cfg.cache), cfg.url.rstrip("/"))
@@ -126,6 +128,7 @@ class ChatClient:
         """The kept answer to exactly this request, else the server's."""
         question = self._question(request)
         if kept := self._answers.of_run(question):
+            self._heard()
             return kept
         answer = self._answers.of_cache(question) or await self._said(self._sent(request))
         text = self._endpoint.masked(answer.text)  # the cache may be older than the masking
@@ -135,6 +138,7 @@ class ChatClient:
         else:
             self._keep_refused()
             self._answers.keep(question, answer)
+        self._heard()
         return answer
 
     async def _said(self, request: dict[str, Any]) -> Completion:

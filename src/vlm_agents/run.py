@@ -69,6 +69,8 @@ from vlm_agents.weights import (
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
+# What an option of a group is called inside the group, and the word that chooses it: each brings settings of its own.
+CHOSEN = {"env.family": "env", "model.name": "model", "prompt.format": "prompt", "hardware.name": "hardware"}
 TRAINING_SEEDS = 2**30  # training seeds lie below, held-out panels at or above it: disjoint by construction
 
 
@@ -120,6 +122,7 @@ class Run:
         self._lock = lock
         self._sweep = sweep
         self._undo = undo  # what `open` made; until `begin`
+        self._begun = False
         self._tracker: Tracker | None = None  # from `begin` on
         self.differences = differences(cfg)  # lines for a person: what it asks otherwise than its weights were taught
         self._append_only = [METRICS]
@@ -176,7 +179,11 @@ class Run:
 
     def begin(self) -> None:
         """To be called by a stage once what it needs is there and loaded: from here on it does something, and tells the
-        tracker. One that ends before leaves nothing behind."""
+        tracker. One that ends before leaves nothing behind. Another call, or the first `log` at the latest, does no
+        more."""
+        if self._begun:
+            return
+        self._begun = True
         self._undo.pop_all()
         self._tracker = Tracker(dataclasses.asdict(self.cfg), self.dir, self._sweep)
         for line in [*self._whose(), *self.differences]:
@@ -217,6 +224,7 @@ class Run:
     # ---- what the run tells ----------------------------------------------------------------------------------------
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl (non-finite numbers as null), and tell the tracker."""
+        self.begin()
         self._step = step
         append_line(self.dir / METRICS, to_json({"step": step, **metrics}))
         if self._tracker:
@@ -397,16 +405,17 @@ def refuse_other_settings(snapshot: Path, settings: str) -> None:
     old = flat_settings(snapshot, f"delete {folder}, or choose another name=")
     new = dict(flat(yaml.safe_load(settings)))
     allowed = may_change()
-    for key in sorted(old.keys() | new.keys()):
+    for key in sorted(old.keys() | new.keys(), key=lambda key: (key not in CHOSEN, key)):
         if not {key, key.split(".")[0]} & allowed and old.get(key) != new.get(key):
             longer = key in ("stage.iterations", "stage.epochs") and (folder / "DONE").exists()
             # under another name nobody would find it
             init = os.path.relpath(folder) if longer else old.get("stage.init")
             start = f" with stage.init={init}" if init else ""
             aim = " to train its model further" if longer else ""
+            name = CHOSEN.get(key, key)
             raise ConfigError(
-                f"{folder} holds a run with {key}={old.get(key)}, not {new.get(key)}: give the old value to continue "
-                f"it, choose another name={start}{aim}, or delete that directory"
+                f"{folder} holds a run with {name}={old.get(key)}, not {new.get(key)}: give {name}={old.get(key)} to "
+                f"continue it, choose another name={start}{aim}, or delete that directory"
             )
 
 

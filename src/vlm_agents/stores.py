@@ -32,7 +32,7 @@ FILES = """SELECT DISTINCT artifact_location FROM experiments
     WHERE artifact_location LIKE 'file:%' OR artifact_location LIKE '/%'"""
 PARENT = "mlflow.parentRunId"
 TOKEN = "mlflow.vlm_agents.token"  # a tag that the UI hides: a run that was made, its answer lost, is known by it
-OF_ONE_JOB = {"run_dir", "weights", "mlflow.source.name"}  # tags that a sweep's run has none of
+OF_ONE_JOB = {"run_dir", "weights", "command"}  # tags that a sweep's run has none of
 OF_THE_PLACE = "run_dir", "tracking."  # settings that say nothing of what a run does
 QUIET = {  # unless the environment says otherwise: it is we who try again, and no address is printed
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -86,9 +86,21 @@ def connect(
     return client, run_id, was_there
 
 
-def end_parent(client: Any, uri: str, run_id: str) -> None:
+def address(tracking: Mapping[str, Any]) -> str:
+    """Where the settings, or the environment, say that the store is."""
+    return tracking["uri"] or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT
+
+
+def end_run(uri: str, run_id: str, status: str) -> None:
+    """End a run, unless it has ended so."""
+    with opened(uri, None) as client:
+        if client.get_run(run_id).info.status != status:
+            client.set_terminated(run_id, status)
+
+
+def end_parent(client: Any, uri: str, run_id: str, sweep: Path) -> None:
     """End the sweep's run that a job's run belongs to, once none of its jobs goes on: the last to end does it. A job
-    that comes later has it run again."""
+    that comes later has it run again. Runs whose directory is no longer in `sweep` don't count."""
     from mlflow.entities import RunStatus
 
     run = client.get_run(run_id)
@@ -103,6 +115,8 @@ def end_parent(client: Any, uri: str, run_id: str) -> None:
             page = client.search_runs([run.info.experiment_id], words, page_token=token or None)
             jobs += page
             token = page.token or None
+        there = {note.read_text() for note in sweep.rglob("mlflow_run_id")}
+        jobs = [job for job in jobs if job.info.run_id in there]
         ends = {job.info.status for job in jobs}
         if all(RunStatus.is_terminated(RunStatus.from_string(end)) for end in ends):
             end = next((end for end in ("FAILED", "KILLED") if end in ends), "FINISHED")

@@ -239,6 +239,17 @@ def send(folder: Path, tracking: Mapping[str, Any] | None = None) -> str:
     )
 
 
+def end_sweep(sweep: Path, status: str) -> None:
+    """End the MLflow run of a sweep as FINISHED or FAILED, as its jobs came out this time: of one that was refused
+    before it began, no job's run knows."""
+    try:
+        settings = yaml.safe_load(next(sweep.rglob("config.yaml")).read_text())
+        stores.quieten()
+        stores.end_run(stores.address(settings["tracking"]), (sweep / "mlflow_run_id").read_text(), status)
+    except Exception as error:  # noqa: BLE001 - whatever ails the tracker must not stop the sweep
+        log.warning("%s", harmless(masked(f"MLflow doesn't know that {sweep} is {status}: {error}")))
+
+
 def sweep_of(folder: Path) -> Path | None:
     """The folder of the sweep that the run is a job of."""
     return folder.parent if (folder.parent / "multirun.yaml").exists() else None

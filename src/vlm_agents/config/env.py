@@ -49,6 +49,7 @@ class MiniGridConfig(EnvConfig):
         28,
         "pixels a cell; 28 makes one cell one merged vision token of Qwen2-VL and Qwen2.5-VL",
         low=4,
+        high=256,
     )
     describe: bool = setting(False, "put a text description of what is visible into the observation")
 
@@ -62,7 +63,7 @@ class CardsConfig(EnvConfig):
         "what the agent gets: the picture, what it shows in words, or both",
         choices=Literal["image", "text", "both"],
     )
-    size: int = setting(300, "side of the picture in pixels; it is drawn at 300 and scaled", low=28)
+    size: int = setting(300, "side of the picture in pixels; it is drawn at 300 and scaled", low=28, high=4096)
     compat: str = setting(
         "ours",
         "rl4vlm: with the original's bugs, and a random action where none could be read",

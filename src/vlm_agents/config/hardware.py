@@ -20,6 +20,7 @@ class HardwareConfig(Part, place="hardware"):
         "torch CPU threads; null: as many as cores are free when the run begins, 8 at most, or OMP_NUM_THREADS; kept "
         "with the run, for rounding depends on it",
         low=1,
+        high=1024,
     )
     tokens_per_microbatch: int = setting(
         8192, "padded tokens in one forward and backward pass; less needs less memory", low=1

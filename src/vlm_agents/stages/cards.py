@@ -1,6 +1,7 @@
 """What a stranger reads beside a model or a dataset: README.md as the hub knows it, and LLaMA-Factory's registry.
 
-No path of this machine stands in them, no clock, and no run's name: equal runs leave the same, interrupted or not.
+No path of this machine stands in them, no clock, and no name that the run gave itself: equal commands leave the same,
+interrupted or not.
 """
 
 import json
@@ -207,7 +208,7 @@ def portable_command(command: str) -> str:
 
 
 def belongs_here(key: str) -> bool:
-    return bool({key, key.split(".")[0]} & {"name", "hydra", *may_change()})
+    return bool({key, key.split(".")[0]} & {"hydra", *may_change()})
 
 
 def portable(path: str) -> str:

@@ -23,6 +23,7 @@ from vlm_agents.remote import ChatClient
 from vlm_agents.rollout import collect, summarise
 from vlm_agents.run import Run, training_seed
 from vlm_agents.stages.playing import (
+    check_first_prompt,
     format_of,
     has_expert,
     model_policy,
@@ -51,8 +52,10 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         from vlm_agents.models import load_agent  # brings torch along: seconds that the other policies save
 
         agent = load_agent(cfg.model, cfg.hardware, stage.init)
+        check_first_prompt(cfg, agent)
     prompt_format = format_of(cfg, agent)
-    client = ChatClient(stage.remote, run.path("remote")) if "remote" in (stage.policy, stage.rater) else None
+    remote = "remote" in (stage.policy, stage.rater)
+    client = ChatClient(stage.remote, run.path("remote"), run.begin) if remote else None
     policy = make_policy(cfg, stage, prompt_format, client, agent)
     run.restore()
     writer = EpisodeWriter(run.dir)
@@ -68,7 +71,8 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
             )
             yield from (trajectory for trajectory, (_, lacks) in zip(together, block, strict=True) if lacks)
 
-    run.begin()
+    if not client:  # a server may not be there, or take no request of ours: its first answer begins the run
+        run.begin()
     there = already(blocks, stage.episodes)
     with open_envs(cfg.env, stage.num_envs, advised) as envs, closing(client) if client else nullcontext():
         for trajectory in track(playing(envs), "collect", stage.episodes, "episodes", there):

@@ -1,5 +1,6 @@
 """Play the held-out panel: the policy sampled and greedy, beside chance and the scripted expert. Trains nothing."""
 
+from collections.abc import Iterable
 from contextlib import closing
 
 from vlm_agents.config import EvalConfig, RunConfig
@@ -8,8 +9,10 @@ from vlm_agents.frames import episode_gif
 from vlm_agents.progress import say
 from vlm_agents.prompting import make_format
 from vlm_agents.remote import ChatClient
+from vlm_agents.report import Result
 from vlm_agents.run import Run
 from vlm_agents.stages.playing import (
+    check_first_prompt,
     has_expert,
     open_envs,
     play_baselines,
@@ -35,7 +38,9 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         from vlm_agents.models import load_agent  # brings torch along: seconds that the other policies save
 
         agent = load_agent(cfg.model, cfg.hardware, stage.init)
-    run.begin()
+        check_first_prompt(cfg, agent)
+    if stage.policy != "remote":  # which begins with the server's first answer
+        run.begin()
     with open_envs(cfg.env, stage.num_envs, advised) as envs:
         run.restore()  # an interrupted evaluation starts anew
         writer = EpisodeWriter(run.dir, anew=True)
@@ -49,7 +54,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         if agent is not None:
             metrics = play_model(cfg, envs, agent, stage.episodes, keep, album.keep)
         elif stage.policy == "remote":
-            with closing(ChatClient(stage.remote, run.path("remote"))) as client:
+            with closing(ChatClient(stage.remote, run.path("remote"), run.begin)) as client:
                 policy = remote_policy(cfg, client, samples=1)  # like the model, it has one try a turn
                 metrics = play_panel(cfg, envs, policy, stage.episodes, on_episode=keep)
                 metrics |= {f"eval/{name}": count for name, count in client.counts().items()}
@@ -61,14 +66,19 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
             metrics |= play_baselines(cfg, envs, stage.episodes)
     writer.sync()
     run.log(0, metrics)
-    for result in results(cfg, metrics):
-        share, low, high = result.success
-        figures = {"success (95 %)": f"{share:.3f} [{low:.3f}, {high:.3f}]"}
-        figures |= {words: f"{value:.3f}" for words, value in result.others.items()}
-        say("  ".join(f"{words}: {figure}" for words, figure in {"policy": result.policy, **figures}.items()))
+    tell(results(cfg, metrics))
     if stage.policy in ("model", "remote"):
         tell_shortcoming(cfg, metrics)
     page, gif = report(run, metrics, shown(album.episodes)), run.path("episode.gif")
     if first and first[0].turns:
         episode_gif(first[0], gif)
     return run.finish(metrics, {"report": page, "episodes": run.path("episodes.jsonl")})
+
+
+def tell(found: Iterable[Result]) -> None:
+    """A line for each policy."""
+    for result in found:
+        share, low, high = result.success
+        figures = {"success (95 %)": f"{share:.3f} [{low:.3f}, {high:.3f}]"}
+        figures |= {words: f"{value:.3f}" for words, value in result.others.items()}
+        say("  ".join(f"{words}: {figure}" for words, figure in {"policy": result.policy, **figures}.items()))

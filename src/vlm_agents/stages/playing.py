@@ -67,6 +67,11 @@ def format_of(cfg: RunConfig, agent: "Agent | None" = None) -> PromptFormat:
     return Fitted(prompt_format, partial(agent.renderer.fit, max_tokens=budget, reply_tokens=reply))
 
 
+def check_first_prompt(cfg: RunConfig, agent: "Agent") -> None:
+    """ConfigError where the settings leave no room for what is asked first in a held-out seed."""
+    agent.renderer.fit(first_prompts(cfg, 1)[0], cfg.prompt.max_prompt_tokens, cfg.prompt.max_reply_tokens)
+
+
 def check_length(agent: "Agent", setting: str, prompt_tokens: int | None, reply_tokens: int) -> None:
     """`refuse_too_long` for a model that is loaded: its config.json need not say how many positions it has."""
     refuse_too_long(agent.renderer.context, setting, prompt_tokens, reply_tokens)

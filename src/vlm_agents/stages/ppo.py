@@ -29,6 +29,7 @@ from vlm_agents.run import Run, seed_everything, training_seed
 from vlm_agents.stages.cards import save_model
 from vlm_agents.stages.playing import (
     SHARES,
+    check_first_prompt,
     format_of,
     has_expert,
     model_policy,
@@ -76,6 +77,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         run.save_checkpoint(step, write, state, stage.keep_checkpoints)
 
     watch = Watch(cfg, stage.iterations)
+    check_first_prompt(cfg, agent)
     run.begin()
     with open_envs(cfg.env, stage.num_envs, has_expert(cfg.env)) as envs:
         if stage.eval_episodes and not checkpoint:
