@@ -36,6 +36,7 @@ from vlm_agents.versions import versions
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its CPU kernels are optional, and fetched from a hub
 
+Task = Callable[[DictConfig], Any]
 HELP_FLAGS = {"--help", "-h"}
 
 HELP = """\
