@@ -5,7 +5,6 @@ What a user can mend is told in one line, with exit status 2; any other exceptio
 traceback. Nothing heavy is imported before the configuration is known to be good.
 """
 
-import importlib
 import logging
 import os
 import re
@@ -190,7 +189,7 @@ def run_stage(composed: DictConfig) -> dict[str, float]:
                     "run_dir=... is the directory of one run: set hydra.sweep.dir=... for those of a sweep"
                 )
             cfg = replace(cfg, run_dir=job.runtime.output_dir)
-        from vlm_agents import preflight
+        from vlm_agents import preflight, stages
         from vlm_agents.metrics import headline
         from vlm_agents.run import Run, finished_metrics, settled
 
@@ -210,7 +209,7 @@ def run_stage(composed: DictConfig) -> dict[str, float]:
             print(f"continue with: {command([*overrides, f'name={cfg.name}'])}", flush=True)
         start = time.monotonic()
         with Run.open(cfg, overrides, sweep=Path(job.sweep.dir) if sweep else None) as run:
-            metrics = importlib.import_module(f"vlm_agents.stages.{cfg.stage.name}").main(cfg, run)
+            metrics = stages.main(cfg, run)
         came_of_it = f"{time.monotonic() - start:.0f} s: {headline(cfg.stage.name, metrics)}"
         page = run.path("report.html") if run.path("report.html").exists() else run.dir
         print(f"{cfg.stage.name} finished in {came_of_it}; look at {os.path.relpath(page)}", flush=True)
