@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForImageTextToText
 
-from vlm_agents.config import HardwareConfig, MiniGridConfig, ModelConfig, PromptConfig
+from vlm_agents.config import HardwareConfig, MiniGridConfig, ModelConfig, PromptConfig, TrainableConfig
 from vlm_agents.models import Agent, Sampler, load_agent
 from vlm_agents.models.loading import TINY
 from vlm_agents.policies import ExpertPolicy, NoisyPolicy
@@ -42,8 +42,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     torch.manual_seed(0)
-    model = ModelConfig(name="tiny", weights="random" if args.weights == "random" else "pretrained")
-    agent = load_agent(model, HardwareConfig(name="cpu"), freeze_vision=True)
+    weights = "random" if args.weights == "random" else "pretrained"
+    model = ModelConfig(name="tiny", weights=weights, train=TrainableConfig(vision=False, projector=False))
+    agent = load_agent(model, HardwareConfig(name="cpu"))
     batches = rollout_prompts(args.envs, args.turns)
     alone = [[batch[0]] for batch in batches]
     stock = AutoModelForImageTextToText.from_pretrained(TINY).eval()

@@ -1,6 +1,5 @@
 """What every test runs under: no network, no display, one thread, no telemetry. Set before heavy imports."""
 
-import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -155,13 +154,13 @@ def run_stage(echo_run: ComposeRun) -> RunStage:
     """`run_stage(folder, "stage=ppo", ...)`: runs the stage of `echo_run`'s configuration in this process; `folder`."""
 
     def run(folder: Path, *overrides: str) -> Path:
-        from vlm_agents import preflight
+        from vlm_agents import preflight, stages
         from vlm_agents.run import Run
 
         cfg = echo_run(folder, *overrides)
         preflight.check(cfg)
         with Run.open(cfg, overrides) as opened:
-            importlib.import_module(f"vlm_agents.stages.{cfg.stage.name}").main(cfg, opened)
+            stages.main(cfg, opened)
         return folder
 
     return run

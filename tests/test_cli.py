@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from vlm_agents.__main__ import main
-from vlm_agents.config import RunConfig, flat
+from vlm_agents.config import RunConfig, StageConfig, flat
 from vlm_agents.errors import DataError
 from vlm_agents.run import Run
 
@@ -38,7 +38,7 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def as_stage(monkeypatch: pytest.MonkeyPatch):
-    """Makes a function the `main` of stage=eval: to the command line a stage is a module with a `main(cfg, run)`."""
+    """Makes a function the `main` of stage=eval: to the command line a stage is a module with such a `main`."""
 
     def install(function) -> None:
         module = types.ModuleType("vlm_agents.stages.eval")
@@ -48,7 +48,7 @@ def as_stage(monkeypatch: pytest.MonkeyPatch):
     return install
 
 
-def draw(cfg: RunConfig, run: Run) -> dict[str, float]:
+def draw(cfg: RunConfig, stage: StageConfig, run: Run) -> dict[str, float]:
     """A stage in two lines."""
     run.log(1, {"eval/seed": cfg.seed})
     return run.finish({"eval/success": 0.5})
@@ -303,7 +303,7 @@ def test_a_signal_while_modules_are_imported_ends_in_one_line(tmp_path: Path) ->
 
 
 def test_an_error_of_a_stage_is_one_line(cli, capsys, as_stage, tmp_path: Path) -> None:
-    def stage(cfg: RunConfig, run: Run) -> dict[str, float]:
+    def stage(cfg: RunConfig, stage: StageConfig, run: Run) -> dict[str, float]:
         raise DataError("no data under outputs/a/collect:\n  run stage=collect name=a first")
 
     as_stage(stage)
@@ -314,7 +314,7 @@ def test_an_error_of_a_stage_is_one_line(cli, capsys, as_stage, tmp_path: Path) 
 
 
 def test_a_bug_keeps_its_traceback(cli, as_stage) -> None:
-    def stage(cfg: RunConfig, run: Run) -> dict[str, float]:
+    def stage(cfg: RunConfig, stage: StageConfig, run: Run) -> dict[str, float]:
         raise ValueError("a bug")
 
     as_stage(stage)
@@ -323,7 +323,7 @@ def test_a_bug_keeps_its_traceback(cli, as_stage) -> None:
 
 
 def test_interrupt(cli, capsys, as_stage) -> None:
-    def stage(cfg: RunConfig, run: Run) -> dict[str, float]:
+    def stage(cfg: RunConfig, stage: StageConfig, run: Run) -> dict[str, float]:
         raise KeyboardInterrupt
 
     as_stage(stage)

@@ -34,12 +34,14 @@ from vlm_agents.config import (
     TrainableConfig,
     conf_dir,
     flat,
+    read,
     register,
 )
 from vlm_agents.config.__main__ import MARK, page, rows
 from vlm_agents.config.fields import Part
 from vlm_agents.config.run import SCHEMAS
-from vlm_agents.errors import ConfigError
+from vlm_agents.errors import ConfigError, DataError
+from vlm_agents.run import settings_of
 
 GROUP_TYPES = {
     "env": EnvConfig,
@@ -93,7 +95,7 @@ def test_every_option_composes_into_its_type(compose_run, group: str, option: st
 
 
 def test_every_group_is_covered() -> None:
-    others = {"model/lora", "model/temperature_head", "hydra/launcher", "sweep", "experiment"}
+    others = {"model/lora", "model/temperature_head", "model/train", "hydra/launcher", "sweep", "experiment"}
     folders = {path.parent.relative_to(conf_dir()).as_posix() for path in FILES} - {"."}
     covered = others | set(GROUP_TYPES)
     assert {folder for folder in folders if folder.split("/")[0] != "experiment"} <= covered
@@ -185,8 +187,6 @@ def test_lora_is_an_option_of_its_own(compose_run) -> None:
         (["model.quantize=nf4"], "weights in 4 bits can't be trained themselves.*model/lora=adapter"),
         (["model.quantize=int3", "model/lora=adapter"], "model.quantize=int3 is not one of nf4"),
         (["model.attention=flash_attention_2"], "model.attention=flash_attention_2 is not one of sdpa, eager"),
-        (["model.train.vision=true"], "model.train.vision or projector is true, and stage.freeze_vision freezes both"),
-        (["model.train.projector=true"], "set stage.freeze_vision=false to train them"),
         (["env.view=agnet"], "env.view=agnet is not one of full, agent. Did you mean 'agent'"),
     ],
 )
@@ -213,19 +213,54 @@ def test_a_learned_temperature_starts_between_its_bounds(compose_run) -> None:
 
 
 def test_what_learns_is_what_was_said_or_else_what_the_stage_says(compose_run) -> None:
-    assert compose_run("stage=ppo", "stage.freeze_vision=false", "model.train.vision=true").model.train.vision is True
-    unsaid = compose_run("stage=sft").model.train
-    assert unsaid.settled(freeze_vision=False) == TrainableConfig(True, True, True)
-    assert unsaid.settled(freeze_vision=True) == TrainableConfig(False, False, True)
-    said = compose_run("stage=sft", "model.train={vision: false, language: false}").model.train
-    assert said.settled(freeze_vision=False) == TrainableConfig(False, True, False)
-    with pytest.raises(ConfigError, match=r"nothing would learn: set model\.train\.vision, projector or language=true"):
+    assert compose_run("stage=ppo").model.train.parts == ["language"]
+    assert compose_run("stage=ppo", "model.train.vision=true").model.train.parts == ["vision", "language"]
+    assert compose_run("stage=ppo", "model/train=all").model.train == TrainableConfig(True, True, True)
+    assert compose_run("stage=sft").model.train == TrainableConfig(True, True, True)
+    assert compose_run("stage=sft", "model/train=language").model.train.parts == ["language"]
+    assert compose_run("stage=sft", "model.train={vision: false, language: false}").model.train.parts == ["projector"]
+    with pytest.raises(ConfigError, match=r"nothing would learn: set model/train=language or all, "):
         compose_run("stage=sft", "model.train={vision: false, projector: false, language: false}")
     blind = ("stage=ppo", "model.train.language=false")
-    with pytest.raises(ConfigError, match=r"nothing would learn: set .*language=true, or stage\.freeze_vision=false"):
+    with pytest.raises(ConfigError, match=r"nothing would learn: set model/train=language or all, "):
         compose_run(*blind)
-    assert compose_run(*blind, "stage.freeze_vision=false").model.train.language is False
+    assert compose_run(*blind, "model/train=all").model.train.language is False
     assert compose_run(*blind, "model/temperature_head=learned").model.temperature_head
+
+
+def test_the_configuration_of_a_run_is_read_back(compose_run, tmp_path: Path) -> None:
+    cases = (
+        ["stage=ppo", "env=points24", "algo.lr=1e-6", "model/lora=adapter", "algo.target_kl=0.1"],
+        ["stage=sft", "model=llava_1_6_mistral_7b", "stage.data=x", "hardware.threads=2"],
+        ["stage=collect", "env.max_steps=3", "model/temperature_head=learned", "stage.remote.url=http://x"],
+        ["stage=preprocess", "stage.data=[a,b]", "model.image_processor={max_pixels: 100352}"],
+        *([f"stage={stage}"] for stage in ("eval", "doctor")),
+    )
+    for words in cases:
+        cfg = compose_run(*words)
+        (tmp_path / "config.yaml").write_text(settings_of(cfg))
+        assert read(tmp_path) == cfg
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tree: tree["stage"].update(freeze_vision=True), "freeze_vision"),
+        (lambda tree: tree["env"].update(family="chess"), "env/chess"),
+        (lambda tree: tree.pop("stage"), "stage"),
+        (lambda tree: tree.update(seed=-1), "seed=-1 must be at least 0"),
+    ],
+)
+def test_a_configuration_of_another_version_is_told_in_a_line(compose_run, tmp_path: Path, change, message) -> None:
+    tree = yaml.safe_load(settings_of(compose_run("stage=ppo")))
+    change(tree)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(
+        DataError, match=rf"config\.yaml isn't the configuration of a run of this version \(.*{message}"
+    ):
+        read(tmp_path)
+    with pytest.raises(DataError, match=r"no config\.yaml"):
+        read(tmp_path / "nothing")
 
 
 def test_kl_with_lora_is_fine(compose_run) -> None:

@@ -54,7 +54,7 @@ def play(
         pytest.param(["env=echo"], id="echo"),
         pytest.param(["env=echo", "prompt.history=full", "prompt=cot_json"], id="whole chat"),
         pytest.param(
-            ["env=echo", "prompt.history=full", "stage.freeze_vision=false", "hardware.tokens_per_microbatch=400"],
+            ["env=echo", "prompt.history=full", "model/train=all", "hardware.tokens_per_microbatch=400"],
             id="vision trained",
         ),
         pytest.param(["env=echo", "model.temperature=0.7", "model/lora=adapter"], id="adapter"),

@@ -28,7 +28,7 @@ def guesser(run_stage: RunStage, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def success(run_stage: RunStage, folder: Path, guesser: Path, *words: str) -> tuple[float, float]:
     """Held-out success before and after a PPO run, sampled."""
-    settings = ("stage.freeze_vision=false", "algo.minibatch_turns=48", "algo.epochs=2", "algo.min_lr_ratio=0.3")
+    settings = ("model/train=all", "algo.minibatch_turns=48", "algo.epochs=2", "algo.min_lr_ratio=0.3")
     sizes = ("stage.episodes=96", "stage.eval_episodes=100")
     run_stage(folder, "stage=ppo", *GAME, f"stage.init={guesser}", *settings, *sizes, *words)
     metrics = json.loads((folder / "summary.json").read_text())["metrics"]

@@ -1,7 +1,6 @@
 """A server that speaks OpenAI's chat API: what it is asked, what it may answer, and the stages that ask it."""
 
 import base64
-import importlib
 import io
 import itertools
 import json
@@ -22,7 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_agents import endpoint, remote
+from vlm_agents import endpoint, remote, stages
 from vlm_agents.__main__ import main
 from vlm_agents.config import PromptConfig, RemoteConfig
 from vlm_agents.endpoint import retry_after
@@ -927,7 +926,7 @@ def play(compose_run, server: Server) -> Play:
         cfg = compose_run("env=echo", "prompt=action_only", "prompt.max_reply_tokens=4", *settings, *words)
         cfg.run_dir = str(folder)
         with Run.open(cfg, words) as opened:
-            return importlib.import_module(f"vlm_agents.stages.{cfg.stage.name}").main(cfg, opened)
+            return stages.main(cfg, opened)
 
     return run
 

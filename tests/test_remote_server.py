@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlm_agents import stages
 from vlm_agents.config import RemoteConfig, RunConfig
 from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import ModelError
@@ -26,7 +27,6 @@ from vlm_agents.prompting import make_format
 from vlm_agents.remote import ChatClient, data_url
 from vlm_agents.rollout import collect
 from vlm_agents.run import Run
-from vlm_agents.stages import collect as stage_collect
 from vlm_agents.stages.playing import open_envs
 from vlm_agents.types import Message
 
@@ -123,7 +123,7 @@ def test_collect_plays_and_rates_with_it_and_a_second_run_asks_nothing(
     def run(name: str) -> dict[str, float]:
         cfg = settings(name, *words)
         with Run.open(cfg, words) as opened:
-            return stage_collect.main(cfg, opened)
+            return stages.main(cfg, opened)
 
     before = served.asked()
     first = run("first")

@@ -5,14 +5,13 @@ What a user can mend is told in one line, with exit status 2; any other exceptio
 traceback. Nothing heavy is imported before the configuration is known to be good.
 """
 
-import importlib
 import logging
 import os
 import shutil
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -223,7 +222,7 @@ def run_stage(composed: DictConfig) -> dict[str, float]:
             overrides = [word for word in overrides if word.partition("=")[0].lstrip("+") not in ("name", "sweep")]
             # what a person gives in order to have this job alone, again
             overrides += [f"name={cfg.name}", f"run_dir=outputs/{cfg.name}/{cfg.stage.name}_{job.job.num}"]
-        from vlm_agents import preflight
+        from vlm_agents import preflight, stages
         from vlm_agents.metrics import headline
         from vlm_agents.run import Run, finished_metrics, settled
 
@@ -243,7 +242,7 @@ def run_stage(composed: DictConfig) -> dict[str, float]:
             print(f"continue with: {command([*overrides, f'name={cfg.name}'])}", flush=True)
         start = time.monotonic()
         with Run.open(cfg, overrides, sweep=Path(job.sweep.dir) if sweep else None) as run:
-            metrics = importlib.import_module(f"vlm_agents.stages.{cfg.stage.name}").main(cfg, run)
+            metrics = stages.main(cfg, run)
         came_of_it = f"{time.monotonic() - start:.0f} s: {headline(cfg.stage.name, metrics)}"
         page = run.path("report.html") if run.path("report.html").exists() else run.dir
         print(f"{cfg.stage.name} finished in {came_of_it}; look at {os.path.relpath(page)}", flush=True)

@@ -197,8 +197,7 @@ def check_disk(cfg: RunConfig, source: str | None) -> None:
     model = parameters_of(source) * width
     checkpoints = kept = size = 0
     if not isinstance(stage, MergeConfig):
-        trained = cfg.model.train.settled(isinstance(stage, PpoConfig) and stage.freeze_vision)
-        whole = trained.vision and trained.projector and trained.language
+        whole = len(cfg.model.train.parts) == 3
         size = model + (parameters_of(source) * (MOMENTS + (COPY if width < 4 else 0)) if whole else 0)
         written = math.ceil(stage.iterations / stage.checkpoint_every) if isinstance(stage, PpoConfig) else 1
         kept, checkpoints = min(written, stage.keep_checkpoints), min(written, stage.keep_checkpoints + 1)

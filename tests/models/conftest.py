@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from vlm_agents.config import HardwareConfig, ModelConfig
+from vlm_agents.config import HardwareConfig, ModelConfig, TrainableConfig
 from vlm_agents.models import Agent, load_agent
 from vlm_agents.models.tiny import build
 from vlm_agents.tensors import Row
@@ -49,9 +49,10 @@ def load(tiny_folder: Path) -> Callable[..., Agent]:
     """`load(init=None, freeze_vision=False, **model settings)`: always the same weights, in the value head too."""
 
     def loaded(init: Path | None = None, freeze_vision: bool = False, **settings: Any) -> Agent:
-        settings = {"name": "tiny", "path": str(tiny_folder), **settings}
+        train = TrainableConfig(not freeze_vision, not freeze_vision)
+        settings = {"name": "tiny", "path": str(tiny_folder), "train": train, **settings}
         cfg = ModelConfig(**settings)
-        agent = load_agent(cfg, HardwareConfig(name="cpu"), str(init) if init else None, freeze_vision)
+        agent = load_agent(cfg, HardwareConfig(name="cpu"), str(init) if init else None)
         if init is None:  # a fresh value head says 0
             torch.manual_seed(0)
             for parameter in agent.value_head.parameters():

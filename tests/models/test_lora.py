@@ -210,11 +210,13 @@ def test_an_adapter_on_other_random_weights_is_refused(load: Load, tmp_path: Pat
             load(init=tmp_path, lora=SMALL, **other)
 
 
-def test_a_part_without_an_adapter_cannot_learn(load: Load, tmp_path: Path):
+def test_a_part_without_an_adapter_cannot_learn(load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     load(freeze_vision=True, lora=SMALL).save(tmp_path)
-    load(init=tmp_path, lora=SMALL)  # nobody asked for more
-    with pytest.raises(ConfigError, match=r"model\.train\.vision=true, and the adapter in .* has nothing there"):
-        load(init=tmp_path, lora=SMALL, train=TrainableConfig(vision=True))
+    load(init=tmp_path, freeze_vision=True, lora=SMALL)
+    assert "alone" not in capsys.readouterr().err
+    again = load(init=tmp_path, lora=SMALL)
+    assert "is on language alone: projector and vision stay as they are" in capsys.readouterr().err
+    assert again.images.frozen
     load(lora=SMALL, train=TrainableConfig(language=False)).save(tmp_path / "seeing")
     with pytest.raises(ConfigError, match=r"nothing would learn: .* is on projector, vision alone"):
         load(init=tmp_path / "seeing", lora=SMALL, freeze_vision=True)

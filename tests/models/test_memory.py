@@ -10,7 +10,7 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit
 from torch.profiler import ProfilerActivity, profile
 
-from vlm_agents.config import AlgoConfig, HardwareConfig, LoraConfig, ModelConfig, RunConfig
+from vlm_agents.config import AlgoConfig, HardwareConfig, LoraConfig, ModelConfig, RunConfig, TrainableConfig
 from vlm_agents.learn.engine import TorchEngine
 from vlm_agents.learn.update import objective
 from vlm_agents.models import load_agent
@@ -36,12 +36,13 @@ KV = {  # bytes of a token: keys and values x layers x heads x head size x 2 byt
     "qwen3_vl_4b": 2 * 36 * 8 * 128 * 2,
     "llava_1_6_mistral_7b": 2 * 32 * 8 * 128 * 2,
 }
+LANGUAGE = TrainableConfig(vision=False, projector=False)
 MODES = [(None, False), (LoraConfig(), False), (None, True)]
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_real_sizes(compose_run: Compose, name: str):
-    agent = blueprint(compose_run("stage=eval", f"model={name}").model, BFLOAT16, freeze_vision=False)
+    agent = blueprint(compose_run("stage=eval", f"model={name}").model, BFLOAT16)
     memory = estimate(agent, WORK, "cuda")
     parameters, width = PARAMETERS[name]
     head = 4 * (width * 128 + 128 + 128 + 1)  # two layers of fp32, 128 wide in between
@@ -56,15 +57,15 @@ def test_real_sizes(compose_run: Compose, name: str):
 
 
 def test_weights_in_four_bits(tiny_folder: Any):
-    cfg = ModelConfig("tiny", path=str(tiny_folder), lora=LoraConfig(rank=4), quantize="nf4")
-    said = estimate(blueprint(cfg, CPU, True), WORK, "cpu", cfg.quantize)
-    agent = load_agent(cfg, CPU, freeze_vision=True)
+    cfg = ModelConfig("tiny", path=str(tiny_folder), train=LANGUAGE, lora=LoraConfig(rank=4), quantize="nf4")
+    said = estimate(blueprint(cfg, CPU), WORK, "cpu", cfg.quantize)
+    agent = load_agent(cfg, CPU)
     packed = [cast(Any, module.weight).quant_state for module in agent.modules() if isinstance(module, Linear4bit)]
     constants = sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in packed)
     assert len(packed) == 4 * 7
     held = sum(parameter.nbytes for parameter in agent.parameters()) + constants
     assert said.weights == pytest.approx(held, rel=1e-4)  # constants are rounded up to whole ones
-    assert said.weights < 0.7 * estimate(blueprint(cfg, CPU, True), WORK, "cpu").weights
+    assert said.weights < 0.7 * estimate(blueprint(cfg, CPU), WORK, "cpu").weights
 
 
 def test_the_peak_is_that_of_the_larger_phase():
@@ -81,9 +82,12 @@ def test_the_peak_is_that_of_the_larger_phase():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)])
 def test_the_optimizer_holds_what_was_said(tiny_folder: Any, lora: LoraConfig | None, dtype: str):
-    cfg, hardware = ModelConfig("tiny", path=str(tiny_folder), lora=lora), HardwareConfig("cpu", dtype=dtype)
-    said = estimate(blueprint(cfg, hardware, True), WORK, "cpu")
-    agent = load_agent(cfg, hardware, freeze_vision=True)
+    cfg, hardware = (
+        ModelConfig("tiny", path=str(tiny_folder), train=LANGUAGE, lora=lora),
+        HardwareConfig("cpu", dtype=dtype),
+    )
+    said = estimate(blueprint(cfg, hardware), WORK, "cpu")
+    agent = load_agent(cfg, hardware)
     engine = TorchEngine(agent.parameters_by_role(), AlgoConfig("ppo"), 1)
     parameters = [parameter for role in agent.parameters_by_role().values() for parameter in role]
     torch.stack([parameter.sum() for parameter in parameters]).sum().backward()
@@ -98,10 +102,10 @@ def test_the_optimizer_holds_what_was_said(tiny_folder: Any, lora: LoraConfig | 
 @pytest.mark.parametrize(("lora", "recompute"), MODES)
 def test_what_is_kept_is_what_autograd_keeps(tiny_folder: Any, dtype: str, lora: LoraConfig | None, recompute: bool):
     """On the meta device attention takes torch's plain way, which keeps some more than the CPU's kernel."""
-    cfg = ModelConfig("tiny", path=str(tiny_folder), lora=lora, gradient_checkpointing=recompute)
+    cfg = ModelConfig("tiny", path=str(tiny_folder), train=LANGUAGE, lora=lora, gradient_checkpointing=recompute)
     hardware = HardwareConfig("cpu", dtype=dtype)
-    said = kept_per_token(blueprint(cfg, hardware, True), recompute)
-    real = kept_per_token(load_agent(cfg, hardware, freeze_vision=True), recompute)
+    said = kept_per_token(blueprint(cfg, hardware), recompute)
+    real = kept_per_token(load_agent(cfg, hardware), recompute)
     assert real <= said <= 1.25 * real
 
 
@@ -109,8 +113,8 @@ def test_what_is_kept_is_what_autograd_keeps(tiny_folder: Any, dtype: str, lora:
 def test_the_measured_peak_of_an_update(
     tiny_folder: Any, chats: list[Prompt], make_row: Callable[..., Row], lora: LoraConfig | None, recompute: bool
 ):
-    cfg = ModelConfig("tiny", path=str(tiny_folder), lora=lora, gradient_checkpointing=recompute)
-    agent = load_agent(cfg, CPU, freeze_vision=True)
+    cfg = ModelConfig("tiny", path=str(tiny_folder), train=LANGUAGE, lora=lora, gradient_checkpointing=recompute)
+    agent = load_agent(cfg, CPU)
     rows = [ready(make_row(agent, chats[3], list(range(30, 62))), first) for first in range(10, 34)]
     length = len(rows[0].input_ids)
 
@@ -122,7 +126,7 @@ def test_the_measured_peak_of_an_update(
     measured = peak_of(learn)
     work = Work(1, length - 32, 32, 0, 0, len(rows) * length)
     assert work.rows == len(rows)
-    said = estimate(blueprint(cfg, CPU, True), work, "cpu")
+    said = estimate(blueprint(cfg, CPU), work, "cpu")
     assert measured < said.activations + said.logits < 1.5 * measured
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import LlavaNextProcessor
 
-from vlm_agents.config import HardwareConfig, LoraConfig, ModelConfig, conf_dir
+from vlm_agents.config import HardwareConfig, LoraConfig, ModelConfig, TrainableConfig, conf_dir
 from vlm_agents.errors import DataError
 from vlm_agents.models import Agent, Sampler, load_agent
 from vlm_agents.tensors import Row, Scores
@@ -40,8 +40,9 @@ def twin(llava_folder: Path) -> Load:
         if name != "unlisted":
             said = yaml.safe_load((conf_dir() / f"model/{name}.yaml").read_text())
             del said["defaults"]
-        cfg = ModelConfig(**{**said, **settings})
-        agent = load_agent(cfg, HardwareConfig(name="cpu"), str(init) if init else None, freeze_vision)
+        train = TrainableConfig(not freeze_vision, not freeze_vision)
+        cfg = ModelConfig(**{**said, "train": train, **settings})
+        agent = load_agent(cfg, HardwareConfig(name="cpu"), str(init) if init else None)
         if init is None:
             torch.manual_seed(0)
             for parameter in agent.value_head.parameters():

@@ -156,7 +156,7 @@ def test_dimensions_alone_make_one_too(llava_folder: Path, tmp_path: Path):
 
 
 def test_a_blueprint_counts_its_pictures(llava_folder: Path):
-    agent = blueprint(ModelConfig("other", path=str(llava_folder)), HardwareConfig("cpu"), freeze_vision=True)
+    agent = blueprint(ModelConfig("other", path=str(llava_folder)), HardwareConfig("cpu"))
     assert agent.device.type == "meta"
     assert agent.family.image_tokens((640, 480)) == 9
 

@@ -30,14 +30,20 @@ def episode(seed: int, *actions: str | None) -> Trajectory:
     return Trajectory("room", seed, "model", tuple(turns), "success")
 
 
+LANGUAGE = TrainableConfig(vision=False, projector=False)
 EPISODES = [episode(0, "left", "left", "go"), episode(1, "go"), episode(2, "right", None, "right", "go")]
 
 
 @pytest.fixture
 def agent(tiny_model: Path) -> Agent:
     torch.manual_seed(0)
-    cfg = ModelConfig(name="tiny", path=str(tiny_model), lora=LoraConfig(rank=8, alpha=16))
-    return load_agent(cfg, HardwareConfig(name="cpu"), freeze_vision=True)
+    cfg = ModelConfig(
+        name="tiny",
+        path=str(tiny_model),
+        train=LANGUAGE,
+        lora=LoraConfig(rank=8, alpha=16),
+    )
+    return load_agent(cfg, HardwareConfig(name="cpu"))
 
 
 def predictor_of(agent: Agent, folder: Path | None = None, lr: float = 1e-2) -> TemporalPredictor:
@@ -120,8 +126,13 @@ def test_it_is_saved_with_the_agent(agent: Agent, tiny_model: Path, tmp_path: Pa
     predictor = predictor_of(agent)
     predictor.learn(EPISODES, np.random.default_rng(0))
     agent.save(tmp_path)
-    cfg = ModelConfig(name="tiny", path=str(tiny_model), lora=LoraConfig(rank=8, alpha=16))
-    again = load_agent(cfg, HardwareConfig(name="cpu"), str(tmp_path), freeze_vision=True)
+    cfg = ModelConfig(
+        name="tiny",
+        path=str(tiny_model),
+        train=LANGUAGE,
+        lora=LoraConfig(rank=8, alpha=16),
+    )
+    again = load_agent(cfg, HardwareConfig(name="cpu"), str(tmp_path))
     for one, other in zip(predictor_of(again, tmp_path).surprise(EPISODES), predictor.surprise(EPISODES), strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -129,7 +140,12 @@ def test_it_is_saved_with_the_agent(agent: Agent, tiny_model: Path, tmp_path: Pa
 def test_it_adapts_the_language_part_alone(tiny_model: Path, tmp_path: Path):
     """Where the policy has adapters on what sees, too, which peft names by the ends of their names."""
     train = TrainableConfig(vision=True, projector=True)
-    cfg = ModelConfig(name="tiny", path=str(tiny_model), lora=LoraConfig(rank=8, alpha=16), train=train)
+    cfg = ModelConfig(
+        name="tiny",
+        path=str(tiny_model),
+        lora=LoraConfig(rank=8, alpha=16),
+        train=train,
+    )
     agent = load_agent(cfg, HardwareConfig(name="cpu"))
     predictor_of(agent)
     names = [name for name, _ in agent.model.named_parameters() if ".temporal." in name]
@@ -151,8 +167,13 @@ def test_a_foreteller_of_another_model_is_refused(agent: Agent, tmp_path: Path):
     whole = load_file(weights)
     name = next(name for name in sorted(whole) if "layers.3." in name)
     save_file({key: value for key, value in whole.items() if key != name}, weights, metadata={"format": "pt"})
-    cfg = ModelConfig(name="tiny", path=agent.model.name_or_path, lora=LoraConfig(rank=8, alpha=16))
-    again = load_agent(cfg, HardwareConfig(name="cpu"), str(tmp_path), freeze_vision=True)
+    cfg = ModelConfig(
+        name="tiny",
+        path=agent.model.name_or_path,
+        train=LANGUAGE,
+        lora=LoraConfig(rank=8, alpha=16),
+    )
+    again = load_agent(cfg, HardwareConfig(name="cpu"), str(tmp_path))
     with pytest.raises(
         ModelError, match=r"adapter in .*/temporal is one of another model: it lacks 1 tensors and has 0"
     ):
@@ -163,8 +184,13 @@ def test_a_foreteller_without_weights_is_not_begun_anew(agent: Agent, tmp_path: 
     predictor_of(agent)
     agent.save(tmp_path)
     (tmp_path / "temporal/adapter_model.safetensors").unlink()
-    cfg = ModelConfig(name="tiny", path=agent.model.name_or_path, lora=LoraConfig(rank=8, alpha=16))
-    again = load_agent(cfg, HardwareConfig(name="cpu"), str(tmp_path), freeze_vision=True)
+    cfg = ModelConfig(
+        name="tiny",
+        path=agent.model.name_or_path,
+        train=LANGUAGE,
+        lora=LoraConfig(rank=8, alpha=16),
+    )
+    again = load_agent(cfg, HardwareConfig(name="cpu"), str(tmp_path))
     with pytest.raises(ModelError, match=r"temporal/adapter_model\.safetensors is missing"):
         predictor_of(again, tmp_path)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from vlm_agents.config import RunConfig
+from vlm_agents.config import DoctorConfig, RunConfig
 from vlm_agents.errors import ConfigError
-from vlm_agents.models.memory import ROOM, blueprint, estimate
+from vlm_agents.models.memory import ROOM, Work, blueprint, estimate
 from vlm_agents.stages.doctor import GIB, advice, host_memory, packages, work_of
 
 ComposeRun = Callable[..., RunConfig]
@@ -46,9 +46,14 @@ def test_a_gpu_that_isnt_here(run_stage: RunStage, tmp_path: Path, capsys: pytes
     assert "It fits 80 GiB." in shown
 
 
+def work_asked(cfg: RunConfig) -> Work:
+    assert isinstance(cfg.stage, DoctorConfig)
+    return work_of(cfg, cfg.stage, blueprint(cfg.model, cfg.hardware))
+
+
 def test_a_given_length_of_prompts(echo_run: ComposeRun, tmp_path: Path):
     cfg = echo_run(tmp_path, "stage=doctor", "stage.prompt_tokens=1000", "prompt.max_reply_tokens=24")
-    work = work_of(cfg, blueprint(cfg.model, cfg.hardware, True))
+    work = work_asked(cfg)
     assert (work.prompt, work.reply, work.rows) == (1000, 24, 8)  # 8 x 1024 tokens in a micro-batch of 8192
     assert work.picture_tokens > 0
     assert work.patches == 4 * work.picture_tokens  # Qwen merges 2 by 2
@@ -59,7 +64,7 @@ def test_no_more_is_asked_than_the_model_has_positions_for(
 ):
     """The tiny model has 4096."""
     fits = echo_run(tmp_path, "stage=doctor", "stage.prompt_tokens=4092")
-    assert work_of(fits, blueprint(fits.model, fits.hardware, True)).prompt == 4092
+    assert work_asked(fits).prompt == 4092
     words = ["stage=doctor", "stage.prompt_tokens=4093", "prompt.max_reply_tokens=4"]
     with pytest.raises(ConfigError, match=r"^stage.prompt_tokens=4093 and .*: that is 4097 tokens, .* for 4096\."):
         run_stage(tmp_path / "refused", *words)
@@ -70,7 +75,7 @@ def test_prompts_are_as_long_as_a_run_would_have_them(echo_run: ComposeRun, tmp_
     """Cut to their budget, where a chat of 4 turns would be some 50 tokens a turn."""
     words = ["stage=doctor", "env.turns=4", "prompt.history=full"]
     cut, whole = (
-        work_of(cfg, blueprint(cfg.model, cfg.hardware, True)).prompt
+        work_asked(cfg).prompt
         for cfg in (echo_run(tmp_path, *words, "prompt.max_prompt_tokens=120"), echo_run(tmp_path, *words))
     )
     assert cut <= 120 < whole
@@ -78,11 +83,11 @@ def test_prompts_are_as_long_as_a_run_would_have_them(echo_run: ComposeRun, tmp_
 
 def test_the_advice_fits_and_none_of_it_is_spare(echo_run: ComposeRun, tmp_path: Path):
     cfg = echo_run(tmp_path, "stage=doctor", "stage.num_envs=16", "env=minigrid")
-    work = work_of(cfg, blueprint(cfg.model, cfg.hardware, True))
+    work = work_asked(cfg)
 
     def peak(tokens: int, checkpointing: bool, dtype: str) -> float:
         model, hardware = replace(cfg.model, gradient_checkpointing=checkpointing), replace(cfg.hardware, dtype=dtype)
-        agent = blueprint(model, hardware, True)
+        agent = blueprint(model, hardware)
         return ROOM * estimate(agent, replace(work, microbatch=tokens), "cpu").peak
 
     whole = int(peak(8192, False, "float32"))
@@ -104,5 +109,5 @@ def test_the_advice_goes_as_far_as_four_bits(echo_run: ComposeRun, tmp_path: Pat
     cfg = echo_run(
         tmp_path, "stage=doctor", "hardware=gpu", *REAL, "hardware.tokens_per_microbatch=1024", "stage.num_envs=4"
     )
-    taken = advice(cfg, work_of(cfg, blueprint(cfg.model, cfg.hardware, True)), 7 * GIB)
+    taken = advice(cfg, work_asked(cfg), 7 * GIB)
     assert {"model/lora=adapter", "model.quantize=nf4"} <= set(taken)

@@ -146,7 +146,7 @@ def test_four_episodes_of_each_iteration_are_kept_and_none_is_of_the_panel(train
 
 def test_the_vision_part_stays_unless_it_is_trained(trained: Path, run_stage: RunStage, tiny_model: Path, tmp_path):
     words = [*SMALL, "stage.iterations=1", "stage.eval_episodes=0"]
-    thawed = run_stage(tmp_path, *words, "stage.freeze_vision=false")
+    thawed = run_stage(tmp_path, *words, "model/train=all")
     start = load_file(tiny_model / "model.safetensors")
     for folder, vision_moves in ((trained, False), (thawed, True)):
         end = load_file(folder / "model/model.safetensors")

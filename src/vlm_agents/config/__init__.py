@@ -25,7 +25,7 @@ from vlm_agents.config.listing import entries, listing
 from vlm_agents.config.model import LoraConfig, ModelConfig, TemperatureHeadConfig, TrainableConfig, ValueHeadConfig
 from vlm_agents.config.prompt import PromptConfig
 from vlm_agents.config.remote import RemoteConfig
-from vlm_agents.config.run import RunConfig, env_of, env_of_id, flat, may_change, off_by_default, parse, register
+from vlm_agents.config.run import RunConfig, env_of, env_of_id, flat, may_change, off_by_default, parse, read, register
 from vlm_agents.config.secrets import refuse_secrets
 from vlm_agents.config.stage import (
     AUTO,
@@ -87,6 +87,7 @@ __all__ = [
     "off_by_default",
     "one_of",
     "parse",
+    "read",
     "refuse_secrets",
     "register",
 ]

@@ -1,12 +1,15 @@
 """How a policy learns from reward."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from omegaconf import MISSING
 
 from vlm_agents.config.fields import Part, setting
 from vlm_agents.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vlm_agents.config.run import RunConfig
 
 
 @dataclass
@@ -15,6 +18,12 @@ class NoveltyConfig(Part, place="algo.novelty"):
 
     coef: float = setting(0.0, "reward for a nat of surprise; 0: no predictor; needs model.lora", low=0)
     lr: float = setting(1e-3, "learning rate of the predictor", low=0)
+
+    def check(self, run: "RunConfig") -> None:
+        if self.coef > 0 and run.model.lora is None:
+            raise ConfigError(
+                "algo.novelty.coef > 0 makes a second adapter, and the model has no first: add model/lora=adapter"
+            )
 
 
 @dataclass
@@ -68,4 +77,16 @@ class AlgoConfig(Part, place="algo"):
             raise ConfigError(
                 f"algo.value_warmup={self.value_warmup} has the critic learn in algo.value_epochs, and there are none: "
                 "set value_warmup=0 too, or value_epochs=10"
+            )
+
+    def check(self, run: "RunConfig") -> None:
+        if self.turn_entropy_coef > 0 and run.model.temperature_head is None:
+            raise ConfigError(
+                "algo.turn_entropy_coef > 0 trains a learned temperature, and there is none: "
+                "add model/temperature_head=learned, or set algo.turn_entropy_coef=0"
+            )
+        if self.kl_coef > 0 and run.model.lora is None:
+            raise ConfigError(
+                "algo.kl_coef > 0 needs a reference policy, which is the model with its adapter off: "
+                "add model/lora=adapter, or set algo.kl_coef=0"
             )

@@ -74,6 +74,11 @@ class CardsConfig(EnvConfig):
         super().__post_init__()
         if self.id != type(self).id:
             raise ConfigError(f"env.id={self.id}: this game's id is {type(self).id}; choose another game by env=")
+        if self.compat == "rl4vlm" and self.invalid_penalty:
+            raise ConfigError(
+                "env.compat=rl4vlm plays a random action where none can be read and takes nothing off for it, and "
+                f"env.invalid_penalty is {self.invalid_penalty:g}: set env.invalid_penalty=0"
+            )
 
 
 @dataclass

@@ -2,16 +2,20 @@
 
     lr: float = setting(1e-4, "learning rate of the policy", low=0)
 
-Checks across fields stand in the `__post_init__` of the part that holds them.
+Checks across fields stand in the `__post_init__` of the part that holds them, those across parts in the `check` of the
+part that asks for something of another.
 """
 
 import math
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, ClassVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 from omegaconf import MISSING
 
 from vlm_agents.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from vlm_agents.config.run import RunConfig
 
 
 def one_of(what: str, value: str, allowed: Any) -> None:
@@ -91,6 +95,9 @@ class Part:
             value = getattr(self, name)
             if value is not None and value != MISSING:
                 rules.check(dotted(type(self), name), value)
+
+    def check(self, run: "RunConfig") -> None:
+        """ConfigError where the rest of the run doesn't go with this part. Called once the run is whole."""
 
 
 def dotted(part: type[Part], name: str) -> str:

@@ -1,11 +1,16 @@
 """What a run computes on."""
 
+import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from omegaconf import MISSING
 
 from vlm_agents.config.fields import Part, setting
+from vlm_agents.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vlm_agents.config.run import RunConfig
 
 
 @dataclass
@@ -25,3 +30,7 @@ class HardwareConfig(Part, place="hardware"):
     tokens_per_microbatch: int = setting(
         8192, "padded tokens in one forward and backward pass; less needs less memory", low=1
     )
+
+    def check(self, run: "RunConfig") -> None:
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise ConfigError(f"hardware.device={self.device} isn't known here: set cpu, cuda or cuda:<number>")

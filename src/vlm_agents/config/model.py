@@ -1,6 +1,6 @@
 """The model, and which parts of it learn."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from omegaconf import MISSING
@@ -26,16 +26,14 @@ class LoraConfig(Part, place="model.lora"):
 class TrainableConfig(Part, place="model.train"):
     """Which parts learn; with LoRA, which parts get adapters."""
 
-    vision: bool | None = setting(
-        None, "the vision tower learns; null: yes, but for stage=ppo with stage.freeze_vision"
-    )
-    projector: bool | None = setting(None, "what maps pictures into the language part learns; null: as vision")
+    vision: bool = setting(True, "the vision tower learns")
+    projector: bool = setting(True, "what maps pictures into the language part learns")
     language: bool = setting(True, "the language part learns")
 
-    def settled(self, freeze_vision: bool) -> "TrainableConfig":
-        """Every switch said: what is null learns unless `freeze_vision`, under which nothing but language does."""
-        vision, projector = (part is not False and not freeze_vision for part in (self.vision, self.projector))
-        return replace(self, vision=vision, projector=projector)
+    @property
+    def parts(self) -> list[str]:
+        """The names of those that learn."""
+        return [name for name, learns in vars(self).items() if learns]
 
 
 @dataclass
@@ -92,7 +90,9 @@ class ModelConfig(Part, place="model"):
         "nf4: QLoRA, the language part's weights in 4 bits under the adapter; null: weights as they are",
         choices=Literal["nf4"],
     )
-    train: TrainableConfig = setting(TrainableConfig, "which parts learn; with LoRA, which parts get adapters")
+    train: TrainableConfig = setting(
+        TrainableConfig, "which parts learn, with LoRA get adapters: model/train=all, or language as in stage=ppo"
+    )
     value_head: ValueHeadConfig = setting(ValueHeadConfig, "the critic, which foretells the return of a turn")
     temperature_head: TemperatureHeadConfig | None = setting(
         None, "the model chooses each turn's sampling temperature", bring_in="add model/temperature_head=learned"

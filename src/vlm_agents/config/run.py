@@ -5,15 +5,17 @@ import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from vlm_agents.config.algo import AlgoConfig
 from vlm_agents.config.env import (
     BlackjackConfig,
-    CardsConfig,
     EchoConfig,
     EnvConfig,
     EZPointsConfig,
@@ -37,7 +39,7 @@ from vlm_agents.config.stage import (
     StageConfig,
 )
 from vlm_agents.config.tracking import TrackingConfig
-from vlm_agents.errors import ConfigError
+from vlm_agents.errors import ConfigError, DataError
 
 ENVS = (MiniGridConfig, EchoConfig, NumberLineConfig, BlackjackConfig, EZPointsConfig, PointsConfig)
 STAGES = (CollectConfig, PreprocessConfig, SftConfig, PpoConfig, EvalConfig, MergeConfig, DoctorConfig)
@@ -64,62 +66,8 @@ class RunConfig(Part, place=""):
         super().__post_init__()
         if not re.fullmatch(r"\w[\w.+-]*", self.name):
             raise ConfigError(f"name={self.name!r} names a folder: use letters, digits and . _ + - only")
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.hardware.device):
-            raise ConfigError(
-                f"hardware.device={self.hardware.device} isn't known here: set cpu, cuda or cuda:<number>"
-            )
-        if isinstance(self.env, CardsConfig) and self.env.compat == "rl4vlm" and self.env.invalid_penalty:
-            raise ConfigError(
-                "env.compat=rl4vlm plays a random action where none can be read and takes nothing off for it, and "
-                f"env.invalid_penalty is {self.env.invalid_penalty:g}: set env.invalid_penalty=0"
-            )
-        if isinstance(self.stage, SftConfig) and self.hardware.device not in ("cpu", "cuda", "cuda:0"):
-            number = self.hardware.device.removeprefix("cuda:")
-            raise ConfigError(
-                f"hardware.device={self.hardware.device}: stage=sft runs transformers' Trainer, which takes the first "
-                f"GPU that it sees. Set hardware.device=cuda, and CUDA_VISIBLE_DEVICES={number} before the command"
-            )
-        if isinstance(self.stage, PpoConfig):
-            if self.algo is None:
-                raise ConfigError("stage=ppo needs an algo: add algo=ppo")
-            if self.algo.value_warmup >= self.stage.iterations > 1:
-                raise ConfigError(
-                    f"algo.value_warmup={self.algo.value_warmup} leaves the policy none of "
-                    f"stage.iterations={self.stage.iterations}: have fewer of the one or more of the other"
-                )
-            if self.stage.freeze_vision and (self.model.train.vision or self.model.train.projector):
-                raise ConfigError(
-                    "model.train.vision or projector is true, and stage.freeze_vision freezes both: "
-                    "set stage.freeze_vision=false to train them, or leave their switches out"
-                )
-        if self.algo is not None:
-            self._check_what_the_algo_needs(self.algo)
-        self._check_that_something_learns()
-
-    def _check_what_the_algo_needs(self, algo: AlgoConfig) -> None:
-        if algo.turn_entropy_coef > 0 and self.model.temperature_head is None:
-            raise ConfigError(
-                "algo.turn_entropy_coef > 0 trains a learned temperature, and there is none: "
-                "add model/temperature_head=learned, or set algo.turn_entropy_coef=0"
-            )
-        if algo.novelty.coef > 0 and self.model.lora is None:
-            raise ConfigError(
-                "algo.novelty.coef > 0 makes a second adapter, and the model has no first: add model/lora=adapter"
-            )
-        if algo.kl_coef > 0 and self.model.lora is None:
-            raise ConfigError(
-                "algo.kl_coef > 0 needs a reference policy, which is the model with its adapter off: "
-                "add model/lora=adapter, or set algo.kl_coef=0"
-            )
-
-    def _check_that_something_learns(self) -> None:
-        if not isinstance(self.stage, SftConfig | PpoConfig):
-            return
-        frozen = isinstance(self.stage, PpoConfig) and self.stage.freeze_vision
-        tempered = isinstance(self.stage, PpoConfig) and self.model.temperature_head is not None
-        if not tempered and not any(vars(self.model.train.settled(frozen)).values()):
-            choice = "language=true, or stage.freeze_vision=false" if frozen else "vision, projector or language=true"
-            raise ConfigError(f"nothing would learn: set model.train.{choice}")
+        for part in parts_of(self):
+            part.check(self)
 
 
 SCHEMAS: dict[str, type[Part]] = {
@@ -132,6 +80,15 @@ SCHEMAS: dict[str, type[Part]] = {
     **{f"env/{env.family}": env for env in ENVS},
     **{f"stage/{stage.name}": stage for stage in STAGES},
 }
+
+
+def parts_of(part: Part) -> Iterator[Part]:
+    """The parts within a part, at any depth."""
+    for one in fields(part):  # pyright: ignore[reportArgumentType]
+        value = getattr(part, one.name)
+        if isinstance(value, Part):
+            yield value
+            yield from parts_of(value)
 
 
 def register() -> None:
@@ -181,6 +138,25 @@ def parse(cfg: DictConfig) -> RunConfig:
     for key in unknown_keys(run):
         raise ConfigError(f"{key}: no such setting. A leading + doesn't add one; remove +{key}")
     return run
+
+
+def read(folder: Path) -> RunConfig:
+    """The configuration of the run in `folder`, from its config.yaml. DataError where it is of another version."""
+    path = folder / "config.yaml"
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        schema = OmegaConf.structured(RunConfig)
+        schema.env, schema.stage = SCHEMAS[f"env/{tree['env']['family']}"], SCHEMAS[f"stage/{tree['stage']['name']}"]
+        if tree["algo"] is not None:
+            schema.algo = AlgoConfig
+        whole = OmegaConf.merge(schema, tree)
+        assert isinstance(whole, DictConfig)
+        return parse(whole)
+    except OSError as error:
+        raise DataError(f"{folder} is no run directory: it has no config.yaml") from error
+    except (yaml.YAMLError, OmegaConfBaseException, LookupError, TypeError, ConfigError) as error:
+        told = str(error).splitlines()[0]
+        raise DataError(f"{path} isn't the configuration of a run of this version ({told})") from error
 
 
 def unknown_keys(node: Any, prefix: str = "") -> Iterator[str]:

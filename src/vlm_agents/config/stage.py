@@ -1,7 +1,7 @@
 """The stages, and what each of them does."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from omegaconf import MISSING
 
@@ -9,8 +9,14 @@ from vlm_agents.config.fields import Part, setting
 from vlm_agents.config.remote import RemoteConfig
 from vlm_agents.errors import ConfigError
 
+if TYPE_CHECKING:
+    from vlm_agents.config.run import RunConfig
+
 PolicyName = Literal["model", "expert", "random", "remote"]
 RaterName = Literal["none", "expert", "remote"]
+NOTHING_LEARNS = (
+    "nothing would learn: set model/train=language or all, or one of model.train.{vision,projector,language}=true"
+)
 AUTO = "auto"  # stage.init: the model that an earlier stage left under the run's name, where there is one
 WEIGHTS = (
     "run directory or HF folder whose weights are taken; auto: those that an earlier stage left under this run's name, "
@@ -88,6 +94,16 @@ class SftConfig(StageConfig):
     checkpoint_every: int = setting(200, "optimizer steps between checkpoints", low=1)
     keep_checkpoints: int = setting(2, "newest checkpoints that are kept", low=1)
 
+    def check(self, run: "RunConfig") -> None:
+        if run.hardware.device not in ("cpu", "cuda", "cuda:0"):
+            number = run.hardware.device.removeprefix("cuda:")
+            raise ConfigError(
+                f"hardware.device={run.hardware.device}: stage=sft runs transformers' Trainer, which takes the first "
+                f"GPU that it sees. Set hardware.device=cuda, and CUDA_VISIBLE_DEVICES={number} before the command"
+            )
+        if not run.model.train.parts:
+            raise ConfigError(NOTHING_LEARNS)
+
 
 @dataclass
 class PpoConfig(StageConfig):
@@ -98,13 +114,21 @@ class PpoConfig(StageConfig):
     iterations: int = setting(16, "rounds of playing and learning", low=1)
     episodes: int = setting(64, "whole episodes collected per iteration", low=1)
     num_envs: int = setting(64, "episodes played at the same time", low=1)
-    freeze_vision: bool = setting(
-        True, "the vision part doesn't learn: pictures are encoded once and reused by every pass of an iteration"
-    )
     eval_episodes: int = setting(200, "size of the held-out panel played before and after; 0: no evaluation", low=0)
     eval_every: int = setting(0, "iterations between evaluations on the panel; 0: only before and after", low=0)
     checkpoint_every: int = setting(1, "iterations between checkpoints", low=1)
     keep_checkpoints: int = setting(2, "newest checkpoints that are kept", low=1)
+
+    def check(self, run: "RunConfig") -> None:
+        if run.algo is None:
+            raise ConfigError("stage=ppo needs an algo: add algo=ppo")
+        if run.algo.value_warmup >= self.iterations > 1:
+            raise ConfigError(
+                f"algo.value_warmup={run.algo.value_warmup} leaves the policy none of "
+                f"stage.iterations={self.iterations}: have fewer of the one or more of the other"
+            )
+        if not run.model.train.parts and run.model.temperature_head is None:
+            raise ConfigError(NOTHING_LEARNS)
 
 
 @dataclass
@@ -138,5 +162,4 @@ class DoctorConfig(StageConfig):
 
     name: str = "doctor"
     num_envs: int = setting(64, "prompts that are sampled for at once, as stage=ppo has it", low=1)
-    freeze_vision: bool = setting(True, "as stage=ppo has it; stage=sft trains what model.train says")
     prompt_tokens: int | None = setting(None, "longest prompt; null: the longest of a few random episodes", low=1)

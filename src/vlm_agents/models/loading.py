@@ -38,21 +38,17 @@ transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 
-def load_agent(
-    cfg: ModelConfig, hardware: HardwareConfig, init: str | None = None, freeze_vision: bool = False
-) -> Agent:
+def load_agent(cfg: ModelConfig, hardware: HardwareConfig, init: str | None = None) -> Agent:
     """The model of `cfg`, with the weights of `init` (a run directory or an HF folder) where given.
 
     `init` may hold whole weights, or an adapter: then its base is the folder that it names, and else `cfg`'s model,
-    which must be the one that it was trained on. `freeze_vision` trains the language part alone, whatever `cfg.train`
-    says.
+    which must be the one that it was trained on.
     """
     use_hardware(hardware)
     refuse_no_bitsandbytes(cfg.quantize)
     os.environ.setdefault("DS_ACCELERATOR", hardware.device.split(":")[0])  # else deepspeed, once imported, warns
     if hardware.device == "cpu":  # there torch reads shared heads as they are; transformers copies them out for a mask
         os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
-    train = cfg.train.settled(freeze_vision)
     folder = init_folder(init) if init else None
     adapter = folder if folder and (folder / ADAPTER_FILE).is_file() else None
     if adapter:
@@ -74,16 +70,16 @@ def load_agent(
         family = family_of(model, image_processor)
     prove_settings(family, cfg.image_processor or {})
     if cfg.lora is None:
-        keep_gradients(model, family, train)
+        keep_gradients(model, family, cfg.train)
     else:
         from vlm_agents.models import lora  # peft imports bitsandbytes: seconds that a run without an adapter saves
 
         if adapter:
             remedy = "Set stage.init to a whole adapter of the model that model.path names"
             with refusing(f"adapter {adapter}", remedy, adapter):
-                model = lora.load(model, adapter, family, cfg, train)
+                model = lora.load(model, adapter, family, cfg)
         else:
-            model = lora.add(model, family, cfg.lora, train)
+            model = lora.add(model, family, cfg.lora, cfg.train)
     if cfg.gradient_checkpointing:
         # renamed in the middle of transformers 5; version 6 forgets the older name
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -35,7 +35,7 @@ def add(model: Any, family: Family, lora: LoraConfig, train: TrainableConfig) ->
     return wrap(model, config)
 
 
-def load(model: Any, folder: Path, family: Family, cfg: ModelConfig, train: TrainableConfig) -> PeftModel:
+def load(model: Any, folder: Path, family: Family, cfg: ModelConfig) -> PeftModel:
     """A saved adapter, trainable in the chosen parts. Refused where it isn't one of this model, or not as `cfg` has it.
 
     peft itself would drop tensors that the model has no place for, and only warn of those that the file lacks.
@@ -54,19 +54,17 @@ def load(model: Any, folder: Path, family: Family, cfg: ModelConfig, train: Trai
     adapted = wrap(model, saved)
     read(adapted, folder, "default")
     parts = {family.part_of(name) for name, _ in adapted.named_parameters() if "lora_" in name}
-    for part in ("vision", "projector"):
-        if getattr(cfg.train, part) and part not in parts:
-            raise ConfigError(
-                f"model.train.{part}=true, and the adapter in {folder} has nothing there to train: leave the switch "
-                f"out, or start from an adapter of a run with model.train.{part}=true"
-            )
-    if not any(getattr(train, part) for part in parts):
+    learning = parts & set(cfg.train.parts)
+    if not learning:
         raise ConfigError(
             f"nothing would learn: the adapter in {folder} is on {', '.join(sorted(parts))} alone, which model.train "
-            "or stage.freeze_vision freezes"
+            "freezes"
         )
+    if without := set(cfg.train.parts) - parts:
+        stay = " and ".join(sorted(without))
+        say(f"the adapter in {folder} is on {', '.join(sorted(parts))} alone: {stay} stay as they are")
     for name, parameter in adapted.named_parameters():
-        parameter.requires_grad_("lora_" in name and getattr(train, family.part_of(name)))
+        parameter.requires_grad_("lora_" in name and family.part_of(name) in learning)
     return adapted
 
 

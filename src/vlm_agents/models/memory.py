@@ -70,7 +70,7 @@ class Memory:
         return max(self.sampling, self.update)
 
 
-def blueprint(cfg: ModelConfig, hardware: HardwareConfig, freeze_vision: bool) -> Agent:
+def blueprint(cfg: ModelConfig, hardware: HardwareConfig) -> Agent:
     """The agent of `cfg` on the meta device, its weights not quantised.
 
     A local folder is asked for its config.json, else `model.architecture`.
@@ -78,7 +78,7 @@ def blueprint(cfg: ModelConfig, hardware: HardwareConfig, freeze_vision: bool) -
     os.environ.setdefault("DS_ACCELERATOR", hardware.device.split(":")[0])  # before the loader takes meta for one
     local = cfg.path is not None and Path(cfg.path).is_dir()
     shape = replace(cfg, weights="random", quantize=None, architecture=None if local else cfg.architecture)
-    return load_agent(shape, replace(hardware, device="meta"), freeze_vision=freeze_vision)
+    return load_agent(shape, replace(hardware, device="meta"))
 
 
 def estimate(agent: Agent, work: Work, device: str, quantize: str | None = None) -> Memory:

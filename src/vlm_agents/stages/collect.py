@@ -43,9 +43,7 @@ BLOCK = 4  # episodes of each env that a model plays together, and again where o
 SAMPLES = 3  # of a remote policy's reply, until one holds a legal action: what is sought here is data, not a grade
 
 
-def main(cfg: RunConfig, run: Run) -> dict[str, float]:
-    stage = cfg.stage
-    assert isinstance(stage, CollectConfig)
+def main(cfg: RunConfig, stage: CollectConfig, run: Run) -> dict[str, float]:
     advised = has_expert(cfg.env)
     agent = None
     if stage.policy == "model":

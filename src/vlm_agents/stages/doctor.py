@@ -35,11 +35,10 @@ SMALLEST = {"tokens_per_microbatch": 1024, "num_envs": 4}
 Rows = list[tuple[str, ...]]
 
 
-def main(cfg: RunConfig, run: Run) -> dict[str, float]:
-    assert isinstance(cfg.stage, DoctorConfig)
+def main(cfg: RunConfig, stage: DoctorConfig, run: Run) -> dict[str, float]:
     run.restore()
-    agent = blueprint(cfg.model, cfg.hardware, cfg.stage.freeze_vision)
-    work = work_of(cfg, agent)
+    agent = blueprint(cfg.model, cfg.hardware)
+    work = work_of(cfg, stage, agent)
     run.begin()
     show("this machine", machine())
     show("packages", list(packages()))
@@ -106,15 +105,13 @@ def memory_of(hardware: HardwareConfig) -> int:
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------
-def work_of(cfg: RunConfig, agent: Agent) -> Work:
+def work_of(cfg: RunConfig, stage: DoctorConfig, agent: Agent) -> Work:
     """How much a run of `cfg` does at once; lengths are those of real prompts, cut as a run would cut them.
 
     ConfigError where the model has no positions for as much.
     """
-    stage = cfg.stage
-    assert isinstance(stage, DoctorConfig)
     check_length(agent, "stage.prompt_tokens", stage.prompt_tokens, cfg.prompt.max_reply_tokens)
-    prompts = prompts_of(cfg, agent)
+    prompts = prompts_of(cfg, stage, agent)
     ids, prompt = max(((len(agent.renderer.render(p).ids), p) for p in prompts), key=lambda pair: pair[0])
     images = [image for message in prompt for image in message.images]
     return Work(
@@ -127,9 +124,8 @@ def work_of(cfg: RunConfig, agent: Agent) -> Work:
     )
 
 
-def prompts_of(cfg: RunConfig, agent: Agent) -> list[Prompt]:
-    assert isinstance(cfg.stage, DoctorConfig)
-    if cfg.stage.prompt_tokens is not None:
+def prompts_of(cfg: RunConfig, stage: DoctorConfig, agent: Agent) -> list[Prompt]:
+    if stage.prompt_tokens is not None:
         return first_prompts(cfg, 1)
     with open_envs(cfg.env, EPISODES, advised=False) as envs:
         policy, played = scripted_policy("random", make_format(cfg.prompt)), list[Trajectory]()
@@ -166,7 +162,7 @@ def advice(cfg: RunConfig, work: Work, there: int) -> list[str]:
         assert isinstance(tried.stage, DoctorConfig)
         key = f"{replace(tried.model, quantize=None)} {tried.hardware.dtype}"  # as a blueprint has it
         if key not in agents:
-            agents[key] = blueprint(tried.model, tried.hardware, tried.stage.freeze_vision)
+            agents[key] = blueprint(tried.model, tried.hardware)
         smaller = replace(work, num_envs=tried.stage.num_envs, microbatch=tried.hardware.tokens_per_microbatch)
         return ROOM * estimate(agents[key], smaller, tried.hardware.device, tried.model.quantize).peak
 

@@ -27,9 +27,7 @@ from vlm_agents.stages.reporting import Album, report, results, shown
 from vlm_agents.types import Trajectory
 
 
-def main(cfg: RunConfig, run: Run) -> dict[str, float]:
-    stage = cfg.stage
-    assert isinstance(stage, EvalConfig)
+def main(cfg: RunConfig, stage: EvalConfig, run: Run) -> dict[str, float]:
     prompt_format = make_format(cfg.prompt)
     advised = has_expert(cfg.env)
     album, first = Album(stage.report_episodes), list[Trajectory]()

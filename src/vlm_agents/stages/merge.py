@@ -26,9 +26,7 @@ PROBES = 16  # held-out seeds whose first prompts are compared
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 
 
-def main(cfg: RunConfig, run: Run) -> dict[str, float]:
-    stage = cfg.stage
-    assert isinstance(stage, MergeConfig)
+def main(cfg: RunConfig, stage: MergeConfig, run: Run) -> dict[str, float]:
     run.restore()  # an interrupted one starts anew
     source = adapter_folder(stage.init)
     if (trained := run_of(stage.init)) and (trained / "DONE").exists():
@@ -43,13 +41,14 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     with agent.adapter_off():
         effect = float((logits(agent, prompts) - expected).abs().max())
     metrics = {"merge/adapter_logit_difference": effect}
+    tolerance = TOLERANCE[cfg.hardware.dtype] if stage.tolerance is None else stage.tolerance
 
     def write(folder: Path) -> None:
         save_merged(agent, folder)
         agent.to("meta")  # one model at a time in memory
         merged = load_agent(replace(cfg.model, lora=None, quantize=None), cfg.hardware, str(folder))
         found = logits(merged, prompts)
-        metrics["merge/max_logit_difference"] = compare(expected, found, folder, cfg)
+        metrics["merge/max_logit_difference"] = compare(expected, found, tolerance, folder, cfg.env.id)
         if quantised is not None:
             metrics["merge/quantised_logit_difference"] = float((found - quantised).abs().max())
 
@@ -79,16 +78,14 @@ def logits(agent: Agent, prompts: Sequence[Prompt]) -> Tensor:
     return agent.family.lm_head(Sampler(agent).prefill(prompts, 0).hidden).float().cpu()
 
 
-def compare(expected: Tensor, found: Tensor, folder: Path, cfg: RunConfig) -> float:
+def compare(expected: Tensor, found: Tensor, tolerance: float, folder: Path, env: str) -> float:
     """The largest difference; ModelError where it is beyond the tolerance, or no number."""
-    assert isinstance(cfg.stage, MergeConfig)
     difference = (found - expected).abs().amax(-1)
     worst, largest = int(difference.nan_to_num(nan=torch.inf).argmax()), float(difference.max())
-    tolerance = TOLERANCE[cfg.hardware.dtype] if cfg.stage.tolerance is None else cfg.stage.tolerance
     if not largest <= tolerance:
         raise ModelError(
             f"{folder}: the merged weights aren't the adapter model: their logits differ by {largest:.3g}, more than "
-            f"{tolerance:g}, on the first prompt of held-out seed number {worst} of {cfg.env.id}. Merge with "
+            f"{tolerance:g}, on the first prompt of held-out seed number {worst} of {env}. Merge with "
             "hardware.dtype=float32, or raise stage.tolerance if you can live with that"
         )
     return largest

@@ -47,15 +47,14 @@ OPTIMIZER = "optimizer.pt"
 PREDICTOR = "temporal_predictor.pt"
 
 
-def main(cfg: RunConfig, run: Run) -> dict[str, float]:
-    stage, algo = cfg.stage, cfg.algo
-    assert isinstance(stage, PpoConfig)
+def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
+    algo = cfg.algo
     assert algo is not None
     run.append_only("episodes.jsonl")
     checkpoint = run.restore()
     seed_everything(cfg.seed)
     init = str(checkpoint.path) if checkpoint else stage.init
-    agent = load_agent(cfg.model, cfg.hardware, init, freeze_vision=stage.freeze_vision)
+    agent = load_agent(cfg.model, cfg.hardware, init)
     engine = TorchEngine(agent.parameters_by_role(), algo, stage.iterations)
     predictor = temporal_predictor(cfg, agent, init)
     learners = {name: part for name, part in ((OPTIMIZER, engine), (PREDICTOR, predictor)) if part}

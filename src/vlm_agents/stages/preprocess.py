@@ -44,9 +44,7 @@ LEFT_OUT = {
 logger = logging.getLogger(__name__)
 
 
-def main(cfg: RunConfig, run: Run) -> dict[str, float]:
-    stage = cfg.stage
-    assert isinstance(stage, PreprocessConfig)
+def main(cfg: RunConfig, stage: PreprocessConfig, run: Run) -> dict[str, float]:
     run.restore()  # an interrupted one starts anew
     counts: Counter[str] = Counter()
     pngs = Pngs()

@@ -33,9 +33,7 @@ GROUPED = 8  # batches that are drawn together, then sorted by length
 NAMES = {"grad_norm": "grad_norm", "learning_rate": "lr"}  # the Trainer's, ours
 
 
-def main(cfg: RunConfig, run: Run) -> dict[str, float]:
-    stage = cfg.stage
-    assert isinstance(stage, SftConfig)
+def main(cfg: RunConfig, stage: SftConfig, run: Run) -> dict[str, float]:
     checkpoint = run.restore()
     seed_everything(cfg.seed)
     init = str(checkpoint.path) if checkpoint else stage.init
