@@ -50,7 +50,10 @@ class Answers:
         return answer and replace(answer, cached=True)
 
     def keep(self, question: bytes, answer: Completion) -> None:
-        for place in (self._folder, self._cache):  # not before there is an answer: a server that isn't there leaves none
+        for place in (
+            self._folder,
+            self._cache,
+        ):  # not before there is an answer: a server that isn't there leaves none
             with writing(place):
                 place.mkdir(parents=True, exist_ok=True)
         content = json.dumps(asdict(answer))

@@ -117,7 +117,9 @@ class Mlflow:
         self._uri = stores.address(settings["tracking"])
         if not settings["tracking"]["uri"] and self._uri != stores.DEFAULT:
             print(f"MLflow: {harmless(stores.masked(self._uri))}, which MLFLOW_TRACKING_URI names", flush=True)
-        self._experiment = settings["tracking"]["experiment"] or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "vlm_agents"
+        self._experiment = (
+            settings["tracking"]["experiment"] or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "vlm_agents"
+        )
         self._began, self._ended = stores.times_of(folder)
         self._client: Any = None
         self._run_id = ""

@@ -158,7 +158,9 @@ def compose_and_run(task: Callable[[DictConfig], Any], argv: list[str], words: S
 
             tracking.end_sweep(folder, "FAILED" if failed else "FINISHED")
         if failed:
-            raise VlmAgentsError(f"{len(failed)} of {len(ends)} jobs of {os.path.relpath(folder)} failed") from failed[0]
+            raise VlmAgentsError(f"{len(failed)} of {len(ends)} jobs of {os.path.relpath(folder)} failed") from failed[
+                0
+            ]
 
 
 def remove_idle_sweep(folder: Path) -> None:

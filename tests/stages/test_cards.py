@@ -57,7 +57,7 @@ def test_a_base_on_the_hub_and_its_licence_are_handed_down(tmp_path: Path):
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ("python -m vlm_agents stage=sft name=a run_dir=/b tracking=mlflow tracking.uri=http://c", "stage=sft"),
+        ("python -m vlm_agents stage=sft name=a run_dir=/b tracking=mlflow tracking.uri=http://c", "stage=sft name=a"),
         ("python -m vlm_agents stage=merge stage.init=/home/me/runs/a/sft", "stage=merge stage.init=a/sft"),
         ("python -m vlm_agents 'stage.data=[/x/y/a,/x/y/b]' +a=1", "'stage.data=[y/a,y/b]' +a=1"),
         ("python -m vlm_agents stage.init=outputs/a/sft stage.remote.url=http://c/v1", "stage.init=outputs/a/sft"),
