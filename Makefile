@@ -43,7 +43,7 @@ reproduce: setup ## collect to eval: GAME=number_line, blackjack, ez_points or p
 
 ui: setup ## MLflow in the browser, on this machine only
 	@$(BIN)/python -m vlm_agents.tracking
-	@echo "MLflow: http://127.0.0.1:5000 (Ctrl-C ends it)"
+	@echo "MLflow on port 5000; Ctrl-C ends it"
 	@PYTHONWARNINGS=ignore MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
 		$(BIN)/mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000 --workers 1 \
 		--uvicorn-opts "--log-level warning" > /dev/null

@@ -49,8 +49,10 @@ def test_each_stage_gets_what_is_its_own_and_what_is_for_all() -> None:
         ([], "algo.lr=1e-5", "algo.lr=1e-5: stage=collect can't take that. Say whose it is: ppo.algo.lr=1e-5"),
         ([], "stage.num_envs=4", "collect.stage.num_envs=4 or ppo.stage.num_envs=4 or eval.stage.num_envs=4"),
         ([], "modle=tiny", "modle: no such setting. Did you mean 'model'?"),
-        ([], "seed=0,1", "seed=0,1"),
-        ([], "ppo.stage.iterations=0", "stage.iterations=0 must be at least 1"),
+        ([], "seed=0,1", "seed=0,1: a chain isn't swept"),
+        ([], "ppo.seed=range(3)", "ppo.seed=range(3): a chain isn't swept"),
+        ([], "ppo.stage.episdoes=3", "ppo.stage.episdoes: no such setting. Did you mean 'ppo.stage.episodes'?"),
+        ([], "ppo.stage.iterations=0", "ppo.stage.iterations=0 must be at least 1"),
         ([], "sweep=seeds", "one command for each"),
         ([], "run_dir=there", "a chain lies in outputs/<name>"),
         ([], "experiment=number_line", "as in 'run number_line'"),
@@ -134,3 +136,13 @@ def test_a_machine_or_model_that_a_later_stage_lacks_is_told_before_the_first(tm
         assert (process.returncode, err.count("\n")) == (2, 1)
         assert said in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process of its parent's end")
+def test_a_stage_ends_with_its_chain_however_that_is_killed(tmp_path: Path) -> None:
+    process = chain(tmp_path, *FAST, "collect.stage.episodes=100000")
+    while not (tmp_path / "outputs/a/collect/episodes.jsonl").exists():
+        time.sleep(0.02)
+    process.kill()
+    _, err = process.communicate(timeout=20)  # the pipe is closed once the stage has ended too
+    assert err == "terminated; the same command with the run's name= continues it\n"

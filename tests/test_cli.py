@@ -55,7 +55,14 @@ def draw(cfg: RunConfig, stage: StageConfig, run: Run) -> dict[str, float]:
 
 
 BAD = [
-    ("env.id=x", "You must specify 'stage'", "collect doctor eval merge ppo preprocess sft"),
+    ("", "run name=mine env.id=MiniGrid-Empty-8x8-v0", "stage=<collect|doctor|eval|merge|ppo|preprocess|sft>"),
+    ("env.id=x", "nothing says what to run", "python -m vlm_agents stage=ppo"),
+    ("-m run", "-m: a chain isn't swept", "one command for each of the values"),
+    ("run --cfg job", "--cfg: run takes an experiment and key=value", "stage=ppo --cfg job"),
+    ("run name=", "name='' names a folder", "use letters"),
+    ("stage=ppo stage.epochs=3", "stage.epochs: no such setting", "Did you mean algo.epochs?"),
+    ("stage=ppo hardware.threads=100000", "hardware.threads=100000", "between 1 and 1024"),
+    ("stage=collect env.tile_size=100000", "env.tile_size=100000", "between 4 and 256"),
     ("stage=pop", "stage=pop: no such option", "Did you mean 'ppo'?"),
     ("stage=ppo env=minigird", "env=minigird: no such option", "Did you mean 'minigrid'?"),
     ("stage=ppo algo=dpo", "algo=dpo: no such option", "Did you mean 'ppo'?"),
@@ -348,6 +355,30 @@ def test_a_sweep_goes_on_where_it_was_stopped(cli, capsys, as_stage, tmp_path: P
     assert "holds a run with seed=3, not 5" in capsys.readouterr().err
 
 
+def test_the_command_of_a_job_runs_it_alone(cli, as_stage, tmp_path: Path) -> None:
+    as_stage(draw)
+    assert cli("stage=eval", "sweep=seeds", "tracking=jsonl", "name=a") == 0
+    job = tmp_path / "multirun/a/eval/2"
+    words = (job / "overrides").read_text().splitlines()
+    assert "sweep=seeds" not in words
+    assert cli(*words) == 0
+    alone = tmp_path / "outputs/a/eval_2"
+    assert (
+        (alone / "metrics.jsonl").read_text() == (job / "metrics.jsonl").read_text() == '{"step": 1, "eval/seed": 2}\n'
+    )
+
+
+def test_an_odd_number_of_threads_is_left_out(cli, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    for odd, said in (("two", True), ("99999", True), ("0", True), ("", False)):
+        monkeypatch.setenv("OMP_NUM_THREADS", odd)
+        assert cli("stage=pop") == 2
+        assert capsys.readouterr().out.startswith(f"OMP_NUM_THREADS={odd} is left out" if said else "")
+        assert "OMP_NUM_THREADS" not in os.environ
+    monkeypatch.setenv("OMP_NUM_THREADS", "2, 1")
+    assert cli("stage=pop") == 2
+    assert os.environ["OMP_NUM_THREADS"] == "2, 1"
+
+
 def test_the_jobs_of_a_sweep_share_no_directory(cli, capsys, as_stage) -> None:
     as_stage(draw)
     assert cli("stage=eval", "-m", "seed=3,4", "tracking=jsonl", "run_dir=mine") == 2
@@ -357,7 +388,11 @@ def test_the_jobs_of_a_sweep_share_no_directory(cli, capsys, as_stage) -> None:
 def test_one_bad_job_stops_no_other(cli, capsys, as_stage, tmp_path: Path) -> None:
     as_stage(draw)
     assert cli("-m", "stage=eval", "seed=-1,4", "tracking=jsonl", "name=a") == 2
-    assert capsys.readouterr().err.splitlines()[-1] == "error: seed=-1 must be at least 0"
+    err = capsys.readouterr().err.splitlines()
+    assert [line for line in err if "error" in line.lower()] == [  # each once
+        "error: seed=-1 must be at least 0",
+        "error: 1 of 2 jobs of multirun/a/eval failed",
+    ]
     assert (tmp_path / "multirun/a/eval/1/DONE").exists()
 
 
@@ -386,7 +421,9 @@ def test_help_of_a_run_lists_each_of_its_settings(
 
 
 def test_help_of_a_sweep_is_that_of_its_first_run(cli, capsys) -> None:
-    assert cli("-m", "stage=eval,ppo", "seed=3,4", "--help") == 0
+    assert cli("-m", "stage=choice(eval,ppo)", "seed=range(3,5)", "algo.lr=1,2", "--help") == 2  # eval has no algo
+    capsys.readouterr()
+    assert cli("-m", "stage=choice(eval,ppo)", "seed=range(3,5)", "model.seed=1,2", "--help") == 0
     text = capsys.readouterr().out
     assert "stage=eval: " in text
     assert "  seed=3 " in text

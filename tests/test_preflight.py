@@ -170,3 +170,13 @@ def test_a_hub_that_is_out_of_reach(cache: Path, tmp_path: Path):
         assert "taking the copy of a/b in its cache" in done.stderr
     done = python(tmp_path, HUB, "c/d", HF_HOME=str(cache))
     assert "not in the hub's cache, and HF_HUB_OFFLINE is set" in done.stdout  # its weights aren't
+
+
+def test_a_name_under_which_nothing_has_run(tmp_path: Path):
+    done = tmp_path / "outputs/mine/collect/DONE"
+    done.parent.mkdir(parents=True)
+    done.touch()
+    for words, hint in ((["name=mien"], "Did you mean 'mine'? "), ([], "")):
+        told = python(tmp_path, COMMAND, "stage=preprocess", *words)
+        assert told.stdout.splitlines()[-1] == "2 light"
+        assert told.stderr.endswith(f"that has its stage=collect done. {hint}There are: mine\n")

@@ -1152,3 +1152,18 @@ def test_eval_plays_the_panel_on_a_server(play: Play, server: Server, tmp_path: 
     assert metrics["eval/success_expert"] == 1.0
     assert 0.0 <= metrics["eval/success_random"] <= 0.5
     assert not any("greedy" in name for name in metrics)
+
+
+def test_a_run_begins_with_the_servers_first_answer(server: Server, compose_run, quick: None, tmp_path: Path):
+    """Where it gives none, because it isn't there or takes no request of ours, nothing is left."""
+    gone = Server()
+    gone.close()
+    server.answer = lambda request: Answer(401, b"{}")
+    for stage in ("collect", "eval"):
+        for url in (gone.url, server.url):
+            words = (f"stage={stage}", "stage.policy=remote", "stage.remote.retries=0", f"stage.remote.url={url}")
+            cfg = compose_run(*words, "env=echo", f"stage.remote.cache={tmp_path / 'cache'}")
+            main = importlib.import_module(f"vlm_agents.stages.{stage}").main
+            with pytest.raises(ModelError), Run.open(cfg, []) as run:
+                main(cfg, run)
+            assert list(tmp_path.iterdir()) == []

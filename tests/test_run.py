@@ -18,7 +18,7 @@ from PIL import Image
 from vlm_agents import files
 from vlm_agents.config import RunConfig
 from vlm_agents.errors import ConfigError, DataError
-from vlm_agents.files import append_line, atomic_write
+from vlm_agents.files import append_line, atomic_write, hold
 from vlm_agents.inputs import content_hash
 from vlm_agents.run import Checkpoint, Run, commit, finished_metrics, panel_seeds, training_seed
 
@@ -67,8 +67,10 @@ def test_other_settings_refuse_once_something_was_done(cfg: RunConfig, compose_r
         run.log(1, {"a": 1})
     with Run.open(other, []):
         pass
-    with pytest.raises(ConfigError, match=r"with algo\.clip=0\.3, not 0\.2: give the old value to continue"):
+    with pytest.raises(ConfigError, match=r"with algo\.clip=0\.3, not 0\.2: give algo\.clip=0\.3 to continue"):
         Run.open(cfg, [])
+    with pytest.raises(ConfigError, match="with env=minigrid, not number_line: give env=minigrid to continue"):
+        Run.open(compose_run("stage=ppo", "env=number_line", "algo.clip=0.3"), [])
 
 
 def test_a_run_that_failed_before_it_did_anything_may_be_corrected(cfg: RunConfig, compose_run) -> None:
@@ -537,3 +539,13 @@ def test_a_run_that_has_begun_stays(cfg: RunConfig) -> None:
             raise RuntimeError
         assert (Path(cfg.run_dir) / "metrics.jsonl").exists()
         assert (Path(cfg.run_dir) / "config.yaml").exists()
+
+
+def test_a_lock_that_was_removed_is_none(tmp_path: Path) -> None:
+    """As by a run that left nothing, between another one's opening of the file and its lock."""
+    with open(tmp_path / "lock", "ab") as file:
+        assert hold(file)
+        (tmp_path / "lock").unlink()
+        assert not hold(file)
+        (tmp_path / "lock").touch()
+        assert not hold(file)

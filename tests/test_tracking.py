@@ -159,6 +159,14 @@ def test_a_sweeps_run_ends_as_its_jobs_do(compose_run, store: str, look, tmp_pat
     with again:
         pass
     assert state() == "FINISHED"
+    with pytest.raises(ZeroDivisionError), job("2"):
+        raise ZeroDivisionError
+    shutil.rmtree(sweep / "2")
+    with job("2"):  # made anew: what failed is not of this sweep any more
+        pass
+    assert state() == "FINISHED"
+    tracking.end_sweep(sweep, "FAILED")  # for a job that was refused
+    assert state() == "FAILED"
 
 
 def test_report_and_animation_are_there_and_no_weights(compose_run, store: str, look) -> None:
@@ -655,3 +663,14 @@ def test_jsonl_knows_no_mlflow(compose_run, tmp_path: Path) -> None:
         run.begin()
         run.log(1, {"a": 1.0})
     assert not run.path("mlflow_run_id").exists()
+
+
+def test_the_page_of_an_experiments_runs_is_told(compose_run, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert tracking.main([]) == 0
+    assert capsys.readouterr().out == ""  # no store yet
+    with Run.open(compose_run("stage=ppo", "tracking=mlflow"), []) as run:
+        run.begin()
+    capsys.readouterr()
+    assert tracking.main([]) == 0
+    assert capsys.readouterr().out == "runs of vlm_agents: http://127.0.0.1:5000/#/experiments/1/runs\n"

@@ -28,8 +28,8 @@ REMEDIES = {
 def hold(file: IO[bytes]) -> bool:
     """Does this process hold the file's lock now? It has it until the file is closed; another process's stays its own.
 
-    Unlike flock's, it isn't inherited by forked env workers. A file that another process has removed since it was
-    opened is no lock any more."""
+    Unlike flock's, it isn't inherited by forked env workers. A file that was removed since it was opened is no lock any
+    more."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))

@@ -29,8 +29,8 @@ IN_A_ROW = 16  # refused prompts, or two for each request under way, without one
 
 
 class ChatClient:
-    """Asks from `cfg.concurrency` coroutines at once. `folder` keeps the run's answers. `heard` is called with each
-    one, wherever it comes from."""
+    """Asks from `cfg.concurrency` coroutines at once. `folder` keeps the run's answers. `heard` is called with
+    each, wherever it comes from."""
 
     def __init__(self, cfg: RemoteConfig, folder: Path, heard: Callable[[], object] = lambda: None) -> None:
         self._cfg = cfg

@@ -30,6 +30,8 @@ PARAMS_PER_CALL = 100  # MLflow's limits
 PARAM_LENGTH = 500
 FILES = """SELECT DISTINCT artifact_location FROM experiments
     WHERE artifact_location LIKE 'file:%' OR artifact_location LIKE '/%'"""
+SHOWN = """SELECT experiment_id, name FROM experiments
+    WHERE lifecycle_stage = 'active' AND experiment_id IN (SELECT experiment_id FROM runs)"""
 PARENT = "mlflow.parentRunId"
 TOKEN = "mlflow.vlm_agents.token"  # a tag that the UI hides: a run that was made, its answer lost, is known by it
 OF_ONE_JOB = {"run_dir", "weights", "command"}  # tags that a sweep's run has none of
@@ -211,6 +213,15 @@ def settle(database: Path) -> None:
                     "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?) WHERE instr(artifact_uri, ?) = 1",
                     (new, len(old) + 1, f"{old}/"),
                 )
+
+
+def pages(database: Path) -> Iterator[tuple[str, str]]:
+    """Each experiment that has runs, and where its table is below the server's address: MLflow's first page leads to
+    tables of something else."""
+    if database.exists():
+        with closing(sqlite3.connect(database, timeout=PATIENCE)) as db:
+            for number, name in db.execute(SHOWN).fetchall():
+                yield name, f"#/experiments/{number}/runs"
 
 
 def open_experiment(client: Any, uri: str, name: str) -> str:

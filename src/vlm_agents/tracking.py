@@ -269,6 +269,10 @@ def main(folders: Sequence[str]) -> int:
     status."""
     with suppress(sqlite3.Error):
         stores.settle(Path("mlflow.db").absolute())
+    if not folders:
+        with suppress(sqlite3.Error):
+            for name, page in stores.pages(Path("mlflow.db").absolute()):
+                print(f"runs of {harmless(name)}: http://127.0.0.1:5000/{page}", flush=True)
     status = 0
     for folder in folders:
         try:

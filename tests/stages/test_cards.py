@@ -67,7 +67,7 @@ def test_weights_that_are_gone_when_the_model_is_saved_are_named_all_the_same(co
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ("python -m vlm_agents stage=sft name=a run_dir=/b tracking=mlflow tracking.uri=http://c", "stage=sft"),
+        ("python -m vlm_agents stage=sft name=a run_dir=/b tracking=mlflow tracking.uri=http://c", "stage=sft name=a"),
         ("python -m vlm_agents stage=merge stage.init=/home/me/runs/a/sft", "stage=merge stage.init=a/sft"),
         ("python -m vlm_agents 'stage.data=[/x/y/a,/x/y/b]' +a=1", "'stage.data=[y/a,y/b]' +a=1"),
         ("python -m vlm_agents stage.init=outputs/a/sft stage.remote.url=http://c/v1", "stage.init=outputs/a/sft"),

@@ -217,10 +217,11 @@ def test_a_chat_stays_within_its_budget(run_stage: RunStage, tmp_path: Path, sta
         assert all(turn.prompt[0].role == "system" for turn in episode.turns)
 
 
-def test_a_turn_that_is_over_the_budget_is_named(run_stage: RunStage, tmp_path: Path):
+def test_a_budget_that_holds_no_first_prompt_is_told_before_anything_is_left(run_stage: RunStage, tmp_path: Path):
     words = [*SMALL, "stage.iterations=1", "stage.eval_episodes=0", "prompt.max_prompt_tokens=20"]
-    with pytest.raises(DataError, match=r"^seed \d+, turn 0: .* a prompt of \d+ tokens with its 1 pictures: raise "):
-        run_stage(tmp_path, *words)
+    with pytest.raises(DataError, match=r"are a prompt of \d+ tokens with its 1 pictures: raise prompt.max_p"):
+        run_stage(tmp_path / "run", *words)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
