@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 from kill_drill import differences
+from vlm_agents.learn.batch import microbatches, rows
 
 from vlm_agents.config import AlgoConfig, RunConfig
 from vlm_agents.env_pool import EnvPool
 from vlm_agents.envs import make_env
-from vlm_agents.learn.batch import microbatches, rows
 from vlm_agents.learn.engine import TorchEngine
 from vlm_agents.learn.update import objective, update
 from vlm_agents.models import Agent, Sampler, load_agent

@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-
 from vlm_agents.learn.advantages import explained_variance, gae, normalise
 
 REWARDS, VALUES = [0.0, 0.0, 1.0], [0.5, 0.6, 0.7]

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from vlm_agents.learn.batch import collate, microbatches, minibatches, rows, token_weights, usable
 
 from vlm_agents.config import AlgoConfig
 from vlm_agents.errors import TrainingError
-from vlm_agents.learn.batch import collate, microbatches, minibatches, rows, token_weights, usable
 from vlm_agents.tensors import Renderer, Row
 from vlm_agents.types import Message, Parsed, Reply, Trajectory, Turn
 

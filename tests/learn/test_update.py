@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from vlm_agents.learn.batch import microbatches, rows
 
 from vlm_agents.config import AlgoConfig
 from vlm_agents.errors import TrainingError
-from vlm_agents.learn.batch import microbatches, rows
 from vlm_agents.learn.engine import TorchEngine
 from vlm_agents.learn.update import accumulate, objective, update
 from vlm_agents.tensors import Renderer, Row, Scores, Tokens

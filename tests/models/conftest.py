@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 from vlm_agents.config import HardwareConfig, ModelConfig
 from vlm_agents.models import Agent, load_agent
 from vlm_agents.models.tiny import build
-from vlm_agents.tensors import Row
+from vlm_agents.tensors import Row, reply_row
 from vlm_agents.types import Message, Prompt, Reply
 
 SPARE_ROWS = 16  # of the vocabulary, which no token has
@@ -139,9 +139,8 @@ def make_row() -> Callable[..., Row]:
             start = len(agent.renderer.render(prompt).ids)
             spans.append((start, start + len(reply)))
         rendered = agent.renderer.render(prompt)
-        zeros = np.zeros(sum(map(len, replies)), dtype=np.float32)
         ids = np.concatenate([rendered.ids, replies[-1]]).astype(np.int64)
-        return Row(ident, ids, rendered.images, tuple(spans), zeros, zeros, zeros, zeros, zeros)
+        return Row(ident, ids, rendered.images, tuple(spans))
 
     return made
 
@@ -151,10 +150,7 @@ def row_of() -> Callable[..., Row]:
     """`row_of(prompt, reply)`: the row that trains on a sampled reply."""
 
     def made(prompt: Prompt, reply: Reply) -> Row:
-        zeros = np.zeros(len(reply.token_ids), dtype=np.float32)
         images = tuple(image for message in prompt for image in message.images)
-        ids = np.array(reply.prompt_token_ids + reply.token_ids)
-        spans = ((len(reply.prompt_token_ids), len(ids)),)
-        return Row("sampled", ids, images, spans, zeros, zeros, zeros, zeros, zeros)
+        return reply_row("sampled", reply.prompt_token_ids, reply.token_ids, images)
 
     return made

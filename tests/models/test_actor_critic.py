@@ -50,14 +50,14 @@ def close(one: Tensor, other: Tensor, tolerance: float = 1e-5) -> None:
 
 def score(agent: Agent, rows: Sequence[Row]) -> Scores:
     with torch.no_grad():
-        return agent.score(agent.renderer.collate(rows))
+        return agent.score(rows)
 
 
 def without_sharing(tokens: Tokens) -> Tokens:
     """The same rows, and one more that has nothing in common with them."""
     other = torch.full_like(tokens.input_ids[:1], 9)
     zeros = torch.zeros_like(other)
-    positions = tokens.mm["position_ids"]
+    positions = tokens.positions
     return Tokens(
         torch.cat([tokens.input_ids, other]),
         torch.cat([tokens.attention_mask, zeros + 1]),
@@ -96,7 +96,7 @@ def test_neither_padding_nor_the_rest_of_the_batch_matters(agent: Agent, rows: l
 
 def test_a_shared_prefix_changes_neither_scores_nor_gradients(load: Load, rows: list[Row]):
     agent = load(value_head=ValueHeadConfig(stop_gradient=False))
-    tokens = agent.renderer.collate(rows)
+    tokens = agent.collate(rows)
     assert shared_prefix(tokens, agent.family.image_token_id) > 20
     assert shared_prefix(without_sharing(tokens), agent.family.image_token_id) == 0
     found = []
@@ -121,9 +121,9 @@ def test_the_shared_prefix_ends_before_pictures_and_leaves_each_row_a_token(
 ):
     image = agent.family.image_token_id
     same = [make_row(agent, chats[0], [30]), make_row(agent, chats[0], [31, 32])]
-    tokens = agent.renderer.collate(same)
+    tokens = agent.collate(same)
     assert shared_prefix(tokens, image) == int((tokens.input_ids[0] == image).long().argmax())
-    words = agent.renderer.collate([make_row(agent, chats[1], [30]), make_row(agent, chats[1], [31, 32])])
+    words = agent.collate([make_row(agent, chats[1], [30]), make_row(agent, chats[1], [31, 32])])
     prompt_length = int(words.reply_mask[0].long().argmax())
     assert shared_prefix(words, image) == prompt_length - 1
 
@@ -136,7 +136,7 @@ def test_checkpointed_layers_run_again_in_the_backward_pass_and_change_nothing(l
         count = Counter()
         for layer in agent.family.text.layers:
             layer.mlp.register_forward_pre_hook(lambda *_, count=count: count.update(["mlp"]))
-        scores = agent.score(agent.renderer.collate(rows))
+        scores = agent.score(rows)
         assert not any(module.training for module in agent.modules())
         scores.logprobs.sum().backward()
         runs.append(count["mlp"])
@@ -162,7 +162,7 @@ def test_banned_tokens_have_no_probability_and_harm_no_gradient(load: Load, rows
     distribution = agent.log_distribution(agent.logits(hidden), torch.ones(3))
     assert (distribution.exp()[:, agent.banned] == 0).all()
     close(distribution.exp().sum(-1), torch.ones(3))
-    agent.score(agent.renderer.collate(rows)).entropy.sum().backward()
+    agent.score(rows).entropy.sum().backward()
     gradients = [parameter.grad for parameter in agent.model.parameters() if parameter.grad is not None]
     assert all(gradient.isfinite().all() for gradient in gradients)
     assert any(gradient.abs().max() > 1e-3 for gradient in gradients)
@@ -172,7 +172,7 @@ def test_banned_tokens_have_no_probability_and_harm_no_gradient(load: Load, rows
 @pytest.mark.parametrize("stop", [True, False])
 def test_the_critic_moves_the_backbone_only_if_told_to(load: Load, rows: list[Row], stop: bool):
     agent = load(value_head=ValueHeadConfig(stop_gradient=stop))
-    agent.score(agent.renderer.collate(rows)).values.sum().backward()
+    agent.score(rows).values.sum().backward()
     moved = [parameter.grad is not None and bool(parameter.grad.any()) for parameter in agent.model.parameters()]
     assert any(moved) is not stop
     assert all(parameter.grad is not None for parameter in agent.parameters_by_role()["value"])
@@ -188,7 +188,7 @@ def test_frozen_pictures_are_encoded_once_until_cleared(load: Load, rows: list[R
     agent, frozen = load(), load(freeze_vision=True)
     assert not agent.images.frozen
     assert frozen.images.frozen
-    tokens = frozen.renderer.collate(rows)
+    tokens = frozen.collate(rows)
     # 84x56, twice; 56x56 and 100x75; 75x100: tokens of a merged 28x28
     assert tokens.mm["image_features"].shape == (6 + 4 + 12 + 6 + 12, 128)
     before = score(agent, rows)
@@ -196,18 +196,18 @@ def test_frozen_pictures_are_encoded_once_until_cleared(load: Load, rows: list[R
     close(score(frozen, rows).values, before.values)
     with torch.no_grad():
         frozen.model.model.visual.merger.ln_q.weight.mul_(2)
-    assert torch.equal(frozen.renderer.collate(rows).mm["image_features"], tokens.mm["image_features"])
+    assert torch.equal(frozen.collate(rows).mm["image_features"], tokens.mm["image_features"])
     frozen.images.clear()
-    assert not torch.equal(frozen.renderer.collate(rows).mm["image_features"], tokens.mm["image_features"])
+    assert not torch.equal(frozen.collate(rows).mm["image_features"], tokens.mm["image_features"])
 
 
 def test_what_doesnt_fit_is_encoded_anew(load: Load, rows: list[Row], monkeypatch: pytest.MonkeyPatch):
     agent = load(freeze_vision=True)
     monkeypatch.setattr("vlm_agents.models.images.KEEP_BYTES", 12 * 128 * 4)  # fp32 features of the last picture
-    before = agent.renderer.collate(rows).mm["image_features"]
+    before = agent.collate(rows).mm["image_features"]
     with torch.no_grad():
         agent.model.model.visual.merger.ln_q.weight.mul_(2)
-    after = agent.renderer.collate(rows).mm["image_features"]
+    after = agent.collate(rows).mm["image_features"]
     assert (before != after).any(-1).tolist() == [True] * 28 + [False] * 12
 
 
@@ -215,7 +215,7 @@ def test_training_with_a_frozen_vision_part_moves_the_language_part_alone(load: 
     agent = load(freeze_vision=True)
     before = {name: parameter.clone() for name, parameter in agent.model.named_parameters()}
     optimizer = torch.optim.SGD(agent.parameters_by_role()["policy"], lr=0.1)
-    agent.score(agent.renderer.collate(rows)).logprobs.mean().backward()
+    agent.score(rows).logprobs.mean().backward()
     optimizer.step()
     for name, parameter in agent.model.named_parameters():
         assert torch.equal(parameter, before[name]) is (agent.family.part_of(name) != "language"), name
@@ -224,4 +224,4 @@ def test_training_with_a_frozen_vision_part_moves_the_language_part_alone(load: 
 # ---- reference -------------------------------------------------------------------------------------------------------
 def test_without_an_adapter_there_is_no_reference(agent: Agent, rows: list[Row]):
     with pytest.raises(ModelError, match=r"needs model\.lora"):
-        agent.reference_logprobs(agent.renderer.collate(rows))
+        agent.reference_logprobs(agent.collate(rows))

@@ -89,7 +89,7 @@ def test_pictures_are_encoded_as_transformers_does(agent: Agent, tiny_folder: Pa
 
 def test_positions_are_those_of_the_model(agent: Agent, chats: list[Prompt], make_row: Callable[..., Row]):
     rows = [make_row(agent, chat, [10, 11, 12][:length]) for chat, length in zip(chats, (1, 3, 2, 1, 3), strict=True)]
-    tokens = agent.renderer.collate(rows)
+    tokens = agent.collate(rows)
     images = [image for row in rows for image in row.images]
     grids = agent.image_processor(images=images, return_tensors="pt")["image_grid_thw"]
     expected, deltas = agent.model.model.get_rope_index(
@@ -100,9 +100,9 @@ def test_positions_are_those_of_the_model(agent: Agent, chats: list[Prompt], mak
     )
     where = tokens.attention_mask.bool()
     assert len({int(count) for count in where.sum(1)}) == 5  # mixed lengths
-    assert torch.equal(tokens.mm["position_ids"][:, where], expected[:, where])
+    assert torch.equal(tokens.positions[:, where], expected[:, where])
     # the token after a row follows at the maximum + 1, which transformers keeps as that less the length
-    following = [int(tokens.mm["position_ids"][:, index, mask].max()) + 1 for index, mask in enumerate(where)]
+    following = [int(tokens.positions[:, index, mask].max()) + 1 for index, mask in enumerate(where)]
     assert [after - int(mask.sum()) for after, mask in zip(following, where, strict=True)] == deltas[:, 0].tolist()
 
 

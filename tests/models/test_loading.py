@@ -43,8 +43,8 @@ def test_a_saved_agent_is_the_same_bit_for_bit(
     assert state.keys() == loaded.keys()
     assert [name for name in state if not torch.equal(state[name], loaded[name])] == []
     row = make_row(agent, chats[2], [30, 31, 2])
-    tokens = again.renderer.collate([row])
-    assert torch.equal(tokens.input_ids, agent.renderer.collate([row]).input_ids)
+    tokens = again.collate([row])
+    assert torch.equal(tokens.input_ids, agent.collate([row]).input_ids)
     with torch.no_grad():
         before, after = agent.score(tokens), again.score(tokens)
     assert torch.equal(before.logprobs, after.logprobs)

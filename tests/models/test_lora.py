@@ -45,7 +45,7 @@ def test_only_adapters_of_the_chosen_part_train(load: Load, rows: list[Row], par
     chosen = TrainableConfig(**{name: name == part for name in ("vision", "projector", "language")})
     agent = load(lora=SMALL, train=chosen)
     stir(agent)
-    agent.score(agent.renderer.collate(rows)).logprobs.sum().backward()
+    agent.score(rows).logprobs.sum().backward()
     trained = {name for name, parameter in agent.model.named_parameters() if parameter.grad is not None}
     assert trained == {name for name, parameter in agent.model.named_parameters() if parameter.requires_grad}
     assert all("lora_" in name and agent.family.part_of(name) == part for name in trained)
@@ -69,7 +69,7 @@ def test_nothing_to_adapt_is_an_error(load: Load):
 
 def test_the_reference_is_the_base_model(load: Load, agent: Agent, rows: list[Row]):
     adapted = load(lora=SMALL)
-    tokens = adapted.renderer.collate(rows)
+    tokens = adapted.collate(rows)
     with torch.no_grad():
         base = agent.score(tokens)
         assert torch.equal(adapted.score(tokens).logprobs, base.logprobs)  # a fresh adapter is silent
@@ -88,7 +88,7 @@ def test_an_adapter_and_its_value_head_survive_the_disk(load: Load, rows: list[R
     trained.save(tmp_path)
     assert not (tmp_path / "model.safetensors").exists()  # the adapter alone
     again = load(init=tmp_path, lora=SMALL)
-    tokens = trained.renderer.collate(rows)
+    tokens = trained.collate(rows)
     with torch.no_grad():
         before, after = trained.score(tokens), again.score(tokens)
     for name in ("logprobs", "entropy", "values"):
@@ -104,7 +104,7 @@ def test_an_adapter_of_another_tool_may_be_on_the_head(load: Load, agent: Agent,
     )
     get_peft_model(load().model, config).save_pretrained(str(tmp_path))
     adapted = load(init=tmp_path, lora=SMALL)
-    tokens = adapted.renderer.collate(rows)
+    tokens = adapted.collate(rows)
     scores = adapted.score(tokens)
     with torch.no_grad():
         assert (scores.logprobs - agent.score(tokens).logprobs).abs().max() > 1e-2
@@ -132,10 +132,10 @@ def test_an_adapter_finds_the_weights_that_it_was_trained_on(
     adapted = load(init=tmp_path / "cloned", lora=SMALL)
     adapted.save(tmp_path / "adapted")
     with torch.no_grad():
-        expected = adapted.score(adapted.renderer.collate(rows)).logprobs
+        expected = adapted.score(rows).logprobs
         for settings, told in (({"path": None}, False), ({"path": str(tmp_path / "cloned")}, False), ({}, True)):
             again = load(init=tmp_path / "adapted", lora=SMALL, **settings)
-            torch.testing.assert_close(again.score(again.renderer.collate(rows)).logprobs, expected, rtol=0, atol=0)
+            torch.testing.assert_close(again.score(rows).logprobs, expected, rtol=0, atol=0)
             assert ("so that is taken, not model.path=" in capsys.readouterr().err) == told
     (tmp_path / "cloned").rename(tmp_path / "moved")
     load(init=tmp_path / "adapted", path=str(tmp_path / "moved"), lora=SMALL)  # known by its values

@@ -86,7 +86,7 @@ def test_the_ratio_is_one(
     if len(prompts) > 1 and not greedy:  # rows leave the batch at different times
         assert len({len(reply.token_ids) for reply in replies}) > 3
     with torch.no_grad():
-        scores = agent.score(agent.renderer.collate([row_of(*pair) for pair in zip(prompts, replies, strict=True)]))
+        scores = agent.score([row_of(*pair) for pair in zip(prompts, replies, strict=True)])
     sampled = torch.tensor([logprob for reply in replies for logprob in reply.logprobs])
     torch.testing.assert_close(sampled, scores.logprobs, rtol=0, atol=1e-5)
     values = torch.tensor([reply.value for reply in replies])
@@ -162,7 +162,7 @@ def test_a_reply_of_one_token(brief_agent: Agent, chats: list[Prompt], row_of: R
     assert 0 < sum(ends) < 40
     rows = [row_of(*pair) for pair in zip(chats * 8, replies, strict=True)]
     with torch.no_grad():
-        scores = brief_agent.score(brief_agent.renderer.collate(rows))
+        scores = brief_agent.score(rows)
     torch.testing.assert_close(torch.tensor([r.logprobs[0] for r in replies]), scores.logprobs, rtol=0, atol=1e-5)
 
 
@@ -181,7 +181,7 @@ def test_replies_of_a_long_chat_keep_the_ratio_at_one(brief_agent: Agent, chats:
     row = make_row(brief_agent, chats[0], *(reply.token_ids for reply in said))
     assert len(row.spans) == 3
     with torch.no_grad():
-        scores = brief_agent.score(brief_agent.renderer.collate([row]))
+        scores = brief_agent.score([row])
     sampled = torch.tensor([logprob for reply in said for logprob in reply.logprobs])
     torch.testing.assert_close(sampled, scores.logprobs, rtol=0, atol=1e-5)
     torch.testing.assert_close(torch.tensor([reply.value for reply in said]), scores.values, rtol=0, atol=1e-5)

@@ -39,7 +39,7 @@ def tempered(load: Load) -> Agent:
 
 
 def score(agent: Agent, rows: list[Row]) -> Scores:
-    return agent.score(agent.renderer.collate(rows))
+    return agent.score(rows)
 
 
 def test_a_fresh_head_says_what_the_model_was_set_to():
@@ -50,7 +50,7 @@ def test_a_fresh_head_says_what_the_model_was_set_to():
 def test_the_reference_keeps_the_temperature_it_started_from(load: Load, chats: list[Prompt], make_row: MakeRow):
     agent = load(temperature_head=CONFIG, temperature=0.8, lora=LoraConfig(rank=4))
     plain = load(temperature=0.8)
-    tokens = agent.renderer.collate([make_row(agent, chat, [30, 31]) for chat in chats])
+    tokens = agent.collate([make_row(agent, chat, [30, 31]) for chat in chats])
     assert agent.temperature_head is not None
     torch.nn.init.ones_(last(agent.temperature_head).bias)
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_every_turn_of_a_row_has_its_own(tempered: Agent, chats: list[Prompt], m
     both = make_row(tempered, chats[0], [30, 31, 2], [33, 34])
     with torch.no_grad():
         scores = score(tempered, [both])
-        logits = tempered.logits(tempered.hidden(tempered.renderer.collate([both]))[0])
+        logits = tempered.logits(tempered.hidden(tempered.collate([both]))[0])
     assert scores.temperature is not None
     assert len(scores.temperature) == 2
     for turn, (start, end) in enumerate(both.spans):
@@ -105,7 +105,7 @@ def test_the_policy_gradient_sharpens_what_pays(
     """A likely reply that paid, or an unlikely one that didn't, lowers the temperature; the other two raise it."""
     with torch.no_grad():
         row = make_row(tempered, chats[1], [40])
-        states = tempered.hidden(tempered.renderer.collate([row]))[0, row.spans[0][0] - 1]
+        states = tempered.hidden(tempered.collate([row]))[0, row.spans[0][0] - 1]
         logits = tempered.logits(states[None]).masked_fill(tempered.banned, -torch.inf)[0]
     token = int(logits.argmax() if likely else logits.masked_fill(tempered.banned, torch.inf).argmin())
     scores = score(tempered, [make_row(tempered, chats[1], [token])])

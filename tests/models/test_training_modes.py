@@ -61,7 +61,7 @@ def mixed_rows(agent: Agent, chats: list[Prompt], make_row: MakeRow) -> list[Row
 
 def score(agent: Agent, rows: list[Row]) -> Scores:
     with torch.no_grad():
-        return agent.score(agent.renderer.collate(rows))
+        return agent.score(rows)
 
 
 def learn(agent: Agent, rows: list[Row], tokens: int = 10_000) -> dict[str, float]:
@@ -166,7 +166,7 @@ def test_checkpointed_adapters_have_the_gradients_of_plain_ones(name: str, chats
         agent = load(name, "qlora", gradient_checkpointing=checkpointing)
         calls: list[int] = []
         agent.family.text.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        agent.score(agent.renderer.collate(mixed_rows(agent, chats, make_row))).logprobs.sum().backward()
+        agent.score(mixed_rows(agent, chats, make_row)).logprobs.sum().backward()
         gradients.append({n: p.grad for n, p in agent.model.named_parameters() if p.grad is not None})
         runs.append(len(calls))
     plain, again = gradients
@@ -223,7 +223,7 @@ def test_an_adapter_finds_its_quantised_base_again(name: str, chats: list[Prompt
     again = load(name, "qlora", init=tmp_path)
     assert torch.equal(score(again, rows).logprobs, score(agent, rows).logprobs)
     assert torch.equal(score(again, rows).values, score(agent, rows).values)
-    tokens = agent.renderer.collate(rows)
+    tokens = agent.collate(rows)
     assert torch.equal(again.reference_logprobs(tokens), agent.reference_logprobs(tokens))
     assert [n for n, p in again.named_parameters() if p.requires_grad] == [
         n for n, p in agent.named_parameters() if p.requires_grad

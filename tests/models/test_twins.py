@@ -88,7 +88,7 @@ def stock_inputs(agent: Agent, ids: Tensor, images: Sequence[Image.Image]) -> di
 
 def score(agent: Agent, rows: Sequence[Row]) -> Scores:
     with torch.no_grad():
-        return agent.score(agent.renderer.collate(rows))
+        return agent.score(rows)
 
 
 def close(one: Tensor, other: Tensor, tolerance: float = 2e-5) -> None:
@@ -128,11 +128,11 @@ def test_a_batch_of_one_is_a_batch_of_many(agent: Agent, rows: list[Row]):
 def test_frozen_pictures_score_the_same_and_are_kept(twin: Load, name: str, agent: Agent, rows: list[Row]):
     frozen = twin(name, freeze_vision=True)
     assert frozen.images.frozen
-    tokens = frozen.renderer.collate(rows)
+    tokens = frozen.collate(rows)
     # Qwen3-VL's features hold an embedding and what two decoder layers add to it
     assert tokens.mm["image_features"].shape[1] == 128 * {"tiny_qwen3_vl": 3}.get(name, 1)
     close(score(frozen, rows).logprobs, score(agent, rows).logprobs)
-    assert torch.equal(frozen.renderer.collate(rows).mm["image_features"], tokens.mm["image_features"])
+    assert torch.equal(frozen.collate(rows).mm["image_features"], tokens.mm["image_features"])
 
 
 def test_every_part_of_a_picture_counts(twin: Load, name: str, agent: Agent, rows: list[Row]):
@@ -142,7 +142,7 @@ def test_every_part_of_a_picture_counts(twin: Load, name: str, agent: Agent, row
     changed = twin(name, freeze_vision=True)
     for level in range(0, features.shape[1], 128):
         changed.images.clear()
-        tokens = changed.renderer.collate(rows)
+        tokens = changed.collate(rows)
         tokens.mm["image_features"][:, level : level + 128] = 0
         with torch.no_grad():
             assert (changed.score(tokens).logprobs - before).abs().max() > 1e-3
@@ -151,7 +151,7 @@ def test_every_part_of_a_picture_counts(twin: Load, name: str, agent: Agent, row
 def test_the_sft_loss_is_that_of_transformers(twin: Load, name: str, rows: list[Row]):
     agent = twin(name)
     agent.banned.zero_()  # transformers gives reserved tokens their share
-    tokens = agent.renderer.collate(rows)
+    tokens = agent.collate(rows)
     labels = tokens.input_ids.masked_fill(~tokens.reply_mask, -100)
     images = [image for row in rows for image in row.images]
     inputs = stock_inputs(agent, tokens.input_ids, images)
@@ -162,7 +162,7 @@ def test_the_sft_loss_is_that_of_transformers(twin: Load, name: str, rows: list[
 
 def test_training_reaches_every_part(twin: Load, name: str, rows: list[Row]):
     agent = twin(name)
-    agent.score(agent.renderer.collate(rows)).logprobs.sum().backward()
+    agent.score(rows).logprobs.sum().backward()
     idle = {n for n, p in agent.model.named_parameters() if p.grad is None or not p.grad.any()}
     # LLaVA reads the last layer but one of its CLIP; a key's bias moves all scores of a query alike
     of_clip = {n for n in idle if "vision_tower" in n and ("layers.2." in n or "post_layernorm" in n)}
@@ -256,7 +256,7 @@ def test_random_weights_are_those_of_the_seed(twin: Load, name: str, agent: Agen
 def test_an_adapter_goes_on_and_off(twin: Load, name: str, agent: Agent, rows: list[Row], tmp_path: Path):
     adapted = twin(name, lora=LoraConfig(rank=4, alpha=8))
     stir(adapted)
-    tokens, base = adapted.renderer.collate(rows), score(agent, rows).logprobs
+    tokens, base = adapted.collate(rows), score(agent, rows).logprobs
     close(adapted.reference_logprobs(tokens), base)
     on = score(adapted, rows)
     assert (on.logprobs - base).abs().max() > 1e-2
@@ -359,12 +359,10 @@ def test_each_picture_is_encoded_as_if_alone(agent: Agent, picture: Callable[...
 
 
 def test_positions_are_those_of_the_model(agent: Agent, name: str, rows: list[Row]):
-    tokens = agent.renderer.collate(rows)
+    tokens = agent.collate(rows)
     if name in ("tiny_llava", "unlisted"):
         lengths = tokens.attention_mask.sum(1).tolist()
-        assert [tokens.mm["position_ids"][0, i, :n].tolist() for i, n in enumerate(lengths)] == [
-            list(range(n)) for n in lengths
-        ]
+        assert [tokens.positions[0, i, :n].tolist() for i, n in enumerate(lengths)] == [list(range(n)) for n in lengths]
         return
     images = [image for row in rows for image in row.images]
     expected, _ = agent.model.model.get_rope_index(
@@ -374,13 +372,13 @@ def test_positions_are_those_of_the_model(agent: Agent, name: str, rows: list[Ro
         attention_mask=tokens.attention_mask,
     )
     where = tokens.attention_mask.bool()
-    assert torch.equal(tokens.mm["position_ids"][:, where], expected[:, where])
+    assert torch.equal(tokens.positions[:, where], expected[:, where])
 
 
 def test_a_row_whose_pictures_dont_match_is_refused_by_name(agent: Agent, rows: list[Row]):
     row = replace(rows[2], ident="game/seed 7/turn 3", images=rows[2].images[:1])
     with pytest.raises(DataError, match=r"game/seed 7/turn 3: \d+ image placeholder tokens for 1 pictures"):
-        agent.renderer.collate([rows[0], row])
+        agent.collate([rows[0], row])
 
 
 def test_a_chat_is_cut_with_the_pictures_of_what_goes(agent: Agent, chats: list[Prompt], make_row: MakeRow):
@@ -393,7 +391,7 @@ def test_a_chat_is_cut_with_the_pictures_of_what_goes(agent: Agent, chats: list[
         fitted = agent.renderer.fit(chat, len(agent.renderer.render((chat[0], *chat[1 + 2 * dropped :])).ids))
         assert fitted == (chat[0], *chat[1 + 2 * dropped :])
         pictures.append(len(agent.renderer.render(fitted).images))
-        agent.renderer.collate([make_row(agent, fitted, [30])])  # counts them against their tokens
+        agent.collate([make_row(agent, fitted, [30])])  # counts them against their tokens
     assert pictures == [5, 4, 4, 2, 1]
 
 

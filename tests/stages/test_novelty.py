@@ -55,7 +55,7 @@ def test_surprise_is_the_negative_log_probability_of_each_action(agent: Agent):
         predictor.row(EPISODES[2]), input_ids=np.concatenate([head, ids]), spans=((len(head), len(head) + len(ids)),)
     )
     with torch.no_grad():
-        logprobs = agent.score(agent.renderer.collate([row])).logprobs.numpy()
+        logprobs = agent.score([row]).logprobs.numpy()
     expected, place, written = np.zeros(4), 0, ""
     for logprob, (start, _) in zip(logprobs, agent.renderer.offsets(ids), strict=True):
         while place < 3 and start >= len(written) + len(pieces[place]):

@@ -1,6 +1,6 @@
 """The model of the temporal predictor: a second LoRA adapter beside the policy's. `learn.novelty` trains it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from vlm_agents.errors import ConfigError
 from vlm_agents.models.actor_critic import Agent
 from vlm_agents.models.damage import refusing
 from vlm_agents.models.lora import config_of, read
-from vlm_agents.tensors import Scores, Tokens
+from vlm_agents.tensors import Row, Scores
 
 POLICY = "default"  # peft's name of the only adapter that most models have
 FORETELLER = "temporal"  # and its folder, inside that of the model
@@ -37,10 +37,10 @@ class AdapterForeteller:
                 self.model.add_adapter(FORETELLER, self._shape())
             self.model.set_adapter(POLICY)
 
-    def score(self, tokens: Tokens) -> Scores:
+    def score(self, rows: Sequence[Row]) -> Scores:
         """At temperature 1: how varied the policy's replies are is none of its business."""
         with self.agent.at_temperature(1.0):
-            return self.agent.score(tokens)
+            return self.agent.score(rows)
 
     @contextmanager
     def foretelling(self) -> Iterator[None]:

@@ -6,7 +6,6 @@ Between iterations a run is weights, optimizer and counters, nothing else: every
 
 import time
 from collections import deque
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,9 @@ import torch
 from vlm_agents.config import PpoConfig, RunConfig
 from vlm_agents.env_pool import EnvPool
 from vlm_agents.episodes import EpisodeWriter, read_episodes
-from vlm_agents.learn import signal
-from vlm_agents.learn.batch import rows as build_rows
-from vlm_agents.learn.engine import TorchEngine
+from vlm_agents.errors import DataError
+from vlm_agents.learn.learner import Learner, Shaper
 from vlm_agents.learn.novelty import TemporalPredictor
-from vlm_agents.learn.update import update
 from vlm_agents.metrics import headline
 from vlm_agents.models import Agent, load_agent
 from vlm_agents.progress import say, track
@@ -42,8 +39,7 @@ from vlm_agents.types import Trajectory
 from vlm_agents.weights import RUN_MODEL, init_folder
 
 RECORDED = 4  # episodes of each iteration kept in episodes.jsonl
-OPTIMIZER = "optimizer.pt"
-PREDICTOR = "temporal_predictor.pt"
+LEARNER = "learner.pt"
 
 
 def main(cfg: RunConfig, run: Run) -> dict[str, float]:
@@ -55,22 +51,19 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     seed_everything(cfg.seed)
     init = str(checkpoint.path) if checkpoint else stage.init
     agent = load_agent(cfg.model, cfg.hardware, init, freeze_vision=stage.freeze_vision)
-    engine = TorchEngine(agent.parameters_by_role(), algo, stage.iterations)
-    predictor = temporal_predictor(cfg, agent, init)
-    learners = {name: part for name, part in ((OPTIMIZER, engine), (PREDICTOR, predictor)) if part}
+    shapers = novelty(cfg, agent, init)
+    learner = Learner(agent, agent.renderer, algo, stage.iterations, cfg.hardware.tokens_per_microbatch, shapers)
     writer = EpisodeWriter(run.dir)
     state: dict[str, Any] = {"before": {}, "last": {}, "training_seconds": 0.0}
     if checkpoint:
-        for name, learner in learners.items():
-            learner.load_state_dict(torch.load(checkpoint.path / name, weights_only=True))
+        learner.load_state_dict(read_learner(checkpoint.path))
         state |= checkpoint.state
         say(checkpoint.told("iteration", stage.iterations))
 
     def save(step: int) -> None:
         def write(folder: Path) -> None:
             agent.save(folder / RUN_MODEL)
-            for name, learner in learners.items():
-                torch.save(learner.state_dict(), folder / name)
+            torch.save(learner.state_dict(), folder / LEARNER)
 
         writer.sync()
         run.save_checkpoint(step, write, state, stage.keep_checkpoints)
@@ -83,7 +76,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
             remember(run, album)
             save(0)
         for iteration in range(checkpoint.step if checkpoint else 0, stage.iterations):
-            state["last"], trajectories = iterate(cfg, run, envs, agent, engine, predictor, iteration)
+            state["last"], trajectories = iterate(cfg, run, envs, agent, learner, iteration)
             state["training_seconds"] += state["last"]["time/rollout"] + state["last"]["time/update"]
             tell(run, iteration, stage.iterations, state["last"], trajectories[0])
             watch.look(iteration, state["last"], trajectories)
@@ -117,14 +110,25 @@ def finish(run: Run, state: dict[str, Any], after: dict[str, float], album: Albu
     return run.finish(kept, artifacts | {"episodes": run.path("episodes.jsonl")})
 
 
-def temporal_predictor(cfg: RunConfig, agent: Agent, init: str | None) -> TemporalPredictor | None:
+def read_learner(folder: Path) -> dict[str, Any]:
+    """The learner's part of a checkpoint."""
+    if not (folder / LEARNER).is_file():
+        raise DataError(
+            f"{folder} has no {LEARNER}: an older version wrote it. Finish the run with that version, or choose "
+            f"another name= and take its weights along by stage.init={folder}"
+        )
+    return torch.load(folder / LEARNER, weights_only=True)
+
+
+def novelty(cfg: RunConfig, agent: Agent, init: str | None) -> dict[str, Shaper]:
     """The maker of `algo.novelty`'s bonus; a run that goes on from another's model takes its predictor along."""
     if cfg.algo is None or not cfg.algo.novelty.coef:
-        return None
+        return {}
     from vlm_agents.models.foreteller import AdapterForeteller  # peft: seconds that a run without an adapter saves
 
     model = AdapterForeteller(agent, init_folder(init) if init else None)
-    return TemporalPredictor(model, agent.renderer, cfg.algo.novelty, cfg.hardware.tokens_per_microbatch)
+    tokens = cfg.hardware.tokens_per_microbatch
+    return {"novelty": TemporalPredictor(model, agent.renderer, cfg.algo.novelty, tokens)}
 
 
 def iterate(
@@ -132,14 +136,12 @@ def iterate(
     run: Run,
     envs: EnvPool,
     agent: Agent,
-    engine: TorchEngine,
-    predictor: TemporalPredictor | None,
+    learner: Learner,
     iteration: int,
 ) -> tuple[dict[str, float], list[Trajectory]]:
     """One iteration: whole episodes, rows, update."""
-    stage, algo = cfg.stage, cfg.algo
+    stage = cfg.stage
     assert isinstance(stage, PpoConfig)
-    assert algo is not None
     agent.images.clear()  # what was seen before must not matter
     seeds = [training_seed(cfg.seed, iteration, episode) for episode in range(stage.episodes)]
     start = time.monotonic()
@@ -154,21 +156,12 @@ def iterate(
     trajectories = list(track(playing, f"rollout {iteration + 1}:", len(seeds), "episodes"))
     collected = time.monotonic()
     peaks = peak_bytes(agent.device, "rollout")
-    rng = np.random.default_rng(run.seed_for("update", iteration))
-    rewarded, foretold = predictor.reward(trajectories) if predictor else (trajectories, {})
-    # a critic that knows nothing yet first learns what really came: with less than 1 its own guesses would be mixed in
-    credit = replace(algo, gae_lambda=1.0) if engine.critic_only else algo
-    rows = build_rows(rewarded, agent.renderer, credit)
-    learned = update(agent, agent.renderer, engine, rows, algo, rng, cfg.hardware.tokens_per_microbatch)
-    if predictor:
-        foretold |= predictor.learn(trajectories, rng)
+    learned = learner.learn(trajectories, np.random.default_rng(run.seed_for("update", iteration)))
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     rollout_seconds = collected - start
     return {
         **summarise(trajectories),
         **learned,
-        **foretold,
-        **signal.figures(rewarded, algo.gamma),
         **peaks,
         **peak_bytes(agent.device, "update"),
         "time/rollout": rollout_seconds,
