@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 from vlm_agents.config import HardwareConfig, ModelConfig
 from vlm_agents.models import Agent, load_agent
 from vlm_agents.models.tiny import build
-from vlm_agents.tensors import Row, reply_row
+from vlm_agents.tensors import Row, Scores, reply_row
 from vlm_agents.types import Message, Prompt, Reply
 
 SPARE_ROWS = 16  # of the vocabulary, which no token has
@@ -154,3 +154,14 @@ def row_of() -> Callable[..., Row]:
         return reply_row("sampled", reply.prompt_token_ids, reply.token_ids, images)
 
     return made
+
+
+@pytest.fixture(scope="session")
+def values_of() -> Callable[..., Tensor]:
+    """`values_of(agent, rows, scores)`: [M] what the critic expects of each turn, where the scores of rows say it."""
+
+    def read(agent: Agent, rows: Sequence[Row], scores: Scores) -> Tensor:
+        lengths = torch.tensor([length for row in rows for length in row.reply_lengths])
+        return agent.value(scores.states[lengths.cumsum(0) - lengths])
+
+    return read

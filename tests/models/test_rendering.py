@@ -4,13 +4,14 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-from vlm_agents.learn.batch import token_weights
 
 from vlm_agents.config import PromptConfig
 from vlm_agents.errors import DataError, ModelError
+from vlm_agents.learn.samples import token_emphasis
 from vlm_agents.models import Agent
 from vlm_agents.models.rendering import HFRenderer
 from vlm_agents.models.tiny import CHAT_TEMPLATE, SPECIAL
@@ -273,7 +274,7 @@ def test_thoughts_weigh_less_and_all_else_in_full(
     text = renderer.decode(ids)
     parsed = make_format(PromptConfig("cot_json")).parse(text, ("turn left",), np.random.default_rng(0))
     assert (parsed.action, parsed.error) == ("turn left", None)
-    weights = token_weights(Reply(text, token_ids=tuple(ids)), parsed, renderer, thought_coef=0.2)
+    weights = token_emphasis(Reply(text, token_ids=tuple(ids)), parsed, renderer, thought_coef=0.2)
     assert set(weights.tolist()) == {np.float32(0.2), 1}
     light = [text[start:end] for (start, end), w in zip(renderer.offsets(ids), weights, strict=True) if w < 1]
     assert len(light) > 5
@@ -450,21 +451,32 @@ def test_collate_pads_on_the_right_and_marks_replies(agent: Agent, chats: list[P
         length = len(row.input_ids)
         assert tokens.input_ids[index, :length].tolist() == row.input_ids.tolist()
         assert set(tokens.input_ids[index, length:].tolist()) <= {agent.tokenizer.pad_token_id}
-        assert tokens.attention_mask[index].tolist() == [1] * length + [0] * (tokens.input_ids.shape[1] - length)
+        assert not tokens.reply_mask[index, length:].any()
     assert tokens.input_ids[tokens.reply_mask].tolist() == [10, 11, end, 12, end, 13]
     assert tokens.reply_mask[0].nonzero().squeeze().tolist() == [t for span in rows[0].spans for t in range(*span)]
 
 
-def test_collate_carries_each_distinct_picture_once(
-    agent: Agent, chats: list[Prompt], make_row: MakeRow, picture: Callable[..., Image.Image]
+def test_a_batch_has_each_distinct_picture_encoded_once(
+    load: Callable[..., Agent], chats: list[Prompt], make_row: MakeRow, picture: Callable[..., Image.Image]
 ):
+    agent, encoded = load(), []  # not frozen: nothing is kept from one batch to the next
+    assert not agent.images.frozen
+    encode = agent.family.encode
+    agent.family.encode = lambda pixels: encoded.append(len(pixels["image_grid_thw"])) or encode(pixels)
     system, user = chats[0]
     other = (system, replace(user, images=(picture(84, 56, 9),)))
     again = (system, replace(user, images=(user.images[0].copy(),)))  # equal pixels, another object
     tokens = agent.collate([make_row(agent, chat, [10]) for chat in (chats[0], other, again)])
-    assert tokens.mm["image_index"].tolist() == [0, 1, 0]
-    assert len(tokens.mm["image_grid_thw"]) == 2
-    assert set(agent.collate([make_row(agent, chats[1], [10])]).mm) == {"position_ids"}
+    assert len(tokens.images) == 3
+    features = agent.images.features(tokens.images)
+    assert features is not None
+    assert encoded == [2]
+    first, second, third = features.split(6)
+    assert torch.equal(first, third)
+    assert not torch.equal(first, second)
+    assert agent.collate([make_row(agent, chats[1], [10])]).images == ()
+    assert agent.images.features(()) is None
+    assert encoded == [2]
 
 
 def test_collate_refuses_a_row_beyond_the_models_positions(agent: Agent, chats: list[Prompt], make_row: MakeRow):
