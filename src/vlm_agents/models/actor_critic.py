@@ -92,7 +92,7 @@ class Agent(nn.Module):
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        with torch.no_grad(), self.adapter_off():
+        with torch.no_grad(), self.adapter_off(), self.images.seen_in(self._adapter_on):
             yield
 
     def value(self, states: Tensor) -> Tensor:
@@ -206,8 +206,27 @@ class Agent(nn.Module):
         """The policy that training started from. Only with LoRA: without an adapter there is nothing to switch off."""
         if not hasattr(self.model, "disable_adapter"):
             raise ModelError("no adapter to switch off: a reference policy needs model.lora")
-        with self.model.disable_adapter(), self.at_temperature(self.temperature):
+        with self.gradients_kept(), self.model.disable_adapter(), self.at_temperature(self.temperature):
             yield
+
+    @contextmanager
+    def _adapter_on(self) -> Iterator[None]:
+        self.model.base_model.enable_adapter_layers()
+        try:
+            yield
+        finally:
+            self.model.base_model.disable_adapter_layers()
+
+    @contextmanager
+    def gradients_kept(self) -> Iterator[None]:
+        """peft makes all of an adapter trainable that it switches to, frozen parts too."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        try:
+            yield
+        finally:
+            self.model.requires_grad_(False)
+            for parameter in trained:
+                parameter.requires_grad_(True)
 
     @contextmanager
     def at_temperature(self, temperature: float) -> Iterator[None]:

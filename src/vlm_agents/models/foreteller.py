@@ -28,7 +28,7 @@ class AdapterForeteller:
     def __init__(self, agent: Agent, folder: Path | None) -> None:
         assert isinstance(agent.model, PeftModel)
         self.agent, self.model = agent, agent.model
-        with self._gradients_kept():
+        with self.agent.gradients_kept():
             if folder is not None and (saved := folder / FORETELLER).is_dir():
                 with refusing(f"adapter {saved}", "Put a whole copy there, or delete that folder to begin anew", saved):
                     self.model.add_adapter(FORETELLER, config_of(saved))
@@ -45,12 +45,21 @@ class AdapterForeteller:
     @contextmanager
     def foretelling(self) -> Iterator[None]:
         """The second adapter alone answers, and alone learns."""
-        with self._gradients_kept():
+        with self.agent.gradients_kept():
             self.model.set_adapter(FORETELLER)
             try:
-                yield
+                with self.agent.images.seen_in(self._as_policy):
+                    yield
             finally:
                 self.model.set_adapter(POLICY)
+
+    @contextmanager
+    def _as_policy(self) -> Iterator[None]:
+        self.model.set_adapter(POLICY)
+        try:
+            yield
+        finally:
+            self.model.set_adapter(FORETELLER)
 
     def foretelling_parameters(self) -> list[nn.Parameter]:
         return [parameter for name, parameter in self.model.named_parameters() if f".{FORETELLER}." in name]
@@ -63,14 +72,3 @@ class AdapterForeteller:
         if not targets:
             raise ConfigError("algo.novelty adapts the language part: set model.train.language=true")
         return replace(policy, target_modules=targets)
-
-    @contextmanager
-    def _gradients_kept(self) -> Iterator[None]:
-        """peft makes all of an adapter trainable that it switches to, frozen parts too."""
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        try:
-            yield
-        finally:
-            self.model.requires_grad_(False)
-            for parameter in trained:
-                parameter.requires_grad_(True)

@@ -5,7 +5,8 @@ part are kept until `clear`.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from PIL.Image import Image
@@ -24,6 +25,7 @@ class ImageStore:
     def __init__(self, family: Family) -> None:
         self.family = family
         self.frozen = False
+        self._seeing: Callable[[], AbstractContextManager[None]] = nullcontext
         self._features: dict[str, Tensor] = {}
         self._bytes = 0
 
@@ -31,6 +33,15 @@ class ImageStore:
         """Forget all features: the weights changed, or a run must not depend on what it saw before."""
         self._features.clear()
         self._bytes = 0
+
+    @contextmanager
+    def seen_in(self, context: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        """Meanwhile what is to be kept is encoded in that context: the policy's, where another adapter answers."""
+        before, self._seeing = self._seeing, context
+        try:
+            yield
+        finally:
+            self._seeing = before
 
     def features(self, images: Sequence[Image]) -> Tensor | None:
         """[sum of tokens, F] features of the pictures, in order; None without pictures.
@@ -53,7 +64,8 @@ class ImageStore:
         missing = [key for key in distinct if key not in found]
         for start in range(0, len(missing), ENCODE_AT_ONCE):
             chunk = {key: distinct[key] for key in missing[start : start + ENCODE_AT_ONCE]}
-            found |= {key: feature.detach().clone() for key, feature in self._encode(chunk).items()}
+            with self._seeing():
+                found |= {key: feature.detach().clone() for key, feature in self._encode(chunk).items()}
         for key in missing:
             self._features[key] = found[key]
             self._bytes += found[key].nbytes
