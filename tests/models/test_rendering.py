@@ -462,7 +462,7 @@ def test_a_batch_has_each_distinct_picture_encoded_once(
     agent, encoded = load(), []  # not frozen: nothing is kept from one batch to the next
     assert not agent.images.frozen
     encode = agent.family.encode
-    agent.family.encode = lambda pixels: encoded.append(len(pixels["image_grid_thw"])) or encode(pixels)
+    agent.family.encode = lambda mm: encoded.append(len(mm["image_grid_thw"])) or encode(mm)
     system, user = chats[0]
     other = (system, replace(user, images=(picture(84, 56, 9),)))
     again = (system, replace(user, images=(user.images[0].copy(),)))  # equal pixels, another object

@@ -180,7 +180,7 @@ def test_pictures_of_a_frozen_vision_part_are_the_same_to_both_and_encoded_once(
     """The second adapter is on while they are encoded, and says nothing of them."""
     predictor, encoded = predictor_of(agent), []
     encode = agent.family.encode
-    agent.family.encode = lambda pixels: encoded.append(len(pixels["image_grid_thw"])) or encode(pixels)
+    agent.family.encode = lambda mm: encoded.append(len(mm["image_grid_thw"])) or encode(mm)
     assert agent.images.frozen
     before = features_of(agent)
     agent.images.clear()
