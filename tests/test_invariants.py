@@ -19,14 +19,14 @@ from kill_drill import differences
 from vlm_agents.config import AlgoConfig, RunConfig
 from vlm_agents.env_pool import EnvPool
 from vlm_agents.envs import make_env
-from vlm_agents.learn.batch import microbatches, rows
-from vlm_agents.learn.engine import TorchEngine
-from vlm_agents.learn.update import objective, update
+from vlm_agents.learn.batches import microbatches
+from vlm_agents.learn.credit import gae_by_turn, normalised
+from vlm_agents.learn.learner import Learner
+from vlm_agents.learn.samples import Sample, build, to_targets
 from vlm_agents.models import Agent, Sampler, load_agent
 from vlm_agents.policies import ModelPolicy
 from vlm_agents.prompting import make_format
 from vlm_agents.rollout import collect
-from vlm_agents.tensors import Row
 from vlm_agents.types import Trajectory
 
 ComposeRun = Callable[..., RunConfig]
@@ -94,48 +94,55 @@ def test_in_bfloat16_the_ratio_is_one_by_the_updates_own_passes(run_stage: RunSt
         assert 1e-7 < line["ppo/mismatch_kl"] < 0.1
 
 
-def alone(row: Row) -> Iterator[Row]:
-    """The turns of a row as rows of their own. In Echo each turn brings one picture."""
-    lengths = [end - start for start, end in row.spans]
-    ends = np.cumsum(lengths)
+def samples_of(episodes: Sequence[Trajectory], agent: Agent) -> list[Sample]:
+    credit = normalised(gae_by_turn(episodes, ALGO.gamma, ALGO.gae_lambda))
+    return build(episodes, credit, agent.renderer, ALGO.thought_coef)
+
+
+def alone(sample: Sample) -> Iterator[Sample]:
+    """The turns of a sample as samples of their own. In Echo each turn brings one picture."""
+    row = sample.row
+    ends = np.cumsum(row.reply_lengths)
     for turn, (start, end) in enumerate(row.spans):
-        of_tokens, of_turns = slice(ends[turn] - lengths[turn], ends[turn]), slice(turn, turn + 1)
+        tokens = slice(ends[turn] - row.reply_lengths[turn], ends[turn])
         yield replace(
-            row,
-            input_ids=row.input_ids[:end],
-            images=row.images[: turn + 1],
-            spans=((start, end),),
-            token_weight=row.token_weight[of_tokens],
-            old_logprobs=row.old_logprobs[of_tokens],
-            old_values=row.old_values[of_turns],
-            advantages=row.advantages[of_turns],
-            returns=row.returns[of_turns],
+            sample,
+            row=replace(row, input_ids=row.input_ids[:end], images=row.images[: turn + 1], spans=((start, end),)),
+            old=sample.old[tokens],
+            emphasis=sample.emphasis[tokens],
+            advantages=sample.advantages[tokens],
+            returns=sample.returns[tokens],
         )
 
 
 def test_merged_rows_have_the_loss_and_gradients_of_single_ones(echo_run: ComposeRun, tmp_path: Path):
     cfg = echo_run(tmp_path, "stage=ppo", "prompt.history=full", "prompt.max_reply_tokens=6")
     agent = load(cfg)
-    merged = rows(play(cfg, agent, range(4)), agent.renderer, ALGO)
-    assert [len(row.spans) for row in merged] == [3, 3, 3, 3]
-    single = [part for row in merged for part in alone(row)]
+    merged = samples_of(play(cfg, agent, range(4)), agent)
+    assert [len(sample.row.spans) for sample in merged] == [3, 3, 3, 3]
+    single = [part for sample in merged for part in alone(sample)]
+    objective = Learner(agent, agent.renderer, ALGO, 1, 10_000).objective
     with torch.no_grad():  # away from where it was sampled: ratios differ from 1, some are clipped
         for parameter in agent.parameters():
             parameter += 0.003 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     found = []
     for batch in (merged, single):
         agent.zero_grad()
-        loss, part = objective(agent, agent.renderer, batch, ALGO, None)
-        loss.mean().backward()
+        rows = [sample.row for sample in batch]
+        scores, targets = agent.score(rows), to_targets(batch, objective.average(rows), agent.device)
+        terms = [(coef, loss(scores, targets)) for coef, loss in objective.terms]
+        loss = torch.stack([coef * term.loss for coef, term in terms]).sum(0)
+        (targets.weight * loss).sum().backward()
         gradients = torch.cat(
             [parameter.grad.flatten() for parameter in agent.parameters() if parameter.grad is not None]
         )
-        found.append((loss.detach(), part.terms, gradients))
-    (loss, terms, gradients), (other_loss, other_terms, other_gradients) = found
-    assert 0 < terms["clip_fraction"].mean() < 1
-    torch.testing.assert_close(loss, other_loss, rtol=1e-5, atol=1e-5)
-    for name, values in terms.items():
-        torch.testing.assert_close(values, other_terms[name], rtol=1e-5, atol=1e-5)
+        seen = {name: values.detach() for _, term in terms for name, values in term.seen.items()}
+        found.append((seen | {"loss": loss.detach(), "weight": targets.weight}, gradients))
+    (seen, gradients), (other_seen, other_gradients) = found
+    assert 0 < seen["clip_fraction"].mean() < 1
+    assert seen.keys() == other_seen.keys() > {"policy_loss", "value_loss", "entropy", "ratio", "approx_kl"}
+    for name, values in seen.items():  # token by token, in the same order
+        torch.testing.assert_close(values, other_seen[name], rtol=1e-5, atol=1e-5)
     assert float((gradients - other_gradients).norm() / gradients.norm()) < 1e-5
 
 
@@ -146,14 +153,15 @@ def test_four_micro_batches_of_two_are_one_of_eight(echo_run: ComposeRun, tmp_pa
     found = []
     for in_one in (8, 2, 3):
         agent = load(cfg)
-        batch = rows(episodes, agent.renderer, ALGO)
-        tokens = in_one * max(len(row.input_ids) for row in batch)
-        sizes = [len(part) for part in microbatches(batch, tokens)]
+        samples = samples_of(episodes, agent)
+        tokens = in_one * max(map(len, samples))
+        sizes = [len(part) for part in microbatches(samples, tokens)]
         assert sizes == {8: [8], 2: [2, 2, 2, 2], 3: [3, 3, 2]}[in_one]
-        engine = TorchEngine(agent.parameters_by_role(), ALGO, iterations=1)
+        learner = Learner(agent, agent.renderer, replace(ALGO, lr=0.1, value_lr=0.1), 1, tokens)
         # plain descent: where a gradient is nothing but rounding, Adam would make a whole step of it all the same
-        engine.optimizer = torch.optim.SGD([{"params": part} for part in agent.parameters_by_role().values()], lr=0.1)  # type: ignore[assignment]
-        metrics = update(agent, agent.renderer, engine, batch, ALGO, np.random.default_rng(0), tokens)
+        for engine in learner.engines.values():
+            engine.optimizer = torch.optim.SGD(engine.parameters)  # type: ignore[assignment]
+        metrics = learner._update(samples, np.random.default_rng(0))
         found.append((metrics, torch.cat([parameter.detach().flatten() for parameter in agent.parameters()])))
     (metrics, weights), *cut = found
     start = torch.cat([parameter.detach().flatten() for parameter in load(cfg).parameters()])

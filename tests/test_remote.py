@@ -1163,7 +1163,6 @@ def test_a_run_begins_with_the_servers_first_answer(server: Server, compose_run,
         for url in (gone.url, server.url):
             words = (f"stage={stage}", "stage.policy=remote", "stage.remote.retries=0", f"stage.remote.url={url}")
             cfg = compose_run(*words, "env=echo", f"stage.remote.cache={tmp_path / 'cache'}")
-            main = importlib.import_module(f"vlm_agents.stages.{stage}").main
             with pytest.raises(ModelError), Run.open(cfg, []) as run:
-                main(cfg, run)
+                stages.main(cfg, run)
             assert list(tmp_path.iterdir()) == []

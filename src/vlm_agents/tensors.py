@@ -1,10 +1,12 @@
 """The nouns of a gradient: rows of tokens, what a model says of them, and the two Protocols that `learn` speaks to.
 
-N rows, T tokens a row (right-padded), K reply tokens in all (row-major order of `reply_mask`), M turns in all
-(row-major order of reply starts). A row holds one turn, or several when each turn's tokens extend the one before.
+K reply tokens in all, in the order of the rows and within a row; M turns in all, in the order of their replies. A row
+holds one turn, or several where each turn's tokens extend the one before. How rows become a batch (padding, pictures,
+positions) is the model's own business.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,26 +15,36 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from vlm_agents.types import Prompt
+from vlm_agents.types import Prompt, Span
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Row:
-    """One training row on the host, before padding. `spans` are the token ranges of its replies.
+    """Token ids and pictures that go through a model together, on the host. `spans` are the ranges of its replies.
 
-    Per reply token, concatenated over the spans: `token_weight`, `old_logprobs`. Per turn: `advantages`, `returns`,
-    `old_values`. `ident` says where the row came from, for error messages.
+    `ident` says where it came from, for error messages. Two rows are equal only if they are one.
     """
 
     ident: str
     input_ids: np.ndarray
     images: tuple[Image, ...]
-    spans: tuple[tuple[int, int], ...]
-    token_weight: np.ndarray
-    old_logprobs: np.ndarray
-    old_values: np.ndarray
-    advantages: np.ndarray
-    returns: np.ndarray
+    spans: tuple[Span, ...]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def reply_lengths(self) -> list[int]:
+        """Tokens of each of its replies."""
+        return [end - start for start, end in self.spans]
+
+
+def reply_row(
+    ident: str, prompt_ids: Sequence[int] | np.ndarray, reply_ids: Sequence[int], images: tuple[Image, ...]
+) -> Row:
+    """The row of one prompt and its reply."""
+    ids = np.concatenate([np.asarray(prompt_ids, dtype=np.int64), np.asarray(reply_ids, dtype=np.int64)])
+    return Row(ident, ids, images, ((len(prompt_ids), len(ids)),))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,43 +56,18 @@ class Rendered:
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
-    """A padded batch. `mm` is whatever the processor emits beside the ids (pixel values, grids, type ids)."""
-
-    input_ids: Tensor  # [N T] int64
-    attention_mask: Tensor  # [N T] int64
-    reply_mask: Tensor  # [N T] bool
-    mm: Mapping[str, Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Tokens plus what PPO needs of them. All fp32 but `turn_of_token` (int64)."""
-
-    tokens: Tokens
-    token_weight: Tensor  # [K] 1 on action tokens, thought_coef on thought tokens
-    old_logprobs: Tensor  # [K]
-    turn_of_token: Tensor  # [K] index into the [M] fields
-    old_values: Tensor  # [M]
-    advantages: Tensor  # [M]
-    returns: Tensor  # [M]
-    idents: tuple[str, ...]  # [N]
-
-
-@dataclass(frozen=True, slots=True)
 class Scores:
-    """What the model says of a batch now, differentiable, fp32."""
+    """What the model says of rows now, differentiable."""
 
-    logprobs: Tensor  # [K] of the reply tokens, under the sampling temperature and the banned-token mask
+    logprobs: Tensor  # [K] fp32, of the reply tokens, under the sampling temperature and the banned-token mask
     entropy: Tensor  # [K] nats
-    values: Tensor  # [M] read at the token before each reply
-    states: Tensor  # [M H] what the critic reads there, detached
-    temperature: Tensor | None = None  # [M] where the model chooses it
+    states: Tensor  # [K H] hidden state that each reply token was predicted from; critics read them
+    temperature: Tensor | None = None  # [K] where the model chooses it, one for a turn
     tempered_entropy: Tensor | None = None  # [K] `entropy` as a function of the temperature alone
 
 
 class ActorCritic(Protocol):
-    """A policy and a critic over the same tokens."""
+    """A policy, and a critic's head that reads its states."""
 
     @property
     def exact(self) -> bool:
@@ -88,14 +75,14 @@ class ActorCritic(Protocol):
         row's numbers depend on what else is in its batch."""
         ...
 
-    def score(self, tokens: Tokens) -> Scores: ...
+    def score(self, rows: Sequence[Row]) -> Scores: ...
 
-    def reference_logprobs(self, tokens: Tokens) -> Tensor:
-        """[K] log-probs under the policy that training started from, without gradient."""
+    def reference(self) -> AbstractContextManager[None]:
+        """Within it, `score` is the policy's that training started from, without gradient."""
         ...
 
     def value(self, states: Tensor) -> Tensor:
-        """[M] what the critic makes of [M H] states."""
+        """[M] expected return where the state is [M H]."""
         ...
 
     def parameters_by_role(self) -> Mapping[str, list[torch.nn.Parameter]]:
@@ -104,7 +91,7 @@ class ActorCritic(Protocol):
 
 
 class Renderer(Protocol):
-    """Rows to tensors, one per model family."""
+    """Prompts and replies as token ids, one per model family."""
 
     @property
     def context(self) -> int:
@@ -116,8 +103,6 @@ class Renderer(Protocol):
     def encode_reply(self, text: str) -> list[int]:
         """Ids of a reply that no model sampled, ended by the end-of-turn token."""
         ...
-
-    def collate(self, rows: Sequence[Row]) -> Tokens: ...
 
     def offsets(self, token_ids: Sequence[int]) -> np.ndarray:
         """[L 2] character range of each reply token in `Reply.text`; empty for the end-of-turn token."""

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 from vlm_agents.config import HardwareConfig, ModelConfig, TrainableConfig
 from vlm_agents.models import Agent, load_agent
 from vlm_agents.models.tiny import build
-from vlm_agents.tensors import Row
+from vlm_agents.tensors import Row, Scores, reply_row
 from vlm_agents.types import Message, Prompt, Reply
 
 SPARE_ROWS = 16  # of the vocabulary, which no token has
@@ -140,9 +140,8 @@ def make_row() -> Callable[..., Row]:
             start = len(agent.renderer.render(prompt).ids)
             spans.append((start, start + len(reply)))
         rendered = agent.renderer.render(prompt)
-        zeros = np.zeros(sum(map(len, replies)), dtype=np.float32)
         ids = np.concatenate([rendered.ids, replies[-1]]).astype(np.int64)
-        return Row(ident, ids, rendered.images, tuple(spans), zeros, zeros, zeros, zeros, zeros)
+        return Row(ident, ids, rendered.images, tuple(spans))
 
     return made
 
@@ -152,10 +151,18 @@ def row_of() -> Callable[..., Row]:
     """`row_of(prompt, reply)`: the row that trains on a sampled reply."""
 
     def made(prompt: Prompt, reply: Reply) -> Row:
-        zeros = np.zeros(len(reply.token_ids), dtype=np.float32)
         images = tuple(image for message in prompt for image in message.images)
-        ids = np.array(reply.prompt_token_ids + reply.token_ids)
-        spans = ((len(reply.prompt_token_ids), len(ids)),)
-        return Row("sampled", ids, images, spans, zeros, zeros, zeros, zeros, zeros)
+        return reply_row("sampled", reply.prompt_token_ids, reply.token_ids, images)
 
     return made
+
+
+@pytest.fixture(scope="session")
+def values_of() -> Callable[..., Tensor]:
+    """`values_of(agent, rows, scores)`: [M] what the critic expects of each turn, where the scores of rows say it."""
+
+    def read(agent: Agent, rows: Sequence[Row], scores: Scores) -> Tensor:
+        lengths = torch.tensor([length for row in rows for length in row.reply_lengths])
+        return agent.value(scores.states[lengths.cumsum(0) - lengths])
+
+    return read

@@ -1,8 +1,8 @@
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -10,12 +10,12 @@ from torch import Tensor
 from vlm_agents.config import HardwareConfig, ModelConfig, ValueHeadConfig
 from vlm_agents.errors import ModelError
 from vlm_agents.models import Agent, load_agent
-from vlm_agents.models.actor_critic import shared_prefix
-from vlm_agents.tensors import Row, Scores, Tokens
+from vlm_agents.tensors import Row, Scores
 from vlm_agents.types import Prompt
 
 Load = Callable[..., Agent]
 MakeRow = Callable[..., Row]
+ValuesOf = Callable[..., Tensor]
 REPLIES = [[30, 31, 32, 2], [40], [50, 51, 2], [60, 61, 62, 63, 64, 2], [70, 71]]
 
 
@@ -50,34 +50,28 @@ def close(one: Tensor, other: Tensor, tolerance: float = 1e-5) -> None:
 
 def score(agent: Agent, rows: Sequence[Row]) -> Scores:
     with torch.no_grad():
-        return agent.score(agent.renderer.collate(rows))
+        return agent.score(rows)
 
 
-def without_sharing(tokens: Tokens) -> Tokens:
-    """The same rows, and one more that has nothing in common with them."""
-    other = torch.full_like(tokens.input_ids[:1], 9)
-    zeros = torch.zeros_like(other)
-    positions = tokens.mm["position_ids"]
-    return Tokens(
-        torch.cat([tokens.input_ids, other]),
-        torch.cat([tokens.attention_mask, zeros + 1]),
-        torch.cat([tokens.reply_mask, zeros.bool()]),
-        {**tokens.mm, "position_ids": torch.cat([positions, torch.zeros_like(positions[:, :1])], dim=1)},
-    )
+def nothing_in_common(row: Row) -> Row:
+    """A row of its own, as long as that one, of which nothing is scored."""
+    return Row("other", np.full(len(row), 9), (), ())
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_scores_are_those_of_a_plain_forward_pass(load: Load, rows: list[Row], temperature: float):
+def test_scores_are_those_of_a_plain_forward_pass(load: Load, rows: list[Row], values_of: ValuesOf, temperature: float):
     agent = load(temperature=temperature)
     with torch.no_grad():
         plain = [plain_scores(agent, row) for row in rows]
     scores = score(agent, rows)
-    for one, parts in zip((scores.logprobs, scores.entropy, scores.values), zip(*plain, strict=True), strict=True):
+    values = values_of(agent, rows, scores)
+    for one, parts in zip((scores.logprobs, scores.entropy, values), zip(*plain, strict=True), strict=True):
         close(one, torch.cat(parts))
     assert scores.logprobs.shape == scores.entropy.shape == (6 + 1 + 3 + 8 + 2,)
-    assert scores.values.shape == (7,)  # two of the rows hold two replies
-    assert scores.values.unique().shape == (7,)
+    assert scores.states.shape == (6 + 1 + 3 + 8 + 2, 128)
+    assert values.shape == (7,)  # two of the rows hold two replies
+    assert values.unique().shape == (7,)
 
 
 def test_scores_depend_on_the_picture(agent: Agent, rows: list[Row], chats: list[Prompt], make_row: MakeRow):
@@ -88,28 +82,29 @@ def test_scores_depend_on_the_picture(agent: Agent, rows: list[Row], chats: list
 def test_neither_padding_nor_the_rest_of_the_batch_matters(agent: Agent, rows: list[Row]):
     together, backwards = score(agent, rows), score(agent, rows[::-1])
     alone = [score(agent, [row]) for row in rows]
-    for name in ("logprobs", "entropy", "values"):
+    for name in ("logprobs", "entropy", "states"):
         parts = [getattr(scores, name) for scores in alone]
         close(getattr(together, name), torch.cat(parts))
         close(getattr(backwards, name), torch.cat(parts[::-1]))
 
 
-def test_a_shared_prefix_changes_neither_scores_nor_gradients(load: Load, rows: list[Row]):
+def test_a_shared_prefix_changes_neither_scores_nor_gradients(load: Load, rows: list[Row], values_of: ValuesOf):
     agent = load(value_head=ValueHeadConfig(stop_gradient=False))
-    tokens = agent.renderer.collate(rows)
-    assert shared_prefix(tokens, agent.family.image_token_id) > 20
-    assert shared_prefix(without_sharing(tokens), agent.family.image_token_id) == 0
+    apart = [*rows, nothing_in_common(max(rows, key=len))]
+    assert agent.collate(rows).shared > 20
+    assert agent.collate(apart).shared == 0
     found = []
-    for batch in (tokens, without_sharing(tokens)):
+    for batch in (rows, apart):
         agent.zero_grad()
         scores = agent.score(batch)
-        (scores.logprobs.sum() + scores.entropy.sum() + scores.values.sum()).backward()
+        (scores.logprobs.sum() + scores.entropy.sum() + values_of(agent, batch, scores).sum()).backward()
         parameters = dict(agent.named_parameters())
         gradients = {name: one.grad.clone() for name, one in parameters.items() if one.grad is not None}
         found.append((scores, gradients))
     (scores, gradients), (plain, plain_gradients) = found
-    for name in ("logprobs", "entropy", "values"):
+    for name in ("logprobs", "entropy", "states"):
         close(getattr(scores, name), getattr(plain, name))
+    close(values_of(agent, rows, scores), values_of(agent, rows, plain))
     assert gradients.keys() == plain_gradients.keys() == dict(agent.named_parameters()).keys()
     for name, gradient in gradients.items():
         # relative to the parameter's largest gradient: sums in another order
@@ -119,31 +114,12 @@ def test_a_shared_prefix_changes_neither_scores_nor_gradients(load: Load, rows: 
 def test_the_shared_prefix_ends_before_pictures_and_leaves_each_row_a_token(
     agent: Agent, chats: list[Prompt], make_row: MakeRow
 ):
-    image = agent.family.image_token_id
-    same = [make_row(agent, chats[0], [30]), make_row(agent, chats[0], [31, 32])]
-    tokens = agent.renderer.collate(same)
-    assert shared_prefix(tokens, image) == int((tokens.input_ids[0] == image).long().argmax())
-    words = agent.renderer.collate([make_row(agent, chats[1], [30]), make_row(agent, chats[1], [31, 32])])
+    tokens = agent.collate([make_row(agent, chats[0], [30]), make_row(agent, chats[0], [31, 32])])
+    assert tokens.shared == int((tokens.input_ids[0] == agent.family.image_token_id).long().argmax())
+    words = agent.collate([make_row(agent, chats[1], [30]), make_row(agent, chats[1], [31, 32])])
     prompt_length = int(words.reply_mask[0].long().argmax())
-    assert shared_prefix(words, image) == prompt_length - 1
-
-
-def test_checkpointed_layers_run_again_in_the_backward_pass_and_change_nothing(load: Load, rows: list[Row]):
-    """In the eval mode that PPO scores in: four text layers run twice, and nothing else differs."""
-    gradients, runs = [], []
-    for checkpointing in (False, True):
-        agent = load(gradient_checkpointing=checkpointing)
-        count = Counter()
-        for layer in agent.family.text.layers:
-            layer.mlp.register_forward_pre_hook(lambda *_, count=count: count.update(["mlp"]))
-        scores = agent.score(agent.renderer.collate(rows))
-        assert not any(module.training for module in agent.modules())
-        scores.logprobs.sum().backward()
-        runs.append(count["mlp"])
-        gradients.append([parameter.grad for parameter in agent.model.parameters()])
-    assert runs[1] == 2 * 4
-    for plain, again in zip(*gradients, strict=True):
-        close(again, plain)
+    assert words.shared == prompt_length - 1
+    assert agent.collate([make_row(agent, chats[1], [30])]).shared == 0  # a row alone
 
 
 # ---- banned tokens ---------------------------------------------------------------------------------------------------
@@ -162,7 +138,7 @@ def test_banned_tokens_have_no_probability_and_harm_no_gradient(load: Load, rows
     distribution = agent.log_distribution(agent.logits(hidden), torch.ones(3))
     assert (distribution.exp()[:, agent.banned] == 0).all()
     close(distribution.exp().sum(-1), torch.ones(3))
-    agent.score(agent.renderer.collate(rows)).entropy.sum().backward()
+    agent.score(rows).entropy.sum().backward()
     gradients = [parameter.grad for parameter in agent.model.parameters() if parameter.grad is not None]
     assert all(gradient.isfinite().all() for gradient in gradients)
     assert any(gradient.abs().max() > 1e-3 for gradient in gradients)
@@ -170,44 +146,50 @@ def test_banned_tokens_have_no_probability_and_harm_no_gradient(load: Load, rows
 
 # ---- the critic ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("stop", [True, False])
-def test_the_critic_moves_the_backbone_only_if_told_to(load: Load, rows: list[Row], stop: bool):
+def test_the_critic_moves_the_backbone_only_if_told_to(load: Load, rows: list[Row], values_of: ValuesOf, stop: bool):
     agent = load(value_head=ValueHeadConfig(stop_gradient=stop))
-    agent.score(agent.renderer.collate(rows)).values.sum().backward()
+    values_of(agent, rows, agent.score(rows)).sum().backward()
     moved = [parameter.grad is not None and bool(parameter.grad.any()) for parameter in agent.model.parameters()]
     assert any(moved) is not stop
     assert all(parameter.grad is not None for parameter in agent.parameters_by_role()["value"])
 
 
-def test_a_fresh_critic_expects_nothing(tiny_folder: Path, rows: list[Row]):
+def test_a_fresh_critic_expects_nothing(tiny_folder: Path, rows: list[Row], values_of: ValuesOf):
     fresh = load_agent(ModelConfig(name="tiny", path=str(tiny_folder)), HardwareConfig(name="cpu"))
-    assert score(fresh, rows).values.tolist() == [0.0] * 7
+    assert values_of(fresh, rows, score(fresh, rows)).tolist() == [0.0] * 7
 
 
 # ---- a frozen vision part --------------------------------------------------------------------------------------------
-def test_frozen_pictures_are_encoded_once_until_cleared(load: Load, rows: list[Row]):
+def features_of(agent: Agent, rows: Sequence[Row]) -> Tensor:
+    features = agent.images.features(agent.collate(rows).images)
+    assert features is not None
+    return features
+
+
+def test_frozen_pictures_are_encoded_once_until_cleared(load: Load, rows: list[Row], values_of: ValuesOf):
     agent, frozen = load(), load(freeze_vision=True)
     assert not agent.images.frozen
     assert frozen.images.frozen
-    tokens = frozen.renderer.collate(rows)
+    features = features_of(frozen, rows)
     # 84x56, twice; 56x56 and 100x75; 75x100: tokens of a merged 28x28
-    assert tokens.mm["image_features"].shape == (6 + 4 + 12 + 6 + 12, 128)
-    before = score(agent, rows)
-    close(score(frozen, rows).logprobs, before.logprobs)
-    close(score(frozen, rows).values, before.values)
+    assert features.shape == (6 + 4 + 12 + 6 + 12, 128)
+    before, after = score(agent, rows), score(frozen, rows)
+    close(after.logprobs, before.logprobs)
+    close(values_of(frozen, rows, after), values_of(agent, rows, before))
     with torch.no_grad():
         frozen.model.model.visual.merger.ln_q.weight.mul_(2)
-    assert torch.equal(frozen.renderer.collate(rows).mm["image_features"], tokens.mm["image_features"])
+    assert torch.equal(features_of(frozen, rows), features)
     frozen.images.clear()
-    assert not torch.equal(frozen.renderer.collate(rows).mm["image_features"], tokens.mm["image_features"])
+    assert not torch.equal(features_of(frozen, rows), features)
 
 
 def test_what_doesnt_fit_is_encoded_anew(load: Load, rows: list[Row], monkeypatch: pytest.MonkeyPatch):
     agent = load(freeze_vision=True)
     monkeypatch.setattr("vlm_agents.models.images.KEEP_BYTES", 12 * 128 * 4)  # fp32 features of the last picture
-    before = agent.renderer.collate(rows).mm["image_features"]
+    before = features_of(agent, rows)
     with torch.no_grad():
         agent.model.model.visual.merger.ln_q.weight.mul_(2)
-    after = agent.renderer.collate(rows).mm["image_features"]
+    after = features_of(agent, rows)
     assert (before != after).any(-1).tolist() == [True] * 28 + [False] * 12
 
 
@@ -215,7 +197,7 @@ def test_training_with_a_frozen_vision_part_moves_the_language_part_alone(load: 
     agent = load(freeze_vision=True)
     before = {name: parameter.clone() for name, parameter in agent.model.named_parameters()}
     optimizer = torch.optim.SGD(agent.parameters_by_role()["policy"], lr=0.1)
-    agent.score(agent.renderer.collate(rows)).logprobs.mean().backward()
+    agent.score(rows).logprobs.mean().backward()
     optimizer.step()
     for name, parameter in agent.model.named_parameters():
         assert torch.equal(parameter, before[name]) is (agent.family.part_of(name) != "language"), name
@@ -223,5 +205,5 @@ def test_training_with_a_frozen_vision_part_moves_the_language_part_alone(load: 
 
 # ---- reference -------------------------------------------------------------------------------------------------------
 def test_without_an_adapter_there_is_no_reference(agent: Agent, rows: list[Row]):
-    with pytest.raises(ModelError, match=r"needs model\.lora"):
-        agent.reference_logprobs(agent.renderer.collate(rows))
+    with pytest.raises(ModelError, match=r"needs model\.lora"), agent.reference():
+        agent.score(rows)

@@ -50,7 +50,7 @@ def test_a_plain_adapter_of_peft_says_here_what_it_says_there(
     load: Load, chats: list[Prompt], make_row: Callable[..., Row], tmp_path: Path, extra: dict[str, Any]
 ):
     base = load()
-    base_logprobs = base.score(base.renderer.collate([make_row(base, chats[0], [30, 31, 2])])).logprobs
+    base_logprobs = base.score([make_row(base, chats[0], [30, 31, 2])]).logprobs
     words = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | extra
     foreign = get_peft_model(base.model, PeftLoraConfig(r=4, lora_alpha=8, **words))
     torch.manual_seed(0)
@@ -62,9 +62,7 @@ def test_a_plain_adapter_of_peft_says_here_what_it_says_there(
     ours, theirs = load(init=tmp_path, lora=SMALL), load()
     theirs.model = PeftModel.from_pretrained(theirs.model, str(tmp_path))
     with torch.no_grad():
-        found, expected = (
-            one.score(one.renderer.collate([make_row(one, chats[0], [30, 31, 2])])).logprobs for one in (ours, theirs)
-        )
+        found, expected = (one.score([make_row(one, chats[0], [30, 31, 2])]).logprobs for one in (ours, theirs))
     assert torch.equal(found, expected)
     assert (found - base_logprobs).abs().max() > 1e-3
 

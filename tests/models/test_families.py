@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText, DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from vlm_agents.models import Agent
+from vlm_agents.models.images import key_of
 from vlm_agents.tensors import Row
 from vlm_agents.types import Prompt
 
@@ -62,8 +63,14 @@ def test_pictures_are_told_apart_by_what_they_show(agent: Agent, picture: Pictur
     clear = picture(84, 56).convert("RGBA")
     clear.putalpha(0)
     white = Image.new("RGB", clear.size, "white")
-    batch = agent.images.batch([warm, cold, clear, white])
-    assert batch["image_index"].tolist() == [0, 1, 2, 2]
+    keys = [key_of(image) for image in (warm, cold, clear, white)]
+    assert [keys.index(key) for key in keys] == [0, 1, 2, 2]
+    with torch.no_grad():
+        features = agent.images.features([warm, cold, clear, white])
+    assert features is not None
+    first, second, third, fourth = features.split(6)
+    assert not torch.equal(first, second)
+    assert torch.equal(third, fourth)
     assert torch.equal(agent.family.pixels([clear])["pixel_values"], agent.family.pixels([white])["pixel_values"])
 
 
@@ -89,20 +96,20 @@ def test_pictures_are_encoded_as_transformers_does(agent: Agent, tiny_folder: Pa
 
 def test_positions_are_those_of_the_model(agent: Agent, chats: list[Prompt], make_row: Callable[..., Row]):
     rows = [make_row(agent, chat, [10, 11, 12][:length]) for chat, length in zip(chats, (1, 3, 2, 1, 3), strict=True)]
-    tokens = agent.renderer.collate(rows)
+    tokens = agent.collate(rows)
+    where = torch.arange(tokens.input_ids.shape[1]) < torch.tensor([[len(row)] for row in rows])
     images = [image for row in rows for image in row.images]
     grids = agent.image_processor(images=images, return_tensors="pt")["image_grid_thw"]
     expected, deltas = agent.model.model.get_rope_index(
         tokens.input_ids,
         mm_token_type_ids=(tokens.input_ids == agent.family.image_token_id).int(),
         image_grid_thw=grids,
-        attention_mask=tokens.attention_mask,
+        attention_mask=where.long(),
     )
-    where = tokens.attention_mask.bool()
     assert len({int(count) for count in where.sum(1)}) == 5  # mixed lengths
-    assert torch.equal(tokens.mm["position_ids"][:, where], expected[:, where])
+    assert torch.equal(tokens.positions[:, where], expected[:, where])
     # the token after a row follows at the maximum + 1, which transformers keeps as that less the length
-    following = [int(tokens.mm["position_ids"][:, index, mask].max()) + 1 for index, mask in enumerate(where)]
+    following = [int(tokens.positions[:, index, mask].max()) + 1 for index, mask in enumerate(where)]
     assert [after - int(mask.sum()) for after, mask in zip(following, where, strict=True)] == deltas[:, 0].tolist()
 
 

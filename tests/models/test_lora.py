@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from vlm_agents.config import LoraConfig, TrainableConfig
 from vlm_agents.errors import ConfigError, ModelError
@@ -35,6 +35,11 @@ def stir(agent: Agent) -> None:
             nn.init.normal_(parameter, std=0.05)
 
 
+def reference_logprobs(agent: Agent, rows: list[Row]) -> Tensor:
+    with agent.reference():
+        return agent.score(rows).logprobs
+
+
 def say_base(folder: Path, name: str | None) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name}))
@@ -45,7 +50,7 @@ def test_only_adapters_of_the_chosen_part_train(load: Load, rows: list[Row], par
     chosen = TrainableConfig(**{name: name == part for name in ("vision", "projector", "language")})
     agent = load(lora=SMALL, train=chosen)
     stir(agent)
-    agent.score(agent.renderer.collate(rows)).logprobs.sum().backward()
+    agent.score(rows).logprobs.sum().backward()
     trained = {name for name, parameter in agent.model.named_parameters() if parameter.grad is not None}
     assert trained == {name for name, parameter in agent.model.named_parameters() if parameter.requires_grad}
     assert all("lora_" in name and agent.family.part_of(name) == part for name in trained)
@@ -69,31 +74,32 @@ def test_nothing_to_adapt_is_an_error(load: Load):
 
 def test_the_reference_is_the_base_model(load: Load, agent: Agent, rows: list[Row]):
     adapted = load(lora=SMALL)
-    tokens = adapted.renderer.collate(rows)
     with torch.no_grad():
-        base = agent.score(tokens)
-        assert torch.equal(adapted.score(tokens).logprobs, base.logprobs)  # a fresh adapter is silent
+        base = agent.score(rows)
+        assert torch.equal(adapted.score(rows).logprobs, base.logprobs)  # a fresh adapter is silent
         stir(adapted)
-        assert (adapted.score(tokens).logprobs - base.logprobs).abs().max() > 1e-2
-    reference = adapted.reference_logprobs(tokens)
+        assert (adapted.score(rows).logprobs - base.logprobs).abs().max() > 1e-2
+    reference = reference_logprobs(adapted, rows)
     torch.testing.assert_close(reference, base.logprobs, rtol=1e-6, atol=1e-6)
     assert not reference.requires_grad
     with torch.no_grad():
-        assert (adapted.score(tokens).logprobs - base.logprobs).abs().max() > 1e-2  # on again
+        assert (adapted.score(rows).logprobs - base.logprobs).abs().max() > 1e-2  # on again
 
 
-def test_an_adapter_and_its_value_head_survive_the_disk(load: Load, rows: list[Row], tmp_path: Path):
+def test_an_adapter_and_its_value_head_survive_the_disk(
+    load: Load, rows: list[Row], values_of: Callable[..., Tensor], tmp_path: Path
+):
     trained = load(lora=SMALL)
     stir(trained)
     trained.save(tmp_path)
     assert not (tmp_path / "model.safetensors").exists()  # the adapter alone
     again = load(init=tmp_path, lora=SMALL)
-    tokens = trained.renderer.collate(rows)
     with torch.no_grad():
-        before, after = trained.score(tokens), again.score(tokens)
-    for name in ("logprobs", "entropy", "values"):
+        before, after = trained.score(rows), again.score(rows)
+        assert torch.equal(values_of(trained, rows, before), values_of(again, rows, after))
+    for name in ("logprobs", "entropy", "states"):
         assert torch.equal(getattr(before, name), getattr(after, name)), name
-    assert torch.equal(again.reference_logprobs(tokens), trained.reference_logprobs(tokens))
+    assert torch.equal(reference_logprobs(again, rows), reference_logprobs(trained, rows))
     before, after = ({name for name, p in one.named_parameters() if p.requires_grad} for one in (trained, again))
     assert before == after
 
@@ -104,10 +110,9 @@ def test_an_adapter_of_another_tool_may_be_on_the_head(load: Load, agent: Agent,
     )
     get_peft_model(load().model, config).save_pretrained(str(tmp_path))
     adapted = load(init=tmp_path, lora=SMALL)
-    tokens = adapted.renderer.collate(rows)
-    scores = adapted.score(tokens)
+    scores = adapted.score(rows)
     with torch.no_grad():
-        assert (scores.logprobs - agent.score(tokens).logprobs).abs().max() > 1e-2
+        assert (scores.logprobs - agent.score(rows).logprobs).abs().max() > 1e-2
     scores.logprobs.sum().backward()
     assert all(parameter.grad is not None for parameter in adapted.parameters_by_role()["policy"])
 
@@ -132,10 +137,10 @@ def test_an_adapter_finds_the_weights_that_it_was_trained_on(
     adapted = load(init=tmp_path / "cloned", lora=SMALL)
     adapted.save(tmp_path / "adapted")
     with torch.no_grad():
-        expected = adapted.score(adapted.renderer.collate(rows)).logprobs
+        expected = adapted.score(rows).logprobs
         for settings, told in (({"path": None}, False), ({"path": str(tmp_path / "cloned")}, False), ({}, True)):
             again = load(init=tmp_path / "adapted", lora=SMALL, **settings)
-            torch.testing.assert_close(again.score(again.renderer.collate(rows)).logprobs, expected, rtol=0, atol=0)
+            torch.testing.assert_close(again.score(rows).logprobs, expected, rtol=0, atol=0)
             assert ("so that is taken, not model.path=" in capsys.readouterr().err) == told
     (tmp_path / "cloned").rename(tmp_path / "moved")
     load(init=tmp_path / "adapted", path=str(tmp_path / "moved"), lora=SMALL)  # known by its values

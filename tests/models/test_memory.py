@@ -11,8 +11,9 @@ from bitsandbytes.nn.modules import Linear4bit
 from torch.profiler import ProfilerActivity, profile
 
 from vlm_agents.config import AlgoConfig, HardwareConfig, LoraConfig, ModelConfig, RunConfig, TrainableConfig
-from vlm_agents.learn.engine import TorchEngine
-from vlm_agents.learn.update import objective
+from vlm_agents.learn.learner import Learner
+from vlm_agents.learn.samples import Sample
+from vlm_agents.learn.update import go_through
 from vlm_agents.models import load_agent
 from vlm_agents.models.memory import Memory, Work, blueprint, estimate, kept_per_token
 from vlm_agents.tensors import Row
@@ -88,13 +89,15 @@ def test_the_optimizer_holds_what_was_said(tiny_folder: Any, lora: LoraConfig | 
     )
     said = estimate(blueprint(cfg, hardware), WORK, "cpu")
     agent = load_agent(cfg, hardware)
-    engine = TorchEngine(agent.parameters_by_role(), AlgoConfig("ppo"), 1)
+    engines = Learner(agent, agent.renderer, AlgoConfig("ppo"), 1, WORK.microbatch).engines.values()
     parameters = [parameter for role in agent.parameters_by_role().values() for parameter in role]
     torch.stack([parameter.sum() for parameter in parameters]).sum().backward()
     assert said.gradients == sum(p.grad.nbytes for p in parameters if p.grad is not None)
-    engine.step()
-    moments = [state[name].nbytes for state in engine.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    copies = [copy.nbytes for _, copy in engine.optimizer.copies]
+    for engine in engines:
+        engine.step(1e-5)
+    states = [state for engine in engines for state in engine.optimizer.state.values()]
+    moments = [state[name].nbytes for state in states for name in ("exp_avg", "exp_avg_sq")]
+    copies = [copy.nbytes for engine in engines for _, copy in engine.optimizer.copies]
     assert said.optimizer == sum(moments) + sum(copies)
 
 
@@ -115,28 +118,28 @@ def test_the_measured_peak_of_an_update(
 ):
     cfg = ModelConfig("tiny", path=str(tiny_folder), train=LANGUAGE, lora=lora, gradient_checkpointing=recompute)
     agent = load_agent(cfg, CPU)
-    rows = [ready(make_row(agent, chats[3], list(range(30, 62))), first) for first in range(10, 34)]
-    length = len(rows[0].input_ids)
+    samples = [ready(make_row(agent, chats[3], list(range(30, 62))), first) for first in range(10, 34)]
+    length = len(samples[0])
+    learner = Learner(agent, agent.renderer, AlgoConfig("ppo"), 1, len(samples) * length)
 
     def learn() -> None:
-        loss, _ = objective(agent, agent.renderer, rows, AlgoConfig("ppo"), None)
-        loss.sum().backward()
+        tokens = learner.tokens_per_microbatch
+        go_through(agent, samples, learner.objective, learner.critic, tokens, torch.Tensor.backward)
 
     learn()  # pictures are encoded, and gradients there from the start
     measured = peak_of(learn)
-    work = Work(1, length - 32, 32, 0, 0, len(rows) * length)
-    assert work.rows == len(rows)
+    work = Work(1, length - 32, 32, 0, 0, len(samples) * length)
+    assert work.rows == len(samples)
     said = estimate(blueprint(cfg, CPU), work, "cpu")
     assert measured < said.activations + said.logits < 1.5 * measured
 
 
-def ready(row: Row, first: int) -> Row:
+def ready(row: Row, first: int) -> Sample:
     """A row to learn from. The first token is its own, so that it shares no prefix with the others."""
     ids = row.input_ids.copy()
     ids[0] = first
-    one, (start, end) = np.ones(1, dtype=np.float32), row.spans[0]
-    ones = np.ones(end - start, dtype=np.float32)
-    return Row(row.ident, ids, row.images, row.spans, ones, -ones, one, one, one)
+    ones = np.ones(sum(row.reply_lengths), dtype=np.float32)
+    return Sample(replace(row, input_ids=ids), -ones, emphasis=ones, advantages=ones, returns=ones)
 
 
 def peak_of(work: Callable[[], None]) -> int:

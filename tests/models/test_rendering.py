@@ -4,13 +4,14 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from vlm_agents.config import PromptConfig
 from vlm_agents.errors import DataError, ModelError
-from vlm_agents.learn.batch import token_weights
+from vlm_agents.learn.samples import token_emphasis
 from vlm_agents.models import Agent
 from vlm_agents.models.rendering import HFRenderer
 from vlm_agents.models.tiny import CHAT_TEMPLATE, SPECIAL
@@ -84,7 +85,7 @@ def test_a_picture_that_the_template_leaves_out_is_an_error(agent: Agent, chats:
         tokenizer_object=agent.tokenizer.backend_tokenizer, eos_token="<|im_end|>", chat_template=words_only
     )
     with pytest.raises(DataError, match=r"with 1 pictures has 0 placeholders <\|image_pad\|>"):
-        HFRenderer(tokenizer, agent.family, agent.images).render(chats[0])
+        HFRenderer(tokenizer, agent.family).render(chats[0])
 
 
 def test_a_demonstration_ends_its_turn(agent: Agent):
@@ -201,7 +202,7 @@ def test_offsets_cover_the_reply_without_overlap(
     text: str,
 ):
     tokenizer = make(texts) if make else agent.tokenizer
-    renderer = HFRenderer(tokenizer, agent.family, agent.images)
+    renderer = HFRenderer(tokenizer, agent.family)
     ids = renderer.encode_reply(text)
     said = renderer.decode(ids)
     if make is not word_piece:  # which doesn't keep spaces
@@ -226,7 +227,7 @@ def test_the_tokens_of_a_span_hold_its_characters(
     agent: Agent, texts: list[str], make: Callable[[list[str]], PreTrainedTokenizerFast] | None, before: str
 ):
     """As `learn` weighs them: a token belongs to the span that it shares a character with."""
-    renderer = HFRenderer(make(texts) if make else agent.tokenizer, agent.family, agent.images)
+    renderer = HFRenderer(make(texts) if make else agent.tokenizer, agent.family)
     ids = renderer.encode_reply(f'{{"thoughts": "née 日本 (3,2)",{before}"action": "turn left"}}')
     said = renderer.decode(ids)
     start, end = said.rindex('"', 0, said.index("action")), said.index("turn")
@@ -268,12 +269,12 @@ def test_thoughts_weigh_less_and_all_else_in_full(
     agent: Agent, texts: list[str], make: Callable[[list[str]], PreTrainedTokenizerFast] | None, before: str
 ):
     """From the reply's ids to the weights that PPO takes, through every step in between."""
-    renderer = HFRenderer(make(texts) if make else agent.tokenizer, agent.family, agent.images)
+    renderer = HFRenderer(make(texts) if make else agent.tokenizer, agent.family)
     ids = renderer.encode_reply(f'{{"thoughts": "née 日本 (3,2) 🙂",{before}"action": "turn left"}}')
     text = renderer.decode(ids)
     parsed = make_format(PromptConfig("cot_json")).parse(text, ("turn left",), np.random.default_rng(0))
     assert (parsed.action, parsed.error) == ("turn left", None)
-    weights = token_weights(Reply(text, token_ids=tuple(ids)), parsed, renderer, thought_coef=0.2)
+    weights = token_emphasis(Reply(text, token_ids=tuple(ids)), parsed, renderer, thought_coef=0.2)
     assert set(weights.tolist()) == {np.float32(0.2), 1}
     light = [text[start:end] for (start, end), w in zip(renderer.offsets(ids), weights, strict=True) if w < 1]
     assert len(light) > 5
@@ -286,7 +287,7 @@ def test_thoughts_weigh_less_and_all_else_in_full(
 def test_what_a_text_says_is_text(
     agent: Agent, texts: list[str], make: Callable[[list[str]], PreTrainedTokenizerFast] | None, text: str
 ):
-    renderer = HFRenderer(make(texts) if make else agent.tokenizer, agent.family, agent.images)
+    renderer = HFRenderer(make(texts) if make else agent.tokenizer, agent.family)
     reply = renderer.encode_reply(text)
     assert control(renderer, reply) == [renderer.end_of_turn]
     picture = Image.new("RGB", (56, 56))  # four tokens
@@ -355,7 +356,7 @@ def test_of_a_chat_that_is_too_long_the_oldest_turns_go_as_a_whole(
         seen.add(len(fitted))
     assert len(seen) == 5
     for chat in shorter:  # collate counts pictures against their tokens
-        agent.renderer.collate([make_row(agent, chat, [30])])
+        agent.collate([make_row(agent, chat, [30])])
     with pytest.raises(
         DataError, match=rf"of {lengths[-1]} tokens with its 1 pictures: .*tokens={lengths[-1] - 1}, or"
     ):
@@ -375,7 +376,7 @@ def test_a_chat_and_its_reply_stay_within_the_models_positions(agent: Agent, lon
 
 
 def test_what_was_fitted_is_rendered_once(agent: Agent, long_chat: Prompt):
-    renderer = HFRenderer(agent.tokenizer, agent.family, agent.images)
+    renderer = HFRenderer(agent.tokenizer, agent.family)
     for budget in (None, len(renderer.render(long_chat).ids) - 1):
         fitted = renderer.fit(long_chat, budget)
         ids = renderer.render(fitted).ids
@@ -390,7 +391,7 @@ def test_what_was_fitted_is_rendered_once(agent: Agent, long_chat: Prompt):
 def with_template(agent: Agent, template: str | None, make: Callable | None = None, texts: Sequence[str] = ()):
     tokenizer = make(list(texts)) if make else wrapped(agent.tokenizer.backend_tokenizer)
     tokenizer.chat_template = template
-    return HFRenderer(tokenizer, agent.family, agent.images)
+    return HFRenderer(tokenizer, agent.family)
 
 
 BARE = (  # in the manner of Mistral's: no system role, and a space before each reply
@@ -444,41 +445,52 @@ def test_a_template_that_thinks_is_refused(agent: Agent):
 def test_collate_pads_on_the_right_and_marks_replies(agent: Agent, chats: list[Prompt], make_row: MakeRow):
     end = agent.renderer.end_of_turn
     rows = [make_row(agent, chats[1], [10, 11, end], [12, end]), make_row(agent, chats[3], [13])]
-    tokens = agent.renderer.collate(rows)
+    tokens = agent.collate(rows)
     assert tokens.input_ids.shape == (2, max(len(row.input_ids) for row in rows))
     for index, row in enumerate(rows):
         length = len(row.input_ids)
         assert tokens.input_ids[index, :length].tolist() == row.input_ids.tolist()
         assert set(tokens.input_ids[index, length:].tolist()) <= {agent.tokenizer.pad_token_id}
-        assert tokens.attention_mask[index].tolist() == [1] * length + [0] * (tokens.input_ids.shape[1] - length)
+        assert not tokens.reply_mask[index, length:].any()
     assert tokens.input_ids[tokens.reply_mask].tolist() == [10, 11, end, 12, end, 13]
     assert tokens.reply_mask[0].nonzero().squeeze().tolist() == [t for span in rows[0].spans for t in range(*span)]
 
 
-def test_collate_carries_each_distinct_picture_once(
-    agent: Agent, chats: list[Prompt], make_row: MakeRow, picture: Callable[..., Image.Image]
+def test_a_batch_has_each_distinct_picture_encoded_once(
+    load: Callable[..., Agent], chats: list[Prompt], make_row: MakeRow, picture: Callable[..., Image.Image]
 ):
+    agent, encoded = load(), []  # not frozen: nothing is kept from one batch to the next
+    assert not agent.images.frozen
+    encode = agent.family.encode
+    agent.family.encode = lambda mm: encoded.append(len(mm["image_grid_thw"])) or encode(mm)
     system, user = chats[0]
     other = (system, replace(user, images=(picture(84, 56, 9),)))
     again = (system, replace(user, images=(user.images[0].copy(),)))  # equal pixels, another object
-    tokens = agent.renderer.collate([make_row(agent, chat, [10]) for chat in (chats[0], other, again)])
-    assert tokens.mm["image_index"].tolist() == [0, 1, 0]
-    assert len(tokens.mm["image_grid_thw"]) == 2
-    assert set(agent.renderer.collate([make_row(agent, chats[1], [10])]).mm) == {"position_ids"}
+    tokens = agent.collate([make_row(agent, chat, [10]) for chat in (chats[0], other, again)])
+    assert len(tokens.images) == 3
+    features = agent.images.features(tokens.images)
+    assert features is not None
+    assert encoded == [2]
+    first, second, third = features.split(6)
+    assert torch.equal(first, third)
+    assert not torch.equal(first, second)
+    assert agent.collate([make_row(agent, chats[1], [10])]).images == ()
+    assert agent.images.features(()) is None
+    assert encoded == [2]
 
 
 def test_collate_refuses_a_row_beyond_the_models_positions(agent: Agent, chats: list[Prompt], make_row: MakeRow):
     row = make_row(agent, chats[1], [10] * 4096, ident="game/seed 7/turn 3")
     with pytest.raises(DataError, match=r"^game/seed 7/turn 3: \d+ tokens, and the model has positions for 4096"):
-        agent.renderer.collate([row])
+        agent.collate([row])
 
 
 def test_collate_refuses_a_row_whose_pictures_dont_match(agent: Agent, chats: list[Prompt], make_row: MakeRow):
     good = make_row(agent, chats[2], [10], ident="good/seed 1/turn 0")
     missing = replace(good, ident="game/seed 7/turn 3", images=good.images[:1])
     with pytest.raises(DataError, match=r"game/seed 7/turn 3: 16 .* for 1 pictures that make 4"):
-        agent.renderer.collate([good, missing])
+        agent.collate([good, missing])
     where = int(np.flatnonzero(good.input_ids == agent.family.image_token_id)[-1])
     cut = replace(good, ident="game/seed 8/turn 0", input_ids=good.input_ids[:where], spans=((where - 1, where),))
     with pytest.raises(DataError, match=r"game/seed 8/turn 0: 15 .* for 2 pictures that make 16"):
-        agent.renderer.collate([good, cut])
+        agent.collate([good, cut])

@@ -16,6 +16,7 @@ Load = Callable[..., Agent]
 EndSoon = Callable[[Agent], Agent]
 MakeRow = Callable[..., Row]
 RowOf = Callable[[Prompt, Reply], Row]
+ValuesOf = Callable[..., Tensor]
 ROOM = 24  # tokens a reply
 
 
@@ -79,18 +80,26 @@ def test_greedy_replies_are_those_of_transformers(agent: Agent, brief_agent: Age
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("greedy", [False, True], ids=["sampled", "greedy"])
 def test_the_ratio_is_one(
-    load: Load, end_soon: EndSoon, prompts: list[Prompt], row_of: RowOf, temperature: float, greedy: bool
+    load: Load,
+    end_soon: EndSoon,
+    prompts: list[Prompt],
+    row_of: RowOf,
+    values_of: ValuesOf,
+    temperature: float,
+    greedy: bool,
 ):
     agent = end_soon(load(temperature=temperature))
     replies = sample(agent, prompts, greedy=greedy)
     if len(prompts) > 1 and not greedy:  # rows leave the batch at different times
         assert len({len(reply.token_ids) for reply in replies}) > 3
+    rows = [row_of(*pair) for pair in zip(prompts, replies, strict=True)]
     with torch.no_grad():
-        scores = agent.score(agent.renderer.collate([row_of(*pair) for pair in zip(prompts, replies, strict=True)]))
+        scores = agent.score(rows)
+        expected = values_of(agent, rows, scores)
     sampled = torch.tensor([logprob for reply in replies for logprob in reply.logprobs])
     torch.testing.assert_close(sampled, scores.logprobs, rtol=0, atol=1e-5)
     values = torch.tensor([reply.value for reply in replies])
-    torch.testing.assert_close(values, scores.values, rtol=0, atol=1e-5)
+    torch.testing.assert_close(values, expected, rtol=0, atol=1e-5)
     lengths = [len(reply.token_ids) for reply in replies]
     entropies = torch.stack([part.mean() for part in scores.entropy.split(lengths)])
     torch.testing.assert_close(torch.tensor([reply.entropy for reply in replies]), entropies, rtol=0, atol=1e-5)
@@ -162,7 +171,7 @@ def test_a_reply_of_one_token(brief_agent: Agent, chats: list[Prompt], row_of: R
     assert 0 < sum(ends) < 40
     rows = [row_of(*pair) for pair in zip(chats * 8, replies, strict=True)]
     with torch.no_grad():
-        scores = brief_agent.score(brief_agent.renderer.collate(rows))
+        scores = brief_agent.score(rows)
     torch.testing.assert_close(torch.tensor([r.logprobs[0] for r in replies]), scores.logprobs, rtol=0, atol=1e-5)
 
 
@@ -172,7 +181,9 @@ def test_values_are_those_of_the_replies(agent: Agent, prompts: list[Prompt]):
     assert Sampler(agent).values([]) == []
 
 
-def test_replies_of_a_long_chat_keep_the_ratio_at_one(brief_agent: Agent, chats: list[Prompt], make_row: MakeRow):
+def test_replies_of_a_long_chat_keep_the_ratio_at_one(
+    brief_agent: Agent, chats: list[Prompt], make_row: MakeRow, values_of: ValuesOf
+):
     prompt, said = chats[0], []
     for turn in range(3):
         (reply,) = Sampler(brief_agent).generate([prompt], generators(1, turn), ROOM)
@@ -181,10 +192,11 @@ def test_replies_of_a_long_chat_keep_the_ratio_at_one(brief_agent: Agent, chats:
     row = make_row(brief_agent, chats[0], *(reply.token_ids for reply in said))
     assert len(row.spans) == 3
     with torch.no_grad():
-        scores = brief_agent.score(brief_agent.renderer.collate([row]))
+        scores = brief_agent.score([row])
+        values = values_of(brief_agent, [row], scores)
     sampled = torch.tensor([logprob for reply in said for logprob in reply.logprobs])
     torch.testing.assert_close(sampled, scores.logprobs, rtol=0, atol=1e-5)
-    torch.testing.assert_close(torch.tensor([reply.value for reply in said]), scores.values, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.tensor([reply.value for reply in said]), values, rtol=0, atol=1e-5)
 
 
 def test_a_frozen_vision_part_samples_the_same(load: Load, chats: list[Prompt]):

@@ -9,12 +9,14 @@ import torch
 
 from vlm_agents.config import AlgoConfig, LoraConfig, TemperatureHeadConfig
 from vlm_agents.errors import ModelError
-from vlm_agents.learn.engine import TorchEngine
-from vlm_agents.learn.losses import ppo_policy_loss, turn_entropy_loss
+from vlm_agents.learn.averages import over_turns
+from vlm_agents.learn.learner import Learner
+from vlm_agents.learn.losses import clipped, turn_entropy
+from vlm_agents.learn.samples import Sample, Targets, to_targets
 from vlm_agents.models import Agent
-from vlm_agents.models.actor_critic import TemperatureHead
+from vlm_agents.models.heads import TemperatureHead
 from vlm_agents.models.sampler import Sampler
-from vlm_agents.tensors import Row, Scores
+from vlm_agents.tensors import Row
 from vlm_agents.types import Prompt
 
 Load = Callable[..., Agent]
@@ -38,8 +40,13 @@ def tempered(load: Load) -> Agent:
     return agent
 
 
-def score(agent: Agent, rows: list[Row]) -> Scores:
-    return agent.score(agent.renderer.collate(rows))
+def targets_of(rows: list[Row], advantage: float = 1.0, old: torch.Tensor | None = None) -> Targets:
+    samples = []
+    for row in rows:
+        ones = np.ones(sum(row.reply_lengths), np.float32)
+        before = ones if old is None else old.numpy()
+        samples.append(Sample(row, before, emphasis=ones, advantages=advantage * ones, returns=ones))
+    return to_targets(samples, over_turns(rows), torch.device("cpu"))
 
 
 def test_a_fresh_head_says_what_the_model_was_set_to():
@@ -50,13 +57,14 @@ def test_a_fresh_head_says_what_the_model_was_set_to():
 def test_the_reference_keeps_the_temperature_it_started_from(load: Load, chats: list[Prompt], make_row: MakeRow):
     agent = load(temperature_head=CONFIG, temperature=0.8, lora=LoraConfig(rank=4))
     plain = load(temperature=0.8)
-    tokens = agent.renderer.collate([make_row(agent, chat, [30, 31]) for chat in chats])
+    rows = [make_row(agent, chat, [30, 31]) for chat in chats]
     assert agent.temperature_head is not None
     torch.nn.init.ones_(last(agent.temperature_head).bias)
     with torch.no_grad():
-        expected = plain.score(tokens).logprobs
-        assert (agent.score(tokens).logprobs - expected).abs().max() > 0.1
-    torch.testing.assert_close(agent.reference_logprobs(tokens), expected, rtol=1e-5, atol=1e-5)
+        expected = plain.score(rows).logprobs
+        assert (agent.score(rows).logprobs - expected).abs().max() > 0.1
+    with agent.reference():
+        torch.testing.assert_close(agent.score(rows).logprobs, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_temperature_stays_within_its_bounds():
@@ -73,7 +81,7 @@ def test_what_is_trained_is_what_was_sampled(tempered: Agent, chats: list[Prompt
     replies = Sampler(tempered).generate(chats, rngs, 8)
     rows = [make_row(tempered, chat, list(reply.token_ids)) for chat, reply in zip(chats, replies, strict=True)]
     with torch.no_grad():
-        scores = score(tempered, rows)
+        scores = tempered.score(rows)
     assert scores.temperature is not None
     assert scores.temperature.std() > 0.01
     sampled = torch.tensor([logprob for reply in replies for logprob in reply.logprobs])
@@ -86,14 +94,15 @@ def test_every_turn_of_a_row_has_its_own(tempered: Agent, chats: list[Prompt], m
     """A row with two replies: the temperature of the second is read where the second begins."""
     both = make_row(tempered, chats[0], [30, 31, 2], [33, 34])
     with torch.no_grad():
-        scores = score(tempered, [both])
-        logits = tempered.logits(tempered.hidden(tempered.renderer.collate([both]))[0])
+        scores = tempered.score([both])
+        logits = tempered.logits(tempered.hidden(tempered.collate([both]))[0])
     assert scores.temperature is not None
-    assert len(scores.temperature) == 2
+    assert scores.temperature.unique_consecutive(return_counts=True)[1].tolist() == [3, 2]
     for turn, (start, end) in enumerate(both.spans):
-        plain = tempered.log_distribution(logits[start - 1 : end - 1], scores.temperature[[turn] * (end - start)])
+        first = sum(both.reply_lengths[:turn])
+        temperature = scores.temperature[first].expand(end - start)
+        plain = tempered.log_distribution(logits[start - 1 : end - 1], temperature)
         expected = plain.gather(-1, torch.from_numpy(both.input_ids[start:end])[:, None]).squeeze(-1)
-        first = sum(e - s for s, e in both.spans[:turn])
         torch.testing.assert_close(scores.logprobs[first : first + end - start], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -105,29 +114,34 @@ def test_the_policy_gradient_sharpens_what_pays(
     """A likely reply that paid, or an unlikely one that didn't, lowers the temperature; the other two raise it."""
     with torch.no_grad():
         row = make_row(tempered, chats[1], [40])
-        states = tempered.hidden(tempered.renderer.collate([row]))[0, row.spans[0][0] - 1]
+        states = tempered.hidden(tempered.collate([row]))[0, row.spans[0][0] - 1]
         logits = tempered.logits(states[None]).masked_fill(tempered.banned, -torch.inf)[0]
     token = int(logits.argmax() if likely else logits.masked_fill(tempered.banned, torch.inf).argmin())
-    scores = score(tempered, [make_row(tempered, chats[1], [token])])
+    rows = [make_row(tempered, chats[1], [token])]
+    scores = tempered.score(rows)
     assert scores.temperature is not None
-    weights, turn = torch.ones(1), torch.zeros(1, dtype=torch.long)
-    loss = ppo_policy_loss(scores.logprobs, scores.logprobs.detach(), weights, turn, torch.tensor([advantage]), 0.2)
-    (slope,) = torch.autograd.grad(loss.loss.sum(), scores.temperature)
+    loss = clipped(0.2, 0.2)(scores, targets_of(rows, advantage, old=scores.logprobs.detach())).loss
+    (slope,) = torch.autograd.grad(loss.sum(), scores.temperature)
     assert (float(slope) > 0) == (likely == (advantage > 0))  # descent goes against the slope
 
 
 def test_the_entropy_target_moves_the_head_alone(tempered: Agent, chats: list[Prompt], make_row: MakeRow):
     rows = [make_row(tempered, chat, [30, 31, 2]) for chat in chats]
-    turn_of_token = torch.arange(len(rows)).repeat_interleave(3)
+    targets = targets_of(rows)
 
-    def spread() -> torch.Tensor:
-        entropies = score(tempered, rows).tempered_entropy
+    def spread() -> float:
+        """Mean over turns of the mean over their tokens."""
+        entropies = tempered.score(rows).tempered_entropy
         assert entropies is not None
-        return entropies.new_zeros(len(rows)).index_add(0, turn_of_token, entropies) / 3
+        return entropies.view(len(rows), 3).mean(1).mean().item()
 
-    before = spread().mean().item()
+    before = spread()
     target = before - 0.1
-    turn_entropy_loss(spread(), target).sum().backward()
+
+    def descend() -> None:
+        (targets.weight * turn_entropy(target)(tempered.score(rows), targets).loss).sum().backward()
+
+    descend()
     moved = [name for name, parameter in tempered.named_parameters() if parameter.grad is not None]
     assert moved
     assert all(name.startswith("temperature_head.") for name in moved)
@@ -135,15 +149,15 @@ def test_the_entropy_target_moves_the_head_alone(tempered: Agent, chats: list[Pr
     optimizer = torch.optim.Adam(tempered.temperature_head.parameters(), 3e-3)
     for _ in range(30):
         optimizer.zero_grad()
-        turn_entropy_loss(spread(), target).sum().backward()
+        descend()
         optimizer.step()
-    assert abs(spread().mean().item() - target) < 0.03 < before - target
+    assert abs(spread() - target) < 0.03 < before - target
 
 
 def test_gradients_are_finite_though_banned_tokens_have_no_probability(
     tempered: Agent, chats: list[Prompt], make_row: MakeRow
 ):
-    scores = score(tempered, [make_row(tempered, chats[0], [30, 2])])
+    scores = tempered.score([make_row(tempered, chats[0], [30, 2])])
     assert scores.tempered_entropy is not None
     (scores.logprobs.sum() + scores.entropy.sum() + scores.tempered_entropy.sum()).backward()
     gradients = [parameter.grad for parameter in tempered.parameters() if parameter.grad is not None]
@@ -167,11 +181,10 @@ def test_its_learning_rate_is_that_of_the_heads(tempered: Agent):
     assert tempered.temperature_head is not None
     roles = tempered.parameters_by_role()
     assert {id(parameter) for parameter in tempered.temperature_head.parameters()} == set(map(id, roles["temperature"]))
-    engine = TorchEngine(roles, AlgoConfig(name="ppo", lr=0.1, value_lr=0.2, value_warmup=1, min_lr_ratio=1.0), 9)
-    rates = []
-    for _ in range(2):
-        rates.append(dict(zip(roles, [group["lr"] for group in engine.optimizer.param_groups], strict=True)))
-        engine.end_iteration()
+    algo = AlgoConfig(name="ppo", lr=0.1, value_lr=0.2, value_warmup=1, min_lr_ratio=1.0)
+    learner, rates = Learner(tempered, tempered.renderer, algo, 9, 1000), []
+    for learner.iteration in range(2):
+        rates.append({role: learner.rate(role) for role in learner.engines})
     # it is part of the policy: it waits for the critic too
     assert rates == [{"policy": 0, "temperature": 0, "value": 0.2}, {"policy": 0.1, "temperature": 0.2, "value": 0.2}]
     assert AlgoConfig(name="ppo").turn_entropy_coef == 0

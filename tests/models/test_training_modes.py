@@ -1,8 +1,7 @@
 """Each family in each way of training: what learns is what was asked for, and what is trained is what was sampled."""
 
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 
 from vlm_agents.config import AlgoConfig, HardwareConfig, LoraConfig, ModelConfig, TrainableConfig, conf_dir
 from vlm_agents.errors import ModelError
-from vlm_agents.learn.engine import TorchEngine
-from vlm_agents.learn.update import update
+from vlm_agents.learn.learner import Learner
+from vlm_agents.learn.samples import Sample
 from vlm_agents.models import Agent, Sampler, load_agent
 from vlm_agents.tensors import Row, Scores
 from vlm_agents.types import Prompt, Reply
@@ -30,6 +29,7 @@ ROOM = 12  # tokens a reply
 
 RowOf = Callable[[Prompt, Reply], Row]
 MakeRow = Callable[..., Row]
+Play = Callable[[Agent], list[Sample]]
 
 twins = pytest.mark.parametrize("name", TWINS)
 modes = pytest.mark.parametrize("mode", MODES)
@@ -51,89 +51,91 @@ def load(name: str, mode: str, freeze_vision: bool = False, init: Path | None = 
 
 
 def mixed_rows(agent: Agent, chats: list[Prompt], make_row: MakeRow) -> list[Row]:
-    """Of several lengths and kinds of pictures, on which to learn."""
-    rows = [make_row(agent, chat, [30 + index, 31, 32][: 1 + index % 3]) for index, chat in enumerate(chats)]
-    ones = [np.ones(sum(end - start for start, end in row.spans), np.float32) for row in rows]
-    return [
-        replace(row, token_weight=one, old_logprobs=-6 * one, advantages=one[:1], returns=one[:1], old_values=one[:1])
-        for row, one in zip(rows, ones, strict=True)
-    ]
+    """Of several lengths and kinds of pictures."""
+    return [make_row(agent, chat, [30 + index, 31, 32][: 1 + index % 3]) for index, chat in enumerate(chats)]
+
+
+def to_learn_from(row: Row, logprobs: Sequence[float] | None = None, return_: float = 1.0) -> Sample:
+    """A row whose replies were good, and were as likely as `logprobs` says."""
+    ones = np.ones(sum(row.reply_lengths), np.float32)
+    old = -6 * ones if logprobs is None else np.array(logprobs, np.float32)
+    return Sample(row, old, emphasis=ones, advantages=ones, returns=return_ * ones)
 
 
 def score(agent: Agent, rows: list[Row]) -> Scores:
     with torch.no_grad():
-        return agent.score(agent.renderer.collate(rows))
+        return agent.score(rows)
 
 
-def learn(agent: Agent, rows: list[Row], tokens: int = 10_000) -> dict[str, float]:
+def learn(agent: Agent, samples: list[Sample], tokens: int = 10_000) -> dict[str, float]:
     """One update of PPO."""
-    engine = TorchEngine(agent.parameters_by_role(), ALGO, iterations=1)
-    return update(agent, agent.renderer, engine, rows, ALGO, np.random.default_rng(0), tokens)
+    return Learner(agent, agent.renderer, ALGO, 1, tokens)._update(samples, np.random.default_rng(0))
 
 
 # ---- what is trained is what was sampled -----------------------------------------------------------------------------
 @pytest.fixture
-def play(end_soon: Callable[[Agent], Agent], chats: list[Prompt], row_of: RowOf) -> Callable[[Agent], list[Row]]:
-    """Rows of what an agent answers to chats of mixed length and pictures, ready to be learned from."""
+def play(end_soon: Callable[[Agent], Agent], chats: list[Prompt], row_of: RowOf) -> Play:
+    """Samples of what an agent answers to chats of mixed length and pictures, ready to be learned from."""
 
-    def played(agent: Agent) -> list[Row]:
+    def played(agent: Agent) -> list[Sample]:
         rngs = [np.random.default_rng([0, index]) for index in range(2 * len(chats))]
         prompts = chats * 2
         replies = Sampler(end_soon(agent)).generate(prompts, rngs, ROOM)
         assert len({len(reply.token_ids) for reply in replies}) > 1
-        rows = []
+        samples = []
         for prompt, reply in zip(prompts, replies, strict=True):
-            ones = np.ones(len(reply.token_ids), np.float32)
-            row, value = row_of(prompt, reply), np.array([reply.value], np.float32)
-            logprobs = np.array(reply.logprobs, np.float32)
-            rows.append(replace(row, token_weight=ones, old_logprobs=logprobs, old_values=value, returns=value))
-        return [replace(row, advantages=np.ones(1, np.float32)) for row in rows]
+            assert reply.value is not None
+            samples.append(to_learn_from(row_of(prompt, reply), reply.logprobs, reply.value))
+        return samples
 
     return played
 
 
 @modes
 @twins
-def test_the_ratio_is_one_and_a_batch_of_one_is_a_batch_of_many(
-    name: str, mode: str, play: Callable[[Agent], list[Row]]
-):
+def test_the_ratio_is_one_and_a_batch_of_one_is_a_batch_of_many(name: str, mode: str, play: Play):
     """With adapters whose dropout of a half must not act; pictures as features, and in micro-batches of some rows."""
     agent = load(name, mode, freeze_vision=True)
-    rows = play(agent)
+    samples = play(agent)
+    rows = [sample.row for sample in samples]
     together = score(agent, rows)
     alone = [score(agent, [row]).logprobs for row in rows]
     torch.testing.assert_close(torch.cat(alone), together.logprobs, rtol=0, atol=1e-4)
-    assert learn(agent, rows, tokens=300)["ppo/ratio_at_start"] == pytest.approx(1.0, abs=1e-4)
+    assert learn(agent, samples, tokens=300)["ppo/ratio_at_start"] == pytest.approx(1.0, abs=1e-4)
     assert not torch.equal(score(agent, rows).logprobs, together.logprobs)
 
 
 @modes
 @twins
-def test_bfloat16_has_its_own_tolerance(name: str, mode: str, play: Callable[[Agent], list[Row]]):
+def test_bfloat16_has_its_own_tolerance(name: str, mode: str, play: Play, values_of: Callable[..., Tensor]):
     """Its numbers have 8 bits, so what passes went through in other batches differs in the third digit; therefore the
     update takes its own log-probs for the old ones."""
     agent = load(name, mode, freeze_vision=True, dtype="bfloat16")
     assert {p.dtype for n, p in agent.model.named_parameters() if "layers.0.input_layernorm" in n} == {torch.bfloat16}
-    rows = play(agent)
+    samples = play(agent)
+    rows = [sample.row for sample in samples]
     scores = score(agent, rows)
-    assert {scores.logprobs.dtype, scores.entropy.dtype, scores.values.dtype} == {torch.float32}
-    sampled = torch.from_numpy(np.concatenate([row.old_logprobs for row in rows]))
+    values = values_of(agent, rows, scores)
+    assert {scores.logprobs.dtype, scores.entropy.dtype, values.dtype} == {torch.float32}
+    assert scores.states.dtype == torch.bfloat16
+    sampled = torch.from_numpy(np.concatenate([sample.old for sample in samples]))
     difference = (scores.logprobs - sampled).abs()
     assert difference.mean() < 0.02
     assert difference.max() < 0.2
-    metrics = learn(agent, rows)
+    metrics = learn(agent, samples)
     assert metrics["ppo/ratio_at_start"] == pytest.approx(1.0, abs=1e-4)  # between the update's own passes
     assert 0 < metrics["ppo/mismatch_kl"] < 0.05
 
 
 @twins
-def test_eager_attention_says_what_sdpa_says(name: str, play: Callable[[Agent], list[Row]]):
+def test_eager_attention_says_what_sdpa_says(name: str, play: Play):
     """Padded prompts with a shared prefix, and one that shares nothing."""
     eager, sdpa = (load(name, "full", freeze_vision=True, attention=kind) for kind in ("eager", "sdpa"))
-    rows, others = play(eager), play(sdpa)
-    for row, other in zip(rows, others, strict=True):
-        assert np.array_equal(row.input_ids, other.input_ids)
-        np.testing.assert_allclose(row.old_logprobs, other.old_logprobs, rtol=0, atol=1e-4)
+    samples, others = play(eager), play(sdpa)
+    for sample, other in zip(samples, others, strict=True):
+        assert np.array_equal(sample.row.input_ids, other.row.input_ids)
+        np.testing.assert_allclose(sample.old, other.old, rtol=0, atol=1e-4)
+    rows = [sample.row for sample in samples]
     torch.testing.assert_close(score(eager, rows).logprobs, score(sdpa, rows).logprobs, rtol=0, atol=1e-4)
     torch.testing.assert_close(score(eager, rows[:1]).logprobs, score(sdpa, rows[:1]).logprobs, rtol=0, atol=1e-4)
 
@@ -147,7 +149,7 @@ def test_an_update_moves_the_chosen_part_and_nothing_else(
 ):
     agent = load(name, mode, train=TrainableConfig(**{one: one == part for one in PARTS}))
     before = {n: p.detach().clone() for n, p in agent.named_parameters()}
-    learn(agent, mixed_rows(agent, chats, make_row))
+    learn(agent, list(map(to_learn_from, mixed_rows(agent, chats, make_row))))
     moved = {n for n, p in agent.named_parameters() if not torch.equal(p, before[n])}
     heads = {n for n in before if n.startswith("value_head.")}
     chosen = {n for n in before if agent.family.part_of(n) == part and (mode == "full" or "lora_" in n)} - heads
@@ -167,7 +169,7 @@ def test_checkpointed_adapters_have_the_gradients_of_plain_ones(name: str, chats
         agent = load(name, "qlora", gradient_checkpointing=checkpointing)
         calls: list[int] = []
         agent.family.text.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        agent.score(agent.renderer.collate(mixed_rows(agent, chats, make_row))).logprobs.sum().backward()
+        agent.score(mixed_rows(agent, chats, make_row)).logprobs.sum().backward()
         gradients.append({n: p.grad for n, p in agent.model.named_parameters() if p.grad is not None})
         runs.append(len(calls))
     plain, again = gradients
@@ -215,17 +217,20 @@ def test_the_linear_layers_of_the_language_part_have_4_bits_and_nothing_else_cha
 
 
 @twins
-def test_an_adapter_finds_its_quantised_base_again(name: str, chats: list[Prompt], make_row: MakeRow, tmp_path: Path):
+def test_an_adapter_finds_its_quantised_base_again(
+    name: str, chats: list[Prompt], make_row: MakeRow, values_of: Callable[..., Tensor], tmp_path: Path
+):
     agent = load(name, "qlora")
     rows = mixed_rows(agent, chats, make_row)
-    learn(agent, rows)
+    learn(agent, list(map(to_learn_from, rows)))
     agent.save(tmp_path)
     assert not (tmp_path / "model.safetensors").exists()  # the adapter alone
     again = load(name, "qlora", init=tmp_path)
-    assert torch.equal(score(again, rows).logprobs, score(agent, rows).logprobs)
-    assert torch.equal(score(again, rows).values, score(agent, rows).values)
-    tokens = agent.renderer.collate(rows)
-    assert torch.equal(again.reference_logprobs(tokens), agent.reference_logprobs(tokens))
+    after, before = score(again, rows), score(agent, rows)
+    assert torch.equal(after.logprobs, before.logprobs)
+    assert torch.equal(values_of(again, rows, after), values_of(agent, rows, before))
+    with again.reference(), agent.reference():
+        assert torch.equal(again.score(rows).logprobs, agent.score(rows).logprobs)
     assert [n for n, p in again.named_parameters() if p.requires_grad] == [
         n for n, p in agent.named_parameters() if p.requires_grad
     ]

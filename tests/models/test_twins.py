@@ -25,6 +25,7 @@ REPLIES = [[30, 31, 32], [40], [50, 51], [60, 61, 62, 63, 64], [70, 71]]
 
 Load = Callable[..., Agent]
 MakeRow = Callable[..., Row]
+ValuesOf = Callable[..., Tensor]
 RowOf = Callable[[Prompt, Reply], Row]
 
 
@@ -87,9 +88,14 @@ def stock_inputs(agent: Agent, ids: Tensor, images: Sequence[Image.Image]) -> di
     return {"input_ids": ids, **inputs}
 
 
+def attention_mask(rows: Sequence[Row]) -> Tensor:
+    """[N T] 1 at the tokens of right-padded rows."""
+    return (torch.arange(max(map(len, rows))) < torch.tensor([[len(row)] for row in rows])).long()
+
+
 def score(agent: Agent, rows: Sequence[Row]) -> Scores:
     with torch.no_grad():
-        return agent.score(agent.renderer.collate(rows))
+        return agent.score(rows)
 
 
 def close(one: Tensor, other: Tensor, tolerance: float = 2e-5) -> None:
@@ -105,7 +111,7 @@ def stir(agent: Agent) -> None:
 
 
 # ---- scoring ---------------------------------------------------------------------------------------------------------
-def test_scores_are_those_of_a_plain_forward_pass(agent: Agent, rows: list[Row]):
+def test_scores_are_those_of_a_plain_forward_pass(agent: Agent, rows: list[Row], values_of: ValuesOf):
     scores, expected, values = score(agent, rows), [], []
     for row in rows:
         ids = torch.from_numpy(row.input_ids)[None]
@@ -116,54 +122,58 @@ def test_scores_are_those_of_a_plain_forward_pass(agent: Agent, rows: list[Row])
         expected.append(logprobs[[place - 1 for place in places], ids[0, places]])
         values.append(agent.value_head(output.hidden_states[-1][0, [start - 1 for start, _ in row.spans]]))
     close(scores.logprobs, torch.cat(expected))
-    close(scores.values, torch.cat(values))
+    close(values_of(agent, rows, scores), torch.cat(values))
 
 
 def test_a_batch_of_one_is_a_batch_of_many(agent: Agent, rows: list[Row]):
     together = score(agent, rows)
     alone = [score(agent, [row]) for row in rows]
-    for part in ("logprobs", "entropy", "values"):
+    for part in ("logprobs", "entropy", "states"):
         close(getattr(together, part), torch.cat([getattr(scores, part) for scores in alone]))
 
 
 def test_frozen_pictures_score_the_same_and_are_kept(twin: Load, name: str, agent: Agent, rows: list[Row]):
     frozen = twin(name, freeze_vision=True)
     assert frozen.images.frozen
-    tokens = frozen.renderer.collate(rows)
+    images = frozen.collate(rows).images
+    features = frozen.images.features(images)
+    assert features is not None
     # Qwen3-VL's features hold an embedding and what two decoder layers add to it
-    assert tokens.mm["image_features"].shape[1] == 128 * {"tiny_qwen3_vl": 3}.get(name, 1)
+    assert features.shape[1] == 128 * {"tiny_qwen3_vl": 3}.get(name, 1)
     close(score(frozen, rows).logprobs, score(agent, rows).logprobs)
-    assert torch.equal(frozen.renderer.collate(rows).mm["image_features"], tokens.mm["image_features"])
+    kept = frozen.images.features(images)
+    assert kept is not None
+    assert torch.equal(kept, features)
 
 
 def test_every_part_of_a_picture_counts(twin: Load, name: str, agent: Agent, rows: list[Row]):
     """All that the vision part hands over reaches the scores: each level of features, the newline too."""
     before = score(agent, rows).logprobs
-    features = agent.renderer.family.encode(agent.family.pixels(rows[0].images))[0]
+    features = agent.family.encode(agent.family.pixels(rows[0].images))[0]
     changed = twin(name, freeze_vision=True)
     for level in range(0, features.shape[1], 128):
         changed.images.clear()
-        tokens = changed.renderer.collate(rows)
-        tokens.mm["image_features"][:, level : level + 128] = 0
-        with torch.no_grad():
-            assert (changed.score(tokens).logprobs - before).abs().max() > 1e-3
+        changed.images.features(changed.collate(rows).images)
+        for kept in changed.images._features.values():
+            kept[:, level : level + 128] = 0
+        assert (score(changed, rows).logprobs - before).abs().max() > 1e-3
 
 
 def test_the_sft_loss_is_that_of_transformers(twin: Load, name: str, rows: list[Row]):
     agent = twin(name)
     agent.banned.zero_()  # transformers gives reserved tokens their share
-    tokens = agent.renderer.collate(rows)
+    tokens = agent.collate(rows)
     labels = tokens.input_ids.masked_fill(~tokens.reply_mask, -100)
     images = [image for row in rows for image in row.images]
     inputs = stock_inputs(agent, tokens.input_ids, images)
     with torch.no_grad():
-        expected = agent.model(**inputs, attention_mask=tokens.attention_mask, labels=labels).loss
-        close(-agent.score(tokens).logprobs.mean(), expected)
+        expected = agent.model(**inputs, attention_mask=attention_mask(rows), labels=labels).loss
+        close(-agent.score(rows).logprobs.mean(), expected)
 
 
 def test_training_reaches_every_part(twin: Load, name: str, rows: list[Row]):
     agent = twin(name)
-    agent.score(agent.renderer.collate(rows)).logprobs.sum().backward()
+    agent.score(rows).logprobs.sum().backward()
     idle = {n for n, p in agent.model.named_parameters() if p.grad is None or not p.grad.any()}
     # LLaVA reads the last layer but one of its CLIP; a key's bias moves all scores of a query alike
     of_clip = {n for n in idle if "vision_tower" in n and ("layers.2." in n or "post_layernorm" in n)}
@@ -205,15 +215,22 @@ def test_greedy_replies_are_those_of_transformers(agent: Agent, prompts: list[Pr
 
 @pytest.mark.parametrize("freeze", [False, True], ids=["pixels", "features"])
 def test_the_ratio_is_one(
-    twin: Load, end_soon: Callable[[Agent], Agent], name: str, prompts: list[Prompt], row_of: RowOf, freeze: bool
+    twin: Load,
+    end_soon: Callable[[Agent], Agent],
+    name: str,
+    prompts: list[Prompt],
+    row_of: RowOf,
+    values_of: ValuesOf,
+    freeze: bool,
 ):
     agent = end_soon(twin(name, freeze_vision=freeze, temperature=0.8))
     prompts = prompts * 3
     replies = Sampler(agent).generate(prompts, generators(len(prompts)), ROOM)
     assert len({len(reply.token_ids) for reply in replies}) > 3
-    scores = score(agent, [row_of(*pair) for pair in zip(prompts, replies, strict=True)])
+    rows = [row_of(*pair) for pair in zip(prompts, replies, strict=True)]
+    scores = score(agent, rows)
     close(torch.tensor([logprob for reply in replies for logprob in reply.logprobs]), scores.logprobs)
-    close(torch.tensor([reply.value for reply in replies]), scores.values)
+    close(torch.tensor([reply.value for reply in replies]), values_of(agent, rows, scores))
 
 
 def test_each_prompt_extends_the_last_with_what_was_sampled(agent: Agent, chats: list[Prompt], make_row: MakeRow):
@@ -257,8 +274,9 @@ def test_random_weights_are_those_of_the_seed(twin: Load, name: str, agent: Agen
 def test_an_adapter_goes_on_and_off(twin: Load, name: str, agent: Agent, rows: list[Row], tmp_path: Path):
     adapted = twin(name, lora=LoraConfig(rank=4, alpha=8))
     stir(adapted)
-    tokens, base = adapted.renderer.collate(rows), score(agent, rows).logprobs
-    close(adapted.reference_logprobs(tokens), base)
+    base = score(agent, rows).logprobs
+    with adapted.reference():
+        close(adapted.score(rows).logprobs, base)
     on = score(adapted, rows)
     assert (on.logprobs - base).abs().max() > 1e-2
     parts = {adapted.family.part_of(n) for n, p in adapted.model.named_parameters() if p.requires_grad}
@@ -360,28 +378,26 @@ def test_each_picture_is_encoded_as_if_alone(agent: Agent, picture: Callable[...
 
 
 def test_positions_are_those_of_the_model(agent: Agent, name: str, rows: list[Row]):
-    tokens = agent.renderer.collate(rows)
+    tokens = agent.collate(rows)
     if name in ("tiny_llava", "unlisted"):
-        lengths = tokens.attention_mask.sum(1).tolist()
-        assert [tokens.mm["position_ids"][0, i, :n].tolist() for i, n in enumerate(lengths)] == [
-            list(range(n)) for n in lengths
-        ]
+        lengths = list(map(len, rows))
+        assert [tokens.positions[0, i, :n].tolist() for i, n in enumerate(lengths)] == [list(range(n)) for n in lengths]
         return
     images = [image for row in rows for image in row.images]
     expected, _ = agent.model.model.get_rope_index(
         tokens.input_ids,
         mm_token_type_ids=(tokens.input_ids == agent.family.image_token_id).int(),
         image_grid_thw=agent.image_processor(images=images, return_tensors="pt")["image_grid_thw"],
-        attention_mask=tokens.attention_mask,
+        attention_mask=attention_mask(rows),
     )
-    where = tokens.attention_mask.bool()
-    assert torch.equal(tokens.mm["position_ids"][:, where], expected[:, where])
+    where = attention_mask(rows).bool()
+    assert torch.equal(tokens.positions[:, where], expected[:, where])
 
 
 def test_a_row_whose_pictures_dont_match_is_refused_by_name(agent: Agent, rows: list[Row]):
     row = replace(rows[2], ident="game/seed 7/turn 3", images=rows[2].images[:1])
     with pytest.raises(DataError, match=r"game/seed 7/turn 3: \d+ image placeholder tokens for 1 pictures"):
-        agent.renderer.collate([rows[0], row])
+        agent.collate([rows[0], row])
 
 
 def test_a_chat_is_cut_with_the_pictures_of_what_goes(agent: Agent, chats: list[Prompt], make_row: MakeRow):
@@ -394,7 +410,7 @@ def test_a_chat_is_cut_with_the_pictures_of_what_goes(agent: Agent, chats: list[
         fitted = agent.renderer.fit(chat, len(agent.renderer.render((chat[0], *chat[1 + 2 * dropped :])).ids))
         assert fitted == (chat[0], *chat[1 + 2 * dropped :])
         pictures.append(len(agent.renderer.render(fitted).images))
-        agent.renderer.collate([make_row(agent, fitted, [30])])  # counts them against their tokens
+        agent.collate([make_row(agent, fitted, [30])])  # counts them against their tokens
     assert pictures == [5, 4, 4, 2, 1]
 
 

@@ -61,7 +61,7 @@ def change(path: Path, **entries: Any) -> None:
 
 def logprobs(agent: Agent, row: Row) -> torch.Tensor:
     with torch.no_grad():
-        return agent.score(agent.renderer.collate([row])).logprobs
+        return agent.score([row]).logprobs
 
 
 # ---- what loads ------------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def test_a_tokenizer_needs_no_padding_token(copied: Path, chats: list[Prompt], m
     agent = load(copied)
     rows = [make_row(agent, chat, [30, 31]) for chat in chats[:3]]
     with torch.no_grad():
-        together = agent.score(agent.renderer.collate(rows)).logprobs
+        together = agent.score(rows).logprobs
     torch.testing.assert_close(together, torch.cat([logprobs(agent, row) for row in rows]), rtol=0, atol=2e-5)
 
 

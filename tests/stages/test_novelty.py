@@ -17,6 +17,7 @@ from vlm_agents.errors import ModelError
 from vlm_agents.learn.novelty import QUESTION, TemporalPredictor
 from vlm_agents.models import Agent, load_agent
 from vlm_agents.models.foreteller import AdapterForeteller
+from vlm_agents.tensors import reply_row
 from vlm_agents.types import Message, Observation, Parsed, Reply, Step, Trajectory, Turn
 
 RunStage = Callable[..., Path]
@@ -61,7 +62,7 @@ def test_surprise_is_the_negative_log_probability_of_each_action(agent: Agent):
         predictor.row(EPISODES[2]), input_ids=np.concatenate([head, ids]), spans=((len(head), len(head) + len(ids)),)
     )
     with torch.no_grad():
-        logprobs = agent.score(agent.renderer.collate([row])).logprobs.numpy()
+        logprobs = agent.score([row]).logprobs.numpy()
     expected, place, written = np.zeros(4), 0, ""
     for logprob, (start, _) in zip(logprobs, agent.renderer.offsets(ids), strict=True):
         while place < 3 and start >= len(written) + len(pieces[place]):
@@ -193,6 +194,69 @@ def test_a_foreteller_without_weights_is_not_begun_anew(agent: Agent, tmp_path: 
     again = load_agent(cfg, HardwareConfig(name="cpu"), str(tmp_path))
     with pytest.raises(ModelError, match=r"temporal/adapter_model\.safetensors is missing"):
         predictor_of(again, tmp_path)
+
+
+def features_of(agent: Agent) -> torch.Tensor:
+    features = agent.images.features(EPISODES[0].turns[0].observation.images)
+    assert features is not None
+    return features
+
+
+def test_pictures_of_a_frozen_vision_part_are_the_same_to_both_and_encoded_once(agent: Agent):
+    """The second adapter is on while they are encoded, and says nothing of them."""
+    predictor, encoded = predictor_of(agent), []
+    encode = agent.family.encode
+    agent.family.encode = lambda mm: encoded.append(len(mm["image_grid_thw"])) or encode(mm)
+    assert agent.images.frozen
+    before = features_of(agent)
+    agent.images.clear()
+    encoded.clear()
+    predictor.surprise(EPISODES)
+    predictor.learn(EPISODES, np.random.default_rng(0))
+    assert encoded == [3]  # one first picture an episode
+    assert torch.equal(features_of(agent), before)
+    assert encoded == [3]
+    with agent.reference():
+        assert torch.equal(features_of(agent), before)
+    agent.images.clear()
+    assert torch.equal(features_of(agent), before)
+
+
+@pytest.mark.parametrize("others", ["foretelling", "reference"])
+def test_an_adapter_on_a_frozen_vision_part_shows_all_the_same_whoever_looks_first(
+    tiny_model: Path, tmp_path: Path, others: str
+):
+    """As where it was trained with the rest before: what is kept of pictures is what the policy sees."""
+    train = TrainableConfig(vision=True, projector=True)
+    cfg = ModelConfig(name="tiny", path=str(tiny_model), lora=LoraConfig(rank=8, alpha=16), train=train)
+    whole = load_agent(cfg, HardwareConfig(name="cpu"))
+    torch.manual_seed(0)
+    for name, parameter in whole.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    whole.save(tmp_path)
+    agent = load_agent(cfg, HardwareConfig(name="cpu"), str(tmp_path))
+    assert agent.images.frozen
+    context = predictor_of(agent).model.foretelling if others == "foretelling" else agent.reference
+    trained = {name for name, parameter in agent.named_parameters() if parameter.requires_grad}
+    images = EPISODES[0].turns[0].observation.images
+    prompt = agent.renderer.render((Message("user", "go?", images),))
+    row = reply_row("row", prompt.ids, agent.renderer.encode_reply("go"), prompt.images)
+
+    def look() -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs of the policy and of the other."""
+        with torch.no_grad():
+            policys = agent.score([row]).logprobs
+            with context():
+                return policys, agent.score([row]).logprobs
+
+    expected = look()
+    assert not torch.equal(*expected)
+    agent.images.clear()
+    with context():
+        agent.images.features(images)  # and so keeps them
+    assert all(torch.equal(one, other) for one, other in zip(look(), expected, strict=True))
+    assert {name for name, parameter in agent.named_parameters() if parameter.requires_grad} == trained
 
 
 @pytest.mark.parametrize("more", [(), ("model/temperature_head=learned",)])

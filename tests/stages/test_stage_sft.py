@@ -85,7 +85,7 @@ def test_each_line_is_the_mean_over_its_steps(run_stage: RunStage, echo_chats: P
     agent = load_agent(ModelConfig("tiny", path=str(folder / "model")), HardwareConfig("cpu"))
     chats = Chats(echo_chats / "train.parquet", agent.renderer)
     with torch.no_grad():  # no weight moved, and both batches held all rows
-        scores = agent.score(agent.renderer.collate([chats[index] for index in range(len(chats))]))
+        scores = agent.score([chats[index] for index in range(len(chats))])
     assert curve[0]["sft/loss"] == pytest.approx(-float(scores.logprobs.mean()), rel=1e-5)
 
 

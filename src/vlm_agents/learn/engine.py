@@ -1,41 +1,25 @@
-"""Gradients to weights: optimizer, gradient clipping and learning-rate schedule, behind a Protocol.
+"""Gradients to weights: optimizer and gradient clipping behind a Protocol, and the learning-rate schedule.
 
-`TorchEngine` is one process on one device. Knows nothing of losses or rows.
+Knows nothing of losses, rows, or what its parameters are for.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from vlm_agents.config import AlgoConfig
-
 
 class Engine(Protocol):
-    """What the update needs of an optimizer."""
-
-    @property
-    def learning_rate(self) -> float:
-        """Of the policy, in this iteration."""
-        ...
-
-    @property
-    def critic_only(self) -> bool:
-        """Does the critic alone learn in this iteration?"""
-        ...
+    """What the learner needs of an optimizer."""
 
     def backward(self, loss: Tensor) -> None:
         """Add the loss's gradient to what the next step takes."""
         ...
 
-    def step(self) -> dict[str, float]:
-        """One optimizer step; each role's gradient norm before clipping. If one isn't finite, all weights stay."""
-        ...
-
-    def end_iteration(self) -> None:
-        """Move the schedule on: once per iteration, however many steps or ranks it had."""
+    def step(self, lr: float) -> float:
+        """One optimizer step; the gradient's norm before clipping. If that isn't finite, the weights stay."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -88,67 +72,28 @@ class AdamW(torch.optim.AdamW):
 
 
 class TorchEngine:
-    """AdamW with a group for each role, whose gradients are clipped apart: they have no parameter in common.
+    """AdamW over some parameters, in one process on one device; their gradient is clipped as one."""
 
-    Clipped together, the critic's, which may be a hundred times larger until it has learned the size of a return, would
-    shrink the policy's, and Adam would then step too far once it no longer does. (With `stop_gradient=false` a part of
-    the critic's gradient is the policy's, and is clipped with it.)
-
-    The first `value_warmup` iterations, but for the run's last, are `critic_only`: without a critic, normalised
-    advantages would punish the first turns of every episode. The other roles' schedules begin after those.
-    """
-
-    def __init__(
-        self, parameters_by_role: Mapping[str, list[torch.nn.Parameter]], algo: AlgoConfig, iterations: int
-    ) -> None:
-        self.algo = algo
-        self.iterations = iterations
-        self.iteration = 0
-        self.warmup = min(algo.value_warmup, iterations - 1)
-        self.parameters_by_role = parameters_by_role
-        groups = [{"params": parameters} for parameters in parameters_by_role.values()]
-        self.optimizer = AdamW(groups, weight_decay=algo.weight_decay)
-        self._set_learning_rates()
-
-    @property
-    def learning_rate(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
-
-    @property
-    def critic_only(self) -> bool:
-        return self.iteration < self.warmup
+    def __init__(self, parameters: Sequence[torch.nn.Parameter], weight_decay: float, max_grad_norm: float) -> None:
+        self.parameters, self.max_grad_norm = list(parameters), max_grad_norm
+        self.optimizer = AdamW([{"params": self.parameters}], weight_decay=weight_decay)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def step(self) -> dict[str, float]:
-        norms = {
-            role: float(torch.nn.utils.clip_grad_norm_(parameters, self.algo.max_grad_norm))
-            for role, parameters in self.parameters_by_role.items()
-        }
-        if all(map(math.isfinite, norms.values())):
+    def step(self, lr: float) -> float:
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
+        if math.isfinite(norm):
+            self.optimizer.param_groups[0]["lr"] = lr
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return norms
-
-    def end_iteration(self) -> None:
-        self.iteration += 1
-        self._set_learning_rates()
+        return norm
 
     def state_dict(self) -> dict[str, Any]:
-        return {"iteration": self.iteration, "optimizer": self.optimizer.state_dict()}
+        return self.optimizer.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.iteration = state["iteration"]
-        self.optimizer.load_state_dict(state["optimizer"])
-
-    def _set_learning_rates(self) -> None:
-        for role, group in zip(self.parameters_by_role, self.optimizer.param_groups, strict=True):
-            first = 0 if role == "value" else self.warmup
-            full = self.algo.lr if role == "policy" else self.algo.value_lr
-            group["lr"] = full * lr_share(
-                self.iteration - first, self.iterations - first, self.algo.warmup_updates, self.algo.min_lr_ratio
-            )
+        self.optimizer.load_state_dict(dict(state))
 
 
 def lr_share(iteration: int, iterations: int, warmup: int, floor: float) -> float:

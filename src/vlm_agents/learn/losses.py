@@ -1,35 +1,42 @@
-"""The terms of the objective, as pure functions of tensors. They know no configuration, model or optimizer.
+"""The terms of the objective. They know no configuration, model or optimizer.
 
-K reply tokens in all, M turns in all, as in `tensors`. A loss is to be minimised and comes back as one number per turn,
-[M], neither summed nor averaged: whoever accumulates over ragged micro-batches sums it and divides by the number of
-turns of the whole mini-batch, which is exact, and can tell which turn isn't finite. Another level of credit (ratios per
-token, a group's baseline) is another function here, not a flag of one of these.
+K reply tokens in all, as in `tensors`. A term is to be minimised and is one number per reply token, [K], neither summed
+nor averaged: what belongs to a turn, as a ratio of its whole reply does, is repeated for each of the turn's tokens. The
+loss is the sum of each token's number times its weight (`averages`), so how a mini-batch was cut changes nothing.
+Another kind of ratio or penalty is another function here, not a flag of one of these.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vlm_agents.learn.samples import Targets
+from vlm_agents.tensors import Scores
 
-@dataclass(frozen=True, slots=True)
-class PolicyLoss:
-    """[M] each; only `loss` carries a gradient."""
+Unit = Literal["token", "turn", "row"]
+
+
+class Term(NamedTuple):
+    """`loss` carries the gradient; `seen` is what is worth a curve, by name. [K] each."""
 
     loss: Tensor
-    ratio: Tensor  # new over old probability of the turn's reply, its tokens weighted
-    approx_kl: Tensor  # k3 estimate of KL(old || new) over all tokens, unweighted; never negative
-    clipped: Tensor  # 1 where the ratio has left [1 - clip, 1 + clip], else 0
+    seen: Mapping[str, Tensor]
 
 
-def turn_sum(per_token: Tensor, turn_of_token: Tensor, turns: int) -> Tensor:
-    """[K] -> [M]"""
-    return per_token.new_zeros(turns).index_add(0, turn_of_token, per_token)
+Loss = Callable[[Scores, Targets], Term]
 
 
-def turn_mean(per_token: Tensor, turn_of_token: Tensor, turns: int) -> Tensor:
-    """[K] -> [M]: long and short replies count alike."""
-    return turn_sum(per_token, turn_of_token, turns) / torch.bincount(turn_of_token, minlength=turns)
+def pooled_sum(per_token: Tensor, unit: Tensor) -> Tensor:
+    """[K] the sum over all tokens of the same unit, for each of them; `unit` [K] says which that is, from 0 on."""
+    units = int(unit[-1]) + 1
+    return per_token.new_zeros(units).index_add(0, unit, per_token)[unit]
+
+
+def pooled_mean(per_token: Tensor, unit: Tensor) -> Tensor:
+    """[K] the mean instead: long and short units are alike."""
+    return pooled_sum(per_token, unit) / torch.bincount(unit)[unit]
 
 
 def k3(log_ratio: Tensor) -> Tensor:
@@ -37,40 +44,60 @@ def k3(log_ratio: Tensor) -> Tensor:
     return torch.expm1(log_ratio) - log_ratio
 
 
-def ppo_policy_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    token_weight: Tensor,
-    turn_of_token: Tensor,
-    advantages: Tensor,
-    clip: float,
-) -> PolicyLoss:
-    """Clipped surrogate (arXiv 1707.06347) with one ratio and one advantage per turn.
+def clipped(low: float, high: float, unit: Unit = "turn", pool: Literal["sum", "mean"] = "sum") -> Loss:
+    """PPO's clipped surrogate (arXiv 1707.06347): ratios new over old count from 1 - low to 1 + high.
 
-    log ratio = sum over the turn's tokens of weight * (new - old log-prob), so that a turn's log-probability is
-    thought_coef * thought + action (RL4VLM, arXiv 2405.10292).
+    A ratio is a turn's: its log is the sum over the turn's tokens of emphasis * (new - old log-prob), so that a turn's
+    log-probability is thought_coef * thought + action (RL4VLM, arXiv 2405.10292). Or it is a token's, or a row's; the
+    mean of a row is GSPO's (arXiv 2507.18071). Seen: `policy_loss`, `ratio`, `approx_kl` (k3 estimate of
+    KL(old || new) over all tokens of a turn, without emphasis), `clip_fraction`.
     """
-    log_ratio = turn_sum(token_weight * (logprobs - old_logprobs), turn_of_token, len(advantages))
-    ratio = log_ratio.exp()
-    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
-    seen = ratio.detach()
-    drift = turn_sum((logprobs - old_logprobs).detach(), turn_of_token, len(advantages))
-    return PolicyLoss(-surrogate, seen, k3(drift), ((seen - 1).abs() > clip).to(ratio.dtype))
+
+    def loss(scores: Scores, targets: Targets) -> Term:
+        drift = scores.logprobs - targets.old
+        log_ratio = targets.emphasis * drift
+        if unit != "token":
+            log_ratio = (pooled_sum if pool == "sum" else pooled_mean)(log_ratio, getattr(targets, unit))
+        ratio = log_ratio.exp()
+        surrogate = torch.minimum(ratio * targets.advantages, ratio.clamp(1 - low, 1 + high) * targets.advantages)
+        seen = {
+            "policy_loss": -surrogate,
+            "ratio": ratio,
+            "approx_kl": k3(pooled_sum(drift.detach(), targets.turn)),
+            "clip_fraction": ((ratio < 1 - low) | (ratio > 1 + high)).to(ratio.dtype),
+        }
+        return Term(-surrogate, seen)
+
+    return loss
+
+
+def entropy_bonus(scores: Scores, targets: Targets) -> Term:
+    """Minus the entropy of what each token was drawn from, nats."""
+    return Term(-scores.entropy, {"entropy": scores.entropy})
+
+
+def reference_kl(scores: Scores, targets: Targets) -> Term:
+    """The k3 estimate of KL(policy || reference).
+
+    Its gradient in a log-prob is 1 - reference/policy: positive, so lowered by descent, where the policy is above.
+    """
+    assert targets.reference is not None
+    kl = k3(targets.reference - scores.logprobs)
+    return Term(kl, {"kl_reference": kl})
+
+
+def turn_entropy(target: float) -> Loss:
+    """Half the squared distance of a turn's mean token entropy from `target`, nats: for a learned temperature."""
+
+    def loss(scores: Scores, targets: Targets) -> Term:
+        assert scores.tempered_entropy is not None
+        assert scores.temperature is not None
+        distance = 0.5 * (pooled_mean(scores.tempered_entropy, targets.turn) - target).square()
+        return Term(distance, {"temperature": scores.temperature, "turn_entropy_loss": distance})
+
+    return loss
 
 
 def value_loss(values: Tensor, returns: Tensor) -> Tensor:
     """[M] half the squared error. No clipping around the old values: it keeps a critic from tracking large returns."""
     return 0.5 * (values - returns).square()
-
-
-def reference_kl(logprobs: Tensor, reference_logprobs: Tensor, turn_of_token: Tensor, turns: int) -> Tensor:
-    """[M] mean over the turn's tokens of the k3 estimate of KL(policy || reference).
-
-    Its gradient in a log-prob is 1 - reference/policy: positive, so lowered by descent, where the policy is above.
-    """
-    return turn_mean(k3(reference_logprobs - logprobs), turn_of_token, turns)
-
-
-def turn_entropy_loss(entropy: Tensor, target: float) -> Tensor:
-    """[M] half the squared distance of a turn's mean token entropy, nats, from where it should be."""
-    return 0.5 * (entropy - target).square()

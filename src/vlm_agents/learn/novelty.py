@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from vlm_agents.config import NoveltyConfig
-from vlm_agents.learn.batch import microbatches, usable
-from vlm_agents.tensors import Renderer, Row, Scores, Tokens
+from vlm_agents.learn.batches import microbatches
+from vlm_agents.learn.samples import usable
+from vlm_agents.tensors import Renderer, Row, Scores, reply_row
 from vlm_agents.types import Message, Trajectory
 
 QUESTION = "Which actions will be taken here, from the first to the last?"
@@ -27,7 +28,7 @@ EPISODES_A_STEP = 8
 class Foreteller(Protocol):
     """A model with a second adapter."""
 
-    def score(self, tokens: Tokens) -> Scores: ...
+    def score(self, rows: Sequence[Row]) -> Scores: ...
 
     def foretelling(self) -> AbstractContextManager[None]:
         """The second adapter instead of the policy's."""
@@ -60,12 +61,11 @@ class TemporalPredictor:
     @torch.no_grad()
     def surprise(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
         """Per episode, per turn: minus the log-probability of its action, nats, given those before it."""
-        rows = {index: self.row(trajectory) for index, trajectory in enumerate(trajectories) if trajectory.turns}
-        place = {id(row): index for index, row in rows.items()}  # two episodes may have one seed
         found = [np.zeros(len(trajectory.turns)) for trajectory in trajectories]
-        for part in microbatches(list(rows.values()), self.tokens_per_microbatch):
+        places = {self.row(trajectory): index for index, trajectory in enumerate(trajectories) if trajectory.turns}
+        for part in microbatches(list(places), self.tokens_per_microbatch):
             for row, logprobs in zip(part, self.logprobs(part), strict=True):
-                index = place[id(row)]
+                index = places[row]
                 np.subtract.at(found[index], self.turns_of(row, trajectories[index]), logprobs.cpu().numpy())
         return found
 
@@ -76,11 +76,10 @@ class TemporalPredictor:
         total = count = 0.0
         for start in range(0, len(rows), EPISODES_A_STEP):
             batch = [rows[index] for index in order[start : start + EPISODES_A_STEP]]
-            length = sum(end - begin for row in batch for begin, end in row.spans)
+            length = sum(sum(row.reply_lengths) for row in batch)
             for part in microbatches(batch, self.tokens_per_microbatch):
-                tokens = self.renderer.collate(part)  # outside: features of pictures are the policy's, and kept
                 with self.model.foretelling():
-                    loss = -self.model.score(tokens).logprobs.sum()
+                    loss = -self.model.score(part).logprobs.sum()
                     (loss / length).backward()
                 total += float(loss.detach())
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -91,20 +90,17 @@ class TemporalPredictor:
 
     def logprobs(self, rows: Sequence[Row]) -> Iterator[Tensor]:
         """[L] of the reply tokens of each row."""
-        tokens = self.renderer.collate(rows)
         with self.model.foretelling():
-            scores = self.model.score(tokens)
-        yield from scores.logprobs.split([end - begin for row in rows for begin, end in row.spans])
+            scores = self.model.score(rows)
+        yield from scores.logprobs.split([sum(row.reply_lengths) for row in rows])
 
     def row(self, trajectory: Trajectory) -> Row:
         """The first picture and a question; the reply: every action, in order, as far as the model has positions."""
         prompt = (Message("user", QUESTION, trajectory.turns[0].observation.images[:1]),)
         rendered = self.renderer.render(prompt)
         reply = self.renderer.encode_reply(SEPARATOR.join(actions_of(trajectory)))
-        ids = np.concatenate([rendered.ids, np.array(reply, dtype=np.int64)])[: self.renderer.context]
-        span = (len(rendered.ids), len(ids))
-        nothing = np.zeros(0, dtype=np.float32)
-        return Row(f"{trajectory.env}/seed {trajectory.seed}", ids, rendered.images, (span,), *[nothing] * 5)
+        room = self.renderer.context - len(rendered.ids)
+        return reply_row(f"{trajectory.env}/seed {trajectory.seed}", rendered.ids, reply[:room], rendered.images)
 
     def turns_of(self, row: Row, trajectory: Trajectory) -> np.ndarray:
         """[L] which turn's action each reply token writes; a separator belongs to the action before it."""

@@ -15,16 +15,14 @@ it counts as something. That there is a difference doesn't say that it can be le
 
 from collections.abc import Sequence
 
-from vlm_agents.learn.batch import usable
 from vlm_agents.types import Trajectory
 
 TOLERANCE = 1e-6  # of rewards and returns
 METRIC = "ppo/nothing_to_learn"
 
 
-def figures(trajectories: Sequence[Trajectory], gamma: float) -> dict[str, float]:
-    """`ppo/nothing_to_learn`, 1 or 0, of an iteration's episodes with the rewards that are trained on."""
-    episodes = usable(trajectories)
+def figures(episodes: Sequence[Trajectory], gamma: float) -> dict[str, float]:
+    """`ppo/nothing_to_learn`, 1 or 0, of an iteration's usable episodes with the rewards that are trained on."""
     return {METRIC: float(all_illegal(episodes) or all_alike(episodes, gamma))}
 
 

@@ -1,6 +1,6 @@
 """The model of the temporal predictor: a second LoRA adapter beside the policy's. `learn.novelty` trains it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from vlm_agents.errors import ConfigError
 from vlm_agents.models.actor_critic import Agent
 from vlm_agents.models.damage import refusing
 from vlm_agents.models.lora import config_of, read
-from vlm_agents.tensors import Scores, Tokens
+from vlm_agents.tensors import Row, Scores
 
 POLICY = "default"  # peft's name of the only adapter that most models have
 FORETELLER = "temporal"  # and its folder, inside that of the model
@@ -28,7 +28,7 @@ class AdapterForeteller:
     def __init__(self, agent: Agent, folder: Path | None) -> None:
         assert isinstance(agent.model, PeftModel)
         self.agent, self.model = agent, agent.model
-        with self._gradients_kept():
+        with self.agent.gradients_kept():
             if folder is not None and (saved := folder / FORETELLER).is_dir():
                 with refusing(f"adapter {saved}", "Put a whole copy there, or delete that folder to begin anew", saved):
                     self.model.add_adapter(FORETELLER, config_of(saved))
@@ -37,20 +37,29 @@ class AdapterForeteller:
                 self.model.add_adapter(FORETELLER, self._shape())
             self.model.set_adapter(POLICY)
 
-    def score(self, tokens: Tokens) -> Scores:
+    def score(self, rows: Sequence[Row]) -> Scores:
         """At temperature 1: how varied the policy's replies are is none of its business."""
         with self.agent.at_temperature(1.0):
-            return self.agent.score(tokens)
+            return self.agent.score(rows)
 
     @contextmanager
     def foretelling(self) -> Iterator[None]:
         """The second adapter alone answers, and alone learns."""
-        with self._gradients_kept():
+        with self.agent.gradients_kept():
             self.model.set_adapter(FORETELLER)
             try:
-                yield
+                with self.agent.images.seen_in(self._as_policy):
+                    yield
             finally:
                 self.model.set_adapter(POLICY)
+
+    @contextmanager
+    def _as_policy(self) -> Iterator[None]:
+        self.model.set_adapter(POLICY)
+        try:
+            yield
+        finally:
+            self.model.set_adapter(FORETELLER)
 
     def foretelling_parameters(self) -> list[nn.Parameter]:
         return [parameter for name, parameter in self.model.named_parameters() if f".{FORETELLER}." in name]
@@ -63,14 +72,3 @@ class AdapterForeteller:
         if not targets:
             raise ConfigError("algo.novelty adapts the language part: set model.train.language=true")
         return replace(policy, target_modules=targets)
-
-    @contextmanager
-    def _gradients_kept(self) -> Iterator[None]:
-        """peft makes all of an adapter trainable that it switches to, frozen parts too."""
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        try:
-            yield
-        finally:
-            self.model.requires_grad_(False)
-            for parameter in trained:
-                parameter.requires_grad_(True)

@@ -1,11 +1,12 @@
-"""Pictures of a batch as tensors, each distinct one once; encoded once while the vision part is frozen.
+"""Features of a batch's pictures, each distinct one encoded once; once for all batches while the vision part is frozen.
 
-In games frames repeat: within a batch, over the turns of an episode, and over PPO's epochs. With a trainable vision
-part a batch carries the pixels of its distinct frames. With a frozen one it carries their features, kept until `clear`.
+In games frames repeat: within a batch, over the turns of an episode, and over PPO's epochs. Features of a frozen vision
+part are kept until `clear`.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from PIL.Image import Image
@@ -19,11 +20,12 @@ KEEP_BYTES = 2 << 30  # of features; past it the oldest are encoded anew when ne
 
 
 class ImageStore:
-    """Gives batches their pictures. `frozen` says whether features may be kept."""
+    """Gives batches the features of their pictures. `frozen` says whether they may be kept."""
 
     def __init__(self, family: Family) -> None:
         self.family = family
         self.frozen = False
+        self._seeing: Callable[[], AbstractContextManager[None]] = nullcontext
         self._features: dict[str, Tensor] = {}
         self._bytes = 0
 
@@ -32,38 +34,44 @@ class ImageStore:
         self._features.clear()
         self._bytes = 0
 
-    def batch(self, images: Sequence[Image]) -> dict[str, Tensor]:
-        """`image_features` [sum of tokens, F] in order when frozen; else `pixel_values` of the distinct pictures, their
-        grids or sizes, and `image_index` [len(images)] into them. Empty without pictures."""
+    @contextmanager
+    def seen_in(self, context: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        """Meanwhile what is to be kept is encoded in that context: the policy's, where another adapter answers."""
+        before, self._seeing = self._seeing, context
+        try:
+            yield
+        finally:
+            self._seeing = before
+
+    def features(self, images: Sequence[Image]) -> Tensor | None:
+        """[sum of tokens, F] features of the pictures, in order; None without pictures.
+
+        They carry a gradient only where the vision part isn't frozen."""
         if not images:
-            return {}
+            return None
         keys = [key_of(image) for image in images]
         distinct = dict(zip(keys, images, strict=True))
-        if self.frozen:
-            features = self.features(distinct)
-            return {"image_features": torch.cat([features[key] for key in keys])}
-        place = {key: index for index, key in enumerate(distinct)}
-        return {
-            **self.family.pixels(list(distinct.values())),
-            "image_index": torch.tensor([place[key] for key in keys]),
-        }
+        found = self._kept(distinct) if self.frozen else self._encode(distinct)
+        return torch.cat([found[key] for key in keys])
+
+    def _encode(self, distinct: dict[str, Image]) -> dict[str, Tensor]:
+        return dict(zip(distinct, self.family.encode(self.family.pixels(list(distinct.values()))), strict=True))
 
     @torch.no_grad()
-    def features(self, distinct: dict[str, Image]) -> dict[str, Tensor]:
+    def _kept(self, distinct: dict[str, Image]) -> dict[str, Tensor]:
         """Features of each picture by key, encoding those that aren't kept."""
-        kept = {key: self._features[key] for key in distinct if key in self._features}
-        missing = [key for key in distinct if key not in kept]
+        found = {key: self._features[key] for key in distinct if key in self._features}
+        missing = [key for key in distinct if key not in found]
         for start in range(0, len(missing), ENCODE_AT_ONCE):
-            chunk = missing[start : start + ENCODE_AT_ONCE]
-            encoded = self.family.encode(self.family.pixels([distinct[key] for key in chunk]))
-            kept |= {key: feature.detach().clone() for key, feature in zip(chunk, encoded, strict=True)}
-        if self.frozen:
-            for key in missing:
-                self._features[key] = kept[key]
-                self._bytes += kept[key].nbytes
-            while self._bytes > KEEP_BYTES:
-                self._bytes -= self._features.pop(next(iter(self._features))).nbytes
-        return kept
+            chunk = {key: distinct[key] for key in missing[start : start + ENCODE_AT_ONCE]}
+            with self._seeing():
+                found |= {key: feature.detach().clone() for key, feature in self._encode(chunk).items()}
+        for key in missing:
+            self._features[key] = found[key]
+            self._bytes += found[key].nbytes
+        while self._bytes > KEEP_BYTES:
+            self._bytes -= self._features.pop(next(iter(self._features))).nbytes
+        return found
 
 
 def key_of(image: Image) -> str:

@@ -14,11 +14,12 @@ from transformers.utils.hub import cached_file
 
 from vlm_agents.config import HardwareConfig, ModelConfig, TrainableConfig
 from vlm_agents.errors import ConfigError, ModelError
-from vlm_agents.models.actor_critic import Agent, TemperatureHead, ValueHead
+from vlm_agents.models.actor_critic import Agent
 from vlm_agents.models.adapters import refuse_full_training
 from vlm_agents.models.architectures import tokenizer_for, whole_config
 from vlm_agents.models.damage import refusing
 from vlm_agents.models.families import Family, family_of, kind_of
+from vlm_agents.models.heads import TemperatureHead, ValueHead, load_heads
 from vlm_agents.models.machine import refuse_no_bitsandbytes, refuse_no_gpu
 from vlm_agents.models.probing import prove
 from vlm_agents.models.processing import (
@@ -88,7 +89,7 @@ def load_agent(cfg: ModelConfig, hardware: HardwareConfig, init: str | None = No
     head = cfg.temperature_head and TemperatureHead(width, cfg.temperature_head, cfg.temperature)
     agent = Agent(model, family, tokenizer, image_processor, ValueHead(width, cfg.value_head), cfg.temperature, head)
     if folder or not random:
-        agent.load_heads(folder or Path(source))
+        load_heads(agent.heads(), folder or Path(source))
     agent = agent.to(hardware.device).eval()
     prove(agent)
     return agent

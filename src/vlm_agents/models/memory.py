@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from vlm_agents.config import HardwareConfig, ModelConfig
-from vlm_agents.models.actor_critic import Agent, causal_mask
+from vlm_agents.models.actor_critic import Agent
+from vlm_agents.models.batch import position_axes
 from vlm_agents.models.images import ENCODE_AT_ONCE, KEEP_BYTES
 from vlm_agents.models.loading import load_agent
+from vlm_agents.models.prefix import causal_mask
 
 ROOM = 1.1  # what is asked of a machine, over what is counted
 LOGIT_COPIES = 6  # [reply tokens, vocabulary] in fp32 at once, from log-softmax to the gradient of the entropy
@@ -148,7 +150,7 @@ def kept_per_token(agent: Agent, recompute: bool) -> int:
 
     text, embedding = agent.family.text, agent.family.embed_tokens.weight
     embeds = embedding.new_empty(1, PROBE, embedding.shape[1]).requires_grad_(embedding.requires_grad)
-    positions = torch.zeros(agent.renderer.position_axes, 1, PROBE, dtype=torch.long, device=embedding.device)
+    positions = torch.zeros(position_axes(agent.family), 1, PROBE, dtype=torch.long, device=embedding.device)
     before, text.gradient_checkpointing = text.gradient_checkpointing, recompute
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), agent.recomputing():
         text(

@@ -1,4 +1,4 @@
-"""Prompts to token ids, rows to tensors: the one rendering that SFT, sampling and scoring share.
+"""Prompts to token ids: the one rendering that SFT, sampling and scoring share.
 
 The model's own chat template is applied to marks in place of all that is said, and what comes out is tokenised piece by
 piece. So replies which a model sampled earlier in the episode keep their exact ids, pictures their exact number of
@@ -12,15 +12,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from jinja2 import TemplateError
 from PIL.Image import Image
 
 from vlm_agents.errors import DataError, ModelError
 from vlm_agents.models.families import Family
-from vlm_agents.models.images import ImageStore
 from vlm_agents.models.vocabulary import Vocabulary
-from vlm_agents.tensors import Rendered, Row, Tokens
+from vlm_agents.tensors import Rendered
 from vlm_agents.types import Prompt
 
 # Stands for the text of a message while the chat template is applied.
@@ -32,10 +30,9 @@ FITTED = 256  # prompts that were rendered to be fitted, and are remembered unti
 class HFRenderer:
     """Renders for one tokenizer and one family."""
 
-    def __init__(self, tokenizer: Any, family: Family, images: ImageStore) -> None:
+    def __init__(self, tokenizer: Any, family: Family) -> None:
         self.tokenizer = tokenizer
         self.family = family
-        self.images = images
         self.end_of_turn: int = tokenizer.eos_token_id
         self.image_token: str = tokenizer.convert_ids_to_tokens(family.image_token_id)
         if self.image_token is None:
@@ -204,41 +201,6 @@ class HFRenderer:
             ends.append(max(length, ends[-1]))
         ends[-1] = len(self.decode(token_ids))
         return np.array([ends[:-1], ends[1:]], dtype=np.int64).T
-
-    def collate(self, rows: Sequence[Row]) -> Tokens:
-        """Right-padded rows. Raises DataError where a row's placeholder tokens don't match its pictures."""
-        width = max(len(row.input_ids) for row in rows)
-        shape = (len(rows), width)
-        input_ids = np.full(shape, self.tokenizer.pad_token_id, dtype=np.int64)
-        attention_mask = np.zeros(shape, dtype=np.int64)
-        reply_mask = np.zeros(shape, dtype=bool)
-        positions = np.zeros((self.position_axes, *shape), dtype=np.int64)
-        for index, row in enumerate(rows):
-            self.check(row)
-            length = len(row.input_ids)
-            input_ids[index, :length] = row.input_ids
-            attention_mask[index, :length] = 1
-            positions[:, index, :length] = self.family.positions(row.input_ids, [image.size for image in row.images])
-            for start, end in row.spans:
-                reply_mask[index, start:end] = True
-        mm = {"position_ids": torch.from_numpy(positions)}
-        mm |= self.images.batch([image for row in rows for image in row.images])
-        return Tokens(torch.from_numpy(input_ids), torch.from_numpy(attention_mask), torch.from_numpy(reply_mask), mm)
-
-    @property
-    def position_axes(self) -> int:
-        return self.family.positions(np.zeros(1, dtype=np.int64), []).shape[0]
-
-    def check(self, row: Row) -> None:
-        if (length := len(row.input_ids)) > self.context:
-            raise DataError(f"{row.ident}: {length} tokens, and the model has positions for {self.context}")
-        tokens = int((row.input_ids == self.family.image_token_id).sum())
-        features = sum(self.family.image_tokens(image.size) for image in row.images)
-        if tokens != features:
-            raise DataError(
-                f"{row.ident}: {tokens} image placeholder tokens for {len(row.images)} pictures that make {features}: "
-                "the row was cut or a picture is missing; collect or preprocess it again"
-            )
 
 
 def _message(role: str, text: str, pictures: int = 0) -> dict[str, Any]:

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from vlm_agents.errors import ModelError
-from vlm_agents.models.actor_critic import WORTH_SHARING, Agent, causal_mask, entropy_of
+from vlm_agents.models.actor_critic import Agent, entropy_of
+from vlm_agents.models.prefix import causal_mask, shared_prefix
 from vlm_agents.models.rendering import Rendered
 from vlm_agents.types import Prompt, Reply
 
@@ -154,7 +154,7 @@ class Sampler:
         agent, family = self.agent, self.agent.family
         rendered = [agent.renderer.render(prompt) for prompt in prompts]
         positions = [family.positions(row.ids, [image.size for image in row.images]) for row in rendered]
-        shared = _shared([row.ids for row in rendered], family.image_token_id)
+        shared = shared_prefix([row.ids for row in rendered], family.image_token_id)
         width = max(len(row.ids) for row in rendered) - shared
         ids = torch.full((len(rendered), width), agent.tokenizer.pad_token_id)
         own = torch.zeros(positions[0].shape[0], len(rendered), width, dtype=torch.long)
@@ -167,18 +167,13 @@ class Sampler:
             valid[index, shared + width - length :] = True
         ids, own, valid = (tensor.to(agent.device) for tensor in (ids, own, valid))
 
-        prefix = DynamicCache()
+        prefix = None
         if shared:
             head = torch.from_numpy(rendered[0].ids[None, :shared]).to(agent.device)
-            head_positions = torch.from_numpy(positions[0][:, None, :shared]).to(agent.device)
-            family.text(
-                inputs_embeds=family.embed_tokens(head),
-                position_ids=head_positions.squeeze(0),
-                **family.caching(prefix),
-            )
+            _, prefix = agent.run_prefix(head, torch.from_numpy(positions[0][:, None, :shared]).to(agent.device))
         capacity = shared + width + room
         layers = [
-            RoomyLayer(len(rendered), capacity, prefix.layers[i] if shared else None)
+            RoomyLayer(len(rendered), capacity, prefix.layers[i] if prefix else None)
             for i in range(family.text.config.num_hidden_layers)
         ]
         cache = Cache(layers=list(layers))
@@ -189,7 +184,7 @@ class Sampler:
             itself = torch.eye(shared + width, dtype=torch.bool, device=agent.device)[shared:]
             mask = (mask & valid[:, None, None, :]) | itself
         hidden = family.text(
-            **agent.embed(ids, agent.images.batch([image for row in rendered for image in row.images])),
+            **agent.embed(ids, [image for row in rendered for image in row.images]),
             position_ids=own.squeeze(0),
             attention_mask=agent.attention_mask(mask) if padded or shared else None,
             **family.caching(cache),
@@ -224,14 +219,3 @@ def draw(distribution: Tensor, uniform: Tensor) -> Tensor:
     cumulative = distribution.double().exp().cumsum(-1)
     # the largest double under 1 times the total is under the total after rounding too: no point is past the last token
     return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
-
-
-def _shared(rows: Sequence[np.ndarray], image_token_id: int) -> int:
-    """Number of leading tokens that all prompts have in common before any picture; each keeps a token of its own."""
-    if len(rows) == 1:
-        return 0
-    shortest = min(len(row) for row in rows) - 1
-    heads = np.stack([row[:shortest] for row in rows])
-    same = (heads == heads[0]).all(0) & (heads[0] != image_token_id)
-    length = int(np.cumprod(same).sum())
-    return length if length >= WORTH_SHARING else 0

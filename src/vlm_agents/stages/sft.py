@@ -14,7 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from vlm_agents.checkpoints import Checkpoint
 from vlm_agents.config import HardwareConfig, RunConfig, SftConfig
 from vlm_agents.errors import DataError, TrainingError
-from vlm_agents.learn.batch import microbatches
+from vlm_agents.learn.batches import microbatches
 from vlm_agents.learn.engine import AdamW
 from vlm_agents.models import Agent, load_agent
 from vlm_agents.models.sampler import Sampler as ReplySampler
@@ -145,10 +145,10 @@ class SftTrainer(Trainer):
         """Mean negative log-prob over all reply tokens of the batch, whatever the micro-batches are."""
         model.train()
         rows = inputs["rows"]
-        count = sum(end - start for row in rows for start, end in row.spans)
+        count = sum(sum(row.reply_lengths) for row in rows)
         total = torch.zeros((), device=self.agent.device)
         for part in microbatches(rows, self.hardware.tokens_per_microbatch):
-            loss = -self.agent.score(self.agent.renderer.collate(part)).logprobs.sum() / count
+            loss = -self.agent.score(part).logprobs.sum() / count
             if not torch.isfinite(loss):
                 raise TrainingError(
                     f"sft loss is {loss.item()} on rows {', '.join(row.ident for row in part[:3])} ...: lower stage.lr"
@@ -210,9 +210,9 @@ def validate(agent: Agent, chats: Chats, batch_size: int, hardware: HardwareConf
     for start in track(range(0, len(chats), batch_size), "sft validation", -(-len(chats) // batch_size), "batches"):
         rows = [chats[index] for index in range(start, min(start + batch_size, len(chats)))]
         for part in microbatches(rows, hardware.tokens_per_microbatch):
-            logprobs = agent.score(agent.renderer.collate(part)).logprobs
+            logprobs = agent.score(part).logprobs
             tokens.append(logprobs)
-            sums = [reply.sum() for reply in logprobs.split([end - start for row in part for start, end in row.spans])]
+            sums = [reply.sum() for reply in logprobs.split([length for row in part for length in row.reply_lengths])]
             for row, total in zip(part, sums, strict=True):
                 if not torch.isfinite(total):
                     raise TrainingError(f"sft/val_loss is {-total.item()} on row {row.ident}: lower stage.lr")

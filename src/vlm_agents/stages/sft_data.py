@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -14,7 +13,7 @@ from vlm_agents.chats import IMAGE_MARK, flaw, read_chats
 from vlm_agents.errors import DataError
 from vlm_agents.models.rendering import HFRenderer
 from vlm_agents.pictures import read_picture
-from vlm_agents.tensors import Row
+from vlm_agents.tensors import Row, reply_row
 from vlm_agents.types import Message, Prompt, Role
 
 logger = logging.getLogger(__name__)
@@ -73,9 +72,7 @@ class Chats(Dataset[Row]):
         """The row in place `number` of the file, its pictures as `see` has them."""
         prompt, _, reply = self._question(number, see)
         rendered = self.renderer.render(prompt)
-        start, nothing = len(rendered.ids), np.zeros(0, dtype=np.float32)
-        ids = np.concatenate([rendered.ids, np.array(reply, dtype=np.int64)])
-        return Row(f"{self.path}:{number}", ids, rendered.images, ((start, len(ids)),), *[nothing] * 5)
+        return reply_row(f"{self.path}:{number}", rendered.ids, reply, rendered.images)
 
     def example(self) -> tuple[Message, ...]:
         """What is asked in the first row, with blanks for pictures."""

@@ -5,7 +5,7 @@ is `learn.signal`.
 from collections.abc import Mapping, Sequence
 
 from vlm_agents.config import RunConfig
-from vlm_agents.learn.batch import usable
+from vlm_agents.learn.samples import usable
 from vlm_agents.learn.signal import METRIC, all_illegal
 from vlm_agents.progress import say
 from vlm_agents.stages.playing import demonstrations, tell_shortcoming

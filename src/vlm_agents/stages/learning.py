@@ -1,0 +1,75 @@
+"""What stage=ppo trains with, what its checkpoints hold of that, and how long it takes."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlm_agents.checkpoints import Checkpoint
+from vlm_agents.config import AlgoConfig, RunConfig
+from vlm_agents.errors import DataError
+from vlm_agents.learn.learner import Learner, Shaper
+from vlm_agents.learn.novelty import TemporalPredictor
+from vlm_agents.models import Agent
+from vlm_agents.run import Run
+from vlm_agents.weights import RUN_MODEL, init_folder
+
+LEARNER = "learner.pt"
+
+
+def make_learner(cfg: RunConfig, algo: AlgoConfig, agent: Agent, init: str | None, iterations: int) -> Learner:
+    """The learner of `algo`; a run that goes on from another's model, `init`, takes its action predictor along."""
+    shapers: dict[str, Shaper] = {}
+    tokens = cfg.hardware.tokens_per_microbatch
+    if algo.novelty.coef:
+        from vlm_agents.models.foreteller import AdapterForeteller  # peft: seconds that a run without an adapter saves
+
+        model = AdapterForeteller(agent, init_folder(init) if init else None)
+        shapers["novelty"] = TemporalPredictor(model, agent.renderer, algo.novelty, tokens)
+    return Learner(agent, agent.renderer, algo, iterations, tokens, shapers)
+
+
+def save(run: Run, agent: Agent, learner: Learner, step: int, state: Mapping[str, Any], keep: int) -> None:
+    """A checkpoint after `step` iterations."""
+
+    def write(folder: Path) -> None:
+        agent.save(folder / RUN_MODEL)
+        torch.save(learner.state_dict(), folder / LEARNER)
+
+    run.save_checkpoint(step, write, state, keep)
+
+
+def load(checkpoint: Checkpoint, learner: Learner) -> None:
+    """The learner's part of a checkpoint; the agent was loaded from it."""
+    path = checkpoint.path / LEARNER
+    if not path.is_file():
+        raise DataError(
+            f"{checkpoint.path} has no {LEARNER}: an older version wrote it. Finish the run with that version, or "
+            f"choose another name= and take its weights along by stage.init={checkpoint.path}"
+        )
+    learner.load_state_dict(torch.load(path, weights_only=True))
+
+
+class Clock:
+    """Seconds and, on a GPU, peak bytes of each phase of an iteration."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self.bytes: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - start
+        if self.device.type == "cuda":
+            self.bytes[name] = float(torch.cuda.max_memory_allocated(self.device))
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def figures(self) -> dict[str, float]:
+        times = {f"time/{name}": seconds for name, seconds in self.seconds.items()}
+        return times | {f"memory/{name}_bytes": peak for name, peak in self.bytes.items()}
