@@ -79,18 +79,26 @@ def check_data(stage: StageConfig) -> None:
 
 
 def check_env(cfg: RunConfig) -> None:
-    """That the env can be made, and has an expert where one is asked for."""
-    from vlm_agents.stages.playing import has_expert, open_envs
+    """That the env can be made, keeps the contract if somebody else wrote it, and has an expert if one is asked for.
 
-    with open_envs(cfg.env, 1, advised=False):
-        pass
+    A family that can tell an id without making an env isn't asked for more.
+    """
+    from vlm_agents.envs import is_known
+    from vlm_agents.stages.playing import open_envs
+
     stage = cfg.stage
     if isinstance(stage, CollectConfig):
         wanted, fix = "expert" in (stage.policy, stage.rater), "stage.policy and stage.rater to something else"
     else:
         wanted, fix = isinstance(stage, EvalConfig) and stage.policy == "expert", "stage.policy=model or random"
-    if wanted and not has_expert(cfg.env):
-        raise ConfigError(f"{cfg.env.id} has no expert: set {fix}")
+    wanted = wanted or cfg.env.expert is not None
+    if is_known(cfg.env) and not wanted and not cfg.env.foreign:
+        return
+    with open_envs(cfg.env, 1, "always" if wanted else "never") as envs:
+        if wanted and not envs.has_expert:
+            raise ConfigError(f"{cfg.env.id} has no expert: set {fix}")
+        if cfg.env.foreign:
+            envs.check_contract()
 
 
 def check_weights(cfg: RunConfig) -> str | None:

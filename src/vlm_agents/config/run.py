@@ -11,16 +11,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from vlm_agents.config.algo import AlgoConfig
-from vlm_agents.config.env import (
-    BlackjackConfig,
-    CardsConfig,
-    EchoConfig,
-    EnvConfig,
-    EZPointsConfig,
-    MiniGridConfig,
-    NumberLineConfig,
-    PointsConfig,
-)
+from vlm_agents.config.env import FAMILIES, CardsConfig, EnvConfig
 from vlm_agents.config.fields import Part, dotted, setting, settings_of
 from vlm_agents.config.hardware import HardwareConfig
 from vlm_agents.config.model import ModelConfig
@@ -39,7 +30,6 @@ from vlm_agents.config.stage import (
 from vlm_agents.config.tracking import TrackingConfig
 from vlm_agents.errors import ConfigError
 
-ENVS = (MiniGridConfig, EchoConfig, NumberLineConfig, BlackjackConfig, EZPointsConfig, PointsConfig)
 STAGES = (CollectConfig, PreprocessConfig, SftConfig, PpoConfig, EvalConfig, MergeConfig, DoctorConfig)
 
 
@@ -129,7 +119,7 @@ SCHEMAS: dict[str, type[Part]] = {
     "hardware": HardwareConfig,
     "tracking": TrackingConfig,
     "algo": AlgoConfig,
-    **{f"env/{env.family}": env for env in ENVS},
+    **{f"env/{family}": env for family, env in FAMILIES.items()},
     **{f"stage/{stage.name}": stage for stage in STAGES},
 }
 
@@ -164,7 +154,7 @@ def off_by_default() -> dict[str, str]:
 
 def env_of_id(env_id: str) -> str | None:
     """The option of `env=` that has this id by default."""
-    return next((env.family for env in ENVS if env.id == env_id), None)
+    return next((family for family, env in FAMILIES.items() if env.id == env_id), None)
 
 
 def parse(cfg: DictConfig) -> RunConfig:

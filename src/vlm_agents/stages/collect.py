@@ -24,7 +24,6 @@ from vlm_agents.rollout import collect, summarise
 from vlm_agents.run import Run, training_seed
 from vlm_agents.stages.playing import (
     format_of,
-    has_expert,
     model_policy,
     open_envs,
     remote_policy,
@@ -45,7 +44,6 @@ SAMPLES = 3  # of a remote policy's reply, until one holds a legal action: what 
 def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     stage = cfg.stage
     assert isinstance(stage, CollectConfig)
-    advised = has_expert(cfg.env)
     agent = None
     if stage.policy == "model":
         from vlm_agents.models import load_agent  # brings torch along: seconds that the other policies save
@@ -70,7 +68,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
 
     run.begin()
     there = already(blocks, stage.episodes)
-    with open_envs(cfg.env, stage.num_envs, advised) as envs, closing(client) if client else nullcontext():
+    with open_envs(cfg.env, stage.num_envs, "always") as envs, closing(client) if client else nullcontext():
         for trajectory in track(playing(envs), "collect", stage.episodes, "episodes", there):
             writer.append(rated(trajectory, ratings(trajectory.turns, stage, client)))
     writer.sync()

@@ -10,7 +10,6 @@ from vlm_agents.prompting import make_format
 from vlm_agents.remote import ChatClient
 from vlm_agents.run import Run
 from vlm_agents.stages.playing import (
-    has_expert,
     open_envs,
     play_baselines,
     play_model,
@@ -27,7 +26,6 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
     stage = cfg.stage
     assert isinstance(stage, EvalConfig)
     prompt_format = make_format(cfg.prompt)
-    advised = has_expert(cfg.env)
     album, first = Album(stage.report_episodes), list[Trajectory]()
     agent = None
     if stage.policy == "model":
@@ -35,7 +33,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
 
         agent = load_agent(cfg.model, cfg.hardware, stage.init)
     run.begin()
-    with open_envs(cfg.env, stage.num_envs, advised) as envs:
+    with open_envs(cfg.env, stage.num_envs, "always") as envs:
         run.restore()  # an interrupted evaluation starts anew
         writer = EpisodeWriter(run.dir, anew=True)
 

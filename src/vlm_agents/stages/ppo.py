@@ -30,7 +30,6 @@ from vlm_agents.stages.cards import save_model
 from vlm_agents.stages.playing import (
     SHARES,
     format_of,
-    has_expert,
     model_policy,
     open_envs,
     play_baselines,
@@ -77,7 +76,7 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
 
     watch = Watch(cfg, stage.iterations)
     run.begin()
-    with open_envs(cfg.env, stage.num_envs, has_expert(cfg.env)) as envs:
+    with open_envs(cfg.env, stage.num_envs, "always") as envs:
         if stage.eval_episodes and not checkpoint:
             state["before"] = evaluate(cfg, run, envs, agent, 0, album := Album())
             remember(run, album)
@@ -150,6 +149,7 @@ def iterate(
         seeds,
         invalid_penalty=cfg.env.invalid_penalty,
         run_seed=run.seed_for("rollout", iteration),
+        advice="first",  # all that rollout/steps_over_expert asks for
     )
     trajectories = list(track(playing, f"rollout {iteration + 1}:", len(seeds), "episodes"))
     collected = time.monotonic()
