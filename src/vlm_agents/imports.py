@@ -52,12 +52,15 @@ def made(setting: str, path: str, *arguments: Any, needs: tuple[str, ...] = (), 
         raise ConfigError(f"{setting}={path} is a {type(factory).__name__}, and nothing that can be called")
     call = f"({', '.join([*map(named_type, arguments), *(f'{name}={value!r}' for name, value in named.items())])})"
     check_call(f"{setting}={path}", factory, call, *arguments, **named)
-    found = factory(*arguments, **named)
+    try:
+        found = factory(*arguments, **named)
+    except VlmAgentsError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{setting}={path}: calling it with {call} fails: {told(error)}") from error
     if lacking := [name for name in needs if not hasattr(found, name)]:
         lacks = ", ".join(lacking)
-        raise ConfigError(
-            f"{setting}={path}: it gives {named_type(found)}, which has no {lacks}: see docs/extending.md"
-        )
+        raise ConfigError(f"{setting}={path}: it gives {named_type(found)} without {lacks}: see docs/extending.md")
     return found
 
 

@@ -33,6 +33,7 @@ def check(cfg: RunConfig) -> None:
     """VlmAgentsError where the run of `cfg` can't be: in one line what, where, and the fix."""
     check_data(cfg.stage)
     check_env_and_machine(cfg)
+    check_format(cfg)
     if has_model(cfg):
         source = check_weights(cfg)
         check_prompt(cfg, source)
@@ -42,6 +43,7 @@ def check(cfg: RunConfig) -> None:
 def check_before_a_chain(cfg: RunConfig) -> None:
     """What of `check` needs nothing that an earlier stage writes."""
     check_env_and_machine(cfg)
+    check_format(cfg)
     if has_model(cfg) and cfg.model.path:
         check_source(cfg.model.path, weights=cfg.model.weights != "random")
 
@@ -99,6 +101,14 @@ def check_env(cfg: RunConfig) -> None:
             raise ConfigError(f"{cfg.env.id} has no expert: set {fix}")
         if cfg.env.foreign:
             envs.check_contract()
+
+
+def check_format(cfg: RunConfig) -> None:
+    """That a prompt format of the user's own can be loaded, and reads what it writes."""
+    if cfg.prompt.factory is not None:
+        from vlm_agents.prompting import make_format
+
+        make_format(cfg.prompt)
 
 
 def check_weights(cfg: RunConfig) -> str | None:

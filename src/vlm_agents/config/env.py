@@ -148,7 +148,7 @@ class GymnasiumConfig(EnvConfig):
 
     family: str = "gymnasium"
     module: str | None = setting(None, "package or module that registers the id when it is imported")
-    kwargs: dict[str, Any] = setting(dict, "what gymnasium.make is given besides the id")
+    kwargs: Any = setting(None, "what gymnasium.make is given besides the id", wanted="settings or null")
     actions: list[str] = setting(MISSING, "a word for each action 0, 1, ..., as in [left,down,right,up]")
     instructions: str = setting(MISSING, "what the game is, for the system prompt; the actions are added")
     picture: int | None = setting(None, "longest side of the picture in pixels; null: as the env draws it", low=8)
@@ -166,6 +166,7 @@ class GymnasiumConfig(EnvConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_kwargs(self.kwargs)
         if self.actions != MISSING and (not all(self.actions) or len(set(self.actions)) < len(self.actions)):
             raise ConfigError(f"env.actions={self.actions}: each action needs a word of its own")
         if self.success is not None and self.success_return is not None:
@@ -181,7 +182,20 @@ class CustomConfig(EnvConfig):
 
     family: str = "custom"
     factory: str = setting(MISSING, "package.module:attribute that is called with `kwargs` and gives the env")
-    kwargs: dict[str, Any] = setting(dict, "what the factory is given; env.max_steps is added where it is set")
+    id: str = setting("", "name of the env in the record; empty: the factory's path")
+    kwargs: Any = setting(
+        None, "what the factory is given; env.max_steps is added where it is set", wanted="settings or null"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_kwargs(self.kwargs)
+        self.id = self.id or self.factory
+
+
+def check_kwargs(kwargs: Any) -> None:
+    if not (kwargs is None or (isinstance(kwargs, dict) and all(isinstance(name, str) for name in kwargs))):
+        raise ConfigError("env.kwargs must be settings: 'env.kwargs={size: 8}'")
 
 
 def families(part: type[EnvConfig]) -> Iterator[type[EnvConfig]]:

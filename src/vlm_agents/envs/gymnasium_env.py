@@ -152,19 +152,20 @@ def _make(cfg: GymnasiumConfig) -> tuple[gymnasium.Env, int]:
     limit = cfg.max_steps or spec.max_episode_steps
     if limit is None:
         raise EnvError(f"env.id={cfg.id} has no limit of its own, and an episode must end: set env.max_steps")
-    if clash := {"id", "render_mode", "max_episode_steps", "disable_env_checker"} & cfg.kwargs.keys():
+    kwargs = cfg.kwargs or {}
+    if clash := {"id", "render_mode", "max_episode_steps", "disable_env_checker"} & kwargs.keys():
         raise EnvError(f"env.kwargs: {', '.join(sorted(clash))} can't be set there; the limit is env.max_steps")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it thinks of ids, and of how it is made
             env = gymnasium.make(
-                cfg.id, render_mode="rgb_array", max_episode_steps=-1, disable_env_checker=True, **cfg.kwargs
+                cfg.id, render_mode="rgb_array", max_episode_steps=-1, disable_env_checker=True, **kwargs
             )
     except Exception as error:
         modes = _modes(spec)
         if modes is not None and "rgb_array" not in modes:
             raise _cannot_draw(cfg, modes) from error
-        raise EnvError(f"env.id={cfg.id} can't be made with env.kwargs={cfg.kwargs}: {told(error)}") from error
+        raise EnvError(f"env.id={cfg.id} can't be made with env.kwargs={kwargs}: {told(error)}") from error
     if env.render_mode != "rgb_array":
         raise _cannot_draw(cfg, env.metadata.get("render_modes", ()))
     return env, limit

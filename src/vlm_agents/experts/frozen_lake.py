@@ -1,19 +1,25 @@
-"""The expert of FrozenLake: a shortest way around the holes, and what it sees of the lake, in words."""
+"""The expert of FrozenLake: a shortest way around the holes, and how it is found, in words.
+
+It counts back from the goal, cell by cell, until it comes to where the player stands: each step of that can be seen
+from the one before, which is what a small model learns to follow.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
 
 from vlm_agents.envs.frozen_lake import FrozenLakeGame
 from vlm_agents.envs.gymnasium_env import GymnasiumEnv
 from vlm_agents.errors import ConfigError
 from vlm_agents.types import Advice
 
-Cell = tuple[int, int]  # column, row
-MOVES: tuple[Cell, ...] = ((-1, 0), (0, 1), (1, 0), (0, -1))  # of the actions 0 to 3
+Cell = tuple[int, int]  # row, column
+MOVES: tuple[Cell, ...] = ((0, -1), (1, 0), (0, 1), (-1, 0))  # of the actions 0 to 3
+LIKED = (1, 2, 0, 3)  # actions, in the order in which those that come equally near are taken
 
 
 class FrozenLakeExpert:
-    """Where several ways are shortest, the one that goes by the first action of these: down, right, left, up.
-
-    Its plan takes it that the ice isn't slippery; where it is, it plans anew from wherever it slid.
-    """
+    """Its plan takes it that the ice isn't slippery; where it is, it plans anew from wherever it slid."""
 
     def __init__(self, env: GymnasiumEnv) -> None:
         if not isinstance(env.game, FrozenLakeGame):
@@ -22,41 +28,35 @@ class FrozenLakeExpert:
         self.words = env.words
 
     def start(self) -> Advice | None:
-        lake = self.game.lake
-        rows = [[bytes(letter).decode() for letter in row] for row in lake.desc]
-        cells = {(x, y): letter for y, row in enumerate(rows) for x, letter in enumerate(row)}
-        self.holes = [cell for cell, letter in cells.items() if letter == "H"]
-        self.left = {cell: 0 for cell, letter in cells.items() if letter == "G"}  # steps to the goal
-        frontier = list(self.left)
-        for x, y in frontier:  # grows while it is read: a queue
-            for dx, dy in MOVES:
-                near = (x + dx, y + dy)
-                if near in cells and near not in self.left and near not in self.holes:
-                    self.left[near] = self.left[x, y] + 1
-                    frontier.append(near)
+        cells = {(row, column): letter for (row, column), letter in _letters(self.game.lake.desc)}
+        self.holes = sorted(cell for cell, letter in cells.items() if letter == b"H")
+        self.back = [sorted(cell for cell, letter in cells.items() if letter == b"G")]  # cells by steps to the goal
+        seen = {*self.holes, *self.back[0]}
+        while nearer := {_next(cell, move) for cell in self.back[-1] for move in MOVES} & cells.keys() - seen:
+            self.back.append(sorted(nearer))
+            seen |= nearer
         return self.follow(None)
 
     def follow(self, action: str | None) -> Advice | None:
-        row, column = divmod(int(self.game.lake.s), self.game.size)
-        here = (column, row)
-        if here not in self.left:
+        here = divmod(int(self.game.lake.s), self.game.size)
+        steps = next((steps for steps, cells in enumerate(self.back) if here in cells), 0)
+        if not steps:
             return None
-        way = list(self._way(here))
-        holes = " ".join(map(named, self.holes)) or "none"
-        words = " ".join(self.words[number] for number in way)
-        return Advice(f"holes {holes}; at {named(here)}; way {words}", self.words[way[0]], len(way))
-
-    def _way(self, here: Cell) -> list[int]:
-        way = []
-        while self.left[here]:
-            for number in (1, 2, 0, 3):
-                near = (here[0] + MOVES[number][0], here[1] + MOVES[number][1])
-                if self.left.get(near) == self.left[here] - 1:
-                    way.append(number)
-                    here = near
-                    break
-        return way
+        number = next(number for number in LIKED if _next(here, MOVES[number]) in self.back[steps - 1])
+        counted = "; ".join(map(_named, self.back[:steps]))
+        then = _named([_next(here, MOVES[number])])
+        thought = f"agent {_named([here])}, holes {_named(self.holes) or 'none'}; goal {counted}; next {then}"
+        return Advice(thought, self.words[number], steps)
 
 
-def named(cell: Cell) -> str:
-    return f"({cell[0]},{cell[1]})"
+def _letters(desc: np.ndarray) -> Iterator[tuple[Cell, bytes]]:
+    return (((int(row), int(column)), bytes(letter)) for (row, column), letter in np.ndenumerate(desc))
+
+
+def _next(cell: Cell, move: Cell) -> Cell:
+    return cell[0] + move[0], cell[1] + move[1]
+
+
+def _named(cells: Iterable[Cell]) -> str:
+    """`(2,1) (1,3)`: column and row, from 1 on."""
+    return " ".join(f"({column + 1},{row + 1})" for row, column in cells)
