@@ -166,8 +166,8 @@ def _make(cfg: GymnasiumConfig) -> tuple[gymnasium.Env, int]:
         if modes is not None and "rgb_array" not in modes:
             raise _cannot_draw(cfg, modes) from error
         raise EnvError(f"env.id={cfg.id} can't be made with env.kwargs={kwargs}: {told(error)}") from error
-    if env.render_mode != "rgb_array":
-        raise _cannot_draw(cfg, env.metadata.get("render_modes", ()))
+    if "rgb_array" not in (modes := env.metadata.get("render_modes") or ()):
+        raise _cannot_draw(cfg, modes)
     return env, limit
 
 
