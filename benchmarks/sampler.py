@@ -68,7 +68,7 @@ def rollout_prompts(envs: int, turns: int) -> list[list[Prompt]]:
     """The first turns of games in which an expert plays with 30 % random moves: a batch a turn, a prompt an env."""
     prompt_format = make_format(PromptConfig("cot_json"))
     policy = NoisyPolicy(ExpertPolicy(prompt_format), 0.3, prompt_format)
-    with open_envs(MiniGridConfig(), envs, advised=True) as pool:
+    with open_envs(MiniGridConfig(), envs, "always") as pool:
         games = list(collect(pool, policy, prompt_format, range(envs), invalid_penalty=0.0, run_seed=0))
     return [[game.turns[turn].prompt for game in games if turn < len(game.turns)] for turn in range(turns)]
 

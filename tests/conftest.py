@@ -54,7 +54,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for cfg in (EchoConfig(), MiniGridConfig(id="MiniGrid-Empty-Random-5x5-v0")):
         for name in ("action_only", "cot_json"):
             prompt_format = make_format(PromptConfig(name))
-            with open_envs(cfg, 4, advised=True) as envs:
+            with open_envs(cfg, 4, "always") as envs:
                 policy = ExpertPolicy(prompt_format)
                 for episode in collect(envs, policy, prompt_format, range(12), invalid_penalty=0.0, run_seed=0):
                     for turn in episode.turns:

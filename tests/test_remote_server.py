@@ -98,7 +98,7 @@ def test_it_says_what_the_same_model_says_here(settings: Callable[..., RunConfig
     """So the server saw the same pictures, in the same places of the same text."""
     cfg = settings("run")
     prompt_format = make_format(cfg.prompt)
-    with open_envs(cfg.env, 2, advised=True) as envs:
+    with open_envs(cfg.env, 2, "always") as envs:
         expert = ExpertPolicy(prompt_format)
         played = list(collect(envs, expert, prompt_format, range(2), invalid_penalty=0, run_seed=0))
     prompts = [turn.prompt for episode in played for turn in episode.turns][:8]

@@ -40,6 +40,7 @@ def check(cfg: RunConfig) -> None:
     refuse_other_name(cfg)
     check_data(cfg.stage)
     check_env_and_machine(cfg)
+    check_format(cfg)
     if has_model(cfg):
         refuse_nonsense(cfg)  # what a run says of its model is told before what its files look like
         source = check_weights(cfg)
@@ -55,6 +56,7 @@ def check_before_a_chain(cfg: RunConfig, made: Sequence[Path]) -> None:
     elif init:
         refuse_nonsense(cfg)
     check_env_and_machine(cfg)
+    check_format(cfg)
     if has_model(cfg):
         check_prompt(cfg, check_weights(cfg))
 
@@ -113,18 +115,34 @@ def check_data(stage: StageConfig) -> None:
 
 
 def check_env(cfg: RunConfig) -> None:
-    """That the env can be made, and has an expert where one is asked for."""
-    from vlm_agents.stages.playing import has_expert, open_envs
+    """That the env can be made, keeps the contract if somebody else wrote it, and has an expert if one is asked for.
 
-    with open_envs(cfg.env, 1, advised=False):
-        pass
+    A family that can tell an id without making an env isn't asked for more.
+    """
+    from vlm_agents.envs import is_known
+    from vlm_agents.stages.playing import open_envs
+
     stage = cfg.stage
     if isinstance(stage, CollectConfig):
         wanted, fix = "expert" in (stage.policy, stage.rater), "stage.policy and stage.rater to something else"
     else:
         wanted, fix = isinstance(stage, EvalConfig) and stage.policy == "expert", "stage.policy=model or random"
-    if wanted and not has_expert(cfg.env):
-        raise ConfigError(f"{cfg.env.id} has no expert: set {fix}")
+    wanted = wanted or cfg.env.expert is not None
+    if is_known(cfg.env) and not wanted and not cfg.env.foreign:
+        return
+    with open_envs(cfg.env, 1, "always" if wanted else "never") as envs:
+        if wanted and not envs.has_expert:
+            raise ConfigError(f"{cfg.env.id} has no expert: set {fix}")
+        if cfg.env.foreign:
+            envs.check_contract()
+
+
+def check_format(cfg: RunConfig) -> None:
+    """That a prompt format of the user's own can be loaded, and reads what it writes."""
+    if cfg.prompt.factory is not None:
+        from vlm_agents.prompting import make_format
+
+        make_format(cfg.prompt)
 
 
 def check_weights(cfg: RunConfig) -> str | None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from vlm_agents.env_pool import EnvPool
 from vlm_agents.errors import DataError, EnvError, TrainingError
+from vlm_agents.experts import Advising
 from vlm_agents.policies import Policy, is_random
 from vlm_agents.prompting import PromptFormat
 from vlm_agents.types import Observation, Query, Stop, Trajectory, Turn
@@ -56,19 +57,21 @@ def collect(
     *,
     invalid_penalty: float,
     run_seed: int,
+    advice: Advising | None = None,
 ) -> Iterator[Trajectory]:
     """Play one whole episode a seed and yield them in the order of `seeds`.
 
     All active slots take each turn together; a slot whose episode ends takes the next seed. An episode's randomness
     is its own, drawn from (run_seed, seed), so neither the number of slots nor the other episodes decide its outcome
     (but for the rounding of a model that sees other batches). Equal seeds give equal episodes.
-    A reply without a legal action costs `invalid_penalty`.
+    A reply without a legal action costs `invalid_penalty`. `advice`: where less of the expert's is wanted than `envs`
+    was opened for.
     """
     waiting = deque(_Episode(seed, np.random.default_rng([run_seed, seed])) for seed in seeds)
     unyielded = waiting.copy()
     active: dict[int, _Episode] = {}
     while unyielded:
-        _refill(envs, active, waiting)
+        _refill(envs, active, waiting, advice)
         _play_turn(envs, active, policy, prompt_format, invalid_penalty)
         _settle(envs, active, policy, prompt_format)
         while unyielded and (result := unyielded[0].result) is not None:
@@ -76,11 +79,11 @@ def collect(
             yield result
 
 
-def _refill(envs: EnvPool, active: dict[int, _Episode], waiting: deque[_Episode]) -> None:
+def _refill(envs: EnvPool, active: dict[int, _Episode], waiting: deque[_Episode], advice: Advising | None) -> None:
     """Start the next episodes in the slots that are free."""
     free = [slot for slot in range(envs.num_envs) if slot not in active]
     starting = {slot: waiting.popleft() for slot in free[: len(waiting)]}
-    for slot, answer in envs.reset({slot: episode.seed for slot, episode in starting.items()}).items():
+    for slot, answer in envs.reset({slot: one.seed for slot, one in starting.items()}, advice).items():
         episode = starting[slot]
         if isinstance(answer, EnvError):
             episode.fail(envs.name, answer)

@@ -108,7 +108,7 @@ def test_a_broken_env_is_caught(broken: type[EchoEnv], fault: str) -> None:
 
 
 def test_unknown_family_says_which_there_are() -> None:
-    with pytest.raises(EnvError, match=r"known: echo, minigrid, .*points24\. Did you mean 'minigrid'"):
+    with pytest.raises(EnvError, match=r"known: echo, minigrid, .*custom\. Did you mean 'minigrid'"):
         make_env(EnvConfig(family="mingrid", id="x"))
 
 

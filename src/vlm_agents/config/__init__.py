@@ -8,13 +8,16 @@ docs/configuration.md show what stands here.
 from vlm_agents.config.algo import AlgoConfig, NoveltyConfig
 from vlm_agents.config.conf import command, conf_dir, described, groups
 from vlm_agents.config.env import (
+    FAMILIES,
     BlackjackConfig,
     CardsConfig,
     Compat,
+    CustomConfig,
     EchoConfig,
     EnvConfig,
     EZPointsConfig,
     Faces,
+    GymnasiumConfig,
     MiniGridConfig,
     NumberLineConfig,
     PointsConfig,
@@ -42,17 +45,20 @@ from vlm_agents.config.tracking import TrackingConfig
 
 __all__ = [
     "AUTO",
+    "FAMILIES",
     "AlgoConfig",
     "BlackjackConfig",
     "CardsConfig",
     "CollectConfig",
     "Compat",
+    "CustomConfig",
     "DoctorConfig",
     "EZPointsConfig",
     "EchoConfig",
     "EnvConfig",
     "EvalConfig",
     "Faces",
+    "GymnasiumConfig",
     "HardwareConfig",
     "LoraConfig",
     "MergeConfig",

@@ -1,7 +1,12 @@
-"""The envs: one class a family of games."""
+"""The envs: one class a family of games, with its settings, and with the import paths of what makes it.
 
+A family is found by its class alone: Hydra's schema, `make_env`, the experts and the tests of the contract read
+FAMILIES. Nothing here imports a game.
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from omegaconf import MISSING
 
@@ -14,6 +19,10 @@ Faces = Literal["ten", "rank"]
 
 @dataclass
 class EnvConfig(Part, place="env"):
+    makes: ClassVar[str | None] = None  # package.module:attribute that is called with the config and gives the env
+    advises: ClassVar[str | None] = None  # the same of the scripted expert, called with the env
+    foreign: ClassVar[bool] = False  # somebody else wrote the game: it is held to the contract before it is played
+
     family: str = setting(MISSING, "kind of env; chosen by env=")
     id: str = setting(MISSING, "Gymnasium id of the env")
     max_steps: int | None = setting(None, "turns before an episode is truncated; null: the env's own limit", low=1)
@@ -22,11 +31,17 @@ class EnvConfig(Part, place="env"):
     timeout_s: float = setting(
         60.0, "seconds; a worker that answers later is restarted, its episode marked env_error", positive=True
     )
+    expert: str | None = setting(
+        None, "a scripted expert of your own, as package.module:attribute, called with the env; null: the env's own"
+    )
 
 
 @dataclass
 class EchoConfig(EnvConfig):
     """A picture shows a colour, its name is the action; `turns` colours make an episode."""
+
+    makes = "vlm_agents.envs.echo:EchoEnv"
+    advises = "vlm_agents.experts.echo:EchoExpert"
 
     family: str = "echo"
     id: str = "vlm_agents/Echo-v0"
@@ -37,6 +52,9 @@ class EchoConfig(EnvConfig):
 @dataclass
 class MiniGridConfig(EnvConfig):
     """Any MiniGrid-* or BabyAI-* id."""
+
+    makes = "vlm_agents.envs.minigrid:MiniGrid"
+    advises = "vlm_agents.experts.minigrid:grid_expert"
 
     family: str = "minigrid"
     id: str = setting("MiniGrid-DoorKey-6x6-v0", "any MiniGrid-* or BabyAI-* id")
@@ -57,6 +75,9 @@ class MiniGridConfig(EnvConfig):
 @dataclass
 class CardsConfig(EnvConfig):
     """The card games of RL4VLM; each has a class of its own below."""
+
+    makes = "vlm_agents.envs.gym_cards:CardEnv"
+    advises = "vlm_agents.experts.gym_cards:card_expert"
 
     observation: str = setting(
         "image",
@@ -122,3 +143,73 @@ class EZPointsConfig(PointsConfig):
     target: int = 12
     cards: int = 2
     solvable_only: bool = True
+
+
+@dataclass
+class GymnasiumConfig(EnvConfig):
+    """Any Gymnasium env that has Discrete actions and can be drawn (rgb_array)."""
+
+    makes = "vlm_agents.envs.gymnasium_env:GymnasiumEnv"
+    foreign = True
+
+    family: str = "gymnasium"
+    module: str | None = setting(None, "package or module that registers the id when it is imported")
+    kwargs: Any = setting(None, "what gymnasium.make is given besides the id", wanted="settings or null")
+    actions: list[str] = setting(MISSING, "a word for each action 0, 1, ..., as in [left,down,right,up]")
+    instructions: str = setting(MISSING, "what the game is, for the system prompt; the actions are added")
+    picture: int | None = setting(None, "longest side of the picture in pixels; null: as the env draws it", low=8)
+    legal: str | None = setting(None, "key of info with a mask of the legal actions; null: all are legal, always")
+    success: str | None = setting(
+        None, "key of info that is true where the episode succeeded; null: it ended as success_return says"
+    )
+    success_return: float | None = setting(
+        None,
+        "an episode that terminates with at least this return succeeded; null: one whose last reward is above 0",
+    )
+    state: str = setting(
+        "observation", "what names the state, so that loops can be counted: observation, picture, or a key of info"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_kwargs(self.kwargs)
+        if self.actions != MISSING and (not all(self.actions) or len(set(self.actions)) < len(self.actions)):
+            raise ConfigError(f"env.actions={self.actions}: each action needs a word of its own")
+        if self.success is not None and self.success_return is not None:
+            raise ConfigError("env.success and env.success_return both say what success is: leave one out")
+
+
+@dataclass
+class CustomConfig(EnvConfig):
+    """An env of your own, from an import path."""
+
+    makes = "vlm_agents.envs.custom:make"
+    foreign = True
+
+    family: str = "custom"
+    factory: str = setting(MISSING, "package.module:attribute that is called with `kwargs` and gives the env")
+    id: str = setting("", "name of the env in the record; empty: the factory's path")
+    kwargs: Any = setting(
+        None, "what the factory is given; env.max_steps is added where it is set", wanted="settings or null"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_kwargs(self.kwargs)
+        self.id = self.id or self.factory
+
+
+def check_kwargs(kwargs: Any) -> None:
+    if not (kwargs is None or (isinstance(kwargs, dict) and all(isinstance(name, str) for name in kwargs))):
+        raise ConfigError("env.kwargs must be settings: 'env.kwargs={size: 8}'")
+
+
+def families(part: type[EnvConfig]) -> Iterator[type[EnvConfig]]:
+    """The classes below `part` that are a family."""
+    for kind in part.__subclasses__():
+        if vars(kind).get("family", MISSING) != MISSING:
+            yield kind
+        yield from families(kind)
+
+
+FAMILIES = {kind.family: kind for kind in families(EnvConfig)}

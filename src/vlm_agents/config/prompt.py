@@ -6,6 +6,7 @@ from typing import Literal
 from omegaconf import MISSING
 
 from vlm_agents.config.fields import Part, setting
+from vlm_agents.errors import ConfigError
 
 
 @dataclass
@@ -13,7 +14,7 @@ class PromptConfig(Part, place="prompt"):
     format: str = setting(
         MISSING,
         "what a reply looks like; chosen by prompt=",
-        choices=Literal["cot_json", "action_only", "action_scores", "rl4vlm"],
+        choices=Literal["cot_json", "action_only", "action_scores", "rl4vlm", "custom"],
     )
     history: str = setting(
         "last_k",
@@ -28,3 +29,13 @@ class PromptConfig(Part, place="prompt"):
     score_temperature: float = setting(
         0.5, "format=action_scores only: softmax temperature over the scores 1-5", positive=True
     )
+    factory: str | None = setting(
+        None, "format=custom only: package.module:attribute that is called with these settings and gives the format"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.factory is not None and self.format != "custom":
+            raise ConfigError(f"prompt.factory={self.factory} is a format of its own: add prompt=custom")
+        if self.factory is None and self.format == "custom":
+            raise ConfigError("prompt=custom is a format of your own: give prompt.factory=my_package.my_module:Mine")

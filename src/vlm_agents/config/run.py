@@ -14,15 +14,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlm_agents.config.algo import AlgoConfig
-from vlm_agents.config.env import (
-    BlackjackConfig,
-    EchoConfig,
-    EnvConfig,
-    EZPointsConfig,
-    MiniGridConfig,
-    NumberLineConfig,
-    PointsConfig,
-)
+from vlm_agents.config.env import FAMILIES, EnvConfig
 from vlm_agents.config.fields import Part, dotted, setting, settings_of
 from vlm_agents.config.hardware import HardwareConfig
 from vlm_agents.config.model import ModelConfig
@@ -41,7 +33,6 @@ from vlm_agents.config.stage import (
 from vlm_agents.config.tracking import TrackingConfig
 from vlm_agents.errors import ConfigError, DataError
 
-ENVS = (MiniGridConfig, EchoConfig, NumberLineConfig, BlackjackConfig, EZPointsConfig, PointsConfig)
 STAGES = (CollectConfig, PreprocessConfig, SftConfig, PpoConfig, EvalConfig, MergeConfig, DoctorConfig)
 
 
@@ -77,7 +68,7 @@ SCHEMAS: dict[str, type[Part]] = {
     "hardware": HardwareConfig,
     "tracking": TrackingConfig,
     "algo": AlgoConfig,
-    **{f"env/{env.family}": env for env in ENVS},
+    **{f"env/{family}": env for family, env in FAMILIES.items()},
     **{f"stage/{stage.name}": stage for stage in STAGES},
 }
 
@@ -121,14 +112,13 @@ def off_by_default() -> dict[str, str]:
 
 def env_of_id(env_id: str) -> str | None:
     """The option of `env=` that has this id by default."""
-    return next((env.family for env in ENVS if env.id == env_id), None)
+    return next((family for family, env in FAMILIES.items() if env.id == env_id), None)
 
 
 def env_of(settings: Mapping[str, Any]) -> EnvConfig:
     """The env of these settings, as a run's config.yaml has them; KeyError, TypeError or ConfigError where they are of
     another version."""
-    kinds = {env.family: env for env in ENVS}
-    return kinds[settings["family"]](**settings)
+    return FAMILIES[settings["family"]](**settings)
 
 
 def parse(cfg: DictConfig) -> RunConfig:

@@ -120,35 +120,43 @@ def _expect(right: bool, name: str, value: object, wrong: str) -> None:
 
 
 # ---- all that an env must do -----------------------------------------------------------------------------------------
-def check_contract(make: Callable[[], Env], seeds: tuple[int, ...] = (0, 1, 2)) -> None:
-    """Play a few episodes and raise EnvError at the first thing that an env must not do."""
+def check_contract(make: Callable[[], Env], seeds: tuple[int, ...] = (0, 1, 2), turns: int | None = None) -> None:
+    """Play a few episodes on two envs and raise EnvError at the first thing that an env must not do.
+
+    `make` gives a new env at each call. `turns`: leave off after so many of each episode; None: at its end.
+    """
     first, second = make(), make()
     _require(bool(first.name) and bool(first.instructions), first, "has no name or no instructions")
     _require_refusal(first, "steps before the first reset")
     for seed in seeds:
-        _check_episode(first, second, seed)
+        _check_episode(first, second, seed, turns)
         second.reset(seed + 1)  # the next comparison must not hang on what was played before
     first.close()
     second.close()
 
 
-def _check_episode(first: Env, second: Env, seed: int) -> None:
+def _check_episode(first: Env, second: Env, seed: int, turns: int | None) -> None:
     """Play `seed` on both envs with the same random words, some of them illegal, and compare."""
     instructions = first.instructions
     now, twin = first.reset(seed), second.reset(seed)
+    for answer in (now, twin):
+        checked_observation(answer)
     rng = np.random.default_rng(seed)
-    over = False
-    while not over:
+    over, played = False, 0
+    while not over and played != turns:
         _require(_same(now, twin), first, f"shows different things for seed {seed}")
         words = [*(now.legal_actions or ("",)), None, "no such action"]
         action = words[rng.integers(len(words))]
-        step = first.step(action)
-        other = second.step(action)
+        step, other = first.step(action), second.step(action)
+        for answer in (step, other):
+            checked_step(answer)
         _require(step.reward == other.reward, first, f"rewards seed {seed} differently")
         _check_step(first, now, action, step)
         over, now, twin = step.terminated or step.truncated, step.observation, other.observation
+        played += 1
     _require(first.instructions == instructions, first, "changes its instructions")
-    _require_refusal(first, "steps after the end")
+    if over:
+        _require_refusal(first, "steps after the end")
 
 
 def _check_step(env: Env, before: Observation, action: str | None, step: Step) -> None:

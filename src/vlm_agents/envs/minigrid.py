@@ -48,6 +48,13 @@ class MiniGrid:
         self._running = False
         self._key = ""
 
+    @staticmethod
+    def check(cfg: MiniGridConfig) -> None:
+        """EnvError where minigrid has no such id, or can't make it."""
+        _refuse_unknown(cfg.id)
+        if "WFC" in cfg.id:  # only making it tells whether its patterns are there
+            _make(cfg.id)
+
     def reset(self, seed: int) -> Observation:
         with contextlib.redirect_stdout(None):  # BabyAI prints each layout that it rejects
             self.world.reset(seed=seed)
@@ -145,7 +152,7 @@ def _picture(world: MiniGridEnv, tile_size: int) -> np.ndarray:
     return picture.reshape(world.height * tile_size, world.width * tile_size, 3)
 
 
-def _make(env_id: str) -> MiniGridEnv:
+def _refuse_unknown(env_id: str) -> None:
     known = [name for name in gymnasium.registry if name.startswith(("MiniGrid-", "BabyAI-"))]
     if env_id not in known:
         raise EnvError(
@@ -153,6 +160,10 @@ def _make(env_id: str) -> MiniGridEnv:
             f"{did_you_mean(env_id, known)} List the ids with: "
             'python -c "import minigrid, gymnasium; gymnasium.pprint_registry()"'
         )
+
+
+def _make(env_id: str) -> MiniGridEnv:
+    _refuse_unknown(env_id)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*out of date", category=DeprecationWarning)
         try:

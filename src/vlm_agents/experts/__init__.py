@@ -6,12 +6,19 @@ advice whose `distance` is None is good all the same; only its length isn't know
 """
 
 from dataclasses import replace
-from typing import Protocol
+from typing import Literal, Protocol
 
-from vlm_agents.config import CardsConfig, EchoConfig, EnvConfig, MiniGridConfig
+from vlm_agents.config import FAMILIES, EnvConfig
 from vlm_agents.envs.base import Env
 from vlm_agents.errors import ConfigError
+from vlm_agents.imports import made
 from vlm_agents.types import Advice, Observation, Step
+
+Advising = Literal["never", "first", "always"]  # in which observations of an episode the expert is asked
+
+
+class NoExpert(ConfigError):
+    """An env that nobody wrote an expert for."""
 
 
 class Expert(Protocol):
@@ -25,21 +32,23 @@ class Expert(Protocol):
 
 
 class Advised:
-    """An env whose observations carry the expert's advice."""
+    """An env whose observations carry the expert's advice, as `advice` has it for the episode that begins next."""
 
     def __init__(self, env: Env, expert: Expert) -> None:
         self.env = env
         self.expert = expert
         self.name = env.name
         self.instructions = env.instructions
+        self.advice: Advising = "always"
 
     def reset(self, seed: int) -> Observation:
         observation = self.env.reset(seed)
-        return replace(observation, advice=self.expert.start())
+        self._follows = self.advice == "always"
+        return observation if self.advice == "never" else replace(observation, advice=self.expert.start())
 
     def step(self, action: str | None) -> Step:
         step = self.env.step(action)
-        if step.terminated:
+        if step.terminated or not self._follows:
             return step
         return replace(step, observation=replace(step.observation, advice=self.expert.follow(action)))
 
@@ -47,27 +56,16 @@ class Advised:
         self.env.close()
 
 
-def with_expert(env: Env, cfg: EnvConfig) -> Env:
-    """`env`, made from `cfg`, with advice in every observation; ConfigError where nobody wrote an expert."""
-    match cfg:
-        case EchoConfig():
-            from vlm_agents.envs.echo import EchoEnv
-            from vlm_agents.experts.echo import EchoExpert
+def with_expert(env: Env, cfg: EnvConfig) -> Advised:
+    """`env`, made from `cfg`, with advice in its observations; NoExpert where nobody wrote an expert.
 
-            assert isinstance(env, EchoEnv)
-            return Advised(env, EchoExpert(env))
-        case MiniGridConfig():
-            from vlm_agents.envs.minigrid import MiniGrid
-            from vlm_agents.experts.babyai import BotExpert
-            from vlm_agents.experts.minigrid import PlanExpert
-
-            assert isinstance(env, MiniGrid)
-            return Advised(env, BotExpert(env) if cfg.id.startswith("BabyAI-") else PlanExpert(env))
-        case CardsConfig():
-            from vlm_agents.envs.gym_cards import CardEnv
-            from vlm_agents.experts.gym_cards import card_expert
-
-            assert isinstance(env, CardEnv)
-            return Advised(env, card_expert(env))
-        case _:
-            raise ConfigError(f"env.family={cfg.family} has no expert; echo, minigrid and the card games have one")
+    `env.expert` takes the place of the family's own.
+    """
+    path = cfg.expert or cfg.advises
+    if path is None:
+        known = ", ".join(family for family, kind in FAMILIES.items() if kind.advises)
+        raise NoExpert(
+            f"env.family={cfg.family} has no expert; {known} have one, and env.expert=my_package.my_module:MyExpert "
+            "brings in your own"
+        )
+    return Advised(env, made("env.expert", path, env, needs=("start", "follow")))

@@ -9,7 +9,7 @@ from minigrid.core.constants import DIR_TO_VEC
 from minigrid.utils.baby_ai_bot import BabyAIBot, DisappearedBoxError, Subgoal
 
 from vlm_agents.envs.minigrid import WORDS, MiniGrid
-from vlm_agents.errors import ConfigError
+from vlm_agents.experts import NoExpert
 from vlm_agents.experts.scene import scene
 from vlm_agents.types import Advice
 
@@ -31,7 +31,7 @@ class BotExpert:
 
     def __init__(self, game: MiniGrid) -> None:
         if game.name in UNSOLVED:
-            raise ConfigError(f"env.id={game.name} has no expert: minigrid's bot can't solve its kind of level")
+            raise NoExpert(f"env.id={game.name} has no expert: minigrid's bot can't solve its kind of level")
         self.world = game.world
         self.actions = game.actions
 

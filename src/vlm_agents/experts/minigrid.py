@@ -12,7 +12,8 @@ from minigrid.core.actions import Actions
 from minigrid.core.world_object import WorldObj
 
 from vlm_agents.envs.minigrid import WORDS, MiniGrid
-from vlm_agents.errors import ConfigError
+from vlm_agents.experts import Expert, NoExpert
+from vlm_agents.experts.babyai import BotExpert
 from vlm_agents.experts.planner import Layout, Mission, Plan, Search, State
 from vlm_agents.experts.scene import scene
 from vlm_agents.types import Advice
@@ -29,13 +30,18 @@ PLANNED = (
 )
 
 
+def grid_expert(game: MiniGrid) -> Expert:
+    """The expert of this id; NoExpert where nobody wrote one."""
+    return BotExpert(game) if game.name.startswith("BabyAI-") else PlanExpert(game)
+
+
 class PlanExpert:
     """Advises by the shortest plan. Every state on a plan made before is remembered, so most steps need no search."""
 
     def __init__(self, game: MiniGrid) -> None:
         self.world = game.world
         if not isinstance(self.world, (*REACH, *LIFT, *BESIDE, envs.UnlockEnv, envs.FetchEnv)):
-            raise ConfigError(f"env.id={game.name} has no expert; those with one: BabyAI-*, {PLANNED}")
+            raise NoExpert(f"env.id={game.name} has no expert; those with one: BabyAI-*, {PLANNED}")
 
     def start(self) -> Advice | None:
         self.layout = Layout(self.world)

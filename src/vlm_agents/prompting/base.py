@@ -11,6 +11,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from vlm_agents.config import PromptConfig
+from vlm_agents.errors import ConfigError
+from vlm_agents.imports import told
 from vlm_agents.prompting.objects import Field, is_json, objects_in
 from vlm_agents.prompting.thinking import answer_start
 from vlm_agents.types import Message, Observation, Parsed, Prompt, Span, Turn
@@ -36,6 +38,31 @@ class PromptFormat(Protocol):
     def write(self, thought: str, action: str, legal_actions: LegalActions) -> str:
         """The canonical reply that says this."""
         ...
+
+
+def check_format(prompt_format: PromptFormat, name: str = "the format") -> None:
+    """ConfigError, which calls it `name`, for a format that can't read what it writes, or raises at what a model may
+    say."""
+    words, rng = ("turn left", "stay", "stay here"), np.random.default_rng(0)
+    now, said = Observation("seen", legal_actions=words), ["", " ", "{", "no such word", "\u2028\x00"]
+    try:
+        prompt = prompt_format.prompt("rules", (), now)
+        if not (prompt and all(isinstance(message, Message) for message in prompt) and prompt[-1].role == "user"):
+            raise ConfigError(f"{name}: its prompt is no tuple of Messages that ends with the user's")
+        for word in words:
+            reply = prompt_format.write("a thought", word, words)
+            parsed = prompt_format.parse(reply, words, rng)
+            if parsed.action != word:
+                raise ConfigError(f"{name}: it writes {reply!r:.80} for '{word}' and reads '{parsed.action}' in it")
+            said.append(reply[: len(reply) // 2])
+        for reply in said:
+            parsed = prompt_format.parse(reply, words, rng)
+            if (parsed.action is None) == (parsed.error is None) or parsed.action not in (None, *words):
+                raise ConfigError(f"{name}: in {reply!r} it reads {parsed}: a legal action, or an error, and not both")
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{name}: {told(error)}") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,6 @@ from vlm_agents.run import Run, training_seed
 from vlm_agents.stages.playing import (
     check_first_prompt,
     format_of,
-    has_expert,
     model_policy,
     open_envs,
     remote_policy,
@@ -44,7 +43,6 @@ SAMPLES = 3  # of a remote policy's reply, until one holds a legal action: what 
 
 
 def main(cfg: RunConfig, stage: CollectConfig, run: Run) -> dict[str, float]:
-    advised = has_expert(cfg.env)
     agent = None
     if stage.policy == "model":
         from vlm_agents.models import load_agent  # brings torch along: seconds that the other policies save
@@ -72,7 +70,7 @@ def main(cfg: RunConfig, stage: CollectConfig, run: Run) -> dict[str, float]:
     if not client:  # a server may not be there, or take no request of ours: its first answer begins the run
         run.begin()
     there = already(blocks, stage.episodes)
-    with open_envs(cfg.env, stage.num_envs, advised) as envs, closing(client) if client else nullcontext():
+    with open_envs(cfg.env, stage.num_envs, "always") as envs, closing(client) if client else nullcontext():
         for trajectory in track(playing(envs), "collect", stage.episodes, "episodes", there):
             writer.append(rated(trajectory, ratings(trajectory.turns, stage, client)))
     writer.sync()

@@ -127,7 +127,7 @@ def work_of(cfg: RunConfig, stage: DoctorConfig, agent: Agent) -> Work:
 def prompts_of(cfg: RunConfig, stage: DoctorConfig, agent: Agent) -> list[Prompt]:
     if stage.prompt_tokens is not None:
         return first_prompts(cfg, 1)
-    with open_envs(cfg.env, EPISODES, advised=False) as envs:
+    with open_envs(cfg.env, EPISODES, "never") as envs:
         policy, played = scripted_policy("random", make_format(cfg.prompt)), list[Trajectory]()
         play_panel(cfg, envs, policy, EPISODES, agent=agent, on_episode=played.append)
     return [turn.prompt for trajectory in played for turn in trajectory.turns]

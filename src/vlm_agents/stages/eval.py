@@ -13,7 +13,6 @@ from vlm_agents.report import Result
 from vlm_agents.run import Run
 from vlm_agents.stages.playing import (
     check_first_prompt,
-    has_expert,
     open_envs,
     play_baselines,
     play_model,
@@ -29,7 +28,6 @@ from vlm_agents.types import Trajectory
 
 def main(cfg: RunConfig, stage: EvalConfig, run: Run) -> dict[str, float]:
     prompt_format = make_format(cfg.prompt)
-    advised = has_expert(cfg.env)
     album, first = Album(stage.report_episodes), list[Trajectory]()
     agent = None
     if stage.policy == "model":
@@ -39,7 +37,7 @@ def main(cfg: RunConfig, stage: EvalConfig, run: Run) -> dict[str, float]:
         check_first_prompt(cfg, agent)
     if stage.policy != "remote":  # which begins with the server's first answer
         run.begin()
-    with open_envs(cfg.env, stage.num_envs, advised) as envs:
+    with open_envs(cfg.env, stage.num_envs, "always") as envs:
         run.restore()  # an interrupted evaluation starts anew
         writer = EpisodeWriter(run.dir, anew=True)
 

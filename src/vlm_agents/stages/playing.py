@@ -2,18 +2,16 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm_agents.config import EnvConfig, RunConfig
 from vlm_agents.env_pool import EnvPool
-from vlm_agents.envs import make_env
-from vlm_agents.envs.base import Env
+from vlm_agents.envs import make_env, modules
 from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import ConfigError, EnvError
-from vlm_agents.experts import with_expert
+from vlm_agents.experts import Advising, with_expert
 from vlm_agents.lineage import cloned_in
 from vlm_agents.metrics import shortcoming, wilson_interval
 from vlm_agents.policies import ExpertPolicy, ModelPolicy, Policy, RandomPolicy, RemotePolicy, is_random
@@ -32,23 +30,11 @@ SHARES = ("eval/success", "eval/positive_return")  # of episodes; told with thei
 EVAL_SEED = 0  # of the randomness of a panel's policies: like its seeds, the same for every run
 
 
-def open_envs(cfg: EnvConfig, num_envs: int, advised: bool) -> EnvPool:
-    """A pool of the configured env; `advised` puts the expert's advice into its observations."""
-    return EnvPool(partial(_make, cfg, advised), num_envs, cfg.workers, cfg.timeout_s)
-
-
-def _make(cfg: EnvConfig, advised: bool) -> Env:
-    env = make_env(cfg)
-    return with_expert(env, cfg) if advised else env
-
-
-def has_expert(cfg: EnvConfig) -> bool:
-    with closing(make_env(cfg)) as env:
-        try:
-            with_expert(env, cfg)
-        except ConfigError:
-            return False
-    return True
+def open_envs(cfg: EnvConfig, num_envs: int, advice: Advising) -> EnvPool:
+    """A pool of the configured env; `advice` says which of its observations hold the expert's."""
+    advise = partial(with_expert, cfg=cfg)
+    make, preload = partial(make_env, cfg), modules(cfg)
+    return EnvPool(make, num_envs, cfg.workers, cfg.timeout_s, advise=advise, advice=advice, preload=preload)
 
 
 def scripted_policy(name: str, prompt_format: PromptFormat) -> Policy:
@@ -141,7 +127,7 @@ def demonstrations(cfg: RunConfig) -> list[str]:
 
 def first_prompts(cfg: RunConfig, episodes: int) -> list[Prompt]:
     """What a policy is asked first in each of the first `episodes` held-out seeds."""
-    with open_envs(cfg.env, episodes, advised=False) as envs:
+    with open_envs(cfg.env, episodes, "never") as envs:
         answers = envs.reset(dict(enumerate(panel_seeds(envs.name, episodes))))
         prompt_format, prompts = make_format(cfg.prompt), []
         for answer in answers.values():
@@ -200,6 +186,6 @@ def play_model(
 def play_baselines(cfg: RunConfig, envs: EnvPool, episodes: int) -> dict[str, float]:
     """The panel by chance and, where there is one, by the expert: what a model's figures are held against."""
     metrics: dict[str, float] = {}
-    for name in ["random", *(["expert"] if has_expert(cfg.env) else [])]:
+    for name in ["random", *(["expert"] if envs.has_expert else [])]:
         metrics |= play_panel(cfg, envs, scripted_policy(name, make_format(cfg.prompt)), episodes, f"_{name}")
     return metrics

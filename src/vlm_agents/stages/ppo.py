@@ -17,7 +17,7 @@ from vlm_agents.rollout import collect, summarise
 from vlm_agents.run import Run, seed_everything, training_seed
 from vlm_agents.stages.learning import Clock, load, make_learner, save
 from vlm_agents.stages.panel import RECORDED, Panel, finish
-from vlm_agents.stages.playing import check_first_prompt, format_of, has_expert, model_policy, open_envs
+from vlm_agents.stages.playing import check_first_prompt, format_of, model_policy, open_envs
 from vlm_agents.stages.reporting import tell
 from vlm_agents.stages.watch import Watch
 from vlm_agents.types import Trajectory
@@ -40,7 +40,7 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
     writer, watch, panel = EpisodeWriter(run.dir), Watch(cfg, stage.iterations), Panel(cfg, stage, run, agent)
     check_first_prompt(cfg, agent)
     run.begin()
-    with open_envs(cfg.env, stage.num_envs, has_expert(cfg.env)) as envs:
+    with open_envs(cfg.env, stage.num_envs, "always") as envs:
         if stage.eval_episodes and not checkpoint:
             state["before"] = panel.before(envs)
             save(run, agent, learner, 0, state, stage.keep_checkpoints)
@@ -76,6 +76,7 @@ def play(cfg: RunConfig, stage: PpoConfig, run: Run, envs: EnvPool, agent: Agent
         seeds,
         invalid_penalty=cfg.env.invalid_penalty,
         run_seed=run.seed_for("rollout", iteration),
+        advice="first",  # all that rollout/steps_over_expert asks for
     )
     return list(track(playing, f"rollout {iteration + 1}:", len(seeds), "episodes"))
 
