@@ -9,6 +9,7 @@ Parquet is loaded, every row's token ids and labels are compared with ours, and 
 # pyright: reportMissingImports=false
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -46,7 +47,8 @@ def main() -> int:
         for python in sys.argv[3:]:
             words = [python, __file__, "--there", str(run), str(model), str(labels)]
             place = tempfile.mkdtemp(dir=folder)  # what one version of datasets caches, another would take
-            done = subprocess.run(words, cwd=place, capture_output=True, text=True, check=False)
+            own = os.environ | {"HF_HOME": place}
+            done = subprocess.run(words, cwd=place, env=own, capture_output=True, text=True, check=False)
             if done.returncode:
                 print(f"{python} failed:\n{done.stderr[-3000:]}", file=sys.stderr)
                 return 1

@@ -87,3 +87,4 @@ def test_a_card_of_data_names_the_files_that_there_are(run_stage: RunStage, echo
     }
     assert registry["train"]["columns"] == {"messages": "messages", "images": "images"}
     assert "&" not in (echo_chats / "README.md").read_text().split("---\n")[1]  # no YAML anchors
+    assert "**Played** by the expert policy, 30% of the turns at random; rated by the expert\n" in card.text

@@ -7,7 +7,7 @@ interrupted or not.
 import json
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from vlm_agents.metrics import with_interval
 from vlm_agents.models.sources import TINY, is_hub_id
 from vlm_agents.run import Run
 from vlm_agents.types import Prompt
-from vlm_agents.weights import ADAPTER_FILE, RUN_MODEL, flat_settings, inside
+from vlm_agents.weights import ADAPTER_FILE, RUN_MODEL, flat_settings, inside, told_by
 
 CARD = "README.md"
 FRONT_MATTER = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)
@@ -139,8 +139,9 @@ def results(cfg: RunConfig, metrics: Mapping[str, float]) -> list[str]:
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
-def write_dataset_card(run: Run, rows: Mapping[str, int]) -> None:
-    """The files by which others load the Parquet of a run as it is; `rows` by split, of which there are files."""
+def write_dataset_card(run: Run, sources: Iterable[str], rows: Mapping[str, int]) -> None:
+    """The files by which others load the Parquet of a run as it is; `rows` by split, of which there are files, made of
+    the episodes in `sources`."""
     configs = {"default": CHAT_COLUMNS, "trl": TRL_COLUMNS}
     front = {
         "configs": [
@@ -159,6 +160,7 @@ def write_dataset_card(run: Run, rows: Mapping[str, int]) -> None:
         f"# Chats about {run.env}\n",
         f"Chats with pictures, one a row, whose last message is to be learned: {counted}.\n",
         f"* **From** `{run.env}`, by `{portable_command(run.facts()['command'])}`",
+        *(f"* **Played** {words}" for words in dict.fromkeys(played(Path(source)) for source in sources) if words),
         '* **datasets**: `load_dataset("<this folder>")` has `messages`, where `<image>` stands for a picture, '
         "`images`, and where the row is from.",
         '* **TRL**: `load_dataset("<this folder>", "trl")` has `prompt`, `completion` and `images`, which `SFTTrainer` '
@@ -172,6 +174,21 @@ def write_dataset_card(run: Run, rows: Mapping[str, int]) -> None:
     entry = {"formatting": "sharegpt", "columns": columns, "tags": tags}
     registry = {split: {"file_name": f"{split}.parquet", **entry} for split in rows}
     atomic_write(run.path("dataset_info.json"), json.dumps(registry, indent=2) + "\n")
+
+
+def played(source: Path) -> str:
+    """Who played the episodes of a stage=collect, and who rated them; empty for other sources."""
+    said = told_by(source)
+    policy, noise, rater = (said.get(f"stage.{name}") for name in ("policy", "noise", "rater"))
+    if policy is None:
+        return ""
+    names = {
+        "model": f"the model `{said.get('model.name')}`",
+        "remote": f"`{said.get('stage.remote.model')}` on a server",
+    }
+    drawn = f", {noise:.0%} of the turns at random" if noise else ""
+    rated = {"none": "rated by nobody", "remote": f"rated by `{said.get('stage.remote.model')}`"}
+    return f"by {names.get(policy, f'the {policy} policy')}{drawn}; {rated.get(str(rater), f'rated by the {rater}')}"
 
 
 def origin_of(data: Path) -> tuple[str, str | None]:

@@ -80,7 +80,7 @@ def main(cfg: RunConfig, stage: PreprocessConfig, run: Run) -> dict[str, float]:
     if out := left_out(counts, stage):
         say(f"left out: {', '.join(out)}")
     run.env = ", ".join(sorted(envs))
-    write_dataset_card(run, {split: len(file) for split, file in files.items() if len(file)})
+    write_dataset_card(run, stage.data, {split: len(file) for split, file in files.items() if len(file)})
     run.log(0, metrics)
     return run.finish(metrics, {split: file.path for split, file in files.items() if len(file)})
 
