@@ -78,7 +78,7 @@ BAD = [
     ("stage=preprocess stage.data=here", "stage.data: Invalid value", "For example stage.data=["),
     ("stage=ppo seed=null", "seed: field 'seed' is not Optional", "For example seed=0"),
     ("stage=ppo seed=1,2", "Ambiguous value for argument 'seed=1,2'", "add --multirun"),
-    ("stage=ppo env=null", "env=null: no such option", "Options: blackjack, echo"),
+    ("stage=ppo env=null", "env=null: no such option", "Options: blackjack, custom, echo"),
     ("stage=ppo ~env", "env has no value", "give env="),
     ("stage=sft stage.data=???", "stage.data has no value", "give stage.data="),
     ("stage=ppo stage.init=${nme}", "'nme' not found", "no such setting"),

@@ -180,7 +180,7 @@ def test_lora_is_an_option_of_its_own(compose_run) -> None:
         (["stage=preprocess", "stage.data=[]"], "stage.data is empty: name run directories"),
         (["algo.clip=nan"], "algo.clip=nan must be a positive number"),
         (["env.invalid_penalty=-1"], "env.invalid_penalty=-1.0 must be at least 0"),
-        (["hardware.threads=0"], "hardware.threads=0 must be at least 1"),
+        (["hardware.threads=0"], "hardware.threads=0 must lie between 1 and 1024"),
         (["seed=-1"], "seed=-1 must be at least 0"),
         (["name=a/b"], "name='a/b' names a folder"),
         (["+stage.episdoes=3"], "stage.episdoes: no such setting"),

@@ -40,8 +40,8 @@ def load(name: str, mode: str, freeze_vision: bool = False, init: Path | None = 
     said = yaml.safe_load((conf_dir() / f"model/{name}.yaml").read_text())
     del said["defaults"]
     hardware = HardwareConfig("cpu", dtype=settings.pop("dtype", "float32"))
-    train = TrainableConfig(not freeze_vision, not freeze_vision)
-    cfg = ModelConfig(**said, **MODES[mode], train=train, **settings)
+    settings = {"train": TrainableConfig(not freeze_vision, not freeze_vision), **settings}
+    cfg = ModelConfig(**said, **MODES[mode], **settings)
     torch.manual_seed(1)
     agent = load_agent(cfg, hardware, str(init) if init else None)
     for parameter_name, parameter in agent.named_parameters():

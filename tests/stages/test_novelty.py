@@ -235,7 +235,7 @@ def test_an_adapter_on_a_frozen_vision_part_shows_all_the_same_whoever_looks_fir
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
     whole.save(tmp_path)
-    agent = load_agent(cfg, HardwareConfig(name="cpu"), str(tmp_path))
+    agent = load_agent(replace(cfg, train=LANGUAGE), HardwareConfig(name="cpu"), str(tmp_path))
     assert agent.images.frozen
     context = predictor_of(agent).model.foretelling if others == "foretelling" else agent.reference
     trained = {name for name, parameter in agent.named_parameters() if parameter.requires_grad}

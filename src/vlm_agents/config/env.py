@@ -6,12 +6,15 @@ FAMILIES. Nothing here imports a game.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from omegaconf import MISSING
 
 from vlm_agents.config.fields import Part, setting
 from vlm_agents.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vlm_agents.config.run import RunConfig
 
 Compat = Literal["ours", "rl4vlm"]
 Faces = Literal["ten", "rank"]
@@ -95,6 +98,8 @@ class CardsConfig(EnvConfig):
         super().__post_init__()
         if self.id != type(self).id:
             raise ConfigError(f"env.id={self.id}: this game's id is {type(self).id}; choose another game by env=")
+
+    def check(self, run: "RunConfig") -> None:
         if self.compat == "rl4vlm" and self.invalid_penalty:
             raise ConfigError(
                 "env.compat=rl4vlm plays a random action where none can be read and takes nothing off for it, and "
