@@ -3,10 +3,11 @@
 from dataclasses import replace
 
 import pytest
+import yaml
 
-from vlm_agents.config import EchoConfig, EnvConfig, MiniGridConfig
-from vlm_agents.envs import make_env
-from vlm_agents.envs.base import check_contract, state_key
+from vlm_agents.config import FAMILIES, EchoConfig, EnvConfig, MiniGridConfig, conf_dir
+from vlm_agents.envs import check_contract, make_env
+from vlm_agents.envs.base import state_key
 from vlm_agents.envs.echo import EchoEnv
 from vlm_agents.errors import EnvError
 from vlm_agents.experts import with_expert
@@ -39,14 +40,54 @@ def label(cfg: EnvConfig) -> str:
     return f"{cfg.id}-{getattr(cfg, 'view', cfg.max_steps)}"
 
 
+def shipped() -> list[EnvConfig]:
+    """Every option of `env=`, but for those that name no game, and what examples/ adds: new ones come by themselves."""
+    found = []
+    for folder in (conf_dir(), conf_dir().parent / "examples/conf"):
+        for path in sorted((folder / "env").glob("*.yaml")):
+            said = yaml.safe_load(path.read_text())
+            schema = said.pop("defaults")[0].split("/")[-1].removesuffix("@_here_")
+            if said or not FAMILIES[schema].foreign:
+                found.append(FAMILIES[schema](**said))
+    return found
+
+
+SHIPPED = shipped()
+
+
 @pytest.mark.parametrize("cfg", CONFIGS, ids=label)
 def test_env_keeps_the_contract(cfg: EnvConfig) -> None:
     check_contract(lambda: make_env(cfg))
 
 
-@pytest.mark.parametrize("cfg", ADVISED, ids=label)
-def test_env_with_expert_keeps_the_contract(cfg: EnvConfig) -> None:
-    check_contract(lambda: with_expert(make_env(cfg), cfg))
+@pytest.mark.parametrize("cfg", SHIPPED, ids=label)
+def test_what_is_shipped_keeps_the_contract(cfg: EnvConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(conf_dir().parent)  # where examples/ lies
+    check_contract(lambda: make_env(cfg), seeds=(0, 1))
+
+
+@pytest.mark.parametrize("cfg", [*ADVISED, *(cfg for cfg in SHIPPED if cfg.expert or cfg.advises)], ids=label)
+def test_env_with_expert_keeps_the_contract(cfg: EnvConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(conf_dir().parent)
+    check_contract(lambda: with_expert(make_env(cfg), cfg), seeds=(0, 1))
+
+
+@pytest.mark.parametrize("cfg", SHIPPED, ids=label)
+def test_experts_advise_legal_actions_and_bring_most_episodes_to_success(
+    cfg: EnvConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but a Blackjack hand, which may be lost whatever is done, and a hand of Points24 that can't make 24."""
+    monkeypatch.chdir(conf_dir().parent)
+    env, solved = with_expert(make_env(cfg), cfg), 0
+    for seed in range(10):
+        now, over = env.reset(seed), False
+        while not over and now.advice is not None:
+            assert now.legal_actions is not None
+            assert now.advice.action in now.legal_actions
+            step = env.step(now.advice.action)
+            now, over = step.observation, step.terminated or step.truncated
+            solved += bool(step.metrics["success"])
+    assert solved >= {"blackjack": 1, "points24": 4}.get(cfg.family, 10)
 
 
 class Restarts(EchoEnv):
