@@ -191,3 +191,17 @@ def test_every_file_and_target_exists(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_no_path_of_one_machine(page: Path) -> None:
     assert re.findall(r"(?<![\w.])/(?:tmp|work|root|home)\b.*", page.read_text(encoding="utf-8")) == []
+
+
+# ---- the map ---------------------------------------------------------------------------------------------------------
+def test_the_layers_of_the_architecture_are_those_of_the_test() -> None:
+    """Its table has every part of the package, in the rows and cells of tests/test_layers.py."""
+    layers = re.search(r'LAYERS = """\n(.*?)"""', (ROOT / "tests/test_layers.py").read_text(), re.DOTALL)
+    table = (ROOT / "docs/architecture.md").read_text().partition("| layer | parts |\n")[2].partition("\n\n")[0]
+    assert layers
+    package = {path.stem for path in (ROOT / "src/vlm_agents").iterdir() if path.is_dir() or path.suffix == ".py"}
+    held, shown = (
+        [[set(re.findall(r"\w+", cell)) & package for cell in re.split(r"(?<= )\\?\|(?= )", row)] for row in rows]
+        for rows in (layers[1].splitlines(), [row.split("|", 2)[2][:-1] for row in table.splitlines()[1:]])
+    )
+    assert [[cell for cell in row if cell] for row in shown] == [[cell for cell in row if cell] for row in held]
