@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hydra import initialize_config_dir
 
-from vlm_agents.chain import checked, composed, planned
+from vlm_agents.chain import checked, planned
 from vlm_agents.command_line import answer
 from vlm_agents.config import conf_dir, groups, register
 from vlm_agents.config.fields import Part, dotted, settings_of
@@ -87,7 +87,6 @@ def commands(page: Path) -> Iterator[str]:
                 yield command.strip()
 
 
-@cache
 def compose(command: str) -> None:
     """As the command line itself would, up to the run's beginning; ConfigError where it can't.
 
@@ -97,20 +96,25 @@ def compose(command: str) -> None:
     """
     register()
     folders = FOLDER.findall(command)
-    if any(not (ROOT / folder).is_dir() for folder in folders):
-        return
     words = shlex.split(BLANK.sub("1", command), comments=True)
-    if answer(words) is not None:
+    if any(not (ROOT / folder).is_dir() for folder in folders) or answer(words) is not None:
         return
     words = [word for word in words if word not in ("1", "--help", "-m", "--multirun")]
     check_flags(words)
-    overrides = [first_of_sweep(word) or word for word in words if is_override(word)]
+    overrides = [first_of_sweep(word) or word for word in words if is_override(word) and not word.startswith("name=")]
     if words[:1] == ["run"]:
-        composed(planned([word for word in words[1:] if not is_override(word)], overrides, "name"))
-        return
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        names = [word for word in words[1:] if not is_override(word)]
+        for stage in planned(names, overrides, "name").values():
+            compose_stage(frozenset(stage))
+    else:
         own = [f"hydra.searchpath=[{ROOT / folder}]" for folder in folders]
-        checked([*own, *overrides, *(["name=name"] if not any(word.startswith("name=") for word in words) else [])])
+        compose_stage(frozenset([*own, *overrides, "name=name"]))
+
+
+@cache
+def compose_stage(overrides: frozenset[str]) -> None:
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        checked(sorted(overrides))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
