@@ -209,3 +209,16 @@ def test_the_layers_of_the_architecture_are_those_of_the_test() -> None:
         for rows in (layers[1].splitlines(), [row.split("|", 2)[2][:-1] for row in table.splitlines()[1:]])
     )
     assert [[cell for cell in row if cell] for row in shown] == [[cell for cell in row if cell] for row in held]
+
+
+@pytest.mark.parametrize("title", ["## Nouns", "## One iteration of stage=ppo"])
+def test_what_the_architecture_names_exists(title: str) -> None:
+    """Functions and classes in the first two columns of its tables; a method is sought by its name alone."""
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
+    defined = set(re.findall(r"^ *(?:def|class) (\w+)", source, re.MULTILINE))
+    section = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").partition(title)[2].partition("\n## ")[0]
+    rows = [row.split("|")[1:3] for row in section.splitlines() if row.startswith("|")]
+    columns = 1 if title == "## Nouns" else 2
+    named = {name for row in rows for name in SPAN.findall(" ".join(row[:columns])) if "/" not in name}
+    assert len(named) > 10
+    assert {name.split(".")[-1] for name in named} <= defined
