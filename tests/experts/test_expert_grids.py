@@ -54,9 +54,7 @@ def test_the_way_over_the_ice_worked_by_hand() -> None:
     advice = advised.expert.start()
     assert advice
     assert (advice.action, advice.distance) == ("right", 6)
-    assert advice.thought == (
-        "agent (1,1), holes (2,2) (3,2) (3,3) (1,4) (3,4); goal (4,4); (4,3); (4,2); (4,1); (3,1); (2,1); next (2,1)"
-    )
+    assert advice.thought == "holes (1,1) (2,1) (2,2) (0,3) (2,3); at (0,0); way right right right down down down"
     game.lake.s = 8
     advice = advised.expert.follow("down")
     assert advice

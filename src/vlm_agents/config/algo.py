@@ -46,9 +46,7 @@ class AlgoConfig(Part, place="algo"):
     minibatch_turns: int = setting(128, "turns an optimizer step", low=1)
     thought_coef: float = setting(0.2, "weight of a thought token's log-prob beside an action token's 1", low=0)
     value_coef: float = setting(0.5, "weight of the critic's loss", low=0)
-    value_warmup: int = setting(
-        1, "first iterations, in which the critic's head alone learns", low=0
-    )
+    value_warmup: int = setting(1, "first iterations, in which the critic's head alone learns", low=0)
     value_epochs: int = setting(
         10, "passes of the critic's head alone, over the states that it read in the first of epochs", low=0
     )

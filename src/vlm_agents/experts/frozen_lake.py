@@ -1,10 +1,6 @@
-"""The expert of FrozenLake: a shortest way around the holes, and how it is found, in words.
+"""The expert of FrozenLake: a shortest way around the holes, told in words after what there is to be seen."""
 
-It counts back from the goal, cell by cell, until it comes to where the player stands: each step of that can be seen
-from the one before, which is what a small model learns to follow.
-"""
-
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -13,8 +9,8 @@ from vlm_agents.envs.gymnasium_env import GymnasiumEnv
 from vlm_agents.errors import ConfigError
 from vlm_agents.types import Advice
 
-Cell = tuple[int, int]  # row, column
-MOVES: tuple[Cell, ...] = ((0, -1), (1, 0), (0, 1), (-1, 0))  # of the actions 0 to 3
+Cell = tuple[int, int]  # column, row
+MOVES: tuple[Cell, ...] = ((-1, 0), (0, 1), (1, 0), (0, -1))  # of the actions 0 to 3
 LIKED = (1, 2, 0, 3)  # actions, in the order in which those that come equally near are taken
 
 
@@ -28,25 +24,33 @@ class FrozenLakeExpert:
         self.words = env.words
 
     def start(self) -> Advice | None:
-        cells = {(row, column): letter for (row, column), letter in _letters(self.game.lake.desc)}
-        self.holes = sorted(cell for cell, letter in cells.items() if letter == b"H")
-        self.back = [sorted(cell for cell, letter in cells.items() if letter == b"G")]  # cells by steps to the goal
-        seen = {*self.holes, *self.back[0]}
-        while nearer := {_next(cell, move) for cell in self.back[-1] for move in MOVES} & cells.keys() - seen:
-            self.back.append(sorted(nearer))
-            seen |= nearer
+        cells = {(x, y): letter for (y, x), letter in _letters(self.game.lake.desc)}
+        self.holes = [cell for cell, letter in cells.items() if letter == b"H"]
+        self.left = {cell: 0 for cell, letter in cells.items() if letter == b"G"}  # steps to the goal
+        queue = list(self.left)
+        for cell in queue:
+            for near in (_next(cell, move) for move in MOVES):
+                if near in cells and near not in self.left and near not in self.holes:
+                    self.left[near] = self.left[cell] + 1
+                    queue.append(near)
         return self.follow(None)
 
     def follow(self, action: str | None) -> Advice | None:
-        here = divmod(int(self.game.lake.s), self.game.size)
-        steps = next((steps for steps, cells in enumerate(self.back) if here in cells), 0)
-        if not steps:
+        row, column = divmod(int(self.game.lake.s), self.game.size)
+        here = column, row
+        way = list(self._way(here))
+        if not way:
             return None
-        number = next(number for number in LIKED if _next(here, MOVES[number]) in self.back[steps - 1])
-        counted = "; ".join(map(_named, self.back[:steps]))
-        then = _named([_next(here, MOVES[number])])
-        thought = f"agent {_named([here])}, holes {_named(self.holes) or 'none'}; goal {counted}; next {then}"
-        return Advice(thought, self.words[number], steps)
+        holes = " ".join(map(_named, self.holes)) or "none"
+        words = [self.words[number] for number in way]
+        return Advice(f"holes {holes}; at {_named(here)}; way {' '.join(words)}", words[0], len(way))
+
+    def _way(self, here: Cell) -> Iterator[int]:
+        """The actions from here to the goal."""
+        while self.left.get(here):
+            number = next(n for n in LIKED if self.left.get(_next(here, MOVES[n])) == self.left[here] - 1)
+            yield number
+            here = _next(here, MOVES[number])
 
 
 def _letters(desc: np.ndarray) -> Iterator[tuple[Cell, bytes]]:
@@ -57,6 +61,5 @@ def _next(cell: Cell, move: Cell) -> Cell:
     return cell[0] + move[0], cell[1] + move[1]
 
 
-def _named(cells: Iterable[Cell]) -> str:
-    """`(2,1) (1,3)`: column and row, from 1 on."""
-    return " ".join(f"({column + 1},{row + 1})" for row, column in cells)
+def _named(cell: Cell) -> str:
+    return f"({cell[0]},{cell[1]})"
