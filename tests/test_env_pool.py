@@ -13,6 +13,7 @@ import pytest
 from vlm_agents.config import EchoConfig
 from vlm_agents.env_pool import EnvPool
 from vlm_agents.envs import make_env
+from vlm_agents.envs.base import Env
 from vlm_agents.envs.echo import EchoEnv
 from vlm_agents.errors import EnvError
 from vlm_agents.experts import Advised, Advising
@@ -54,7 +55,7 @@ class Tells:
         return Advice("it is red", "red", 1)
 
 
-def advised(env: EchoEnv) -> Advised:
+def advised(env: Env) -> Advised:
     return Advised(env, Tells())
 
 

@@ -80,10 +80,12 @@ def test_every_room_of_sokoban_can_be_solved(kwargs: dict) -> None:
         now, steps = env.reset(seed), 0
         distance = now.advice.distance if now.advice else None
         assert distance
+        step = None
         while now.advice:
             step = env.step(now.advice.action)
             now, steps = step.observation, steps + 1
             assert step.terminated or (now.advice and now.advice.distance == distance - steps)
+        assert step
         assert (step.metrics["success"], steps) == (1.0, distance)
 
 
