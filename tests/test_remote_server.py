@@ -26,6 +26,7 @@ from vlm_agents.prompting import make_format
 from vlm_agents.remote import ChatClient, data_url
 from vlm_agents.rollout import collect
 from vlm_agents.run import Run
+from vlm_agents.seeds import Deal
 from vlm_agents.stages import collect as stage_collect
 from vlm_agents.stages.playing import open_envs
 from vlm_agents.types import Message
@@ -100,7 +101,7 @@ def test_it_says_what_the_same_model_says_here(settings: Callable[..., RunConfig
     prompt_format = make_format(cfg.prompt)
     with open_envs(cfg.env, 2, advised=True) as envs:
         expert = ExpertPolicy(prompt_format)
-        played = list(collect(envs, expert, prompt_format, range(2), invalid_penalty=0, run_seed=0))
+        played = list(collect(envs, expert, prompt_format, [Deal(0), Deal(1)], invalid_penalty=0, run_seed=0))
     prompts = [turn.prompt for episode in played for turn in episode.turns][:8]
     rngs = [np.random.default_rng(0) for _ in prompts]
     sampler = Sampler(load_agent(cfg.model, cfg.hardware))

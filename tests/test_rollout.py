@@ -27,6 +27,7 @@ from vlm_agents.errors import EnvError, TrainingError
 from vlm_agents.policies import NoisyPolicy, RandomPolicy
 from vlm_agents.prompting import make_format
 from vlm_agents.rollout import collect, summarise
+from vlm_agents.seeds import Deal
 from vlm_agents.types import Advice, Observation, Parsed, Query, Reply, Step, Stop, Trajectory, Turn
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import a test file by name
@@ -148,7 +149,7 @@ def playing(
     timeout_s: float = 30.0,
 ) -> Iterator[Trajectory]:
     with EnvPool(make, num_envs, workers, timeout_s) as envs:
-        yield from collect(envs, policy, FORMAT, seeds, invalid_penalty=PENALTY, run_seed=7)
+        yield from collect(envs, policy, FORMAT, [Deal(seed) for seed in seeds], invalid_penalty=PENALTY, run_seed=7)
 
 
 def minigrid() -> Env:
@@ -236,10 +237,22 @@ def test_outcomes_depend_neither_on_the_number_of_slots_nor_on_the_company():
 def test_the_run_seed_decides_what_chance_does():
     with EnvPool(minigrid, 2) as envs:
         runs = [
-            list(collect(envs, RandomPolicy(FORMAT), FORMAT, [5, 6], invalid_penalty=0.1, run_seed=run_seed))
+            list(
+                collect(envs, RandomPolicy(FORMAT), FORMAT, [Deal(5), Deal(6)], invalid_penalty=0.1, run_seed=run_seed)
+            )
             for run_seed in (0, 0, 1)
         ]
     assert runs[0] == runs[1] != runs[2]
+
+
+def test_members_of_a_seed_are_different_plays_of_the_same_start():
+    deals = [Deal(5, member) for member in range(4)] + [Deal(5)]
+    with EnvPool(minigrid, 2) as envs:
+        group = list(collect(envs, RandomPolicy(FORMAT), FORMAT, deals, invalid_penalty=0.1, run_seed=0))
+    assert [(episode.seed, episode.member) for episode in group] == deals
+    assert len({episode.turns[0].observation.state_key for episode in group}) == 1
+    assert len({tuple(turn.parsed.action for turn in episode.turns) for episode in group}) == 4
+    assert group[4] == group[0]
 
 
 def test_errors_of_the_policy_propagate():

@@ -14,6 +14,7 @@ from vlm_agents.env_pool import EnvPool
 from vlm_agents.errors import DataError, EnvError, TrainingError
 from vlm_agents.policies import Policy, is_random
 from vlm_agents.prompting import PromptFormat
+from vlm_agents.seeds import Deal
 from vlm_agents.types import Observation, Query, Stop, Trajectory, Turn
 
 
@@ -21,7 +22,7 @@ from vlm_agents.types import Observation, Query, Stop, Trajectory, Turn
 class _Episode:
     """An episode that waits, is under way, or has its `result`."""
 
-    seed: int
+    deal: Deal
     rng: np.random.Generator
     now: Observation | None = None
     turns: list[Turn] = field(default_factory=list)
@@ -37,14 +38,14 @@ class _Episode:
         return self.error is not None or self.truncated or (bool(self.turns) and self.turns[-1].step.terminated)
 
     def fail(self, env: str, error: EnvError) -> None:
-        self.error = f"{env}, seed {self.seed}: {error}"
+        self.error = f"{env}, seed {self.deal.seed}: {error}"
 
     def query(self, instructions: str, prompt_format: PromptFormat) -> Query:
         assert self.now is not None
         try:
             prompt = prompt_format.prompt(instructions, self.turns, self.now)
         except DataError as error:
-            raise DataError(f"seed {self.seed}, turn {len(self.turns)}: {error}") from error
+            raise DataError(f"seed {self.deal.seed}, turn {len(self.turns)}: {error}") from error
         return Query(prompt, self.now, self.rng)
 
 
@@ -52,19 +53,19 @@ def collect(
     envs: EnvPool,
     policy: Policy,
     prompt_format: PromptFormat,
-    seeds: Sequence[int],
+    deals: Sequence[Deal],
     *,
     invalid_penalty: float,
     run_seed: int,
 ) -> Iterator[Trajectory]:
-    """Play one whole episode a seed and yield them in the order of `seeds`.
+    """Play one whole episode a deal and yield them in the order of `deals`.
 
-    All active slots take each turn together; a slot whose episode ends takes the next seed. An episode's randomness
-    is its own, drawn from (run_seed, seed), so neither the number of slots nor the other episodes decide its outcome
-    (but for the rounding of a model that sees other batches). Equal seeds give equal episodes.
+    All active slots take each turn together; a slot whose episode ends takes the next deal. An episode's start hangs
+    on its seed alone, its randomness on (run_seed, seed, member), so neither the number of slots nor the other episodes
+    decide its outcome (but for the rounding of a model that sees other batches). Equal deals give equal episodes.
     A reply without a legal action costs `invalid_penalty`.
     """
-    waiting = deque(_Episode(seed, np.random.default_rng([run_seed, seed])) for seed in seeds)
+    waiting = deque(_Episode(deal, np.random.default_rng([run_seed, *deal])) for deal in deals)
     unyielded = waiting.copy()
     active: dict[int, _Episode] = {}
     while unyielded:
@@ -80,7 +81,7 @@ def _refill(envs: EnvPool, active: dict[int, _Episode], waiting: deque[_Episode]
     """Start the next episodes in the slots that are free."""
     free = [slot for slot in range(envs.num_envs) if slot not in active]
     starting = {slot: waiting.popleft() for slot in free[: len(waiting)]}
-    for slot, answer in envs.reset({slot: episode.seed for slot, episode in starting.items()}).items():
+    for slot, answer in envs.reset({slot: episode.deal.seed for slot, episode in starting.items()}).items():
         episode = starting[slot]
         if isinstance(answer, EnvError):
             episode.fail(envs.name, answer)
@@ -124,7 +125,8 @@ def _settle(envs: EnvPool, active: dict[int, _Episode], policy: Policy, prompt_f
         episode = active.pop(slot)
         episode.result = Trajectory(
             env=envs.name,
-            seed=episode.seed,
+            seed=episode.deal.seed,
+            member=episode.deal.member,
             policy=policy.name,
             turns=tuple(episode.turns),
             stop=_stop(episode),

@@ -120,7 +120,10 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """One whole episode. `bootstrap` is the value after the last turn, not zero only if that turn was truncated."""
+    """One whole episode. `bootstrap` is the value after the last turn, not zero only if that turn was truncated.
+
+    The members of one seed began alike and were played apart.
+    """
 
     env: str
     seed: int
@@ -129,6 +132,7 @@ class Trajectory:
     stop: Stop
     bootstrap: float = 0.0
     error: str | None = None
+    member: int = 0
 
     @property
     def total_reward(self) -> float:

@@ -10,7 +10,7 @@ import pytest
 
 from vlm_agents.episodes import read_episodes
 from vlm_agents.policies import is_random
-from vlm_agents.run import training_seed
+from vlm_agents.seeds import training_seed
 from vlm_agents.stages.collect import quality
 from vlm_agents.types import Advice, Observation, Parsed, Reply, Step, Turn
 

@@ -15,7 +15,7 @@ from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import ConfigError, DataError
 from vlm_agents.metrics import parts
 from vlm_agents.models import load_agent
-from vlm_agents.run import panel_seeds, training_seed
+from vlm_agents.seeds import panel_seeds, training_seed
 from vlm_agents.stages.playing import format_of
 from vlm_agents.types import Observation, Parsed, Reply, Step, Turn
 

@@ -21,7 +21,8 @@ from vlm_agents.progress import say, track
 from vlm_agents.prompting import PromptFormat
 from vlm_agents.remote import ChatClient
 from vlm_agents.rollout import collect, summarise
-from vlm_agents.run import Run, training_seed
+from vlm_agents.run import Run
+from vlm_agents.seeds import Deal, training_seed
 from vlm_agents.stages.playing import (
     format_of,
     has_expert,
@@ -62,9 +63,9 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         for block in blocks:
             if agent:
                 agent.images.clear()  # what was seen before must not matter
-            seeds = [seed for seed, _ in block]
+            deals = [Deal(seed) for seed, _ in block]
             together = collect(
-                envs, policy, prompt_format, seeds, invalid_penalty=cfg.env.invalid_penalty, run_seed=cfg.seed
+                envs, policy, prompt_format, deals, invalid_penalty=cfg.env.invalid_penalty, run_seed=cfg.seed
             )
             yield from (trajectory for trajectory, (_, lacks) in zip(together, block, strict=True) if lacks)
 

@@ -19,7 +19,7 @@ from vlm_agents.progress import say, track
 from vlm_agents.prompting import Fitted, PromptFormat, make_format
 from vlm_agents.remote import ChatClient
 from vlm_agents.rollout import collect, summarise
-from vlm_agents.run import panel_seeds
+from vlm_agents.seeds import Deal, panel_seeds
 from vlm_agents.types import Prompt, Trajectory
 
 if TYPE_CHECKING:  # scripted and remote policies need no torch
@@ -138,9 +138,9 @@ def play_panel(
     `agent` is whose policy it is, if anybody's. `on_episode` sees each episode, in the order of seeds; nobody else
     keeps it.
     """
-    seeds = panel_seeds(envs.name, episodes)
+    deals = [Deal(seed) for seed in panel_seeds(envs.name, episodes)]
     playing = collect(
-        envs, policy, format_of(cfg, agent), seeds, invalid_penalty=cfg.env.invalid_penalty, run_seed=EVAL_SEED
+        envs, policy, format_of(cfg, agent), deals, invalid_penalty=cfg.env.invalid_penalty, run_seed=EVAL_SEED
     )
 
     def shown() -> Iterator[Trajectory]:

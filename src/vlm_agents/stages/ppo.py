@@ -25,7 +25,8 @@ from vlm_agents.metrics import headline
 from vlm_agents.models import Agent, load_agent
 from vlm_agents.progress import say, track
 from vlm_agents.rollout import collect, summarise
-from vlm_agents.run import Run, seed_everything, training_seed
+from vlm_agents.run import Run, seed_everything
+from vlm_agents.seeds import Deal, training_seed
 from vlm_agents.stages.cards import save_model
 from vlm_agents.stages.playing import (
     SHARES,
@@ -141,17 +142,17 @@ def iterate(
     assert isinstance(stage, PpoConfig)
     assert algo is not None
     agent.images.clear()  # what was seen before must not matter
-    seeds = [training_seed(cfg.seed, iteration, episode) for episode in range(stage.episodes)]
+    deals = [Deal(training_seed(cfg.seed, iteration, episode)) for episode in range(stage.episodes)]
     start = time.monotonic()
     playing = collect(
         envs,
         model_policy(cfg, agent),
         format_of(cfg, agent),
-        seeds,
+        deals,
         invalid_penalty=cfg.env.invalid_penalty,
         run_seed=run.seed_for("rollout", iteration),
     )
-    trajectories = list(track(playing, f"rollout {iteration + 1}:", len(seeds), "episodes"))
+    trajectories = list(track(playing, f"rollout {iteration + 1}:", len(deals), "episodes"))
     collected = time.monotonic()
     peaks = peak_bytes(agent.device, "rollout")
     rng = np.random.default_rng(run.seed_for("update", iteration))

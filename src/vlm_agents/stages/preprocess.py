@@ -22,7 +22,8 @@ from vlm_agents.pictures import as_shown
 from vlm_agents.policies import is_random
 from vlm_agents.progress import say, track
 from vlm_agents.prompting import PromptFormat, make_format
-from vlm_agents.run import Run, held_out, stable_hash
+from vlm_agents.run import Run
+from vlm_agents.seeds import held_out, stable_hash
 from vlm_agents.stages.cards import write_dataset_card
 from vlm_agents.types import Prompt, Trajectory, Turn
 from vlm_agents.weights import unfinished
