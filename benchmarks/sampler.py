@@ -26,7 +26,7 @@ from vlm_agents.prompting import make_format
 from vlm_agents.rollout import collect
 from vlm_agents.seeds import Deal
 from vlm_agents.stages.playing import open_envs
-from vlm_agents.types import Prompt
+from vlm_agents.types import Prompt, Sampling
 
 Inputs = dict[str, Any]
 
@@ -94,7 +94,7 @@ def sample(agent: Agent, batches: Sequence[Sequence[Prompt]], new_tokens: int) -
     agent.images.clear()
     count = 0
     for prompts in batches:
-        replies = Sampler(agent).generate(prompts, np.random.default_rng(0).spawn(len(prompts)), new_tokens)
+        replies = Sampler(agent).generate(prompts, np.random.default_rng(0).spawn(len(prompts)), Sampling(new_tokens))
         count += sum(len(reply.token_ids) for reply in replies)
     return count
 

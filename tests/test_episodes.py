@@ -30,7 +30,7 @@ def observation(seed: int) -> Observation:
 
 
 def turn(seed: int) -> Turn:
-    now = observation(seed)
+    now, odd = observation(seed), seed % 2 == 1
     logprobs = tuple(np.float32(x).item() for x in np.random.default_rng(seed).normal(size=50))
     earlier = Message("assistant", "before", token_ids=(5, 6))
     return Turn(
@@ -38,7 +38,11 @@ def turn(seed: int) -> Turn:
         prompt=(Message("system", "rules"), earlier, Message("user", "look", now.images)),
         reply=Reply("hm \U0001f600", (1, 2), (3,) * 50, logprobs, 0.1, 1.5, "length"),
         parsed=Parsed("left", (1, 4), (6, 9)) if seed % 2 else Parsed(None, error="no JSON"),
-        step=Step(observation(seed + 1), 0.1 + 0.2, False, seed % 2 == 1, {"success": 0.0, "legal": 1.0}),
+        step=Step(
+            observation(seed + 1), 0.1 + 0.2, False, seed % 2 == 1, False, True, seed % 2 == 0, {"progress": 0.5}
+        ),
+        rating=2.5 if odd else None,
+        bonuses={} if odd else {"invalid": -0.1},
     )
 
 

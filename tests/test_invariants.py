@@ -28,7 +28,7 @@ from vlm_agents.prompting import make_format
 from vlm_agents.rollout import collect
 from vlm_agents.seeds import Deal
 from vlm_agents.tensors import Row
-from vlm_agents.types import Trajectory
+from vlm_agents.types import Sampling, Trajectory
 
 ComposeRun = Callable[..., RunConfig]
 RunStage = Callable[..., Path]
@@ -43,7 +43,7 @@ def load(cfg: RunConfig) -> Agent:
 def play(
     cfg: RunConfig, agent: Agent, seeds: Sequence[int], num_envs: int = 8, workers: bool = False
 ) -> list[Trajectory]:
-    policy = ModelPolicy(Sampler(agent), cfg.prompt.max_reply_tokens)
+    policy = ModelPolicy(Sampler(agent), Sampling(cfg.prompt.max_reply_tokens))
     with EnvPool(partial(make_env, cfg.env), num_envs, workers) as envs:
         return list(
             collect(

@@ -20,7 +20,7 @@ command_line chain completion hydra_errors
 preflight
 stages run
 rollout
-policies episodes llava_data env_pool report frames chats inputs judge
+policies episodes summary llava_data env_pool report frames chats inputs judge
 envs experts | prompting | models | learn | tracking backends stores | checkpoints | remote endpoint answers | sandbox
 lineage weights
 config tensors

@@ -30,11 +30,11 @@ from vlm_agents.envs.echo import COLORS, OVER
 from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import ConfigError, ModelError
 from vlm_agents.judge import Judge, read_score
-from vlm_agents.policies import RemotePolicy, is_random
+from vlm_agents.policies import RemotePolicy
 from vlm_agents.prompting import make_format
 from vlm_agents.remote import ChatClient, message_json
 from vlm_agents.run import Run
-from vlm_agents.types import Message, Observation, Parsed, Prompt, Query, Reply, Step, Turn
+from vlm_agents.types import Message, Observation, Parsed, Prompt, Query, Reply, Sampling, Step, Turn
 
 Play = Callable[..., dict[str, float]]
 
@@ -167,7 +167,7 @@ def say(text: str) -> Prompt:
 
 
 def complete(client: ChatClient, *texts: str, **settings: Any) -> list[str]:
-    answers = client.complete([say(text) for text in texts], max_tokens=8, temperature=0.7, **settings)
+    answers = client.complete([say(text) for text in texts], Sampling(8), temperature=0.7, **settings)
     return [answer.text for answer in answers]
 
 
@@ -213,11 +213,13 @@ def test_a_request_is_openais_and_its_pictures_are_pngs(server: Server, client):
     pixels = [rng.integers(256, size=(7, 9, 3), dtype=np.uint8) for _ in range(2)]
     pictures = tuple(Image.fromarray(array) for array in pixels)
     prompt = (Message("system", "rules"), Message("user", "look", pictures), Message("assistant", "a", token_ids=(1,)))
-    (answer,) = client(model="some/vlm").complete([prompt], max_tokens=8, temperature=0.7, seeds=[5])
+    (answer,) = client(model="some/vlm").complete([prompt], Sampling(8), temperature=0.7, seeds=[5])
     assert (answer.text, answer.finish, answer.prompt_tokens, answer.completion_tokens) == ("yes", "stop", 11, 3)
     (request,) = server.requests
     system, user, assistant = request.pop("messages")
     assert request == {"model": "some/vlm", "max_tokens": 8, "temperature": 0.7, "seed": 5}
+    client("another").complete([say("a")], Sampling(8, ("</code>",), greedy=True), temperature=0.7)
+    assert (server.requests[-1]["stop"], server.requests[-1]["temperature"]) == (["</code>"], 0.0)
     assert system == {"role": "system", "content": "rules"}
     assert assistant == {"role": "assistant", "content": "a"}
     assert [part["type"] for part in user["content"]] == ["image_url", "image_url", "text"]
@@ -307,7 +309,7 @@ def test_odd_answers_are_data(
     server: Server, client, content: str | None, finish: str, text: str, read: Literal["stop", "length"]
 ):
     server.answer = lambda request: chat_completion(content, finish)
-    (answer,) = client().complete([say("a")], 8, 1.0)
+    (answer,) = client().complete([say("a")], Sampling(8), 1.0)
     assert (answer.text, answer.finish) == (text, read)
 
 
@@ -346,7 +348,7 @@ def test_tokens_that_are_no_count_are_0(server: Server, client, usage: str):
     whole = f'{{"choices": [{{"message": {{"content": "yes"}}}}], "usage": {{"prompt_tokens": {usage}}}}}'
     bare = f'{{"choices": [{{"message": {{"content": "yes"}}}}], "usage": {usage}}}'
     server.answer = lambda request: Answer(200, (whole if text_of(request) == "a" else bare).encode())
-    answers = client().complete([say("a"), say("b")], 8, 1.0)
+    answers = client().complete([say("a"), say("b")], Sampling(8), 1.0)
     assert [(one.text, one.prompt_tokens, one.completion_tokens) for one in answers] == [("yes", 0, 0)] * 2
 
 
@@ -533,7 +535,7 @@ def test_a_server_is_not_waited_for_without_end(server: Server, client, quick: N
     complete(patient, "a")
     server.close()
     with pytest.raises(ModelError, match=r"can't be reached \(Connection refused\), \d+ times"):
-        patient.complete([say("b")], 8, 0.7)
+        patient.complete([say("b")], Sampling(8), 0.7)
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
@@ -635,7 +637,9 @@ def but_red(request: dict[str, Any]) -> str | Answer:
 def test_a_prompt_that_is_refused_is_passed_over(server: Server, client, tmp_path: Path, batches: list[str]):
     server.answer = but_red
     first = client()
-    answers = first.complete(list(map(say, batches)), 8, 0.7, readable=lambda index, text: text == "yes", samples=3)
+    answers = first.complete(
+        list(map(say, batches)), Sampling(8), 0.7, readable=lambda _, text: text == "yes", samples=3
+    )
     assert [answer.text for answer in answers] == ["" if text == "red" else "yes" for text in batches]
     refused = answers[batches.index("red")]
     assert "status 400" in refused.refused
@@ -673,7 +677,7 @@ def test_the_blank_question_has_the_form_of_the_one_that_was_refused(server: Ser
     server.answer = lambda request: Answer(400, b"at most 1 picture") if len(pictures_of(request)) > 1 else "yes"
     pictures = tuple(Image.new("RGB", (9, 9), color) for color in ("red", "blue"))
     with pytest.raises(ModelError, match="at most 1 picture"):
-        client().complete([(Message("system", "rules"), Message("user", "look", pictures))], 8, 0.7)
+        client().complete([(Message("system", "rules"), Message("user", "look", pictures))], Sampling(8), 0.7)
     (request,), (blank,) = server.requests, server.blanks
     assert {name: value for name, value in blank.items() if name != "messages"} == {
         name: value for name, value in request.items() if name != "messages"
@@ -809,7 +813,7 @@ def test_another_run_pays_only_for_what_is_new(server: Server, client):
     second = client("second")
     # a sample of another seed, and one at another temperature, are other questions
     assert complete(second, "a", "a", "b", seeds=[0, 1, 1]) == ["a 0", "a 1", "b 1"]
-    assert second.complete([say("a")], 8, 0.8)[0].text == "a 0"
+    assert second.complete([say("a")], Sampling(8), 0.8)[0].text == "a 0"
     assert len(server.requests) == 2 + 2
     for counted in (second, client("second")):  # a resumed run counts what the killed one asked
         counts = counted.counts()
@@ -895,10 +899,10 @@ def test_a_remote_reply_is_meant_and_seeded_by_its_query(server: Server, client)
     def queries() -> list[Query]:
         return [Query(say(str(n)), observation, np.random.default_rng(n)) for n in range(2)]
 
-    policy = RemotePolicy(client(), make_format(PromptConfig("action_only")), 8, 0.7, samples=2)
+    policy = RemotePolicy(client(), make_format(PromptConfig("action_only")), Sampling(8), 0.7, samples=2)
     replies = policy.reply(queries())
     assert [reply.text for reply in replies] == ["left", "bananas"]
-    assert not any(map(is_random, replies))
+    assert [reply.source for reply in replies] == ["server"] * len(replies)
     assert not any(reply.token_ids for reply in replies)
     assert policy.value(queries()) == [0.0, 0.0]
     seeds = sorted(request["seed"] for request in server.requests)
@@ -948,7 +952,7 @@ def test_collect_from_a_server_that_sees(play: Play, server: Server, tmp_path: P
     assert "collect/unrated" not in metrics
     episodes = list(read_episodes(tmp_path))
     assert {episode.policy for episode in episodes} == {"remote"}
-    assert {turn.step.metrics["quality"] for episode in episodes for turn in episode.turns} == {10.0}  # the expert's
+    assert {turn.rating for episode in episodes for turn in episode.turns} == {10.0}  # the expert's
 
 
 def test_collect_from_a_server_that_talks_garbage(play: Play, server: Server, tmp_path: Path):
@@ -1051,7 +1055,7 @@ def test_a_remote_rater_sees_before_and_after(play: Play, server: Server, tmp_pa
         None if color_of(turn.observation.images[0]) == COLORS["red"] else 9.0 if turn.step.terminated else 0.0
         for turn in turns
     ]
-    assert [turn.step.metrics.get("quality") for turn in turns] == expected
+    assert [turn.rating for turn in turns] == expected
     assert set(expected) == {None, 0.0, 9.0}  # no rating is no bad one
     assert metrics["collect/unrated"] == expected.count(None)
     unsound = sum(rate(request) == "I can't say" for request in server.requests)
@@ -1067,7 +1071,7 @@ def test_a_rater_is_told_what_was_thought_and_done(server: Server, client):
         (Message("system", "You play."), Message("user", "a room", (white,))),
         Reply(reply),
         Parsed("go", thought_span=(14, 25)),
-        Step(Observation("a hall", (grey,)), 0.625, False, False),
+        Step(Observation("a hall", (grey,)), 0.625, False, False, False, True, True),
     )
     assert Judge(client()).rate([turn]) == [5.0]
     (request,) = server.requests

@@ -29,7 +29,7 @@ from vlm_agents.run import Run
 from vlm_agents.seeds import Deal
 from vlm_agents.stages import collect as stage_collect
 from vlm_agents.stages.playing import open_envs
-from vlm_agents.types import Message
+from vlm_agents.types import Message, Sampling
 
 # What the server imports, and whether its pictures can be read: torchvision needs more than to be installed.
 PROBE = """
@@ -105,9 +105,9 @@ def test_it_says_what_the_same_model_says_here(settings: Callable[..., RunConfig
     prompts = [turn.prompt for episode in played for turn in episode.turns][:8]
     rngs = [np.random.default_rng(0) for _ in prompts]
     sampler = Sampler(load_agent(cfg.model, cfg.hardware))
-    here = sampler.generate(prompts, rngs, cfg.prompt.max_reply_tokens, greedy=True)
+    here = sampler.generate(prompts, rngs, Sampling(cfg.prompt.max_reply_tokens, greedy=True))
     client = ChatClient(cfg.stage.remote, tmp_path / "run")  # pyright: ignore[reportAttributeAccessIssue]
-    there = client.complete(prompts, cfg.prompt.max_reply_tokens, temperature=0.0)
+    there = client.complete(prompts, Sampling(cfg.prompt.max_reply_tokens), temperature=0.0)
     client.close()
     assert [answer.text for answer in there] == [reply.text for reply in here]
     assert len({reply.text for reply in here}) > 1
@@ -146,5 +146,5 @@ def test_collect_plays_and_rates_with_it_and_a_second_run_asks_nothing(
 def test_it_refuses_another_model(served: Served, tmp_path: Path):
     client = ChatClient(RemoteConfig(served.url, "big", cache=str(tmp_path / "cache")), tmp_path / "run")
     with pytest.raises(ModelError, match=r"status 400 .*pinned to .*requested 'big'"):
-        client.complete([(Message("user", "hello"),)], 8, 0.0)
+        client.complete([(Message("user", "hello"),)], Sampling(8), 0.0)
     client.close()

@@ -34,7 +34,7 @@ def make_turn(shade: int = 0, side: int = 56, thought: str = "the goal is ahead"
         (Message("system", "Play."), Message("user", f"turn {shade}", now.images)),
         Reply(f'{head}{thought}{middle}forward"}}', value=value),
         parsed,
-        Step(see(shade + 1, side), 0.25, False, False, {"success": 0.0, "legal": 1.0}),
+        Step(see(shade + 1, side), 0.25, False, False, False, True, True),
     )
 
 
@@ -260,7 +260,7 @@ def advised(*story: tuple[str | None, str | None, int | None]) -> Trajectory:
     """An episode of (action, advised action, its distance) a turn; no advice where that action is None."""
     seen = [Observation("", advice=None if said is None else Advice("", said, left)) for _, said, left in story]
     turns = [
-        Turn(now, (), Reply(""), Parsed(action), Step(after, 0.0, False, False, {"success": 0.0}))
+        Turn(now, (), Reply(""), Parsed(action), Step(after, 0.0, False, False, False, True, True))
         for (action, _, _), now, after in zip(story, seen, [*seen[1:], Observation("")], strict=True)
     ]
     last = turns[-1]
@@ -289,7 +289,7 @@ def test_another_way_to_success_is_no_error():
     story = advised(("a", "a", 2), ("b", "a", 1))
     assert strayed(story) == 1
     last = story.turns[-1]
-    solved = replace(last, step=replace(last.step, metrics={"success": 1.0}))
+    solved = replace(last, step=replace(last.step, success=True))
     assert strayed(replace(story, turns=(story.turns[0], solved))) is None
 
 

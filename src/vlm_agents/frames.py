@@ -29,7 +29,7 @@ def captioned_frame(turn: Turn, index: int, box: Size | None = None) -> Image.Im
     """
     start, end = turn.parsed.thought_span or (0, len(turn.reply.text))
     action, error = turn.parsed.action, turn.parsed.error
-    facts = f"reward {_signed(turn.step.reward)}"
+    facts = f"reward {_signed(turn.reward)}"
     if turn.reply.value is not None:
         facts += f"     value {_signed(turn.reply.value)}"
     return _compose(

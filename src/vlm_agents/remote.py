@@ -23,7 +23,7 @@ from vlm_agents.config import RemoteConfig
 from vlm_agents.endpoint import PATIENCE_S, Endpoint, Unavailable
 from vlm_agents.errors import ModelError
 from vlm_agents.pictures import as_shown
-from vlm_agents.types import Message, Prompt
+from vlm_agents.types import Message, Prompt, Sampling
 
 IN_A_ROW = 16  # refused prompts, or two for each request under way, without one answer between: no prompt's fault
 
@@ -46,7 +46,7 @@ class ChatClient:
     def complete(
         self,
         prompts: Sequence[Prompt],
-        max_tokens: int,
+        sampling: Sampling,
         temperature: float,
         *,
         seeds: Sequence[int] | None = None,
@@ -55,17 +55,19 @@ class ChatClient:
     ) -> list[Completion]:
         """One completion a prompt, in order; ModelError when the server can't give one.
 
-        Where `readable(index, text)` says no, a fresh sample is drawn, at most `samples` in all; the last one stands.
-        Equal prompts with equal `seeds` (0 by default) are one question.
+        `temperature` is that of a `sampling` that isn't greedy. Where `readable(index, text)` says no, a fresh sample
+        is drawn, at most `samples` in all; the last one stands. Equal prompts with equal `seeds` (0 by default) are
+        one question.
         """
         seeds = [0] * len(prompts) if seeds is None else seeds
         requests = [
             {
                 "model": self._cfg.model,
                 "messages": [message_json(message) for message in prompt],
-                "max_tokens": max_tokens,
-                "temperature": temperature,
+                "max_tokens": sampling.max_tokens,
+                "temperature": 0.0 if sampling.greedy else temperature,
                 "seed": seed,
+                **({"stop": list(sampling.stop)} if sampling.stop else {}),
             }
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]

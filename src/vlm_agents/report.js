@@ -140,7 +140,7 @@ function told(turn) {
     el("div", {}, el("h3", {}, "Thought"), el("p", {class: thought ? "thought" : "muted"}, thought || "none in this reply")),
     el("div", {}, el("h3", {}, "Action"), el("span", {class: "action" + (turn.action == null ? " wrong" : "")}, turn.action ?? "no legal action"),
       turn.error && el("p", {class: "wrong"}, turn.error)),
-    el("dl", {}, fact("reward", signed(turn.reward)), fact("value", turn.value == null ? null : number(turn.value)), fact("expert", turn.expert, turn.expert != null && turn.expert !== turn.action && at === episode.strayed),
+    el("dl", {}, fact("reward", signed(turn.reward)), turn.bonuses.map(([name, value]) => fact(`of it ${words(name)}`, signed(value))), fact("value", turn.value == null ? null : number(turn.value)), fact("expert", turn.expert, turn.expert != null && turn.expert !== turn.action && at === episode.strayed),
       turn.metrics.map(([name, value]) => fact(words(name), number(value))), turn.finish === "length" ? fact("reply", "cut at its length limit", true) : null),
     el("div", {}, el("h3", {}, "Reply as written"), el("pre", {tabindex: 0}, turn.reply.map(([kind, text]) =>
       kind ? el("mark", {class: kind === "action" ? "act" : ""}, text) : text))),

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 Points = Sequence[tuple[float, float]]
 Interval = tuple[float, float, float]  # a share, and its 95 % interval
+BLANK = names.Metric("", "")
 DIGITS = 6  # of a curve's numbers, significant ones: what a screen shows is less
 
 
@@ -103,7 +104,7 @@ def strayed(trajectory: Trajectory) -> int | None:
         before, after = turn.observation.advice, turn.step.observation.advice
         if before is None:
             return None
-        if turn.parsed.action == before.action or (turn.step.terminated and turn.step.metrics.get("success")):
+        if turn.parsed.action == before.action or (turn.step.terminated and turn.step.success):
             continue
         left = math.inf if turn.step.terminated or after is None or after.distance is None else after.distance
         if before.distance is None or left >= before.distance:
@@ -162,7 +163,7 @@ def _resource(name: str) -> str:
 
 
 def _curve(curve: Curve) -> dict[str, object]:
-    metric = names.parts(curve.name).metric or names.Metric("", "")
+    metric = names.parts(curve.name).metric or BLANK
     keep = [index for index, point in enumerate(curve.points) if all(map(math.isfinite, point))]
     return {
         "name": curve.name,
@@ -191,7 +192,6 @@ def _groups(metrics: Mapping[str, float]) -> list[dict[str, object]]:
     groups: list[dict[str, object]] = []
     for key in sorted(found, key=lambda key: list(names.GROUPS).index(key) if key in names.GROUPS else len(found)):
         group, columns = names.GROUPS.get(key), list(dict.fromkeys(c for row in found[key].values() for c in row))
-        known = group.metrics if group else {}
         groups.append(
             {
                 "name": key,
@@ -199,7 +199,11 @@ def _groups(metrics: Mapping[str, float]) -> list[dict[str, object]]:
                 "says": group.says if group else "",
                 "columns": columns,
                 "rows": [
-                    [base, *known.get(base, names.Metric("", "")), [row.get(column) for column in columns]]
+                    [
+                        base,
+                        *(names.Name(key, base).metric or names.Metric("", "")),
+                        [row.get(column) for column in columns],
+                    ]
                     for base, row in found[key].items()
                 ],
             }
@@ -269,10 +273,16 @@ def _turn(turn: Turn, pool: _Pool) -> dict[str, object]:
         "action": turn.parsed.action,
         "error": turn.parsed.error,
         "expert": advice.action if advice else None,
-        "reward": _finite(turn.step.reward),
+        "reward": _finite(turn.reward),
+        "bonuses": [(name, _finite(value)) for name, value in turn.bonuses.items()],
         "value": _finite(turn.reply.value),
-        "metrics": [(name, _finite(value)) for name, value in turn.step.metrics.items()],
+        "metrics": [(name, _finite(value)) for name, value in _figures(turn).items()],
     }
+
+
+def _figures(turn: Turn) -> dict[str, float]:
+    step, rated = turn.step, {} if turn.rating is None else {"rating": turn.rating}
+    return {"success": step.success, "legal": step.legal, "changed": step.changed, **step.metrics, **rated}
 
 
 def _pieces(text: str, parsed: Parsed) -> list[tuple[str, str]]:

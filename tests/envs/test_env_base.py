@@ -73,7 +73,7 @@ class Flatters(EchoEnv):
 
     def step(self, action: str | None) -> Step:
         step = super().step(action)
-        return replace(step, metrics={**step.metrics, "legal": 1.0})
+        return replace(step, legal=True)
 
 
 class Stands(EchoEnv):
@@ -81,7 +81,7 @@ class Stands(EchoEnv):
 
     def step(self, action: str | None) -> Step:
         step = super().step(action)
-        return replace(step, metrics={**step.metrics, "changed": 0.0})
+        return replace(step, changed=False)
 
 
 class Muddles(EchoEnv):

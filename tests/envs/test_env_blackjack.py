@@ -121,7 +121,7 @@ def table(dealer: str, player: str, **settings) -> CardEnv:
 )
 def test_hands_are_compared(dealer: str, player: str, reward: float) -> None:
     step = table(dealer, player).step("stand")
-    assert (step.reward, step.terminated, step.metrics["success"]) == (reward, True, float(reward > 0))
+    assert (step.reward, step.terminated, step.success) == (reward, True, float(reward > 0))
 
 
 @pytest.mark.parametrize(

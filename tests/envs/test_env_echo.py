@@ -34,7 +34,7 @@ def test_naming_every_colour_earns_one(turns: int) -> None:
         now = steps[-1].observation
     assert [step.reward for step in steps] == [1 / turns] * turns
     assert [step.terminated for step in steps] == [False] * (turns - 1) + [True]
-    assert [step.metrics["success"] for step in steps] == [0.0] * (turns - 1) + [1.0]
+    assert [step.success for step in steps] == [0.0] * (turns - 1) + [1.0]
 
 
 def test_one_wrong_answer_costs_its_share_and_the_success() -> None:
@@ -48,7 +48,7 @@ def test_one_wrong_answer_costs_its_share_and_the_success() -> None:
         now = steps[-1].observation
     assert [step.reward for step in steps] == [0.25, 0.25, 0.0, 0.25]
     assert steps[-1].terminated
-    assert steps[-1].metrics["success"] == 0.0
+    assert steps[-1].success == 0.0
 
 
 def test_no_answer_is_never_the_right_one() -> None:

@@ -60,7 +60,7 @@ def make_turn() -> Callable[..., Turn]:
                 value=value,
             ),
             parsed=Parsed("go"),
-            step=Step(Observation("next"), reward, terminated=False, truncated=False),
+            step=Step(Observation("next"), reward, False, False, False, True, True),
         )
 
     return make

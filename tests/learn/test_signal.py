@@ -22,7 +22,7 @@ def episode(rewards: Sequence[float], legal: Sequence[bool] | None = None, succe
             prompt=(),
             reply=Reply("north\nwest" if good else "xyz"),
             parsed=Parsed(action="north") if good else Parsed(action=None, error="no action"),
-            step=Step(SEEN, reward, at == len(rewards) - 1, False, {"success": float(success)}),
+            step=Step(SEEN, reward, at == len(rewards) - 1, False, success, good, True),
         )
         for at, (reward, good) in enumerate(zip(rewards, legal or [True] * len(rewards), strict=True))
     ]

@@ -271,7 +271,7 @@ def test_thoughts_weigh_less_and_all_else_in_full(
     renderer = HFRenderer(make(texts) if make else agent.tokenizer, agent.family, agent.images)
     ids = renderer.encode_reply(f'{{"thoughts": "née 日本 (3,2) 🙂",{before}"action": "turn left"}}')
     text = renderer.decode(ids)
-    parsed = make_format(PromptConfig("cot_json")).parse(text, ("turn left",), np.random.default_rng(0))
+    parsed = make_format(PromptConfig("cot_json")).parse(text, ("turn left",))
     assert (parsed.action, parsed.error) == ("turn left", None)
     weights = token_weights(Reply(text, token_ids=tuple(ids)), parsed, renderer, thought_coef=0.2)
     assert set(weights.tolist()) == {np.float32(0.2), 1}

@@ -10,7 +10,7 @@ from vlm_agents.errors import ModelError
 from vlm_agents.models import Agent, Sampler
 from vlm_agents.models.sampler import draw
 from vlm_agents.tensors import Row
-from vlm_agents.types import Message, Prompt, Reply
+from vlm_agents.types import Message, Prompt, Reply, Sampling
 
 Load = Callable[..., Agent]
 EndSoon = Callable[[Agent], Agent]
@@ -24,7 +24,7 @@ def generators(count: int, seed: int = 0) -> list[np.random.Generator]:
 
 
 def sample(agent: Agent, prompts: Sequence[Prompt], seed: int = 0, greedy: bool = False) -> list[Reply]:
-    return Sampler(agent).generate(prompts, generators(len(prompts), seed), ROOM, greedy)
+    return Sampler(agent).generate(prompts, generators(len(prompts), seed), Sampling(ROOM, greedy=greedy))
 
 
 def generated(agent: Agent, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -116,18 +116,18 @@ def test_a_reply_doesnt_depend_on_who_shares_the_batch(brief_agent: Agent, chats
     together = sample(brief_agent, chats * 3)
     order = np.random.default_rng(0).permutation(len(together)).tolist()
     rngs = generators(len(together))
-    shuffled = Sampler(brief_agent).generate([(chats * 3)[i] for i in order], [rngs[i] for i in order], ROOM)
+    shuffled = Sampler(brief_agent).generate([(chats * 3)[i] for i in order], [rngs[i] for i in order], Sampling(ROOM))
     assert [reply.token_ids for reply in shuffled] == [together[i].token_ids for i in order]
     rngs = generators(len(together))
     for index, prompt in enumerate(chats * 3):
-        (alone,) = Sampler(brief_agent).generate([prompt], [rngs[index]], ROOM)
+        (alone,) = Sampler(brief_agent).generate([prompt], [rngs[index]], Sampling(ROOM))
         assert alone.token_ids == together[index].token_ids
         torch.testing.assert_close(alone.logprobs, together[index].logprobs, rtol=0, atol=1e-5)
 
 
 def test_a_generator_is_used_equally_by_short_and_long_replies(brief_agent: Agent, chats: list[Prompt]):
     rngs = generators(20)
-    replies = Sampler(brief_agent).generate(chats * 4, rngs, ROOM)
+    replies = Sampler(brief_agent).generate(chats * 4, rngs, Sampling(ROOM))
     assert len({len(reply.token_ids) for reply in replies}) > 3
     fresh = generators(20)
     for rng in fresh:
@@ -155,7 +155,7 @@ def test_weights_that_are_no_numbers_are_told(load: Load, chats: list[Prompt], g
 
 
 def test_a_reply_of_one_token(brief_agent: Agent, chats: list[Prompt], row_of: RowOf):
-    replies = Sampler(brief_agent).generate(chats * 8, generators(40), max_new_tokens=1)
+    replies = Sampler(brief_agent).generate(chats * 8, generators(40), Sampling(1))
     assert {len(reply.token_ids) for reply in replies} == {1}
     ends = [reply.token_ids[0] == brief_agent.renderer.end_of_turn for reply in replies]
     assert [reply.finish == "stop" for reply in replies] == ends
@@ -164,6 +164,25 @@ def test_a_reply_of_one_token(brief_agent: Agent, chats: list[Prompt], row_of: R
     with torch.no_grad():
         scores = brief_agent.score(brief_agent.renderer.collate(rows))
     torch.testing.assert_close(torch.tensor([r.logprobs[0] for r in replies]), scores.logprobs, rtol=0, atol=1e-5)
+
+
+def test_a_stop_text_ends_a_reply(brief_agent: Agent, chats: list[Prompt]):
+    """As it would have gone on, up to the token that completes the text."""
+    whole = sample(brief_agent, chats * 8)
+    decode = brief_agent.renderer.decode
+    stop = next(reply.text[2:5] for reply in whole if len(reply.token_ids) == ROOM and reply.text[2:5].strip())
+    cut = Sampler(brief_agent).generate(chats * 8, generators(40), Sampling(ROOM, (stop, "never said")))
+    for before, after in zip(whole, cut, strict=True):
+        count = len(after.token_ids)
+        assert after.token_ids == before.token_ids[:count]
+        torch.testing.assert_close(after.logprobs, before.logprobs[:count], rtol=0, atol=1e-5)
+        if stop in before.text:
+            assert stop in after.text
+            assert stop not in decode(after.token_ids[:-1])
+            assert after.finish == "stop"
+        else:
+            assert (count, after.finish) == (len(before.token_ids), before.finish)
+    assert sum(stop in reply.text for reply in cut) >= 1
 
 
 def test_values_are_those_of_the_replies(agent: Agent, prompts: list[Prompt]):
@@ -175,7 +194,7 @@ def test_values_are_those_of_the_replies(agent: Agent, prompts: list[Prompt]):
 def test_replies_of_a_long_chat_keep_the_ratio_at_one(brief_agent: Agent, chats: list[Prompt], make_row: MakeRow):
     prompt, said = chats[0], []
     for turn in range(3):
-        (reply,) = Sampler(brief_agent).generate([prompt], generators(1, turn), ROOM)
+        (reply,) = Sampler(brief_agent).generate([prompt], generators(1, turn), Sampling(ROOM))
         said.append(reply)
         prompt = (*prompt, Message("assistant", reply.text, token_ids=reply.token_ids), Message("user", "on"))
     row = make_row(brief_agent, chats[0], *(reply.token_ids for reply in said))

@@ -17,7 +17,7 @@ from vlm_agents.config import HardwareConfig, LoraConfig, ModelConfig, conf_dir
 from vlm_agents.errors import DataError
 from vlm_agents.models import Agent, Sampler, load_agent
 from vlm_agents.tensors import Row, Scores
-from vlm_agents.types import Message, Prompt, Reply
+from vlm_agents.types import Message, Prompt, Reply, Sampling
 
 TWINS = ["tiny_qwen2_vl", "tiny_qwen3_vl", "tiny_llava", "unlisted"]
 ROOM = 12  # tokens a reply
@@ -198,7 +198,7 @@ def generators(count: int) -> list[np.random.Generator]:
 
 
 def test_greedy_replies_are_those_of_transformers(agent: Agent, prompts: list[Prompt]):
-    replies = Sampler(agent).generate(prompts, generators(len(prompts)), ROOM, greedy=True)
+    replies = Sampler(agent).generate(prompts, generators(len(prompts)), Sampling(ROOM, greedy=True))
     assert [list(reply.token_ids) for reply in replies] == generated(agent, prompts)
 
 
@@ -208,7 +208,7 @@ def test_the_ratio_is_one(
 ):
     agent = end_soon(twin(name, freeze_vision=freeze, temperature=0.8))
     prompts = prompts * 3
-    replies = Sampler(agent).generate(prompts, generators(len(prompts)), ROOM)
+    replies = Sampler(agent).generate(prompts, generators(len(prompts)), Sampling(ROOM))
     assert len({len(reply.token_ids) for reply in replies}) > 3
     scores = score(agent, [row_of(*pair) for pair in zip(prompts, replies, strict=True)])
     close(torch.tensor([logprob for reply in replies for logprob in reply.logprobs]), scores.logprobs)

@@ -17,18 +17,18 @@ def observation(number: int) -> Observation:
     return Observation(f"look {number}", (Image.new("RGB", (28, 28), (number, 0, 0)),), ("turn left", "go forward"))
 
 
-def turn(number: int, action: str | None, changed: float, token_ids: tuple[int, ...] = ()) -> Turn:
+def turn(number: int, action: str | None, changed: bool, token_ids: tuple[int, ...] = ()) -> Turn:
     """Turn `number`, seen as `look <number>`; its `prompt` is left empty, since no later prompt may depend on it."""
     reply = Reply(f"reply {number}", token_ids=token_ids)
-    step = Step(observation(number + 1), 0.0, False, False, {"success": 0.0, "legal": 1.0, "changed": changed})
+    step = Step(observation(number + 1), 0.0, False, False, False, True, changed)
     return Turn(observation(number), (), reply, Parsed(action), step)
 
 
 PAST = (
-    turn(0, "turn left", changed=1.0, token_ids=(5, 6, 2)),
-    turn(1, "go forward", changed=0.0, token_ids=(7, 2)),
-    turn(2, None, changed=0.0, token_ids=(8,)),
-    turn(3, "turn left", changed=1.0),
+    turn(0, "turn left", changed=True, token_ids=(5, 6, 2)),
+    turn(1, "go forward", changed=False, token_ids=(7, 2)),
+    turn(2, None, changed=False, token_ids=(8,)),
+    turn(3, "turn left", changed=True),
 )
 
 

@@ -26,7 +26,8 @@ WORDS = ("stage=ppo", "model/lora=adapter", "algo.novelty.coef=0.1", "stage.iter
 def episode(seed: int, *actions: str | None) -> Trajectory:
     """One colour of picture a seed."""
     seen = Observation("go", (Image.new("RGB", (56, 56), (40 * seed, 90, 200)),))
-    turns = [Turn(seen, (), Reply(""), Parsed(action), Step(seen, 0.5, False, False)) for action in actions]
+    step = Step(seen, 0.5, False, False, False, True, True)
+    turns = [Turn(seen, (), Reply(""), Parsed(action), step) for action in actions]
     return Trajectory("room", seed, "model", tuple(turns), "success")
 
 
@@ -86,10 +87,12 @@ def test_the_bonus_is_added_to_each_turn_and_nothing_else_changes(agent: Agent):
     predictor = predictor_of(agent)
     judged, metrics = predictor.reward(EPISODES)
     surprises = np.concatenate(predictor.surprise(EPISODES))
-    rewards = [turn.step.reward for trajectory in judged for turn in trajectory.turns]
+    rewards = [turn.reward for trajectory in judged for turn in trajectory.turns]
     np.testing.assert_allclose(rewards, 0.5 + 0.1 * surprises, rtol=1e-5)
     assert metrics["novelty/surprise"] == pytest.approx(surprises.mean())
-    assert EPISODES[0].turns[0].step.reward == 0.5
+    assert {turn.step.reward for trajectory in judged for turn in trajectory.turns} == {0.5}  # what the env paid
+    assert {name for trajectory in judged for turn in trajectory.turns for name in turn.bonuses} == {"novelty"}
+    assert EPISODES[0].turns[0].reward == 0.5
     assert [trajectory.stop for trajectory in judged] == ["success"] * 3
 
 

@@ -19,7 +19,7 @@ from vlm_agents.models import Agent, Sampler, load_agent
 from vlm_agents.models.images import key_of
 from vlm_agents.stages import merge
 from vlm_agents.stages.playing import first_prompts
-from vlm_agents.types import Prompt, Reply
+from vlm_agents.types import Prompt, Reply, Sampling
 
 ComposeRun = Callable[..., RunConfig]
 RunStage = Callable[..., Path]
@@ -69,7 +69,7 @@ def merged(adapter, run_stage: RunStage, tmp_path_factory: pytest.TempPathFactor
 
 def greedy(agent: Agent, prompts: list[Prompt], tokens: int) -> list[Reply]:
     rngs = [np.random.default_rng(0) for _ in prompts]
-    return Sampler(agent).generate(prompts, rngs, tokens, greedy=True)
+    return Sampler(agent).generate(prompts, rngs, Sampling(tokens, greedy=True))
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from vlm_agents.config import RunConfig
 from vlm_agents.episodes import read_episodes
-from vlm_agents.errors import ConfigError, DataError
+from vlm_agents.errors import ConfigError, DataError, TrainingError
 from vlm_agents.metrics import parts
 from vlm_agents.models import load_agent
 from vlm_agents.seeds import panel_seeds, training_seed
@@ -219,7 +219,7 @@ def test_a_chat_stays_within_its_budget(run_stage: RunStage, tmp_path: Path, sta
 
 def test_a_turn_that_is_over_the_budget_is_named(run_stage: RunStage, tmp_path: Path):
     words = [*SMALL, "stage.iterations=1", "stage.eval_episodes=0", "prompt.max_prompt_tokens=20"]
-    with pytest.raises(DataError, match=r"^seed \d+, turn 0: .* a prompt of \d+ tokens with its 1 pictures: raise "):
+    with pytest.raises(TrainingError, match=r"seed \d+, turn 0: .* a prompt of \d+ tokens with its 1 pictures: raise "):
         run_stage(tmp_path, *words)
 
 
@@ -240,7 +240,7 @@ def test_by_default_a_chat_is_cut_to_the_models_positions(echo_run: ComposeRun, 
     cfg = echo_run(tmp_path, "stage=eval", "prompt.history=full")
     agent = load_agent(cfg.model, cfg.hardware)
     seen = Observation("go " * 1500)
-    turn = Turn(seen, (), Reply("red"), Parsed("red"), Step(seen, 0.0, False, False))
+    turn = Turn(seen, (), Reply("red"), Parsed("red"), Step(seen, 0.0, False, False, False, True, True))
     for reply, kept in ((4, 2), (2000, 1)):
         cfg = echo_run(tmp_path, "stage=eval", "prompt.history=full", f"prompt.max_reply_tokens={reply}")
         prompt = format_of(cfg, agent).prompt("Play.", [turn] * 3, seen)

@@ -3,6 +3,7 @@
 Solvable in seconds, so it is the test double of the harder games. Nothing in it depends on what was answered before.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import gymnasium
@@ -83,7 +84,7 @@ class EchoEnv:
     def reset(self, seed: int) -> Observation:
         pixels, _ = self.game.reset(seed=seed)
         self._running = True
-        return self._observe(pixels)
+        return replace(self._observe(pixels), tags={"first": self.words[self.game.answers[0]]})
 
     def step(self, action: str | None) -> Step:
         if not self._running:
@@ -92,8 +93,7 @@ class EchoEnv:
         pixels, reward, terminated, _, info = self.game.step(self.words.index(action) if legal else None)
         truncated = not terminated and self.game.turn == self.max_steps
         self._running = not (terminated or truncated)
-        metrics = {"success": float(info["success"]), "legal": float(legal), "changed": 1.0}
-        return Step(self._observe(pixels), reward, terminated, truncated, metrics)
+        return Step(self._observe(pixels), reward, terminated, truncated, info["success"], legal, changed=True)
 
     def close(self) -> None:
         self.game.close()

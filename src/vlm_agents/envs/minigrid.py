@@ -65,12 +65,8 @@ class MiniGrid:
         truncated = truncated and not terminated
         self._running = not (terminated or truncated)
         observation = self._observe()
-        metrics = {
-            "success": float(terminated and reward > 0),
-            "legal": float(legal),
-            "changed": float(self._key != before),
-        }
-        return Step(observation, reward, terminated, truncated, metrics)
+        success, changed = terminated and reward > 0, self._key != before
+        return Step(observation, reward, terminated, truncated, success, legal, changed)
 
     def close(self) -> None:
         self.world.close()

@@ -123,7 +123,7 @@ def _credit(episode: Trajectory, algo: AlgoConfig) -> tuple[np.ndarray, np.ndarr
             f"{_ident(episode, 0)}: replies of policy {episode.policy} carry no value: "
             "this algorithm trains on what its own model sampled (policy=model)"
         )
-    rewards = [turn.step.reward for turn in episode.turns]
+    rewards = [turn.reward for turn in episode.turns]
     return gae(rewards, values, episode.bootstrap, algo.gamma, algo.gae_lambda)
 
 

@@ -50,7 +50,7 @@ class TemporalPredictor:
         judged, surprises = [], []
         for trajectory, surprise in zip(trajectories, self.surprise(trajectories), strict=True):
             turns = tuple(
-                replace(turn, step=replace(turn.step, reward=turn.step.reward + self.config.coef * float(bonus)))
+                replace(turn, bonuses={**turn.bonuses, "novelty": self.config.coef * float(bonus)})
                 for turn, bonus in zip(trajectory.turns, surprise, strict=True)
             )
             judged.append(replace(trajectory, turns=turns))

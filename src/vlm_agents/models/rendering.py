@@ -16,7 +16,7 @@ import torch
 from jinja2 import TemplateError
 from PIL.Image import Image
 
-from vlm_agents.errors import DataError, ModelError
+from vlm_agents.errors import DataError, ModelError, TooLongError
 from vlm_agents.models.families import Family
 from vlm_agents.models.images import ImageStore
 from vlm_agents.models.vocabulary import Vocabulary
@@ -152,7 +152,7 @@ class HFRenderer:
         """The chat without its oldest turns, as few as make it a prompt of `max_tokens` at most; pictures count.
 
         At most as many, too, as leave the reply a position for each of `reply_tokens`. A turn goes as a whole, with its
-        pictures and the reply to it; a system message stays. DataError where the last turn alone is too long.
+        pictures and the reply to it; a system message stays. TooLongError where the last turn alone is too long.
         """
         limit = min(max_tokens or sys.maxsize, self.context - reply_tokens)
         first = [index for index, message in enumerate(prompt) if message.role == "user"]  # of each turn
@@ -172,12 +172,12 @@ class HFRenderer:
         self._fitted[id(shorter[dropped])] = shorter[dropped], rendered[dropped]
         return shorter[dropped]
 
-    def _too_long(self, turn: Prompt, tokens: int, max_tokens: int | None, reply_tokens: int) -> DataError:
+    def _too_long(self, turn: Prompt, tokens: int, max_tokens: int | None, reply_tokens: int) -> TooLongError:
         pictures = len(turn[-1].images)
         what = f"the last turn and the instructions are a prompt of {tokens} tokens with its {pictures} pictures"
         if max_tokens is not None and tokens + reply_tokens <= self.context:
-            return DataError(f"{what}: raise prompt.max_prompt_tokens={max_tokens}, or show less")
-        return DataError(
+            return TooLongError(f"{what}: raise prompt.max_prompt_tokens={max_tokens}, or show less")
+        return TooLongError(
             f"{what}, its reply takes {reply_tokens}, and the model has positions for {self.context} in all: "
             "show fewer or smaller pictures or shorter texts, or take a model with more positions"
         )

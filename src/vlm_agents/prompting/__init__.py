@@ -4,14 +4,14 @@ A new format is a module with a class that has the three methods of `PromptForma
 `PromptConfig` and a YAML in conf/prompt/.
 """
 
-__all__ = ["Fitted", "PromptFormat", "make_format"]
+__all__ = ["Fitted", "PromptFormat", "drawn", "make_format"]
 
 from collections.abc import Callable
 
 from vlm_agents.config import PromptConfig
 from vlm_agents.prompting.action_only import ActionOnly
 from vlm_agents.prompting.action_scores import ActionScores
-from vlm_agents.prompting.base import Fitted, PromptFormat
+from vlm_agents.prompting.base import Fitted, PromptFormat, drawn
 from vlm_agents.prompting.cot_json import CotJson
 from vlm_agents.prompting.rl4vlm import RL4VLM
 

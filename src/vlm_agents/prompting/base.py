@@ -5,7 +5,7 @@ Not a base class: a format is any class with the methods of `PromptFormat`, made
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -23,13 +23,13 @@ class PromptFormat(Protocol):
 
     def prompt(self, instructions: str, history: Sequence[Turn], now: Observation) -> Prompt: ...
 
-    def parse(self, text: str, legal_actions: LegalActions, rng: np.random.Generator) -> Parsed:
-        """Read a reply. Never raises and never guesses: what holds no legal action has `error` set.
+    def parse(self, text: str, legal_actions: LegalActions) -> Parsed:
+        """Read a reply. Never raises, guesses or draws: what holds no legal action has `error` set.
 
         What stands behind a reasoning model's thinking is the answer; a draft within the thinking never counts.
         Errors begin with words that can be counted: empty reply, no answer, no JSON, no <key> key, empty action,
         illegal action, cut off after, no scores, no score for, bad score. Spans are set wherever the reply has the
-        part, even beside an error.
+        part, even beside an error. A format that leaves the choice to chance gives `choices`.
         """
         ...
 
@@ -48,8 +48,8 @@ class Fitted:
     def prompt(self, instructions: str, history: Sequence[Turn], now: Observation) -> Prompt:
         return self.fit(self.format.prompt(instructions, history, now))
 
-    def parse(self, text: str, legal_actions: LegalActions, rng: np.random.Generator) -> Parsed:
-        return self.format.parse(text, legal_actions, rng)
+    def parse(self, text: str, legal_actions: LegalActions) -> Parsed:
+        return self.format.parse(text, legal_actions)
 
     def write(self, thought: str, action: str, legal_actions: LegalActions) -> str:
         return self.format.write(thought, action, legal_actions)
@@ -77,10 +77,18 @@ def past_line(turns: Sequence[Turn]) -> str:
 def outcome(turn: Turn) -> str:
     if turn.parsed.action is None:
         return "invalid"
-    return turn.parsed.action + (", no effect" if turn.step.metrics["changed"] == 0 else "")
+    return turn.parsed.action + (", no effect" if not turn.step.changed else "")
 
 
 # ---- replies ---------------------------------------------------------------------------------------------------------
+def drawn(parsed: Parsed, rng: np.random.Generator) -> Parsed:
+    """The reading with its action drawn, where the reply leaves that to chance. Only a draw moves `rng`."""
+    if not parsed.choices:
+        return parsed
+    place = rng.choice(len(parsed.choices), p=list(parsed.choices.values()))
+    return replace(parsed, action=list(parsed.choices)[place])
+
+
 class Found(NamedTuple):
     """What a JSON reply holds: the answer's field, or an error."""
 

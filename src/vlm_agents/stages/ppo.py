@@ -24,7 +24,7 @@ from vlm_agents.learn.update import update
 from vlm_agents.metrics import headline
 from vlm_agents.models import Agent, load_agent
 from vlm_agents.progress import say, track
-from vlm_agents.rollout import collect, summarise
+from vlm_agents.rollout import collect
 from vlm_agents.run import Run, seed_everything
 from vlm_agents.seeds import Deal, training_seed
 from vlm_agents.stages.cards import save_model
@@ -39,6 +39,7 @@ from vlm_agents.stages.playing import (
 )
 from vlm_agents.stages.reporting import Album, remember, remembered, report, shown, tell
 from vlm_agents.stages.watch import Watch, conclude
+from vlm_agents.summary import summarise
 from vlm_agents.types import Trajectory
 from vlm_agents.weights import RUN_MODEL, init_folder
 

@@ -19,7 +19,6 @@ from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import DataError
 from vlm_agents.llava_data import read_llava
 from vlm_agents.pictures import as_shown
-from vlm_agents.policies import is_random
 from vlm_agents.progress import say, track
 from vlm_agents.prompting import PromptFormat, make_format
 from vlm_agents.run import Run
@@ -156,7 +155,7 @@ def chats(
         return
     for index, turn in enumerate(trajectory.turns):
         if stage.label == "reply" and stage.min_score > 0:
-            counts["turns_rated" if "quality" in turn.step.metrics else "turns_unrated"] += 1
+            counts["turns_unrated" if turn.rating is None else "turns_rated"] += 1
         text, lacking = label(turn, stage, prompt_format)
         if text is None:
             counts["turns_left_out"] += 1
@@ -181,12 +180,11 @@ def label(turn: Turn, stage: PreprocessConfig, prompt_format: PromptFormat) -> t
 
     Random moves are no label: there the expert's advice is taken, where it gave any.
     """
-    if stage.label == "reply" and not is_random(turn.reply):
-        metrics = turn.step.metrics
+    if stage.label == "reply" and turn.reply.source != "random":
         if turn.parsed.error is not None:
             return None, "turns_illegal"
-        if metrics.get("quality", 0.0) < stage.min_score:
-            return None, "turns_badly_rated" if "quality" in metrics else "turns_not_rated"
+        if (turn.rating or 0.0) < stage.min_score:
+            return None, "turns_not_rated" if turn.rating is None else "turns_badly_rated"
         return turn.reply.text, ""
     advice = turn.observation.advice
     if advice is None:

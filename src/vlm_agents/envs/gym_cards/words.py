@@ -53,14 +53,9 @@ class CardEnv:
         self._running = not (terminated or truncated)
         self._return += reward
         observation = self._observe(pixels)
-        metrics = {
-            "success": float(info["success"] and (self._return > 0 or not self._original)),
-            "legal": float(legal),
-            "changed": float(self._key != before),
-        }
-        if self._original:
-            metrics["random_action"] = float(not legal)
-        return Step(observation, reward, terminated, truncated, metrics)
+        success = info["success"] and (self._return > 0 or not self._original)
+        metrics = {"random_action": float(not legal)} if self._original else {}
+        return Step(observation, reward, terminated, truncated, success, legal, self._key != before, metrics)
 
     def close(self) -> None:
         self.game.close()
