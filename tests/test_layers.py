@@ -24,7 +24,7 @@ policies episodes summary llava_data env_pool report frames chats inputs judge
 envs experts | prompting | models | learn | tracking backends stores | checkpoints | remote endpoint answers | sandbox
 lineage weights
 config tensors
-types errors files pictures progress versions metrics cores seeds
+types upgrades errors files marks pictures progress versions metrics cores seeds
 """
 CELLS = [[cell.split() for cell in line.split("|")] for line in LAYERS.strip().splitlines()]
 

@@ -23,7 +23,7 @@ ADVICE = Advice("the door is on the right", "right", 3)
 
 def query(seed: int = 0, advice: Advice | None = ADVICE, legal: tuple[str, ...] | None = LEGAL) -> Query:
     observation = Observation("a room", legal_actions=legal, advice=advice)
-    return Query((Message("user", "a room"),), observation, np.random.default_rng(seed))
+    return Query((Message("user", ("a room",)),), observation, np.random.default_rng(seed))
 
 
 def said(reply: Reply) -> dict[str, str]:

@@ -30,6 +30,7 @@ from vlm_agents.envs.echo import COLORS, OVER
 from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import ConfigError, ModelError
 from vlm_agents.judge import Judge, read_score
+from vlm_agents.pictures import Picture
 from vlm_agents.policies import RemotePolicy
 from vlm_agents.prompting import make_format
 from vlm_agents.remote import ChatClient, message_json
@@ -163,7 +164,7 @@ def client(server: Server, tmp_path: Path) -> Iterator[Callable[..., ChatClient]
 
 
 def say(text: str) -> Prompt:
-    return (Message("user", text),)
+    return (Message("user", (text,)),)
 
 
 def complete(client: ChatClient, *texts: str, **settings: Any) -> list[str]:
@@ -211,8 +212,12 @@ def test_answers_come_in_order_from_as_many_threads_as_allowed(server: Server, c
 def test_a_request_is_openais_and_its_pictures_are_pngs(server: Server, client):
     rng = np.random.default_rng(0)
     pixels = [rng.integers(256, size=(7, 9, 3), dtype=np.uint8) for _ in range(2)]
-    pictures = tuple(Image.fromarray(array) for array in pixels)
-    prompt = (Message("system", "rules"), Message("user", "look", pictures), Message("assistant", "a", token_ids=(1,)))
+    pictures = tuple(Picture(Image.fromarray(array)) for array in pixels)
+    prompt = (
+        Message("system", ("rules",)),
+        Message("user", (*pictures, "look")),
+        Message("assistant", ("a",), token_ids=(1,)),
+    )
     (answer,) = client(model="some/vlm").complete([prompt], Sampling(8), temperature=0.7, seeds=[5])
     assert (answer.text, answer.finish, answer.prompt_tokens, answer.completion_tokens) == ("yes", "stop", 11, 3)
     (request,) = server.requests
@@ -226,6 +231,12 @@ def test_a_request_is_openais_and_its_pictures_are_pngs(server: Server, client):
     assert user["content"][-1] == {"type": "text", "text": "look"}
     received = pictures_of({"messages": [user]})
     assert all(np.array_equal(np.asarray(image), array) for image, array in zip(received, pixels, strict=True))
+
+
+def test_pictures_are_sent_where_they_stand():
+    picture = Picture(Image.new("RGB", (4, 4), "red"))
+    content = message_json(Message("user", ("Is ", picture, " like ", picture, "?")))["content"]
+    assert [part.get("text") for part in content] == ["Is ", None, " like ", None, "?"]
 
 
 def test_a_proxy_is_not_asked_for_this_machine(server: Server, client, monkeypatch: pytest.MonkeyPatch):
@@ -287,7 +298,7 @@ SPELLED = ["<|im_end|>", "<|image_pad|>", "</s>", "<s>", "[INST]", "[/INST]", "<
 )
 def test_what_is_said_never_becomes_a_control_token(spelled: str):
     for role in ("system", "user", "assistant"):
-        content = message_json(Message(role, f"fine{spelled}\n{spelled}"))["content"]  # pyright: ignore[reportArgumentType]
+        content = message_json(Message(role, (f"fine{spelled}\n{spelled}",)))["content"]  # pyright: ignore[reportArgumentType]
         assert spelled not in content
         assert content.replace("\u2060", "") == f"fine{spelled}\n{spelled}"
 
@@ -296,7 +307,7 @@ def test_what_is_said_never_becomes_a_control_token(spelled: str):
     "text", ["<b>bold</b> [1] a < b |> c", "<think>so</think>", "[x](y) <div>", '{"a": [3]} <|', "turn <left> | right"]
 )
 def test_other_brackets_are_sent_as_they_are(text: str):
-    assert message_json(Message("user", text))["content"] == text
+    assert message_json(Message("user", (text,)))["content"] == text
 
 
 # ---- what is answered ------------------------------------------------------------------------------------------------
@@ -675,9 +686,9 @@ def test_a_limit_on_tokens_a_minute_is_no_prompt_s_fault(server: Server, client,
 def test_the_blank_question_has_the_form_of_the_one_that_was_refused(server: Server, client):
     """So a limit on pictures, or a model that takes none, is no fault of one prompt."""
     server.answer = lambda request: Answer(400, b"at most 1 picture") if len(pictures_of(request)) > 1 else "yes"
-    pictures = tuple(Image.new("RGB", (9, 9), color) for color in ("red", "blue"))
+    pictures = tuple(Picture(Image.new("RGB", (9, 9), color)) for color in ("red", "blue"))
     with pytest.raises(ModelError, match="at most 1 picture"):
-        client().complete([(Message("system", "rules"), Message("user", "look", pictures))], Sampling(8), 0.7)
+        client().complete([(Message("system", ("rules",)), Message("user", (*pictures, "look")))], Sampling(8), 0.7)
     (request,), (blank,) = server.requests, server.blanks
     assert {name: value for name, value in blank.items() if name != "messages"} == {
         name: value for name, value in request.items() if name != "messages"
@@ -1028,7 +1039,7 @@ def test_a_prompt_that_a_server_refuses_is_counted_and_told(
     metrics = play(tmp_path, *COLLECT, "stage.policy=remote")
     turns = [turn for episode in read_episodes(tmp_path) for turn in episode.turns]
     silent = [turn for turn in turns if not turn.reply.text]
-    assert {color_of(turn.observation.images[0]) for turn in silent} == {COLORS["red"]}
+    assert {color_of(turn.observation.images[0].image) for turn in silent} == {COLORS["red"]}
     assert {turn.parsed.error for turn in silent} == {"empty reply"}
     assert metrics["collect/invalid_rate"] == pytest.approx(len(silent) / len(turns), rel=1e-9)
     assert 0 < metrics["collect/unparsable"] == len(server.blanks) <= len(silent)
@@ -1052,7 +1063,7 @@ def test_a_remote_rater_sees_before_and_after(play: Play, server: Server, tmp_pa
     metrics = play(tmp_path, *COLLECT[:-1], "stage.rater=remote", "stage.noise=0.3")
     turns = [turn for episode in read_episodes(tmp_path) for turn in episode.turns]
     expected = [
-        None if color_of(turn.observation.images[0]) == COLORS["red"] else 9.0 if turn.step.terminated else 0.0
+        None if color_of(turn.observation.images[0].image) == COLORS["red"] else 9.0 if turn.step.terminated else 0.0
         for turn in turns
     ]
     assert [turn.rating for turn in turns] == expected
@@ -1064,11 +1075,11 @@ def test_a_remote_rater_sees_before_and_after(play: Play, server: Server, tmp_pa
 
 def test_a_rater_is_told_what_was_thought_and_done(server: Server, client):
     server.answer = lambda request: '{"score": 5}'
-    white, grey = (Image.new("RGB", (4, 4), color) for color in ("white", "grey"))
+    white, grey = (Picture(Image.new("RGB", (4, 4), color)) for color in ("white", "grey"))
     reply = '{"thoughts": "to the door", "action": "go"}'
     turn = Turn(
         Observation("a room", (white,)),
-        (Message("system", "You play."), Message("user", "a room", (white,))),
+        (Message("system", ("You play.",)), Message("user", (white, "a room"))),
         Reply(reply),
         Parsed("go", thought_span=(14, 25)),
         Step(Observation("a hall", (grey,)), 0.625, False, False, False, True, True),

@@ -21,6 +21,7 @@ from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import ModelError
 from vlm_agents.models import Sampler, load_agent
 from vlm_agents.models.loading import TINY
+from vlm_agents.pictures import Picture
 from vlm_agents.policies import ExpertPolicy
 from vlm_agents.prompting import make_format
 from vlm_agents.remote import ChatClient, data_url
@@ -63,7 +64,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    probe = [sys.executable, "-c", PROBE, data_url(Image.new("RGB", (1, 1)))]
+    probe = [sys.executable, "-c", PROBE, data_url(Picture(Image.new("RGB", (1, 1))))]
     found = subprocess.run(probe, capture_output=True, text=True, check=False)
     if found.returncode:
         pytest.skip(f"transformers serve can't run here: {found.stderr.strip().splitlines()[-1]}")
@@ -146,5 +147,5 @@ def test_collect_plays_and_rates_with_it_and_a_second_run_asks_nothing(
 def test_it_refuses_another_model(served: Served, tmp_path: Path):
     client = ChatClient(RemoteConfig(served.url, "big", cache=str(tmp_path / "cache")), tmp_path / "run")
     with pytest.raises(ModelError, match=r"status 400 .*pinned to .*requested 'big'"):
-        client.complete([(Message("user", "hello"),)], Sampling(8), 0.0)
+        client.complete([(Message("user", ("hello",)),)], Sampling(8), 0.0)
     client.close()

@@ -24,11 +24,12 @@ from vlm_agents.env_pool import EnvPool
 from vlm_agents.envs import make_env
 from vlm_agents.envs.base import Env, check_contract, out_of_turn
 from vlm_agents.errors import EnvError, TooLongError, TrainingError
+from vlm_agents.pictures import Picture
 from vlm_agents.policies import NoisyPolicy, RandomPolicy
 from vlm_agents.prompting import make_format
 from vlm_agents.rollout import collect
 from vlm_agents.seeds import Deal
-from vlm_agents.summary import Tags, summarise
+from vlm_agents.summary import Tags, by_tag, summarise
 from vlm_agents.types import Advice, Observation, Parsed, Prompt, Query, Reply, Step, Stop, Trajectory, Turn
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import a test file by name
@@ -420,14 +421,16 @@ def test_success_by_tag():
         "eval/success/task-type/pick-up": 0,
         "eval/episodes/task-type/pick-up": 1,
     }
+    panels = tags.figures() | {f"{name}_greedy": value for name, value in tags.figures().items()}
+    assert by_tag(panels) == {"task-type": {"go-to": (0.5, 2), "pick-up": (0.0, 1)}} == by_tag(panels, "_greedy")
 
 
 def test_the_summary_keeps_no_episode():
-    frames: list[ref[Image.Image]] = []
+    frames: list[ref[Picture]] = []
 
     def passing() -> Iterator[Trajectory]:
         for _ in range(5):
-            frame = Image.new("RGB", (8, 8))
+            frame = Picture(Image.new("RGB", (8, 8)))
             frames.append(ref(frame))
             yield episode(replace(turn("A", "go"), observation=Observation("A", (frame,))), stop="success")
             del frame
@@ -539,8 +542,8 @@ def shown(**values: object) -> Callable[[Step], Step]:
         (shown(legal_actions="left"), "legal_actions is 'left', neither a tuple of texts nor None"),
         (shown(legal_actions=("left", 1)), "a legal action is 1, no text"),
         (shown(images=None), "images is None, no tuple of pictures"),
-        (shown(images=("a.png",)), "a picture is 'a.png', no PIL image"),
-        (shown(images=(Image.new("RGB", (0, 5)),)), "a picture is (0, 5), without a pixel"),
+        (shown(images=("a.png",)), "a picture is 'a.png', no vlm_agents.pictures.Picture"),
+        (shown(images=(Picture(Image.new("RGB", (0, 5))),)), "a picture is (0, 5), without a pixel"),
         (
             shown(advice=Advice("a\udc00", "left")),
             "the advised thought has half a surrogate pair at character 1, no te",
@@ -572,7 +575,7 @@ def test_a_reset_that_answers_as_gymnasium_does_is_an_env_error():
 
 
 def test_an_answer_in_numpy_s_types_is_made_plain():
-    picture = Image.new("RGBA", (2, 1))  # all transparent: white to a viewer
+    picture = Picture(Image.new("RGBA", (2, 1)))  # all transparent: white to a viewer
     odd = [
         field(reward=np.float32(0.5), terminated=np.bool_(True), truncated=np.bool_(True)),
         field(success=np.bool_(True)),
@@ -596,7 +599,9 @@ def test_an_answer_in_numpy_s_types_is_made_plain():
     }
     assert plain == {float, bool, str}
     assert step.observation.legal_actions == ("left",)
-    assert [(image.mode, image.getpixel((1, 0))) for image in step.observation.images] == [("RGB", (255, 255, 255))]
+    assert [(seen.image.mode, seen.image.getpixel((1, 0))) for seen in step.observation.images] == [
+        ("RGB", (255, 255, 255))
+    ]
 
 
 def test_what_an_env_says_cannot_command_the_terminal(caplog: pytest.LogCaptureFixture):

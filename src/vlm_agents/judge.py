@@ -53,7 +53,7 @@ def question(turn: Turn) -> Prompt:
         f"The agent did: {turn.parsed.action or '(nothing: its reply held no legal action)'}",
         f"After the step: {after.text}",
     ]
-    return Message("system", RULE), Message("user", "\n".join(lines), (*before.images, *after.images))
+    return Message("system", (RULE,)), Message("user", (*before.images, *after.images, "\n".join(lines)))
 
 
 def read_score(text: str) -> float | None:

@@ -22,7 +22,7 @@ from vlm_agents.answers import Answers, Completion
 from vlm_agents.config import RemoteConfig
 from vlm_agents.endpoint import PATIENCE_S, Endpoint, Unavailable
 from vlm_agents.errors import ModelError
-from vlm_agents.pictures import as_shown
+from vlm_agents.pictures import Picture
 from vlm_agents.types import Message, Prompt, Sampling
 
 IN_A_ROW = 16  # refused prompts, or two for each request under way, without one answer between: no prompt's fault
@@ -186,12 +186,16 @@ CONTROL = re.compile(
 
 
 def message_json(message: Message) -> dict[str, Any]:
-    """The message as OpenAI's API has it: bare text, or parts with the pictures first."""
-    text = plain(message.text)
+    """The message as OpenAI's API has it: bare text, or its parts where there are pictures among them."""
     if not message.images:
-        return {"role": message.role, "content": text}
-    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": data_url(i)}} for i in message.images]
-    return {"role": message.role, "content": [*parts, {"type": "text", "text": text}]}
+        return {"role": message.role, "content": plain(message.text)}
+    content: list[dict[str, Any]] = [
+        {"type": "image_url", "image_url": {"url": data_url(part)}}
+        if isinstance(part, Picture)
+        else {"type": "text", "text": plain(part)}
+        for part in message.parts
+    ]
+    return {"role": message.role, "content": content}
 
 
 def plain(text: str) -> str:
@@ -204,7 +208,7 @@ def plain(text: str) -> str:
 
 def blank(request: dict[str, Any]) -> dict[str, Any]:
     """The same question with nothing in it: as many small white pictures, and a plain text for each text."""
-    white = data_url(Image.new("RGB", (64, 64), "white"))
+    white = data_url(Picture(Image.new("RGB", (64, 64), "white")))
 
     def emptied(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
         if isinstance(content, str):
@@ -219,9 +223,9 @@ def blank(request: dict[str, Any]) -> dict[str, Any]:
     return request | {"messages": [one | {"content": emptied(one["content"])} for one in request["messages"]]}
 
 
-def data_url(image: Image.Image) -> str:
+def data_url(picture: Picture) -> str:
     png = io.BytesIO()
-    as_shown(image).save(png, "PNG")
+    picture.image.save(png, "PNG")
     return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
 
 

@@ -5,7 +5,7 @@ Plays nothing, and keeps no episode: they may be more than fit into memory.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -77,9 +77,8 @@ class Tags:
     """Counts success by tag."""
 
     def __init__(self) -> None:
-        self._counts: defaultdict[str, dict[str, list[int]]] = defaultdict(
-            dict
-        )  # by tag, by value: successes, episodes
+        # by tag, by value: successes and episodes
+        self._counts: defaultdict[str, dict[str, list[int]]] = defaultdict(dict)
 
     def count(self, trajectory: Trajectory) -> None:
         for tag, value in trajectory.tags.items():
@@ -98,6 +97,18 @@ class Tags:
                 found[f"{prefix}/success/{tag}/{value}"] = successes / episodes
                 found[f"{prefix}/episodes/{tag}/{value}"] = float(episodes)
         return found
+
+
+def by_tag(metrics: Mapping[str, float], variant: str = "") -> dict[str, dict[str, tuple[float, int]]]:
+    """By tag, by value: the success of a panel in `metrics`, and over how many episodes."""
+    found: dict[str, dict[str, tuple[float, int]]] = {}
+    for name, episodes in metrics.items():
+        head, _, rest = name.partition("eval/episodes/")
+        share = metrics.get(f"eval/success/{rest}{variant}")
+        if not head and rest and "_" not in rest and share is not None:  # behind it stands a variant
+            tag, _, value = rest.partition("/")
+            found.setdefault(tag, {})[value] = share, int(episodes)
+    return found
 
 
 def plain(word: str) -> str:

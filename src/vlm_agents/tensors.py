@@ -10,9 +10,9 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
+from vlm_agents.pictures import Picture
 from vlm_agents.types import Prompt
 
 
@@ -26,7 +26,7 @@ class Row:
 
     ident: str
     input_ids: np.ndarray
-    images: tuple[Image, ...]
+    images: tuple[Picture, ...]
     spans: tuple[tuple[int, int], ...]
     token_weight: np.ndarray
     old_logprobs: np.ndarray
@@ -40,7 +40,7 @@ class Rendered:
     """A prompt as the model sees it, up to and including the assistant header."""
 
     ids: np.ndarray
-    images: tuple[Image, ...]
+    images: tuple[Picture, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """The nouns of an episode: what an env shows, what a policy says, what came of it.
 
-Frozen records without behaviour beyond derived values; stdlib, numpy and PIL only. Whatever can be
-derived is a property, so that it can't disagree after a reload.
+Frozen records without behaviour beyond derived values; stdlib and numpy only. Whatever can be
+derived is a property, so that it can't disagree after a reload. Pictures are those of `pictures`.
 """
 
 from collections.abc import Mapping
@@ -11,12 +11,14 @@ from operator import add
 from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL.Image import Image
+
+from vlm_agents.pictures import Picture
 
 Role = Literal["system", "user", "assistant", "tool"]
 Stop = Literal["success", "failure", "time_limit", "invalid", "too_long", "env_error"]
 Source = Literal["model", "expert", "random", "server"]
 Span = tuple[int, int]
+Part = str | Picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ class Observation:
     """
 
     text: str
-    images: tuple[Image, ...] = ()
+    images: tuple[Picture, ...] = ()
     legal_actions: tuple[str, ...] | None = None
     state_key: str = ""
     advice: Advice | None = None
@@ -67,16 +69,24 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One chat message; its images stand before its text.
+    """One chat message: texts and pictures, in the order in which they are read.
 
     `token_ids` are set on an assistant message that a model sampled earlier in the episode: the exact ids,
     so that the reply is never tokenised anew.
     """
 
     role: Role
-    text: str
-    images: tuple[Image, ...] = ()
+    parts: tuple[Part, ...]
     token_ids: tuple[int, ...] | None = None
+
+    @property
+    def text(self) -> str:
+        """All that is said in words."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def images(self) -> tuple[Picture, ...]:
+        return tuple(part for part in self.parts if isinstance(part, Picture))
 
 
 Prompt = tuple[Message, ...]

@@ -45,13 +45,13 @@ def test_a_cell_is_28_pixels(env_id: str, view: str, size: tuple[int, int]) -> N
 def test_the_full_view_is_minigrids_picture_without_the_highlight(env_id: str) -> None:
     game = started(env_id)
     for action in ("turn left", "go forward", "go forward", "pick up", "toggle"):
-        picture = np.asarray(game.step(action).observation.images[0])
+        picture = np.asarray(game.step(action).observation.images[0].image)
         np.testing.assert_array_equal(picture, game.world.get_full_render(highlight=False, tile_size=28))
 
 
 def test_the_agent_view_is_minigrids_partial_view() -> None:
     game = started("MiniGrid-DoorKey-8x8-v0", view="agent")
-    picture = np.asarray(game.step("turn left").observation.images[0])
+    picture = np.asarray(game.step("turn left").observation.images[0].image)
     np.testing.assert_array_equal(picture, game.world.get_pov_render(tile_size=28))
 
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
+from vlm_agents.pictures import Picture
 from vlm_agents.tensors import Row, Tokens
 from vlm_agents.types import Message, Observation, Parsed, Reply, Step, Stop, Trajectory, Turn
 
@@ -47,11 +47,11 @@ def make_turn() -> Callable[..., Turn]:
         reward: float = 0.0,
         value: float | None = 0.0,
         logprobs: Sequence[float] | None = None,
-        images: tuple[Image.Image, ...] = (),
+        images: tuple[Picture, ...] = (),
     ) -> Turn:
         return Turn(
             observation=Observation("now"),
-            prompt=(Message("system", "play"), Message("user", "now", images)),
+            prompt=(Message("system", ("play",)), Message("user", (*images, "now"))),
             reply=Reply(
                 text="".join(WordRenderer.words[token] for token in reply),
                 prompt_token_ids=tuple(prompt),

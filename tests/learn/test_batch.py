@@ -9,13 +9,14 @@ from PIL import Image
 from vlm_agents.config import AlgoConfig
 from vlm_agents.errors import TrainingError
 from vlm_agents.learn.batch import collate, microbatches, minibatches, rows, token_weights, usable
+from vlm_agents.pictures import Picture
 from vlm_agents.tensors import Renderer, Row
 from vlm_agents.types import Message, Parsed, Reply, Trajectory, Turn
 
 MakeTurn = Callable[..., Turn]
 MakeEpisode = Callable[..., Trajectory]
 ALGO = AlgoConfig(name="ppo", gamma=0.9, gae_lambda=0.8, thought_coef=0.5)
-RED, BLUE = Image.new("RGB", (2, 2), "red"), Image.new("RGB", (2, 2), "blue")
+RED, BLUE = (Picture(Image.new("RGB", (2, 2), colour)) for colour in ("red", "blue"))
 
 
 def plain_row(length: int, turns: int = 1) -> Row:
@@ -68,7 +69,7 @@ def test_a_token_that_touches_the_action_is_action_even_inside_the_thought(rende
 # ---- rows ------------------------------------------------------------------------------------------------------------
 def test_a_row_is_exactly_what_was_sampled(renderer: Renderer, make_turn: MakeTurn, make_episode: MakeEpisode):
     turn = make_turn([2, 9], [5, 3, 1], reward=1.0, value=0.25, logprobs=[-0.1, -0.2, -0.3], images=(RED, BLUE))
-    turn = replace(turn, prompt=(Message("user", "earlier", (BLUE,)), *turn.prompt), parsed=Parsed("go", (6, 7)))
+    turn = replace(turn, prompt=(Message("user", (BLUE, "earlier")), *turn.prompt), parsed=Parsed("go", (6, 7)))
     (row,) = rows([make_episode(turn, seed=7)], renderer, ALGO)
     assert row.ident == "words/seed 7/turn 0"
     assert row.input_ids.tolist() == [2, 9, 5, 3, 1]

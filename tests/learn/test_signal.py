@@ -9,10 +9,11 @@ from PIL import Image
 
 from vlm_agents.config import RunConfig
 from vlm_agents.learn.signal import METRIC, figures
+from vlm_agents.pictures import Picture
 from vlm_agents.stages.watch import Watch, conclude
 from vlm_agents.types import Observation, Parsed, Reply, Step, Trajectory, Turn
 
-SEEN = Observation("", (Image.fromarray(np.zeros((2, 2, 3), dtype=np.uint8)),))
+SEEN = Observation("", (Picture(Image.fromarray(np.zeros((2, 2, 3), dtype=np.uint8))),))
 
 
 def episode(rewards: Sequence[float], legal: Sequence[bool] | None = None, success: bool = False) -> Trajectory:

@@ -36,7 +36,7 @@ def generated(agent: Agent, prompts: Sequence[Prompt]) -> list[list[int]]:
     for index, row in enumerate(rendered):
         ids[index, width - len(row.ids) :] = torch.from_numpy(row.ids)
         mask[index, width - len(row.ids) :] = 1
-    pictures = [image for row in rendered for image in row.images]
+    pictures = [picture.image for row in rendered for picture in row.images]
     inputs: dict[str, Any] = dict(agent.image_processor(images=pictures, return_tensors="pt")) if pictures else {}
     output = agent.model.generate(
         input_ids=ids,
@@ -61,7 +61,7 @@ def prompts(request: pytest.FixtureRequest, chats: list[Prompt]) -> list[Prompt]
         case "shared prefix":
             return [*chats, *chats]
         case "nothing shared":  # and so left-padded as a whole
-            return [(Message("system", f"{index} games."), *chat[1:]) for index, chat in enumerate([*chats, *chats])]
+            return [(Message("system", (f"{index} games.",)), *chat[1:]) for index, chat in enumerate([*chats, *chats])]
         case "equal lengths":
             return [chats[0], chats[3]] * 4
         case _:
@@ -196,7 +196,7 @@ def test_replies_of_a_long_chat_keep_the_ratio_at_one(brief_agent: Agent, chats:
     for turn in range(3):
         (reply,) = Sampler(brief_agent).generate([prompt], generators(1, turn), Sampling(ROOM))
         said.append(reply)
-        prompt = (*prompt, Message("assistant", reply.text, token_ids=reply.token_ids), Message("user", "on"))
+        prompt = (*prompt, Message("assistant", (reply.text,), token_ids=reply.token_ids), Message("user", ("on",)))
     row = make_row(brief_agent, chats[0], *(reply.token_ids for reply in said))
     assert len(row.spans) == 3
     with torch.no_grad():

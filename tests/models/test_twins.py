@@ -16,6 +16,7 @@ from transformers import LlavaNextProcessor
 from vlm_agents.config import HardwareConfig, LoraConfig, ModelConfig, conf_dir
 from vlm_agents.errors import DataError
 from vlm_agents.models import Agent, Sampler, load_agent
+from vlm_agents.pictures import Picture
 from vlm_agents.tensors import Row, Scores
 from vlm_agents.types import Message, Prompt, Reply, Sampling
 
@@ -75,12 +76,14 @@ def prompts(request: pytest.FixtureRequest, chats: list[Prompt]) -> list[Prompt]
     """Batches with a shared prefix, and without, which is to say left-padded as a whole."""
     if request.param == "one system message":
         return chats
-    return [(Message("system", f"{index} games."), *chat[1:]) for index, chat in enumerate(chats)]
+    return [(Message("system", (f"{index} games.",)), *chat[1:]) for index, chat in enumerate(chats)]
 
 
-def stock_inputs(agent: Agent, ids: Tensor, images: Sequence[Image.Image]) -> dict[str, Any]:
+def stock_inputs(agent: Agent, ids: Tensor, pictures: Sequence[Picture]) -> dict[str, Any]:
     """What transformers' own forward pass wants."""
-    inputs = dict(agent.image_processor(images=list(images), return_tensors="pt")) if images else {}
+    inputs = (
+        dict(agent.image_processor(images=[one.image for one in pictures], return_tensors="pt")) if pictures else {}
+    )
     if "image_grid_thw" in inputs:
         inputs["mm_token_type_ids"] = (ids == agent.family.image_token_id).int()
     return {"input_ids": ids, **inputs}
@@ -138,7 +141,7 @@ def test_frozen_pictures_score_the_same_and_are_kept(twin: Load, name: str, agen
 def test_every_part_of_a_picture_counts(twin: Load, name: str, agent: Agent, rows: list[Row]):
     """All that the vision part hands over reaches the scores: each level of features, the newline too."""
     before = score(agent, rows).logprobs
-    features = agent.renderer.family.encode(agent.family.pixels(rows[0].images))[0]
+    features = agent.renderer.family.encode(agent.family.pixels([one.image for one in rows[0].images]))[0]
     changed = twin(name, freeze_vision=True)
     for level in range(0, features.shape[1], 128):
         changed.images.clear()
@@ -221,8 +224,8 @@ def test_each_prompt_extends_the_last_with_what_was_sampled(agent: Agent, chats:
     prompt = chats[0]
     for turn, reply in enumerate([[30, 31, end], [32, 33], [*space, 34, end], [*space, 35]]):
         before = [*agent.renderer.render(prompt).ids.tolist(), *reply]
-        user = replace(chats[2][1], text=f"then {turn}")  # two pictures
-        said = Message("assistant", agent.renderer.decode(reply), token_ids=tuple(reply))
+        user = replace(chats[2][1], parts=(*chats[2][1].images, f"then {turn}"))  # two pictures
+        said = Message("assistant", (agent.renderer.decode(reply),), token_ids=tuple(reply))
         prompt = (*prompt, said, user)
         after = agent.renderer.render(prompt).ids.tolist()
         assert after[: len(before)] == before
@@ -240,7 +243,7 @@ def test_a_saved_twin_is_the_same_bit_for_bit(twin: Load, name: str, agent: Agen
     assert state.keys() == loaded.keys()
     assert [key for key in state if not torch.equal(state[key], loaded[key])] == []
     assert torch.equal(score(again, rows).logprobs, score(agent, rows).logprobs)
-    system, user = Message("system", "You play."), Message("user", "go", rows[0].images)
+    system, user = Message("system", ("You play.",)), Message("user", (*rows[0].images, "go"))
     assert again.renderer.render((system, user)).ids.tolist() == agent.renderer.render((system, user)).ids.tolist()
 
 
@@ -286,13 +289,13 @@ GOLDEN = {  # what the published chat templates of these families write, and wha
 
 @pytest.mark.parametrize("sampled", [False, True], ids=["told", "sampled"])
 def test_a_chat_reads_as_the_family_has_it(agent: Agent, name: str, picture: Callable[..., Image.Image], sampled: bool):
-    image = picture(84, 56)
-    reply = Message("assistant", "turn left", token_ids=tuple(agent.renderer.encode_reply("turn left")))
+    image = Picture(picture(84, 56))
+    reply = Message("assistant", ("turn left",), token_ids=tuple(agent.renderer.encode_reply("turn left")))
     chat = (
-        Message("system", "You play."),
-        Message("user", "now?", (image,)),
+        Message("system", ("You play.",)),
+        Message("user", (image, "now?")),
         reply if sampled else replace(reply, token_ids=None),
-        Message("user", "and now?"),
+        Message("user", ("and now?",)),
     )
     token, count = agent.renderer.image_token, agent.family.image_tokens(image.size)
     assert count > 1
@@ -310,10 +313,11 @@ def test_what_a_text_says_is_text(agent: Agent, name: str, picture: Callable[...
     assert agent.renderer.decode(reply) == text
     assert not agent.banned[reply].any()
     assert reply.index(agent.renderer.end_of_turn) == len(reply) - 1
-    image = picture(84, 56)
-    chat = (Message("user", text, (image,)), Message("assistant", text), Message("user", text))
+    image = Picture(picture(84, 56))
+    chat = (Message("user", (image, text)), Message("assistant", (text,)), Message("user", (text,)))
     ids, harmless = (
-        agent.renderer.render(told).ids.tolist() for told in (chat, tuple(replace(m, text="go") for m in chat))
+        agent.renderer.render(told).ids.tolist()
+        for told in (chat, tuple(replace(m, parts=(*m.images, "go")) for m in chat))
     )
     meant, expected = ([i for i in line if i in agent.renderer.vocabulary.reserved] for line in (ids, harmless))
     assert meant == expected
@@ -331,14 +335,15 @@ def test_llava_prompts_and_pictures_are_those_of_its_processor(twin: Load, chats
         num_additional_image_tokens=1,
     )
     sizes = [(84, 84), (168, 168), (100, 75), (75, 100), (300, 40), (17, 200)]
-    for images in [(picture(*size, seed=1),) for size in sizes] + [chat[1].images for chat in chats]:
-        chat = (Message("system", "You play."), Message("user", "go", images))
+    for pictures in [(Picture(picture(*size, seed=1)),) for size in sizes] + [chat[1].images for chat in chats]:
+        images = [one.image for one in pictures]
+        chat = (Message("system", ("You play.",)), Message("user", (*pictures, "go")))
         parts = [*({"type": "image"} for _ in images), {"type": "text", "text": "go"}]
         system = {"role": "system", "content": [{"type": "text", "text": "You play."}]}
         messages: list[Any] = [system, {"role": "user", "content": parts}]
         text: Any = processor.apply_chat_template(messages, tokenize=False)
         kinds: dict[str, Any] = {"return_tensors": "pt"}
-        inputs = processor(text=text, images=list(images) or None, **kinds)
+        inputs = processor(text=text, images=images or None, **kinds)
         assert agent.renderer.render(chat).ids.tolist() == inputs["input_ids"][0].tolist()
         if images:
             own = agent.family.pixels(images)
@@ -366,7 +371,7 @@ def test_positions_are_those_of_the_model(agent: Agent, name: str, rows: list[Ro
             list(range(n)) for n in lengths
         ]
         return
-    images = [image for row in rows for image in row.images]
+    images = [one.image for row in rows for one in row.images]
     expected, _ = agent.model.model.get_rope_index(
         tokens.input_ids,
         mm_token_type_ids=(tokens.input_ids == agent.family.image_token_id).int(),
@@ -386,7 +391,7 @@ def test_a_row_whose_pictures_dont_match_is_refused_by_name(agent: Agent, rows: 
 def test_a_chat_is_cut_with_the_pictures_of_what_goes(agent: Agent, chats: list[Prompt], make_row: MakeRow):
     chat = chats[0][:1]
     for _, user in chats:
-        chat = (*chat, user, Message("assistant", "", token_ids=(30, agent.renderer.end_of_turn)))
+        chat = (*chat, user, Message("assistant", ("",), token_ids=(30, agent.renderer.end_of_turn)))
     chat = chat[:-1]
     pictures = []
     for dropped in range(5):

@@ -17,6 +17,7 @@ from vlm_agents.errors import ModelError
 from vlm_agents.learn.novelty import QUESTION, TemporalPredictor
 from vlm_agents.models import Agent, load_agent
 from vlm_agents.models.foreteller import AdapterForeteller
+from vlm_agents.pictures import Picture
 from vlm_agents.types import Message, Observation, Parsed, Reply, Step, Trajectory, Turn
 
 RunStage = Callable[..., Path]
@@ -25,7 +26,7 @@ WORDS = ("stage=ppo", "model/lora=adapter", "algo.novelty.coef=0.1", "stage.iter
 
 def episode(seed: int, *actions: str | None) -> Trajectory:
     """One colour of picture a seed."""
-    seen = Observation("go", (Image.new("RGB", (56, 56), (40 * seed, 90, 200)),))
+    seen = Observation("go", (Picture(Image.new("RGB", (56, 56), (40 * seed, 90, 200))),))
     step = Step(seen, 0.5, False, False, False, True, True)
     turns = [Turn(seen, (), Reply(""), Parsed(action), step) for action in actions]
     return Trajectory("room", seed, "model", tuple(turns), "success")
@@ -49,7 +50,7 @@ def test_surprise_is_the_negative_log_probability_of_each_action(agent: Agent):
     """A fresh adapter changes nothing: what the bare model says of the text is its surprise, split over the turns."""
     predictor = predictor_of(agent)
     (surprise,) = predictor.surprise(EPISODES[2:])
-    head = agent.renderer.render((Message("user", QUESTION, EPISODES[2].turns[0].observation.images),)).ids
+    head = agent.renderer.render((Message("user", (*EPISODES[2].turns[0].observation.images, QUESTION)),)).ids
     pieces = ["right; ", "invalid; ", "right; ", "go"]
     ids = agent.renderer.encode_reply("".join(pieces))
     row = replace(

@@ -53,7 +53,7 @@ def test_while_the_critic_warms_up_credit_is_what_really_came(run_stage: RunStag
     words = ("stage.iterations=2", "stage.episodes=4", "stage.eval_episodes=0", "algo.gamma=0.5", "algo.gae_lambda=0")
     folder = run_stage(tmp_path, *SMALL, *words)
     first = list(read_episodes(folder))[:4]  # all of the first iteration
-    rewards = [[turn.step.reward for turn in episode.turns] for episode in first]
+    rewards = [[turn.reward for turn in episode.turns] for episode in first]
     # the critic expects nothing yet, so advantages are returns: r0 + r1 / 2 + r2 / 4, with lambda as it is r0 alone
     discounted = [sum(r / 2**k for k, r in enumerate(episode[i:])) for episode in rewards for i in range(len(episode))]
     found = next(line["ppo/advantage_std"] for line in lines(folder) if line["step"] == 1)

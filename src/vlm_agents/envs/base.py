@@ -10,10 +10,9 @@ from numbers import Real
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 
 from vlm_agents.errors import EnvError
-from vlm_agents.pictures import as_shown
+from vlm_agents.pictures import Picture
 from vlm_agents.types import Advice, Observation, Step
 
 FLAGS = ("terminated", "truncated", "success", "legal", "changed")  # of a step
@@ -90,11 +89,10 @@ def checked_step(step: Step) -> Step:
     return Step(checked_observation(step.observation), reward, terminated, truncated, success, legal, changed, metrics)
 
 
-def _picture(image: Image.Image) -> Image.Image:
-    _expect(isinstance(image, Image.Image), "a picture", image, "no PIL image")
-    image.load()  # else a broken file would be found out far from the env that opened it
-    _expect(min(image.size) > 0, "a picture", image.size, "without a pixel")
-    return image if image.mode == "RGB" and not image.getexif() else as_shown(image)
+def _picture(picture: Picture) -> Picture:
+    _expect(isinstance(picture, Picture), "a picture", picture, "no vlm_agents.pictures.Picture")
+    _expect(min(picture.size) > 0, "a picture", picture.size, "without a pixel")
+    return picture
 
 
 def _text(name: str, value: str) -> str:
@@ -161,9 +159,8 @@ def _check_step(env: Env, before: Observation, action: str | None, step: Step) -
 
 
 def _same(one: Observation, other: Observation) -> bool:
-    pixels = [tuple(image.tobytes() for image in seen.images) for seen in (one, other)]
-    facts = [(seen.text, seen.legal_actions, seen.state_key) for seen in (one, other)]
-    return pixels[0] == pixels[1] and facts[0] == facts[1]
+    facts = [(seen.images, seen.text, seen.legal_actions, seen.state_key) for seen in (one, other)]
+    return facts[0] == facts[1]
 
 
 def _require(condition: bool, env: Env, failing: str) -> None:

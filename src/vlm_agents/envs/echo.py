@@ -13,6 +13,7 @@ from PIL import Image
 
 from vlm_agents.config import EchoConfig
 from vlm_agents.envs.base import out_of_turn, state_key
+from vlm_agents.pictures import Picture
 from vlm_agents.types import Observation, Step
 
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -102,4 +103,6 @@ class EchoEnv:
     def _observe(self, pixels: np.ndarray) -> Observation:
         turn, turns = self.game.turn, self.game.turns
         text = f"Turn {turn + 1} of {turns}. Name the colour." if turn < turns else "All turns are over."
-        return Observation(text, (Image.fromarray(pixels),), self.words, state_key(turn, self.game.answers[turn:]))
+        return Observation(
+            text, (Picture(Image.fromarray(pixels)),), self.words, state_key(turn, self.game.answers[turn:])
+        )

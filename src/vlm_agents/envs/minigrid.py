@@ -21,6 +21,7 @@ from PIL import Image
 from vlm_agents.config import MiniGridConfig
 from vlm_agents.envs.base import out_of_turn, state_key
 from vlm_agents.errors import EnvError, did_you_mean
+from vlm_agents.pictures import Picture
 from vlm_agents.types import Observation, Step
 
 WORDS: dict[Actions, str] = {
@@ -87,7 +88,7 @@ class MiniGrid:
         cells = [cell.encode() if cell else None for cell in world.grid.grid]
         self._key = state_key(cells, _pose(world), held)
         text = f"{world.mission}\n{describe(world)}" if self.cfg.describe else world.mission
-        return Observation(text, (self._picture(),), self._words, self._key)
+        return Observation(text, (Picture(self._picture()),), self._words, self._key)
 
     def _picture(self) -> Image.Image:
         if self.cfg.view == "agent":

@@ -98,7 +98,7 @@ class TemporalPredictor:
 
     def row(self, trajectory: Trajectory) -> Row:
         """The first picture and a question; the reply: every action, in order, as far as the model has positions."""
-        prompt = (Message("user", QUESTION, trajectory.turns[0].observation.images[:1]),)
+        prompt = (Message("user", (*trajectory.turns[0].observation.images[:1], QUESTION)),)
         rendered = self.renderer.render(prompt)
         reply = self.renderer.encode_reply(SEPARATOR.join(actions_of(trajectory)))
         ids = np.concatenate([rendered.ids, np.array(reply, dtype=np.int64)])[: self.renderer.context]

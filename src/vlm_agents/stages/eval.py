@@ -20,6 +20,7 @@ from vlm_agents.stages.playing import (
     tell_unread,
 )
 from vlm_agents.stages.reporting import Album, report, results, shown
+from vlm_agents.summary import by_tag
 from vlm_agents.types import Trajectory
 
 
@@ -65,6 +66,9 @@ def main(cfg: RunConfig, run: Run) -> dict[str, float]:
         figures = {"success (95 %)": f"{share:.3f} [{low:.3f}, {high:.3f}]"}
         figures |= {words: f"{value:.3f}" for words, value in result.others.items()}
         say("  ".join(f"{words}: {figure}" for words, figure in {"policy": result.policy, **figures}.items()))
+    for tag, values in by_tag(metrics).items():
+        shares = (f"{value} {share:.3f} ({episodes})" for value, (share, episodes) in values.items())
+        say(f"success by {tag} (episodes): {', '.join(shares)}")
     page, gif = report(run, metrics, shown(album.episodes)), run.path("episode.gif")
     if first and first[0].turns:
         episode_gif(first[0], gif)

@@ -3,7 +3,6 @@
 `datasets`, TRL and LLaMA-Factory read it, each its own columns; docs/data.md says how.
 """
 
-import hashlib
 import io
 import logging
 from collections import Counter
@@ -11,14 +10,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from PIL.Image import Image
-
-from vlm_agents.chats import FLAWS, GROUP_BYTES, IMAGE_MARK, ChatWriter, digest, flaw
+from vlm_agents.chats import FLAWS, GROUP_BYTES, ChatWriter, digest, flaw
 from vlm_agents.config import PreprocessConfig, RunConfig
 from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import DataError
 from vlm_agents.llava_data import read_llava
-from vlm_agents.pictures import as_shown
+from vlm_agents.marks import marked
+from vlm_agents.pictures import Picture
 from vlm_agents.progress import say, track
 from vlm_agents.prompting import PromptFormat, make_format
 from vlm_agents.run import Run
@@ -166,7 +164,7 @@ def chats(
 
 def chat(prompt: Prompt, answer: str, pngs: "Pngs") -> dict:
     """The columns of a row that sft reads."""
-    messages = [{"role": m.role, "content": IMAGE_MARK * len(m.images) + m.text} for m in prompt]
+    messages = [{"role": m.role, "content": marked(m.parts)} for m in prompt]
     images = [image for message in prompt for image in message.images]
     return {
         "messages": [*messages, {"role": "assistant", "content": answer}],
@@ -199,16 +197,15 @@ class Pngs:
     """Pictures as PNGs. Each distinct one is compressed once in as many bytes of them as a row group has."""
 
     def __init__(self) -> None:
-        self.seen: set[bytes] = set()  # a hash of each distinct picture
-        self._made: dict[bytes, bytes] = {}
+        self.seen: set[str] = set()  # the key of each distinct picture
+        self._made: dict[str, bytes] = {}
         self._size = 0
 
-    def of(self, image: Image) -> bytes:
-        image = as_shown(image)  # for readers who take a frame's palette or alpha otherwise
-        key = hashlib.blake2b(image.tobytes() + repr(image.size).encode(), digest_size=16).digest()
+    def of(self, picture: Picture) -> bytes:
+        key = picture.key
         if key not in self._made:
             buffer = io.BytesIO()
-            image.save(buffer, "PNG")
+            picture.image.save(buffer, "PNG")
             if self._size > GROUP_BYTES:
                 self._made.clear()
                 self._size = 0

@@ -9,6 +9,7 @@ from vlm_agents.envs.gym_cards.blackjack import BlackjackGame
 from vlm_agents.envs.gym_cards.number_line import NumberLineGame
 from vlm_agents.envs.gym_cards.points import PointsGame
 from vlm_agents.errors import EnvError
+from vlm_agents.pictures import Picture
 from vlm_agents.types import Observation, Step
 
 Game = NumberLineGame | BlackjackGame | PointsGame
@@ -72,7 +73,7 @@ class CardEnv:
         picture = Image.fromarray(pixels)
         if picture.width != self.cfg.size:
             picture = picture.resize((self.cfg.size, self.cfg.size), Image.Resampling.BICUBIC)
-        images = () if self.cfg.observation == "text" else (picture,)
+        images = () if self.cfg.observation == "text" else (Picture(picture),)
         return Observation("\n".join(filter(None, parts)), images, self.words, self._key)
 
 
