@@ -19,6 +19,7 @@ import numpy as np
 
 from vlm_agents.config import PromptConfig
 from vlm_agents.prompting import PromptFormat, make_format
+from vlm_agents.prompting import drawn as chosen
 from vlm_agents.types import Parsed
 
 LEGAL = ("turn left", "turn right", "go forward", "pick up", "hit", "stand", "1", "10", "+", "-")
@@ -250,8 +251,8 @@ def faults(count: int, seed: int, outcomes: Counter[tuple[str, str, bool]]) -> I
         for index in range(count):
             drawn = draw(name, rng)
             try:
-                parsed = form.parse(drawn.text, LEGAL, rng)
-                form.parse(drawn.text, None, rng)
+                parsed = chosen(form.parse(drawn.text, LEGAL), rng)
+                chosen(form.parse(drawn.text, None), rng)
                 wrong = fault(name, drawn, parsed)
             except Exception as error:  # noqa: BLE001 (that there is none is what is checked)
                 yield f"{name}, reply {index}, {drawn.kind}: {error!r} in {drawn.text[:300]!r}"
@@ -311,7 +312,7 @@ def seconds(form: PromptFormat, text: str, repeats: int) -> float:
     best = float("inf")
     for _ in range(repeats):
         start = time.process_time()  # what others do on the machine is no time of ours
-        form.parse(text, LEGAL, np.random.default_rng(0))
+        form.parse(text, LEGAL)
         best = min(best, time.process_time() - start)
     return best
 

@@ -24,8 +24,9 @@ from vlm_agents.models.loading import TINY
 from vlm_agents.policies import ExpertPolicy, NoisyPolicy
 from vlm_agents.prompting import make_format
 from vlm_agents.rollout import collect
+from vlm_agents.seeds import Deal
 from vlm_agents.stages.playing import open_envs
-from vlm_agents.types import Prompt
+from vlm_agents.types import Prompt, Sampling
 
 Inputs = dict[str, Any]
 
@@ -69,7 +70,9 @@ def rollout_prompts(envs: int, turns: int) -> list[list[Prompt]]:
     prompt_format = make_format(PromptConfig("cot_json"))
     policy = NoisyPolicy(ExpertPolicy(prompt_format), 0.3, prompt_format)
     with open_envs(MiniGridConfig(), envs, "always") as pool:
-        games = list(collect(pool, policy, prompt_format, range(envs), invalid_penalty=0.0, run_seed=0))
+        games = list(
+            collect(pool, policy, prompt_format, list(map(Deal, range(envs))), invalid_penalty=0.0, run_seed=0)
+        )
     return [[game.turns[turn].prompt for game in games if turn < len(game.turns)] for turn in range(turns)]
 
 
@@ -92,7 +95,7 @@ def sample(agent: Agent, batches: Sequence[Sequence[Prompt]], new_tokens: int) -
     agent.images.clear()
     count = 0
     for prompts in batches:
-        replies = Sampler(agent).generate(prompts, np.random.default_rng(0).spawn(len(prompts)), new_tokens)
+        replies = Sampler(agent).generate(prompts, np.random.default_rng(0).spawn(len(prompts)), Sampling(new_tokens))
         count += sum(len(reply.token_ids) for reply in replies)
     return count
 

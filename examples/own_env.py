@@ -4,6 +4,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_agents.envs.base import out_of_turn
+from vlm_agents.pictures import Picture
 from vlm_agents.types import Observation, Step
 
 WORDS = ("left", "right")
@@ -39,8 +40,7 @@ class Corridor:
         success = self.place == self.goal
         truncated = not success and self.turn == self.max_steps
         self.running = not (success or truncated)
-        metrics = {"success": float(success), "legal": float(legal), "changed": float(self.place != before)}
-        return Step(self.observe(), float(success), success, truncated, metrics)
+        return Step(self.observe(), float(success), success, truncated, success, legal, changed=self.place != before)
 
     def close(self) -> None:
         self.running = False
@@ -49,7 +49,7 @@ class Corridor:
         pixels = np.full((CELL, CELL * self.length, 3), 255, np.uint8)
         for cell, color in ((self.goal, (0, 160, 0)), (self.place, (220, 0, 0))):
             pixels[:, CELL * cell : CELL * (cell + 1)] = color
-        return Observation("", (Image.fromarray(pixels),), WORDS, state_key=str(self.place))
+        return Observation("", (Picture(Image.fromarray(pixels)),), WORDS, state_key=str(self.place))
 
 
 def make(length: int = 6, max_steps: int = 12) -> Corridor:

@@ -3,8 +3,6 @@
 import re
 from collections.abc import Sequence
 
-import numpy as np
-
 from vlm_agents.config import PromptConfig
 from vlm_agents.prompting import chat, match_action
 from vlm_agents.types import Observation, Parsed, Prompt, Turn
@@ -22,7 +20,7 @@ class Lines:
         """`chat` tells of earlier turns as `prompt.history` wants it."""
         return chat(f"{instructions}\n{RULE}", history, now, self.cfg)
 
-    def parse(self, text: str, legal_actions: tuple[str, ...] | None, rng: np.random.Generator) -> Parsed:
+    def parse(self, text: str, legal_actions: tuple[str, ...] | None) -> Parsed:
         """Never raises, never guesses. The spans say which characters are thought and which are the action."""
         thought = re.search(r"^Because: (.*)$", text, re.MULTILINE)
         done = re.search(r"^Do: (.*)$", text, re.MULTILINE)

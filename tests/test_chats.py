@@ -120,12 +120,8 @@ def test_a_full_disk_leaves_the_file_that_was_there(tmp_path: Path):
         ({"images": []}, "mark_in_text", "1 <image> for 0 pictures"),
         ({"messages": row(answer=" \n")["messages"]}, "no_chat", "its last message, which would be learned, is empty"),
         ({"images": None}, "no_chat", "its images are null"),
-        (
-            {"messages": row("First: <image> which?")["messages"]},
-            "mark_in_text",
-            "message 0 has a picture behind words",
-        ),
-        ({"messages": row("Which? <image>")["messages"]}, "mark_in_text", "has a picture behind words"),
+        ({"messages": row("First: <image> which?")["messages"]}, None, ""),
+        ({"messages": row("Which? <image>")["messages"]}, None, ""),
         ({"messages": row("Which?", "<image> red")["messages"]}, "mark_in_text", "message 1 is an assistant's"),
         ({"messages": row("<image>\n<image>\nWhich?")["messages"], "images": [{"bytes": b"a"}] * 2}, None, ""),
         ({"images": [{"bytes": b"a"}] * 2}, "mark_in_text", "1 <image> for 2 pictures"),
@@ -152,6 +148,14 @@ def test_in_parts_each_picture_is_before_the_text_of_its_message():
         ],
         "completion": [{"role": "assistant", "content": [text[3]]}],
     }
+
+
+def test_parts_keep_the_places_of_pictures():
+    messages = row("First <image>, then <image>\nwhich?")["messages"]
+    picture, texts = {"type": "image"}, [{"type": "text", "text": text} for text in ("First ", ", then ", "\nwhich?")]
+    assert in_parts(messages)["prompt"] == [
+        {"role": "user", "content": [texts[0], picture, texts[1], picture, texts[2]]}
+    ]
 
 
 def test_a_file_of_an_older_version_has_no_parts_and_is_read(tmp_path: Path):

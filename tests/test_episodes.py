@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from PIL import Image
 
 from vlm_agents.episodes import EpisodeWriter, read_episodes
 from vlm_agents.errors import DataError
+from vlm_agents.pictures import Picture
 from vlm_agents.types import Advice, Message, Observation, Parsed, Reply, Step, Trajectory, Turn
 
 
-def frame(seed: int) -> Image.Image:
+def frame(seed: int) -> Picture:
     pixels = np.random.default_rng(seed).integers(0, 256, size=(12, 10, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
+    return Picture(Image.fromarray(pixels))
 
 
 def observation(seed: int) -> Observation:
@@ -30,15 +32,19 @@ def observation(seed: int) -> Observation:
 
 
 def turn(seed: int) -> Turn:
-    now = observation(seed)
+    now, odd = observation(seed), seed % 2 == 1
     logprobs = tuple(np.float32(x).item() for x in np.random.default_rng(seed).normal(size=50))
-    earlier = Message("assistant", "before", token_ids=(5, 6))
+    earlier = Message("assistant", ("before",), token_ids=(5, 6))
     return Turn(
         observation=now,
-        prompt=(Message("system", "rules"), earlier, Message("user", "look", now.images)),
+        prompt=(Message("system", ("rules",)), earlier, Message("user", ("look", *now.images, " here"))),
         reply=Reply("hm \U0001f600", (1, 2), (3,) * 50, logprobs, 0.1, 1.5, "length"),
         parsed=Parsed("left", (1, 4), (6, 9)) if seed % 2 else Parsed(None, error="no JSON"),
-        step=Step(observation(seed + 1), 0.1 + 0.2, False, seed % 2 == 1, {"success": 0.0, "legal": 1.0}),
+        step=Step(
+            observation(seed + 1), 0.1 + 0.2, False, seed % 2 == 1, False, True, seed % 2 == 0, {"progress": 0.5}
+        ),
+        rating=2.5 if odd else None,
+        bonuses={} if odd else {"invalid": -0.1},
     )
 
 
@@ -86,7 +92,7 @@ def test_equal_frames_are_one_file_and_one_object(run_dir: Path):
     assert len(list((run_dir / "images").glob("*.png"))) == 7
     (first, *_) = read_episodes(run_dir)
     assert first.turns[0].step.observation.images[0] is first.turns[1].observation.images[0]
-    assert first.turns[0].observation.images[0] is first.turns[0].prompt[2].images[0]
+    assert first.turns[0].observation.images[0] is first.turns[0].prompt[2].parts[1]
 
 
 def test_frames_of_equal_bytes_but_other_shape_or_palette_are_told_apart(tmp_path: Path):
@@ -95,14 +101,15 @@ def test_frames_of_equal_bytes_but_other_shape_or_palette_are_told_apart(tmp_pat
     warm, cold = (Image.frombytes("P", (6, 4), bytes(range(24))) for _ in range(2))
     warm.putpalette(list(range(72)))
     cold.putpalette(list(range(100, 172)))
-    images = (grey, wide, warm, cold)
+    images = tuple(map(Picture, (grey, wide, warm, cold)))
     turns = (dataclasses.replace(turn(0), observation=Observation("four", images)),)
     EpisodeWriter(tmp_path).append(Trajectory("room", 0, "model", turns, "failure"))
     (episode,) = read_episodes(tmp_path)
     loaded = episode.turns[0].observation.images
-    assert [image.tobytes() for image in loaded] == [image.tobytes() for image in images]
-    for before, after in zip(images, loaded, strict=True):
-        assert (after.mode, after.size, after.getpalette()) == (before.mode, before.size, before.getpalette())
+    assert loaded == images
+    assert len({picture.key for picture in loaded}) == 4
+    for before, after in zip((grey, wide, warm, cold), loaded, strict=True):
+        assert (after.image.mode, after.image.tobytes()) == ("RGB", before.convert("RGB").tobytes())
 
 
 def test_a_second_writer_appends_and_rewrites_no_image(run_dir: Path):
@@ -166,7 +173,7 @@ def at(*keys: str | int) -> Callable[[dict, Any], None]:
 
 
 TURN = ("turns", 0)
-IMAGE = (*TURN, "observation", "images", 0)
+IMAGE = (*TURN, "observation", "images", 0, "picture")
 
 
 WRONG = [
@@ -189,7 +196,8 @@ WRONG = [
     (at(*TURN, "step", "reward"), None, "None is no float"),
     (at(*TURN, "step", "terminated"), 1, "1 is no bool"),
     (at(*TURN, "step", "metrics"), {"success": "yes"}, "is no Mapping"),
-    (at(*IMAGE), 7, "7 is no Image"),
+    (at(*IMAGE), 7, "7 names no image"),
+    (at(*IMAGE[:-1]), "0123456789abcdef", "is no Picture"),
     (at(*IMAGE), "../images/0123456789abcdef", "such a name is 16 hex digits"),
     (at(*IMAGE), "0123456789ABCDEF", "such a name is 16 hex digits"),
 ]
@@ -220,7 +228,9 @@ def test_a_line_that_nests_too_deeply_is_named(run_dir: Path):
 def test_a_broken_image_is_named_with_the_line_that_wants_it(run_dir: Path, harm: str):
     (second,) = (episode for episode in read_episodes(run_dir) if episode.seed == 3)
     names = {path: Image.open(path).tobytes() for path in (run_dir / "images").iterdir()}
-    (path,) = (path for path, pixels in names.items() if pixels == second.turns[2].observation.images[0].tobytes())
+    (path,) = (
+        path for path, pixels in names.items() if pixels == second.turns[2].observation.images[0].image.tobytes()
+    )
     del second
     if harm in ("missing", "pipe"):
         path.unlink()
@@ -258,3 +268,52 @@ def test_a_number_that_json_lacks_is_refused_before_anything_is_written(run_dir:
     with pytest.raises(ValueError, match="Out of range float"):
         EpisodeWriter(run_dir).append(dataclasses.replace(EPISODES[0], bootstrap=math.nan))
     assert list(read_episodes(run_dir)) == EPISODES
+
+
+# ---- earlier versions ------------------------------------------------------------------------------------------------
+VERSION_1 = Path(__file__).parent / "episodes_of_version_1"
+
+
+def test_each_line_says_its_version(run_dir: Path):
+    assert [json.loads(line)["version"] for line in lines(run_dir)] == [2] * 3
+    episode = json.loads(lines(run_dir)[1]) | {"version": 3, "turns": "in another way"}
+    (run_dir / "episodes.jsonl").write_bytes(lines(run_dir)[0] + json.dumps(episode).encode() + b"\n")
+    told = r"episodes\.jsonl:2: an episode of layout 3, and this vlm_agents reads those up to 2: install the version"
+    with pytest.raises(DataError, match=told):
+        list(read_episodes(run_dir))
+    (run_dir / "episodes.jsonl").write_text(json.dumps(episode | {"version": "new"}) + "\n")
+    with pytest.raises(DataError, match=r"episodes\.jsonl:1: not an episode \(.*'new' is no version"):
+        list(read_episodes(run_dir))
+
+
+def test_episodes_of_version_1_are_read():
+    """Two episodes of Echo as that version wrote them: an expert's with two random moves, rated; and a model's, none of
+    whose replies was legal (env.invalid_penalty=0.1), with history=full."""
+    expert, model = read_episodes(VERSION_1)
+    assert (expert.policy, expert.seed, expert.member, expert.stop, expert.tags) == (
+        "expert+noise0.3", 804401681, 0, "failure", {},
+    )  # fmt: skip
+    assert [turn.reply.source for turn in expert.turns] == ["random", "random", "expert"]
+    assert [turn.rating for turn in expert.turns] == [10.0, 0.0, 10.0]
+    assert [(turn.step.success, turn.step.legal, turn.step.changed) for turn in expert.turns] == [
+        (False, True, True)
+    ] * 3
+    assert all(turn.step.metrics == {} == turn.bonuses for turn in (*expert.turns, *model.turns))
+    assert expert.total_reward == pytest.approx(2 / 3)
+    first = expert.turns[0]
+    assert first.prompt[1].parts == (first.observation.images[0], "Turn 1 of 3. Name the colour.")
+    assert first.observation.images[0].key == "94eced65c6fa1453"  # the file's name, then as now
+    assert {turn.reply.source for turn in model.turns} == {"model"}
+    assert [(turn.rating, turn.step.legal, turn.parsed.choices) for turn in model.turns] == [(None, False, {})] * 2
+    assert model.total_reward == pytest.approx(-0.2)
+    assert model.turns[0].reply.token_ids == (362, 19, 386, 19, 601, 382, 382, 589, 297, 2)
+    assert model.turns[1].prompt[2].token_ids == model.turns[0].reply.token_ids
+    assert model.turns[1].observation.images[0] is model.turns[1].prompt[-1].parts[0]
+
+
+def test_what_is_written_behind_episodes_of_version_1_is_read_with_them(tmp_path: Path):
+    shutil.copytree(VERSION_1, tmp_path, dirs_exist_ok=True)
+    before = list(read_episodes(tmp_path))
+    EpisodeWriter(tmp_path).append(*before)
+    assert list(read_episodes(tmp_path)) == [*before, *before]
+    assert len(list((tmp_path / "images").iterdir())) == 5  # none is written under another name

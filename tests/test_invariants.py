@@ -27,7 +27,8 @@ from vlm_agents.models import Agent, Sampler, load_agent
 from vlm_agents.policies import ModelPolicy
 from vlm_agents.prompting import make_format
 from vlm_agents.rollout import collect
-from vlm_agents.types import Trajectory
+from vlm_agents.seeds import Deal
+from vlm_agents.types import Sampling, Trajectory
 
 ComposeRun = Callable[..., RunConfig]
 RunStage = Callable[..., Path]
@@ -42,9 +43,13 @@ def load(cfg: RunConfig) -> Agent:
 def play(
     cfg: RunConfig, agent: Agent, seeds: Sequence[int], num_envs: int = 8, workers: bool = False
 ) -> list[Trajectory]:
-    policy = ModelPolicy(Sampler(agent), cfg.prompt.max_reply_tokens)
+    policy = ModelPolicy(Sampler(agent), Sampling(cfg.prompt.max_reply_tokens))
     with EnvPool(partial(make_env, cfg.env), num_envs, workers) as envs:
-        return list(collect(envs, policy, make_format(cfg.prompt), seeds, invalid_penalty=0.1, run_seed=0))
+        return list(
+            collect(
+                envs, policy, make_format(cfg.prompt), [Deal(seed) for seed in seeds], invalid_penalty=0.1, run_seed=0
+            )
+        )
 
 
 # ---- what is trained is what was sampled -----------------------------------------------------------------------------

@@ -20,11 +20,11 @@ command_line chain completion hydra_errors
 preflight
 stages run
 rollout
-policies episodes llava_data env_pool report frames chats inputs judge
+policies episodes summary llava_data env_pool report frames chats inputs judge
 envs experts | prompting | models | learn | tracking backends stores | checkpoints | remote endpoint answers | sandbox
 lineage weights
 config tensors
-types errors imports files pictures progress versions metrics cores
+types upgrades errors imports files marks pictures progress versions metrics cores seeds
 """
 CELLS = [[cell.split() for cell in line.split("|")] for line in LAYERS.strip().splitlines()]
 

@@ -30,6 +30,8 @@ def test_every_metric_is_explained_in_a_line():
         ("eval/steps_over_expert", Name("eval", "steps_over_expert")),  # which ends like a variant, and is none
         ("eval/steps_over_expert_expert", Name("eval", "steps_over_expert", "expert")),
         ("eval/random_rate_before", Name("eval", "random_rate", "", True)),
+        ("eval/success/task/go-to_greedy_before", Name("eval", "success/task/go-to", "greedy", True)),
+        ("eval/episodes/first/red", Name("eval", "episodes/first/red")),
     ],
 )
 def test_names_are_taken_apart(name: str, found: Name):

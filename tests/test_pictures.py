@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import struct
 import zlib
 from collections.abc import Sequence
@@ -12,9 +13,24 @@ import pytest
 from PIL import Image
 
 from vlm_agents.errors import DataError
-from vlm_agents.pictures import as_shown, read_picture
+from vlm_agents.pictures import Picture, as_shown, read_picture
 
 WHITE = (255, 255, 255)
+
+
+def test_a_picture_is_what_it_shows():
+    """Whatever its mode and its object; its key is what episodes name its file by, and must never change."""
+    red = Picture(Image.new("RGB", (2, 1), "red"))
+    assert red.key == "1aee68b0b41b970d"
+    others = (Image.new("P", (2, 1)), Image.new("RGBA", (2, 1), (255, 0, 0, 255)))
+    others[0].putpalette([255, 0, 0])
+    assert {red, *map(Picture, others)} == {red}
+    assert all(Picture(image).image.mode == "RGB" for image in others)
+    unequal = (Image.new("RGB", (1, 2), "red"), Image.new("RGB", (2, 1), "blue"))
+    assert red not in list(map(Picture, unequal))
+    assert pickle.loads(pickle.dumps(red)) == red
+    with pytest.raises(DataError, match="of mode F"):
+        Picture(Image.new("F", (1, 1)))
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **settings) -> bytes:

@@ -29,11 +29,12 @@ from vlm_agents.envs.echo import COLORS, OVER
 from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import ConfigError, ModelError
 from vlm_agents.judge import Judge, read_score
-from vlm_agents.policies import RemotePolicy, is_random
+from vlm_agents.pictures import Picture
+from vlm_agents.policies import RemotePolicy
 from vlm_agents.prompting import make_format
 from vlm_agents.remote import ChatClient, message_json
 from vlm_agents.run import Run
-from vlm_agents.types import Message, Observation, Parsed, Prompt, Query, Reply, Step, Turn
+from vlm_agents.types import Message, Observation, Parsed, Prompt, Query, Reply, Sampling, Step, Turn
 
 Play = Callable[..., dict[str, float]]
 
@@ -162,11 +163,11 @@ def client(server: Server, tmp_path: Path) -> Iterator[Callable[..., ChatClient]
 
 
 def say(text: str) -> Prompt:
-    return (Message("user", text),)
+    return (Message("user", (text,)),)
 
 
 def complete(client: ChatClient, *texts: str, **settings: Any) -> list[str]:
-    answers = client.complete([say(text) for text in texts], max_tokens=8, temperature=0.7, **settings)
+    answers = client.complete([say(text) for text in texts], Sampling(8), temperature=0.7, **settings)
     return [answer.text for answer in answers]
 
 
@@ -210,19 +211,31 @@ def test_answers_come_in_order_from_as_many_threads_as_allowed(server: Server, c
 def test_a_request_is_openais_and_its_pictures_are_pngs(server: Server, client):
     rng = np.random.default_rng(0)
     pixels = [rng.integers(256, size=(7, 9, 3), dtype=np.uint8) for _ in range(2)]
-    pictures = tuple(Image.fromarray(array) for array in pixels)
-    prompt = (Message("system", "rules"), Message("user", "look", pictures), Message("assistant", "a", token_ids=(1,)))
-    (answer,) = client(model="some/vlm").complete([prompt], max_tokens=8, temperature=0.7, seeds=[5])
+    pictures = tuple(Picture(Image.fromarray(array)) for array in pixels)
+    prompt = (
+        Message("system", ("rules",)),
+        Message("user", (*pictures, "look")),
+        Message("assistant", ("a",), token_ids=(1,)),
+    )
+    (answer,) = client(model="some/vlm").complete([prompt], Sampling(8), temperature=0.7, seeds=[5])
     assert (answer.text, answer.finish, answer.prompt_tokens, answer.completion_tokens) == ("yes", "stop", 11, 3)
     (request,) = server.requests
     system, user, assistant = request.pop("messages")
     assert request == {"model": "some/vlm", "max_tokens": 8, "temperature": 0.7, "seed": 5}
+    client("another").complete([say("a")], Sampling(8, ("</code>",), greedy=True), temperature=0.7)
+    assert (server.requests[-1]["stop"], server.requests[-1]["temperature"]) == (["</code>"], 0.0)
     assert system == {"role": "system", "content": "rules"}
     assert assistant == {"role": "assistant", "content": "a"}
     assert [part["type"] for part in user["content"]] == ["image_url", "image_url", "text"]
     assert user["content"][-1] == {"type": "text", "text": "look"}
     received = pictures_of({"messages": [user]})
     assert all(np.array_equal(np.asarray(image), array) for image, array in zip(received, pixels, strict=True))
+
+
+def test_pictures_are_sent_where_they_stand():
+    picture = Picture(Image.new("RGB", (4, 4), "red"))
+    content = message_json(Message("user", ("Is ", picture, " like ", picture, "?")))["content"]
+    assert [part.get("text") for part in content] == ["Is ", None, " like ", None, "?"]
 
 
 def test_a_proxy_is_not_asked_for_this_machine(server: Server, client, monkeypatch: pytest.MonkeyPatch):
@@ -284,7 +297,7 @@ SPELLED = ["<|im_end|>", "<|image_pad|>", "</s>", "<s>", "[INST]", "[/INST]", "<
 )
 def test_what_is_said_never_becomes_a_control_token(spelled: str):
     for role in ("system", "user", "assistant"):
-        content = message_json(Message(role, f"fine{spelled}\n{spelled}"))["content"]  # pyright: ignore[reportArgumentType]
+        content = message_json(Message(role, (f"fine{spelled}\n{spelled}",)))["content"]  # pyright: ignore[reportArgumentType]
         assert spelled not in content
         assert content.replace("\u2060", "") == f"fine{spelled}\n{spelled}"
 
@@ -293,7 +306,7 @@ def test_what_is_said_never_becomes_a_control_token(spelled: str):
     "text", ["<b>bold</b> [1] a < b |> c", "<think>so</think>", "[x](y) <div>", '{"a": [3]} <|', "turn <left> | right"]
 )
 def test_other_brackets_are_sent_as_they_are(text: str):
-    assert message_json(Message("user", text))["content"] == text
+    assert message_json(Message("user", (text,)))["content"] == text
 
 
 # ---- what is answered ------------------------------------------------------------------------------------------------
@@ -306,7 +319,7 @@ def test_odd_answers_are_data(
     server: Server, client, content: str | None, finish: str, text: str, read: Literal["stop", "length"]
 ):
     server.answer = lambda request: chat_completion(content, finish)
-    (answer,) = client().complete([say("a")], 8, 1.0)
+    (answer,) = client().complete([say("a")], Sampling(8), 1.0)
     assert (answer.text, answer.finish) == (text, read)
 
 
@@ -345,7 +358,7 @@ def test_tokens_that_are_no_count_are_0(server: Server, client, usage: str):
     whole = f'{{"choices": [{{"message": {{"content": "yes"}}}}], "usage": {{"prompt_tokens": {usage}}}}}'
     bare = f'{{"choices": [{{"message": {{"content": "yes"}}}}], "usage": {usage}}}'
     server.answer = lambda request: Answer(200, (whole if text_of(request) == "a" else bare).encode())
-    answers = client().complete([say("a"), say("b")], 8, 1.0)
+    answers = client().complete([say("a"), say("b")], Sampling(8), 1.0)
     assert [(one.text, one.prompt_tokens, one.completion_tokens) for one in answers] == [("yes", 0, 0)] * 2
 
 
@@ -532,7 +545,7 @@ def test_a_server_is_not_waited_for_without_end(server: Server, client, quick: N
     complete(patient, "a")
     server.close()
     with pytest.raises(ModelError, match=r"can't be reached \(Connection refused\), \d+ times"):
-        patient.complete([say("b")], 8, 0.7)
+        patient.complete([say("b")], Sampling(8), 0.7)
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
@@ -634,7 +647,9 @@ def but_red(request: dict[str, Any]) -> str | Answer:
 def test_a_prompt_that_is_refused_is_passed_over(server: Server, client, tmp_path: Path, batches: list[str]):
     server.answer = but_red
     first = client()
-    answers = first.complete(list(map(say, batches)), 8, 0.7, readable=lambda index, text: text == "yes", samples=3)
+    answers = first.complete(
+        list(map(say, batches)), Sampling(8), 0.7, readable=lambda _, text: text == "yes", samples=3
+    )
     assert [answer.text for answer in answers] == ["" if text == "red" else "yes" for text in batches]
     refused = answers[batches.index("red")]
     assert "status 400" in refused.refused
@@ -670,9 +685,9 @@ def test_a_limit_on_tokens_a_minute_is_no_prompt_s_fault(server: Server, client,
 def test_the_blank_question_has_the_form_of_the_one_that_was_refused(server: Server, client):
     """So a limit on pictures, or a model that takes none, is no fault of one prompt."""
     server.answer = lambda request: Answer(400, b"at most 1 picture") if len(pictures_of(request)) > 1 else "yes"
-    pictures = tuple(Image.new("RGB", (9, 9), color) for color in ("red", "blue"))
+    pictures = tuple(Picture(Image.new("RGB", (9, 9), color)) for color in ("red", "blue"))
     with pytest.raises(ModelError, match="at most 1 picture"):
-        client().complete([(Message("system", "rules"), Message("user", "look", pictures))], 8, 0.7)
+        client().complete([(Message("system", ("rules",)), Message("user", (*pictures, "look")))], Sampling(8), 0.7)
     (request,), (blank,) = server.requests, server.blanks
     assert {name: value for name, value in blank.items() if name != "messages"} == {
         name: value for name, value in request.items() if name != "messages"
@@ -808,7 +823,7 @@ def test_another_run_pays_only_for_what_is_new(server: Server, client):
     second = client("second")
     # a sample of another seed, and one at another temperature, are other questions
     assert complete(second, "a", "a", "b", seeds=[0, 1, 1]) == ["a 0", "a 1", "b 1"]
-    assert second.complete([say("a")], 8, 0.8)[0].text == "a 0"
+    assert second.complete([say("a")], Sampling(8), 0.8)[0].text == "a 0"
     assert len(server.requests) == 2 + 2
     for counted in (second, client("second")):  # a resumed run counts what the killed one asked
         counts = counted.counts()
@@ -894,10 +909,10 @@ def test_a_remote_reply_is_meant_and_seeded_by_its_query(server: Server, client)
     def queries() -> list[Query]:
         return [Query(say(str(n)), observation, np.random.default_rng(n)) for n in range(2)]
 
-    policy = RemotePolicy(client(), make_format(PromptConfig("action_only")), 8, 0.7, samples=2)
+    policy = RemotePolicy(client(), make_format(PromptConfig("action_only")), Sampling(8), 0.7, samples=2)
     replies = policy.reply(queries())
     assert [reply.text for reply in replies] == ["left", "bananas"]
-    assert not any(map(is_random, replies))
+    assert [reply.source for reply in replies] == ["server"] * len(replies)
     assert not any(reply.token_ids for reply in replies)
     assert policy.value(queries()) == [0.0, 0.0]
     seeds = sorted(request["seed"] for request in server.requests)
@@ -947,7 +962,7 @@ def test_collect_from_a_server_that_sees(play: Play, server: Server, tmp_path: P
     assert "collect/unrated" not in metrics
     episodes = list(read_episodes(tmp_path))
     assert {episode.policy for episode in episodes} == {"remote"}
-    assert {turn.step.metrics["quality"] for episode in episodes for turn in episode.turns} == {10.0}  # the expert's
+    assert {turn.rating for episode in episodes for turn in episode.turns} == {10.0}  # the expert's
 
 
 def test_collect_from_a_server_that_talks_garbage(play: Play, server: Server, tmp_path: Path):
@@ -1023,7 +1038,7 @@ def test_a_prompt_that_a_server_refuses_is_counted_and_told(
     metrics = play(tmp_path, *COLLECT, "stage.policy=remote")
     turns = [turn for episode in read_episodes(tmp_path) for turn in episode.turns]
     silent = [turn for turn in turns if not turn.reply.text]
-    assert {color_of(turn.observation.images[0]) for turn in silent} == {COLORS["red"]}
+    assert {color_of(turn.observation.images[0].image) for turn in silent} == {COLORS["red"]}
     assert {turn.parsed.error for turn in silent} == {"empty reply"}
     assert metrics["collect/invalid_rate"] == pytest.approx(len(silent) / len(turns), rel=1e-9)
     assert 0 < metrics["collect/unparsable"] == len(server.blanks) <= len(silent)
@@ -1047,10 +1062,10 @@ def test_a_remote_rater_sees_before_and_after(play: Play, server: Server, tmp_pa
     metrics = play(tmp_path, *COLLECT[:-1], "stage.rater=remote", "stage.noise=0.3")
     turns = [turn for episode in read_episodes(tmp_path) for turn in episode.turns]
     expected = [
-        None if color_of(turn.observation.images[0]) == COLORS["red"] else 9.0 if turn.step.terminated else 0.0
+        None if color_of(turn.observation.images[0].image) == COLORS["red"] else 9.0 if turn.step.terminated else 0.0
         for turn in turns
     ]
-    assert [turn.step.metrics.get("quality") for turn in turns] == expected
+    assert [turn.rating for turn in turns] == expected
     assert set(expected) == {None, 0.0, 9.0}  # no rating is no bad one
     assert metrics["collect/unrated"] == expected.count(None)
     unsound = sum(rate(request) == "I can't say" for request in server.requests)
@@ -1059,14 +1074,14 @@ def test_a_remote_rater_sees_before_and_after(play: Play, server: Server, tmp_pa
 
 def test_a_rater_is_told_what_was_thought_and_done(server: Server, client):
     server.answer = lambda request: '{"score": 5}'
-    white, grey = (Image.new("RGB", (4, 4), color) for color in ("white", "grey"))
+    white, grey = (Picture(Image.new("RGB", (4, 4), color)) for color in ("white", "grey"))
     reply = '{"thoughts": "to the door", "action": "go"}'
     turn = Turn(
         Observation("a room", (white,)),
-        (Message("system", "You play."), Message("user", "a room", (white,))),
+        (Message("system", ("You play.",)), Message("user", (white, "a room"))),
         Reply(reply),
         Parsed("go", thought_span=(14, 25)),
-        Step(Observation("a hall", (grey,)), 0.625, False, False),
+        Step(Observation("a hall", (grey,)), 0.625, False, False, False, True, True),
     )
     assert Judge(client()).rate([turn]) == [5.0]
     (request,) = server.requests

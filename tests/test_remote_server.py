@@ -22,13 +22,15 @@ from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import ModelError
 from vlm_agents.models import Sampler, load_agent
 from vlm_agents.models.loading import TINY
+from vlm_agents.pictures import Picture
 from vlm_agents.policies import ExpertPolicy
 from vlm_agents.prompting import make_format
 from vlm_agents.remote import ChatClient, data_url
 from vlm_agents.rollout import collect
 from vlm_agents.run import Run
+from vlm_agents.seeds import Deal
 from vlm_agents.stages.playing import open_envs
-from vlm_agents.types import Message
+from vlm_agents.types import Message, Sampling
 
 # What the server imports, and whether its pictures can be read: torchvision needs more than to be installed.
 PROBE = """
@@ -62,7 +64,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    probe = [sys.executable, "-c", PROBE, data_url(Image.new("RGB", (1, 1)))]
+    probe = [sys.executable, "-c", PROBE, data_url(Picture(Image.new("RGB", (1, 1))))]
     found = subprocess.run(probe, capture_output=True, text=True, check=False)
     if found.returncode:
         pytest.skip(f"transformers serve can't run here: {found.stderr.strip().splitlines()[-1]}")
@@ -100,13 +102,13 @@ def test_it_says_what_the_same_model_says_here(settings: Callable[..., RunConfig
     prompt_format = make_format(cfg.prompt)
     with open_envs(cfg.env, 2, "always") as envs:
         expert = ExpertPolicy(prompt_format)
-        played = list(collect(envs, expert, prompt_format, range(2), invalid_penalty=0, run_seed=0))
+        played = list(collect(envs, expert, prompt_format, [Deal(0), Deal(1)], invalid_penalty=0, run_seed=0))
     prompts = [turn.prompt for episode in played for turn in episode.turns][:8]
     rngs = [np.random.default_rng(0) for _ in prompts]
     sampler = Sampler(load_agent(cfg.model, cfg.hardware))
-    here = sampler.generate(prompts, rngs, cfg.prompt.max_reply_tokens, greedy=True)
+    here = sampler.generate(prompts, rngs, Sampling(cfg.prompt.max_reply_tokens, greedy=True))
     client = ChatClient(cfg.stage.remote, tmp_path / "run")  # pyright: ignore[reportAttributeAccessIssue]
-    there = client.complete(prompts, cfg.prompt.max_reply_tokens, temperature=0.0)
+    there = client.complete(prompts, Sampling(cfg.prompt.max_reply_tokens), temperature=0.0)
     client.close()
     assert [answer.text for answer in there] == [reply.text for reply in here]
     assert len({reply.text for reply in here}) > 1
@@ -145,5 +147,5 @@ def test_collect_plays_and_rates_with_it_and_a_second_run_asks_nothing(
 def test_it_refuses_another_model(served: Served, tmp_path: Path):
     client = ChatClient(RemoteConfig(served.url, "big", cache=str(tmp_path / "cache")), tmp_path / "run")
     with pytest.raises(ModelError, match=r"status 400 .*pinned to .*requested 'big'"):
-        client.complete([(Message("user", "hello"),)], 8, 0.0)
+        client.complete([(Message("user", ("hello",)),)], Sampling(8), 0.0)
     client.close()

@@ -13,6 +13,7 @@ from PIL import Image, ImageSequence
 
 from vlm_agents.errors import DataError
 from vlm_agents.frames import ACCENT, BAD, captioned_frame, episode_gif
+from vlm_agents.pictures import Picture
 from vlm_agents.report import Curve, Example, Result, Shown, read_curves, strayed, write_report
 from vlm_agents.types import Advice, Message, Observation, Parsed, Reply, Step, Trajectory, Turn
 
@@ -21,7 +22,7 @@ RED, BLUE = (tuple(bytes.fromhex(colour[1:])) for colour in (BAD, ACCENT))
 
 
 def see(shade: int, side: int = 56) -> Observation:
-    return Observation("go to the goal", (Image.new("RGB", (side, side), (0, shade, 0)),), ("left", "forward"))
+    return Observation("go to the goal", (Picture(Image.new("RGB", (side, side), (0, shade, 0))),), ("left", "forward"))
 
 
 def make_turn(shade: int = 0, side: int = 56, thought: str = "the goal is ahead", value: float | None = 0.5) -> Turn:
@@ -31,10 +32,10 @@ def make_turn(shade: int = 0, side: int = 56, thought: str = "the goal is ahead"
     now = see(shade, side)
     return Turn(
         now,
-        (Message("system", "Play."), Message("user", f"turn {shade}", now.images)),
+        (Message("system", ("Play.",)), Message("user", (*now.images, f"turn {shade}"))),
         Reply(f'{head}{thought}{middle}forward"}}', value=value),
         parsed,
-        Step(see(shade + 1, side), 0.25, False, False, {"success": 0.0, "legal": 1.0}),
+        Step(see(shade + 1, side), 0.25, False, False, False, True, True),
     )
 
 
@@ -123,7 +124,7 @@ def test_gif_of_an_env_with_an_endless_name(tmp_path: Path):
 
 
 def test_a_transparent_frame_is_shown_over_white(tmp_path: Path):
-    clear = Image.new("RGBA", (56, 56), (0, 0, 0, 0))
+    clear = Picture(Image.new("RGBA", (56, 56), (0, 0, 0, 0)))
     turn = replace(make_turn(), observation=Observation("", (clear,)))
     assert captioned_frame(turn, 0).getpixel((16 + 168, 16 + 168)) == (255, 255, 255)
     data = Page(report(tmp_path, episode(turn))).data
@@ -182,7 +183,7 @@ def test_model_text_can_not_leave_its_block(tmp_path: Path):
         "results": [Result(HOSTILE, (0.5, 0.4, 0.6), {HOSTILE: 1.0})],
         "curves": [Curve(HOSTILE, [(0, 1.0)], HOSTILE)],
         "episodes": [Shown(hostile, HOSTILE, HOSTILE)],
-        "examples": [Example((Message("user", HOSTILE),), HOSTILE, HOSTILE)],
+        "examples": [Example((Message("user", (HOSTILE,)),), HOSTILE, HOSTILE)],
     }
     page = Page(report(tmp_path, **told))
     assert page.elements == clean.elements
@@ -200,7 +201,7 @@ def test_each_distinct_frame_and_message_is_embedded_once(tmp_path: Path):
     assert page.count("data:image/png;base64,") == len(data["images"]) == 2
     assert len({url for url, _, _ in data["images"]}) == 2
     assert [images for images, _ in data["episodes"][1]["seen"]] == [[0], [1], [0], [1]]
-    assert data["messages"] == [["system", "Play.", []], ["user", "turn 0", [0]], ["user", "turn 1", [1]]]
+    assert data["messages"] == [["system", ["Play."]], ["user", [0, "turn 0"]], ["user", [1, "turn 1"]]]
     assert [turn["prompt"] for turn in data["episodes"][0]["turns"]] == [[0, 1], [0, 2], [0, 1]]
 
 
@@ -255,12 +256,38 @@ def test_page_without_episodes_and_curves(tmp_path: Path):
     assert data["episodes"] == data["curves"] == data["results"] == data["groups"] == data["images"] == []
 
 
+def test_success_by_tag_is_a_table(tmp_path: Path):
+    metrics = {"eval/success": 0.5, "eval/success/task/go-to": 0.75, "eval/episodes/task/go-to": 4.0}
+    metrics |= {"eval/success/task/pick-up": 0.0, "eval/episodes/task/pick-up": 2.0}
+    metrics |= {"eval/success/task/go-to_greedy": 1.0, "eval/success/task/pick-up_greedy": 0.5}
+    data = Page(report(tmp_path, metrics=metrics)).data
+    rows = [["go-to", 4, [0.75, 1.0]], ["pick-up", 2, [0.0, 0.5]]]
+    assert data["tags"] == [{"tag": "task", "columns": ["sampled", "greedy"], "rows": rows}]
+    (group,) = data["groups"]
+    told = {row[0]: row[1] for row in group["rows"]}
+    assert told["success/task/go-to"] == "share of episodes"
+
+
+def test_bonuses_a_rating_and_parts_in_their_order_are_shown(tmp_path: Path):
+    turn = make_turn()
+    (picture,) = turn.observation.images
+    chat = (Message("user", ("before", picture, "after", picture)),)
+    turn = replace(turn, prompt=chat, rating=7.0, bonuses={"invalid": -0.1, "novelty": 0.5})
+    data = Page(report(tmp_path, episode(turn))).data
+    (shown,) = data["episodes"][0]["turns"]
+    assert shown["bonuses"] == [["invalid", -0.1], ["novelty", 0.5]]
+    assert shown["reward"] == pytest.approx(0.25 - 0.1 + 0.5)
+    assert ["rating", 7.0] in shown["metrics"]
+    assert data["messages"][shown["prompt"][0]] == ["user", ["before", 0, "after", 0]]
+    assert len(data["images"]) == 2  # with what is seen after the turn
+
+
 # ---- the expert's way ------------------------------------------------------------------------------------------------
 def advised(*story: tuple[str | None, str | None, int | None]) -> Trajectory:
     """An episode of (action, advised action, its distance) a turn; no advice where that action is None."""
     seen = [Observation("", advice=None if said is None else Advice("", said, left)) for _, said, left in story]
     turns = [
-        Turn(now, (), Reply(""), Parsed(action), Step(after, 0.0, False, False, {"success": 0.0}))
+        Turn(now, (), Reply(""), Parsed(action), Step(after, 0.0, False, False, False, True, True))
         for (action, _, _), now, after in zip(story, seen, [*seen[1:], Observation("")], strict=True)
     ]
     last = turns[-1]
@@ -289,7 +316,7 @@ def test_another_way_to_success_is_no_error():
     story = advised(("a", "a", 2), ("b", "a", 1))
     assert strayed(story) == 1
     last = story.turns[-1]
-    solved = replace(last, step=replace(last.step, metrics={"success": 1.0}))
+    solved = replace(last, step=replace(last.step, success=True))
     assert strayed(replace(story, turns=(story.turns[0], solved))) is None
 
 

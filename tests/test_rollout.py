@@ -23,11 +23,14 @@ from vlm_agents.config import MiniGridConfig, PromptConfig
 from vlm_agents.env_pool import EnvPool
 from vlm_agents.envs import make_env
 from vlm_agents.envs.base import Env, check_contract, out_of_turn
-from vlm_agents.errors import EnvError, TrainingError
+from vlm_agents.errors import EnvError, TooLongError, TrainingError
+from vlm_agents.pictures import Picture
 from vlm_agents.policies import NoisyPolicy, RandomPolicy
 from vlm_agents.prompting import make_format
-from vlm_agents.rollout import collect, summarise
-from vlm_agents.types import Advice, Observation, Parsed, Query, Reply, Step, Stop, Trajectory, Turn
+from vlm_agents.rollout import collect
+from vlm_agents.seeds import Deal
+from vlm_agents.summary import Tags, by_tag, summarise
+from vlm_agents.types import Advice, Observation, Parsed, Prompt, Query, Reply, Step, Stop, Trajectory, Turn
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import a test file by name
 
@@ -68,8 +71,8 @@ class Walk:
         terminated = success or self.place < 0
         truncated = not terminated and self.turn == 4
         self.running = not (terminated or truncated)
-        metrics = {"success": float(success), "legal": float(move != 0), "changed": float(move != 0)}
-        return Step(self.look(), float(move > 0), terminated, truncated, metrics)
+        moved, progress = move != 0, {"progress": self.place / 10}
+        return Step(self.look(), float(move > 0), terminated, truncated, success, moved, moved, progress)
 
     def close(self) -> None:
         self.running = False
@@ -148,7 +151,7 @@ def playing(
     timeout_s: float = 30.0,
 ) -> Iterator[Trajectory]:
     with EnvPool(make, num_envs, workers, timeout_s) as envs:
-        yield from collect(envs, policy, FORMAT, seeds, invalid_penalty=PENALTY, run_seed=7)
+        yield from collect(envs, policy, FORMAT, [Deal(seed) for seed in seeds], invalid_penalty=PENALTY, run_seed=7)
 
 
 def minigrid() -> Env:
@@ -187,8 +190,9 @@ def test_an_invalid_reply_costs_its_penalty_and_moves_nothing():
     (episode,) = play(Says("I can't decide"), [2])
     assert [turn.step.observation.text for turn in episode.turns] == ["at 0"] * 4
     assert [turn.parsed.error for turn in episode.turns] == ["no JSON"] * 4
-    assert [turn.step.reward for turn in episode.turns] == [-PENALTY] * 4
-    assert [turn.step.metrics["legal"] for turn in episode.turns] == [0.0] * 4
+    assert [turn.reward for turn in episode.turns] == [-PENALTY] * 4
+    assert [(turn.step.reward, turn.bonuses) for turn in episode.turns] == [(0.0, {"invalid": -PENALTY})] * 4
+    assert not any(turn.step.legal for turn in episode.turns)
     assert episode.stop == "invalid"
 
 
@@ -236,10 +240,91 @@ def test_outcomes_depend_neither_on_the_number_of_slots_nor_on_the_company():
 def test_the_run_seed_decides_what_chance_does():
     with EnvPool(minigrid, 2) as envs:
         runs = [
-            list(collect(envs, RandomPolicy(FORMAT), FORMAT, [5, 6], invalid_penalty=0.1, run_seed=run_seed))
+            list(
+                collect(envs, RandomPolicy(FORMAT), FORMAT, [Deal(5), Deal(6)], invalid_penalty=0.1, run_seed=run_seed)
+            )
             for run_seed in (0, 0, 1)
         ]
     assert runs[0] == runs[1] != runs[2]
+
+
+def test_members_of_a_seed_are_different_plays_of_the_same_start():
+    deals = [Deal(5, member) for member in range(4)] + [Deal(5)]
+    with EnvPool(minigrid, 2) as envs:
+        group = list(collect(envs, RandomPolicy(FORMAT), FORMAT, deals, invalid_penalty=0.1, run_seed=0))
+    assert [(episode.seed, episode.member) for episode in group] == deals
+    assert len({episode.turns[0].observation.state_key for episode in group}) == 1
+    assert len({tuple(turn.parsed.action for turn in episode.turns) for episode in group}) == 4
+    assert group[4] == group[0]
+
+
+class Short:
+    """A format for a model that takes no more than `turns` past turns."""
+
+    def __init__(self, turns: int) -> None:
+        self.turns = turns
+
+    def prompt(self, instructions: str, history: Sequence[Turn], now: Observation) -> Prompt:
+        if len(history) > self.turns:
+            raise TooLongError("too many turns")
+        return FORMAT.prompt(instructions, history, now)
+
+    parse, write = FORMAT.parse, FORMAT.write
+
+
+class Values(Says):
+    def reply(self, queries: Sequence[Query]) -> list[Reply]:
+        return [Reply(self.text, value=0.5 + len(self.batches)) for _ in queries]
+
+
+def test_a_prompt_that_is_too_long_ends_its_own_episode_only(caplog: pytest.LogCaptureFixture):
+    with EnvPool(Walk, 2) as envs:
+        deals = [Deal(9), Deal(1), Deal(2)]
+        long, *others = collect(envs, Values(RIGHT), Short(1), deals, invalid_penalty=0.0, run_seed=0)
+    assert [episode.stop for episode in others] == ["success", "success"]
+    assert (long.stop, len(long.turns), long.success) == ("too_long", 2, False)
+    assert long.error == "seed 9, turn 2: too many turns"
+    assert long.error in caplog.text
+    assert long.bootstrap == 0.5  # the critic's last word: nobody can ask it about what is too long
+    metrics = summarise([long, *others])
+    assert metrics["rollout/too_long_rate"] == metrics["rollout/success"] / 2 == pytest.approx(1 / 3)
+    assert metrics["rollout/env_errors"] == 0
+
+
+def test_where_even_the_first_prompt_is_too_long_nothing_is_played():
+    with EnvPool(Walk, 2) as envs:
+        (episode,) = collect(envs, Says(RIGHT), Short(-1), [Deal(9)], invalid_penalty=0.0, run_seed=0)
+    assert (episode.stop, episode.turns, episode.bootstrap) == ("too_long", (), 0.0)
+    assert summarise([episode])["rollout/too_long_rate"] == 1.0
+
+
+def test_a_time_limit_is_one_though_its_value_can_t_be_asked():
+    with EnvPool(Walk, 1) as envs:
+        (episode,) = collect(envs, Values(RIGHT), Short(3), [Deal(9)], invalid_penalty=0.0, run_seed=0)
+    assert (episode.stop, len(episode.turns), episode.bootstrap, episode.error) == ("time_limit", 4, 0.5, None)
+
+
+def test_tags_are_those_of_the_first_observation():
+    class Tagged(Walk):
+        def look(self) -> Observation:
+            return replace(super().look(), tags={"turn": str(self.turn)})
+
+    (episode,) = play(Says(RIGHT), [2], Tagged)
+    assert episode.tags == {"turn": "0"}
+
+
+def test_what_a_reply_leaves_to_chance_is_drawn_from_the_episode_s_own_randomness():
+    scores = make_format(PromptConfig("action_scores", score_temperature=4.0))
+    says = Says('{"scores": {"left": 3, "right": 4}}')
+    with EnvPool(Walk, 2) as envs:
+        deals = [Deal(9, member) for member in range(20)]
+        group = list(collect(envs, says, scores, deals, invalid_penalty=0.0, run_seed=0))
+        (alone,) = collect(envs, says, scores, deals[7:8], invalid_penalty=0.0, run_seed=0)
+    drawn = [turn.parsed for episode in group for turn in episode.turns]
+    assert {parsed.action for parsed in drawn} == {"left", "right"}
+    # softmax(3/4, 4/4): 1 / (1 + e^(1/4)) = 0.4378
+    assert drawn[0].choices == pytest.approx({"left": 0.437823, "right": 0.562177}, rel=1e-5)
+    assert alone.turns == group[7].turns
 
 
 def test_errors_of_the_policy_propagate():
@@ -264,7 +349,9 @@ def turn(state: str, action: str | None, reward: float = 0.0, reply: Reply | Non
         reward,
         flags.get("terminated", False),
         flags.get("truncated", False),
-        {"success": 0.0},
+        success=False,
+        legal=action is not None,
+        changed=True,
     )
     return Turn(seen, (), reply or Reply(""), Parsed(action), step)
 
@@ -275,7 +362,7 @@ def episode(*turns: Turn, stop: Stop) -> Trajectory:
 
 def test_the_summary_worked_by_hand():
     sampled = Reply("x", token_ids=(1, 2, 3), logprobs=(-1.0,) * 3, entropy=0.5, finish="length")
-    drawn = Reply("x", entropy=0.7)
+    drawn = Reply("x", entropy=0.7, source="random")
     circling = [turn("A", "l"), turn("B", "r"), turn("A", "l"), turn("A", None), turn("A", None, truncated=True)]
     straight = [turn("A", "l", 0.5, sampled), turn("B", "l", reply=drawn), turn("C", "l", 1.0, terminated=True)]
     died = Trajectory("hand", 0, "hand", (turn("A", "l", 99.0),), "env_error", error="boom")
@@ -287,6 +374,7 @@ def test_the_summary_worked_by_hand():
             "eval/positive_return": 1 / 2,
             "eval/episode_length": (5 + 3) / 2,
             "eval/time_limit_rate": 1 / 2,
+            "eval/too_long_rate": 0,
             "eval/env_errors": 1,
             "eval/invalid_rate": 2 / 8,
             "eval/loop_rate": 2 / 8,  # the second (A, l) and the second (A, None); A, B, C with l are three states
@@ -310,12 +398,39 @@ def test_steps_over_the_experts_count_solved_episodes_only():
     assert "rollout/steps_over_expert" not in summarise(episodes[2:])
 
 
+def test_an_env_s_own_metrics_are_averaged_over_episodes():
+    episodes = play(Says(RIGHT), [1, 2, 9])  # Walk says how far it came: 1, 2 and 4 tenths
+    assert summarise(episodes)["rollout/progress"] == pytest.approx((0.1 + 0.2 + 0.4) / 3)
+    last = episodes[0].turns[-1]
+    said = replace(last, step=replace(last.step, metrics={"goal": 0.5, "return": 99.0}))
+    metrics = summarise([replace(episodes[0], turns=(said,)), episodes[1]])
+    assert metrics["rollout/goal"] == 0.5  # of those that give it
+    assert metrics["rollout/return"] == pytest.approx((1 + 2) / 2)  # what has a meaning here keeps it
+
+
+def test_success_by_tag():
+    """Tags of an env with two kinds of task, each episode in a file of its own."""
+    tags, names = Tags(), ("go_to", "pick up!", "go_to", "go_to")
+    for number, (task, stop) in enumerate(zip(names, ("success", "failure", "too_long", "env_error"), strict=True)):
+        tags.count(replace(episode(stop=stop), tags={"task type": task, "file": f"{number}.pddl"}))
+    for number in range(17):
+        tags.count(replace(episode(stop="failure"), tags={"file": f"more/{number}"}))
+    assert tags.figures() == {
+        "eval/success/task-type/go-to": 1 / 2,
+        "eval/episodes/task-type/go-to": 2,
+        "eval/success/task-type/pick-up": 0,
+        "eval/episodes/task-type/pick-up": 1,
+    }
+    panels = tags.figures() | {f"{name}_greedy": value for name, value in tags.figures().items()}
+    assert by_tag(panels) == {"task-type": {"go-to": (0.5, 2), "pick-up": (0.0, 1)}} == by_tag(panels, "_greedy")
+
+
 def test_the_summary_keeps_no_episode():
-    frames: list[ref[Image.Image]] = []
+    frames: list[ref[Picture]] = []
 
     def passing() -> Iterator[Trajectory]:
         for _ in range(5):
-            frame = Image.new("RGB", (8, 8))
+            frame = Picture(Image.new("RGB", (8, 8)))
             frames.append(ref(frame))
             yield episode(replace(turn("A", "go"), observation=Observation("A", (frame,))), stop="success")
             del frame
@@ -390,10 +505,6 @@ class Answers(Walk):
         return self.spoil(step) if self.seed == BAD_SEED and self.turn == 2 else step  # type: ignore[return-value]
 
 
-def without(name: str) -> Callable[[Step], Step]:
-    return lambda step: replace(step, metrics={key: value for key, value in step.metrics.items() if key != name})
-
-
 def metric(**values: object) -> Callable[[Step], Step]:
     return lambda step: replace(step, metrics={**step.metrics, **values})  # type: ignore[dict-item]
 
@@ -419,10 +530,11 @@ def shown(**values: object) -> Callable[[Step], Step]:
         (field(metrics=None), "metrics is None, no mapping of names to numbers"),
         (metric(progress=float("nan")), "metrics['progress'] is nan, no finite number"),
         (metric(progress=None), "metrics['progress'] is None, no finite number"),
-        (metric(success=0.5), "metrics['success'] is 0.5, neither 0 nor 1"),
-        (without("success"), "metrics['success'] is None, neither 0 nor 1"),
-        (without("legal"), "metrics['legal'] is None, neither 0 nor 1"),
-        (without("changed"), "metrics['changed'] is None, neither 0 nor 1"),
+        (field(success=0.5), "success is 0.5, neither True nor False"),
+        (field(legal=1.0), "legal is 1.0, neither True nor False"),
+        (field(changed=None), "changed is None, neither True nor False"),
+        (shown(tags={"task": 1}), "tags['task'] is 1, no text"),
+        (shown(tags="red"), "tags is 'red', no mapping of names to texts"),
         (field(observation="at 1"), "the observation is 'at 1', no Observation"),
         (shown(text=b"at 1"), "the text is b'at 1', no text"),
         (shown(text="a\ud83d"), "the text has half a surrogate pair at character 1, no text for a tokenizer"),
@@ -430,8 +542,8 @@ def shown(**values: object) -> Callable[[Step], Step]:
         (shown(legal_actions="left"), "legal_actions is 'left', neither a tuple of texts nor None"),
         (shown(legal_actions=("left", 1)), "a legal action is 1, no text"),
         (shown(images=None), "images is None, no tuple of pictures"),
-        (shown(images=("a.png",)), "a picture is 'a.png', no PIL image"),
-        (shown(images=(Image.new("RGB", (0, 5)),)), "a picture is (0, 5), without a pixel"),
+        (shown(images=("a.png",)), "a picture is 'a.png', no vlm_agents.pictures.Picture"),
+        (shown(images=(Picture(Image.new("RGB", (0, 5))),)), "a picture is (0, 5), without a pixel"),
         (
             shown(advice=Advice("a\udc00", "left")),
             "the advised thought has half a surrogate pair at character 1, no te",
@@ -463,10 +575,11 @@ def test_a_reset_that_answers_as_gymnasium_does_is_an_env_error():
 
 
 def test_an_answer_in_numpy_s_types_is_made_plain():
-    picture = Image.new("RGBA", (2, 1))  # all transparent: white to a viewer
+    picture = Picture(Image.new("RGBA", (2, 1)))  # all transparent: white to a viewer
     odd = [
         field(reward=np.float32(0.5), terminated=np.bool_(True), truncated=np.bool_(True)),
-        metric(success=np.int64(1), progress=np.float16(0.5)),
+        field(success=np.bool_(True)),
+        metric(progress=np.float16(0.5)),
         shown(images=[picture], legal_actions=["left"], text=np.str_("at 2")),
     ]
 
@@ -479,11 +592,16 @@ def test_an_answer_in_numpy_s_types_is_made_plain():
     step = episode.turns[-1].step
     assert (episode.stop, episode.bootstrap) == ("success", 0.0)
     assert (step.reward, step.terminated, step.truncated) == (0.5, True, False)  # it ended: nothing is cut off
-    assert step.metrics == {"success": 1.0, "legal": 1.0, "changed": 1.0, "progress": 0.5}
-    plain = {type(value) for value in (step.reward, step.terminated, *step.metrics.values(), step.observation.text)}
+    assert (step.success, step.metrics) == (True, {"progress": 0.5})
+    plain = {
+        type(value)
+        for value in (step.reward, step.terminated, step.success, *step.metrics.values(), step.observation.text)
+    }
     assert plain == {float, bool, str}
     assert step.observation.legal_actions == ("left",)
-    assert [(image.mode, image.getpixel((1, 0))) for image in step.observation.images] == [("RGB", (255, 255, 255))]
+    assert [(seen.image.mode, seen.image.getpixel((1, 0))) for seen in step.observation.images] == [
+        ("RGB", (255, 255, 255))
+    ]
 
 
 def test_what_an_env_says_cannot_command_the_terminal(caplog: pytest.LogCaptureFixture):

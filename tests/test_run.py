@@ -20,7 +20,7 @@ from vlm_agents.config import RunConfig
 from vlm_agents.errors import ConfigError, DataError
 from vlm_agents.files import append_line, atomic_write, hold
 from vlm_agents.inputs import content_hash
-from vlm_agents.run import Checkpoint, Run, commit, finished_metrics, panel_seeds, training_seed
+from vlm_agents.run import Checkpoint, Run, commit, finished_metrics
 
 
 @pytest.fixture
@@ -480,25 +480,6 @@ def test_a_full_disk_leaves_the_last_checkpoint(cfg: RunConfig, monkeypatch: pyt
 
 
 # ---- seeds -----------------------------------------------------------------------------------------------------------
-def test_seeds_are_the_same_everywhere(cfg: RunConfig) -> None:
-    """Panels are part of published figures: these numbers must never change."""
-    assert panel_seeds("MiniGrid-DoorKey-6x6-v0", 3) == [2145963788, 1606605208, 1239217993]
-    assert training_seed(0, 1, 2) == 507423221
-
-
-def test_panels_and_training_never_meet() -> None:
-    training = {
-        training_seed(run, iteration, episode) for run in range(3) for iteration in range(20) for episode in range(20)
-    }
-    panel = panel_seeds("a", 1000)
-    assert len(training) == 1200
-    assert len(set(panel)) == 1000
-    assert max(training) < 2**30 <= min(panel)
-    assert max(panel) < 2**31
-    assert panel_seeds("a", 10) == panel[:10]
-    assert not set(panel_seeds("b", 1000)) & set(panel)
-
-
 def test_seeds_of_a_run_depend_on_its_seed_and_purpose(cfg: RunConfig, compose_run, tmp_path: Path) -> None:
     with (
         Run.open(cfg, []) as run,

@@ -19,9 +19,9 @@ import pyarrow.parquet
 
 from vlm_agents.errors import DataError
 from vlm_agents.files import sync, temporary_of, writing
+from vlm_agents.marks import IMAGE_MARK
 from vlm_agents.types import Role
 
-IMAGE_MARK = "<image>"
 CHAT_COLUMNS = ("messages", "images", "env", "seed", "turn")
 TRL_COLUMNS = ("prompt", "completion", "images")
 ROLES = get_args(Role)
@@ -74,8 +74,9 @@ def flaw(row: dict[str, Any]) -> Flaw | None:
     marks, pictures = sum(message["content"].count(IMAGE_MARK) for message in row["messages"]), len(row["images"])
     if marks != pictures:
         return Flaw("mark_in_text", f"it has {marks} {IMAGE_MARK} for {pictures} pictures; no word can be spelled so")
-    if misplaced := _misplaced(row["messages"]):
-        return Flaw("mark_in_text", misplaced)
+    for place, message in enumerate(row["messages"]):
+        if message["role"] == "assistant" and IMAGE_MARK in message["content"]:
+            return Flaw("mark_in_text", f"its message {place} is an assistant's, and has a picture")
     try:
         size = _bytes(row)
     except UnicodeEncodeError as error:
@@ -83,17 +84,6 @@ def flaw(row: dict[str, Any]) -> Flaw | None:
         return Flaw("half_character", f"half a surrogate pair, {half}, in a text")
     if size > ROW_BYTES:
         return Flaw("too_large", f"{size:,} bytes of texts and pictures, more than a Parquet reader takes")
-    return None
-
-
-def _misplaced(messages: Sequence[dict[str, str]]) -> str | None:
-    """A picture that would not keep its place: in `types.Message` they stand before the text."""
-    for place, message in enumerate(messages):
-        before, mark, _ = message["content"].rpartition(IMAGE_MARK)
-        if mark and message["role"] == "assistant":
-            return f"its message {place} is an assistant's, and has a picture"
-        if before.replace(IMAGE_MARK, "").strip():
-            return f"its message {place} has a picture behind words, and all must stand before them"
     return None
 
 
@@ -138,9 +128,9 @@ def in_parts(messages: Sequence[dict[str, str]]) -> dict[str, list[dict[str, Any
     """The columns `prompt` and `completion`: all but the last message, and the last, each text or picture a part."""
     said = []
     for message in messages:
-        text = message["content"].replace(IMAGE_MARK, "")  # pictures stand before it, see `_misplaced`
-        parts = [{"type": "image"}] * message["content"].count(IMAGE_MARK)
-        said.append({"role": message["role"], "content": parts + [{"type": "text", "text": text}] * bool(text)})
+        first, *rest = ([{"type": "text", "text": text}] * bool(text) for text in message["content"].split(IMAGE_MARK))
+        parts = [*first, *(part for text in rest for part in ({"type": "image"}, *text))]
+        said.append({"role": message["role"], "content": parts})
     return {"prompt": said[:-1], "completion": said[-1:]}
 
 

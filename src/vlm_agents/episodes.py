@@ -1,10 +1,10 @@
-"""Episodes on disk: `episodes.jsonl`, one line a trajectory, and `images/<hash>.png`, one file a distinct frame.
+"""Episodes on disk: `episodes.jsonl`, one line a trajectory, and `images/<key>.png`, one file a distinct frame.
 
-The only file that knows this layout; the dataclasses of `types` are its schema. An episode counts once its line ends
-in a newline, and its images are in place before that. It knows nothing of stages, or of what the episodes are for.
+The only file that knows this layout (`upgrades` knows earlier ones); the dataclasses of `types` are its schema, and a
+picture is `{"picture": "<key>"}`. Each line says its version and can be read alone. An episode counts once its line
+ends in a newline, and its images are in place before that. It knows nothing of stages, or of what episodes are for.
 """
 
-import hashlib
 import io
 import json
 import logging
@@ -13,9 +13,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 from weakref import WeakValueDictionary
 
@@ -23,15 +23,16 @@ from PIL import Image
 
 from vlm_agents.errors import DataError
 from vlm_agents.files import append_line, atomic_write, sync, writing
-from vlm_agents.pictures import opened
+from vlm_agents.pictures import Picture, opened
 from vlm_agents.types import Trajectory
+from vlm_agents.upgrades import VERSION, upgraded
 
 logger = logging.getLogger(__name__)
 
 LINES = "episodes.jsonl"
 IMAGES = "images"
 SYNC_EVERY = 1000  # pictures
-BLANK = Image.new("1", (1, 1))
+BLANK = Picture(Image.new("RGB", (1, 1)))
 NAME = re.compile("[0-9a-f]{16}")  # of an image: no line can name a file of another folder
 # What JSON has for a plain type, and how large a number may be.
 PLAIN: dict[type, tuple[set[type], float | None]] = {
@@ -64,8 +65,8 @@ class EpisodeWriter:
     def append(self, *trajectories: Trajectory) -> None:
         """Write episodes, each whole or not at all; DataError when the disk is full. They then survive this process."""
         for trajectory in trajectories:
-            encode = partial(self._encode, named={})
-            append_line(self._lines, json.dumps(trajectory, default=encode, allow_nan=False))
+            line = {"version": VERSION, **self._encode(trajectory)}
+            append_line(self._lines, json.dumps(line, default=self._encode, allow_nan=False))
         if len(self._waiting) > SYNC_EVERY:
             self.sync()
 
@@ -84,24 +85,20 @@ class EpisodeWriter:
                 logger.warning("%s: dropped %d bytes of an unfinished last line", self._lines, unfinished)
             file.truncate(0 if anew else whole)
 
-    def _encode(self, value: Any, named: dict[int, str]) -> Any:
-        if isinstance(value, Image.Image):
-            if id(value) not in named:  # a frame comes back in every later prompt: hash it once an episode
-                named[id(value)] = self._save(value)
-            return named[id(value)]
+    def _encode(self, value: Any) -> dict[str, Any]:
+        if isinstance(value, Picture):
+            self._save(value)
+            return {"picture": value.key}
         return {field.name: getattr(value, field.name) for field in fields(value)}
 
-    def _save(self, image: Image.Image) -> str:
-        kind = repr((image.mode, image.size, image.getpalette()))
-        name = hashlib.sha256(kind.encode() + image.tobytes()).hexdigest()[:16]
-        if name not in self._known:
+    def _save(self, picture: Picture) -> None:
+        if picture.key not in self._known:
             png = io.BytesIO()
-            image.save(png, "PNG", compress_level=1)
-            path = self._images / f"{name}.png"
+            picture.image.save(png, "PNG", compress_level=1)
+            path = self._images / f"{picture.key}.png"
             atomic_write(path, png.getvalue(), durable=False)
-            self._known.add(name)
+            self._known.add(picture.key)
             self._waiting.append(path)
-        return name
 
 
 def read_episodes(run_dir: Path, pictures: bool = True, skip_damaged: bool = False) -> Iterator[Trajectory]:
@@ -114,7 +111,7 @@ def read_episodes(run_dir: Path, pictures: bool = True, skip_damaged: bool = Fal
     for line, where in _lines(run_dir / LINES):
         try:
             with _reading(where):
-                episode = _decode(Trajectory, json.loads(line), load)
+                episode = _decode(Trajectory, upgraded(json.loads(line)), load)
         except DataError as error:
             if not skip_damaged:
                 raise
@@ -142,7 +139,7 @@ def _reading(where: str) -> Iterator[None]:
         yield
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(
             f"{where}: not an episode ({error!r}). Delete this line, and DONE beside the file: stage=collect then "
             "plays what lacks"
@@ -154,18 +151,18 @@ class _Images:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._alive: WeakValueDictionary[str, Image.Image] = WeakValueDictionary()
+        self._alive: WeakValueDictionary[str, Picture] = WeakValueDictionary()
 
-    def __call__(self, name: str) -> Image.Image:
+    def __call__(self, name: str) -> Picture:
         image = self._alive.get(name)
         if image is None:
             image = self._alive[name] = self._open(self._folder / f"{name}.png")
         return image
 
-    def _open(self, path: Path) -> Image.Image:
+    def _open(self, path: Path) -> Picture:
         try:
             with opened(path) as file:
-                return file.copy()  # a plain Image, equal to the one that was saved
+                return Picture(file.copy())
         except DataError as error:
             raise DataError(
                 f"can't read image {path} ({error}). Put it back, or delete this line of the episodes"
@@ -177,23 +174,26 @@ def _hints(kind: type) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
-def _decode(kind: Any, value: Any, load: Callable[[str], Image.Image]) -> Any:
+def _decode(kind: Any, value: Any, load: Callable[[str], Picture]) -> Any:
     """The JSON `value` as the type that it was written from; TypeError or ValueError where it is none.
 
     Fields that it lacks take their default.
     """
     origin, inner = get_origin(kind), get_args(kind)
     if origin is UnionType:
-        return None if value is None else _decode(inner[0], value, load)
+        if value is None and NoneType in inner:
+            return None
+        picture = Picture in inner and isinstance(value, dict)
+        return _decode(Picture if picture else inner[0], value, load)
     if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
         hints = _hints(kind)
         return kind(**{name: _decode(hints[name], item, load) for name, item in value.items()})
     if origin is tuple and inner[0] not in PLAIN and isinstance(value, list):
         return tuple(_decode(inner[0], item, load) for item in value)
-    if kind is Image.Image and isinstance(value, str):
-        if not NAME.fullmatch(value):
-            raise ValueError(f"{value!r:.60} names no image: such a name is 16 hex digits")
-        return load(value)
+    if kind is Picture and isinstance(value, dict) and list(value) == ["picture"]:
+        if not (isinstance(value["picture"], str) and NAME.fullmatch(value["picture"])):
+            raise ValueError(f"{value['picture']!r:.60} names no image: such a name is 16 hex digits")
+        return load(value["picture"])
     if _fits(kind, value):
         return tuple(value) if origin is tuple else value
     raise TypeError(f"{value!r:.60} is no {getattr(kind, '__name__', kind)}")

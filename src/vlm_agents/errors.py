@@ -5,6 +5,7 @@ __all__ = [
     "DataError",
     "EnvError",
     "ModelError",
+    "TooLongError",
     "TrainingError",
     "VlmAgentsError",
     "did_you_mean",
@@ -25,6 +26,10 @@ class ConfigError(VlmAgentsError, ValueError):
 
 class DataError(VlmAgentsError, ValueError):
     """A file or folder that is missing, truncated or not what its writer left."""
+
+
+class TooLongError(DataError):
+    """A prompt that is longer than a model takes, however much of its past is left out."""
 
 
 class EnvError(VlmAgentsError, RuntimeError):

@@ -10,7 +10,6 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from vlm_agents.files import atomic_write
-from vlm_agents.pictures import as_shown
 from vlm_agents.types import Observation, Trajectory, Turn
 
 Size = tuple[int, int]
@@ -29,7 +28,7 @@ def captioned_frame(turn: Turn, index: int, box: Size | None = None) -> Image.Im
     """
     start, end = turn.parsed.thought_span or (0, len(turn.reply.text))
     action, error = turn.parsed.action, turn.parsed.error
-    facts = f"reward {_signed(turn.step.reward)}"
+    facts = f"reward {_signed(turn.reward)}"
     if turn.reply.value is not None:
         facts += f"     value {_signed(turn.reply.value)}"
     return _compose(
@@ -74,7 +73,7 @@ def _picture(observation: Observation) -> Image.Image:
     """The observation's images in a row, or its text where it has none, at a size that can be looked at."""
     if not observation.images:
         return _text_picture(observation.text)
-    images = [as_shown(image) for image in observation.images]
+    images = [picture.image for picture in observation.images]
     row = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)), PAPER)
     left = 0
     for image in images:

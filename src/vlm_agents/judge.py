@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from vlm_agents.prompting.objects import is_json, objects_in
 from vlm_agents.prompting.thinking import answer_start
 from vlm_agents.remote import ChatClient
-from vlm_agents.types import Message, Prompt, Turn
+from vlm_agents.types import Message, Prompt, Sampling, Turn
 
 SAMPLES = 3  # answers to one question, until one can be read
 MAX_TOKENS = 256
@@ -32,7 +32,7 @@ class Judge:
         """The score of each turn's step; None where no sample of the answer held one."""
         answers = self._client.complete(
             [question(turn) for turn in turns],
-            MAX_TOKENS,
+            Sampling(MAX_TOKENS),
             temperature=0.0,
             readable=lambda _, text: read_score(text) is not None,
             samples=SAMPLES,
@@ -53,7 +53,7 @@ def question(turn: Turn) -> Prompt:
         f"The agent did: {turn.parsed.action or '(nothing: its reply held no legal action)'}",
         f"After the step: {after.text}",
     ]
-    return Message("system", RULE), Message("user", "\n".join(lines), (*before.images, *after.images))
+    return Message("system", (RULE,)), Message("user", (*before.images, *after.images, "\n".join(lines)))
 
 
 def read_score(text: str) -> float | None:

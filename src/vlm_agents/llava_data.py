@@ -3,9 +3,9 @@
     {"image": "7/0.png",
      "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", "value": "..."}]}
 
-A Message's pictures stand before its text, so what is read are the records where that changes no order: marks before
-the text of their turn, or one mark behind it (which LLaVA's own code moves to the front too). A picture lies inside the
-folder of pictures by its path; a link there may lead out of it, as whoever made the link wanted.
+A mark stands anywhere in a human turn, and its picture stays there (LLaVA's own code moves a single one to the front).
+A picture lies inside the folder of pictures by its path; a link there may lead out of it, as whoever made the link
+wanted.
 
 Only reading: records that aren't sound are skipped, named and counted; what becomes of the rest is decided elsewhere.
 """
@@ -14,19 +14,19 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
 from vlm_agents.errors import DataError
-from vlm_agents.pictures import read_picture
-from vlm_agents.types import Message, Prompt, Role
+from vlm_agents.marks import IMAGE_MARK, unmarked
+from vlm_agents.pictures import Picture, read_picture
+from vlm_agents.types import Message, Part, Prompt, Role
 
 logger = logging.getLogger(__name__)
 
-MARK = "<image>"  # a picture's place in a text
 ROLES: dict[str, Role] = {"system": "system", "human": "user", "gpt": "assistant"}
 
 
@@ -102,26 +102,23 @@ def _messages(record: Any, folder: Path) -> Prompt:
         raise BrokenRecord("no gpt turn in conversations")
     if roles[0] == "assistant":
         raise BrokenRecord("conversations begin with a gpt turn")
-    if any(MARK in text for role, text in zip(roles, texts, strict=True) if role != "user"):
-        raise BrokenRecord(f"{MARK} outside of the human turns")
-    if not all(_before_text(text) for text in texts):
-        raise BrokenRecord(f"{MARK} in the middle of a text: pictures can't stand there yet, only before the text")
+    if any(IMAGE_MARK in text for role, text in zip(roles, texts, strict=True) if role != "user"):
+        raise BrokenRecord(f"{IMAGE_MARK} outside of the human turns")
     image = record.get("image")
     names = image if isinstance(image, list) and image else [_field(record, "image", str)]
-    if (marks := sum(text.count(MARK) for text in texts)) != len(names):
-        raise BrokenRecord(f"{marks} {MARK} for {len(names)} pictures")
-    images = iter([_image(folder, name) for name in names])
-    return tuple(
-        Message(role, text.replace(MARK, "").strip(), tuple(next(images) for _ in range(text.count(MARK))))
-        for role, text in zip(roles, texts, strict=True)
-    )
+    if (marks := sum(text.count(IMAGE_MARK) for text in texts)) != len(names):
+        raise BrokenRecord(f"{marks} {IMAGE_MARK} for {len(names)} pictures")
+    pictures = iter([Picture(_image(folder, name)) for name in names])
+    return tuple(Message(role, _trimmed(unmarked(text, pictures))) for role, text in zip(roles, texts, strict=True))
 
 
-def _before_text(text: str) -> bool:
-    """May its pictures be told before it? Nothing but the last has words behind it, or there is but one, at an end."""
-    pieces = text.split(MARK)
-    worded = [place for place, piece in enumerate(pieces) if piece.strip()]
-    return len(worded) <= 1 and (len(pieces) == 2 or worded in ([], [len(pieces) - 1]))
+def _trimmed(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """Without the space around all that is said, and without texts of nothing else, as between mark and mark."""
+    kept = [part for part in parts if isinstance(part, Picture) or part.strip()] or [""]
+    worded = [place for place, part in enumerate(kept) if isinstance(part, str)]
+    for place, strip in ((worded[0], str.lstrip), (worded[-1], str.rstrip)) if worded else ():
+        kept[place] = strip(str(kept[place]))
+    return tuple(kept)
 
 
 def _field(node: Any, key: str, kind: type) -> Any:

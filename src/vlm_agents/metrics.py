@@ -34,6 +34,9 @@ EPISODES = {
         "ratio", "turns of a solved episode over those that the expert needs from its start", "towards 1"
     ),
     "time_limit_rate": Metric("share of episodes", "episodes that the limit of turns cut off", "falls"),
+    "too_long_rate": Metric(
+        "share of episodes", "episodes that ended as the next prompt was longer than the model takes: no success", "0"
+    ),
     "invalid_rate": Metric("share of turns", "replies without a legal action", "below 0.05"),
     "loop_rate": Metric(
         "share of turns", "turns that did in a state what had been done in that state before", "below 0.1"
@@ -58,13 +61,20 @@ BOUNDS = {
     for share in ("success", "positive_return")
     for bound, end in (("low", "lower"), ("high", "upper"))
 }
+BY_TAG = {
+    "success/<tag>/<value>": Metric(
+        "share of episodes", "the same of the episodes whose env gives them this tag; of tags with at most 16 values"
+    ),
+    "episodes/<tag>/<value>": Metric("episodes", "of how many"),
+}
 GROUPS = {
     "eval": Group(
         "Held-out panel",
         "The same held-out seeds every time, which no training sees. Without a suffix: sampled at the policy's own "
         "temperature; `_greedy`: its likeliest tokens; `_random`, `_expert`: the scripted policies on the same seeds; "
-        "`_before`: before training.",
-        EPISODES | BOUNDS | SERVER,
+        "`_before`: before training. What else an env measures of an episode stands here, and in the other groups of "
+        "episodes, under the env's own name.",
+        EPISODES | BOUNDS | BY_TAG | SERVER,
     ),
     "rollout": Group(
         "Rollout", "Over the episodes that an iteration of stage=ppo collects, before it learns from them.", EPISODES
@@ -243,7 +253,9 @@ class Name(NamedTuple):
 
     @property
     def metric(self) -> Metric | None:
-        return GROUPS[self.group].metrics.get(self.base) if self.group in GROUPS else None
+        metrics = GROUPS[self.group].metrics if self.group in GROUPS else {}
+        word, *tag = self.base.split("/")
+        return metrics.get(f"{word}/<tag>/<value>" if len(tag) == 2 else self.base)
 
 
 def parts(name: str) -> Name:

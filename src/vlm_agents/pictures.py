@@ -1,9 +1,10 @@
-"""Pictures from outside, as a viewer shows them: the one way in for files and bytes that this project didn't draw.
+"""Pictures as a viewer shows them: the one that episodes hold, and the one way in for files and bytes from outside.
 
 Upright, what is transparent over white, 16-bit grey scaled; of an animation the first frame. Colour profiles aren't
 applied: models were trained without, too. Where a picture came from, and what becomes of it, is not known here.
 """
 
+import hashlib
 import io
 import stat
 import warnings
@@ -33,6 +34,42 @@ TURNS = {  # by EXIF's orientation
 }
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # of TIFF
 GREYS = {"1": 255, "L;2": 85, "L;4": 17}  # what Pillow multiplies a PNG's grey of so few bits by
+
+
+class Picture:
+    """A picture in RGB, as a viewer shows it, and the one identity that it has everywhere: equal keys, equal pictures.
+
+    What isn't RGB is made so, see `as_shown`. Its pixels are not to be changed.
+    """
+
+    __slots__ = ("__weakref__", "_key", "image")
+
+    def __init__(self, image: Image.Image) -> None:
+        plain = type(image) is Image.Image and image.mode == "RGB" and not image.info
+        self.image = image if plain else as_shown(image)
+        self._key = ""
+
+    @property
+    def key(self) -> str:
+        """16 hex digits that depend on size and pixels alone; made when first asked for."""
+        if not self._key:
+            kind = repr((self.image.mode, self.image.size, None))  # None: without a palette
+            self._key = hashlib.sha256(kind.encode() + self.image.tobytes()).hexdigest()[:16]
+        return self._key
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self.image.size
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Picture) and self.key == other.key)
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __repr__(self) -> str:
+        return f"Picture({self.image.width}x{self.image.height})"
 
 
 @contextmanager

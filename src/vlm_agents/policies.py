@@ -1,8 +1,7 @@
 """Who answers: the scripted expert, chance, a model, a server, or one of them with random moves mixed in.
 
 A policy sees queries and gives replies in the prompt format's own words; it never touches an env. A reply drawn by
-chance carries no tokens but the entropy of the draw, which is how its record tells it from what somebody meant
-(`is_random`). So the text to learn from in a recorded turn is `reply.text` where that was meant, else what
+chance says so (`source`): the text to learn from in a recorded turn is `reply.text` where that was meant, else what
 `observation.advice` says, else nothing.
 """
 
@@ -10,11 +9,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
 from vlm_agents.errors import ConfigError
 from vlm_agents.prompting import PromptFormat
-from vlm_agents.types import Query, Reply
+from vlm_agents.types import Query, Reply, Sampling
 
 if TYPE_CHECKING:  # env workers import this module and need no torch
     from vlm_agents.models import Sampler
@@ -44,12 +41,7 @@ def random_reply(query: Query, prompt_format: PromptFormat) -> Reply:
             "set stage.noise=0 and choose another stage.policy than random"
         )
     action = legal[int(query.rng.integers(len(legal)))]
-    return Reply(prompt_format.write(NO_PLAN, action, legal), entropy=math.log(len(legal)))
-
-
-def is_random(reply: Reply) -> bool:
-    """Was this reply drawn by `random_reply`? Such a reply is never a label, nor trained on."""
-    return reply.entropy is not None and not reply.token_ids
+    return Reply(prompt_format.write(NO_PLAN, action, legal), entropy=math.log(len(legal)), source="random")
 
 
 class ExpertPolicy:
@@ -70,7 +62,8 @@ class ExpertPolicy:
         advice = query.observation.advice
         if advice is None:
             return random_reply(query, self._format)
-        return Reply(self._format.write(advice.thought, advice.action, query.observation.legal_actions))
+        text = self._format.write(advice.thought, advice.action, query.observation.legal_actions)
+        return Reply(text, source="expert")
 
 
 class RandomPolicy:
@@ -117,19 +110,14 @@ class NoisyPolicy:
 class ModelPolicy:
     """Samples from an agent, or decodes greedily."""
 
-    def __init__(self, sampler: "Sampler", max_reply_tokens: int, greedy: bool = False) -> None:
-        self.name = "model_greedy" if greedy else "model"
+    def __init__(self, sampler: "Sampler", sampling: Sampling) -> None:
+        self.name = "model_greedy" if sampling.greedy else "model"
         self._sampler = sampler
-        self._max_reply_tokens = max_reply_tokens
-        self._greedy = greedy
+        self._sampling = sampling
 
     def reply(self, queries: Sequence[Query]) -> list[Reply]:
-        return self._sampler.generate(
-            [query.prompt for query in queries],
-            [query.rng for query in queries],
-            max_new_tokens=self._max_reply_tokens,
-            greedy=self._greedy,
-        )
+        prompts, rngs = [query.prompt for query in queries], [query.rng for query in queries]
+        return self._sampler.generate(prompts, rngs, self._sampling)
 
     def value(self, queries: Sequence[Query]) -> list[float]:
         return self._sampler.values([query.prompt for query in queries])
@@ -148,30 +136,29 @@ class RemotePolicy:
         self,
         client: "ChatClient",
         prompt_format: PromptFormat,
-        max_reply_tokens: int,
+        sampling: Sampling,
         temperature: float,
         samples: int,
     ) -> None:
         self._client = client
         self._format = prompt_format
-        self._max_reply_tokens = max_reply_tokens
+        self._sampling = sampling
         self._temperature = temperature
         self._samples = samples
 
     def reply(self, queries: Sequence[Query]) -> list[Reply]:
         def readable(index: int, text: str) -> bool:
-            any_rng = np.random.default_rng(0)  # which action is drawn doesn't matter here
-            return self._format.parse(text, queries[index].observation.legal_actions, any_rng).action is not None
+            return self._format.parse(text, queries[index].observation.legal_actions).error is None
 
         answers = self._client.complete(
             [query.prompt for query in queries],
-            self._max_reply_tokens,
+            self._sampling,
             self._temperature,
             seeds=[int(query.rng.integers(2**31)) for query in queries],
             readable=readable,
             samples=self._samples,
         )
-        return [Reply(answer.text, finish=answer.finish) for answer in answers]
+        return [Reply(answer.text, finish=answer.finish, source="server") for answer in answers]
 
     def value(self, queries: Sequence[Query]) -> list[float]:
         return [0.0] * len(queries)

@@ -22,8 +22,8 @@ from vlm_agents.answers import Answers, Completion
 from vlm_agents.config import RemoteConfig
 from vlm_agents.endpoint import PATIENCE_S, Endpoint, Unavailable
 from vlm_agents.errors import ModelError
-from vlm_agents.pictures import as_shown
-from vlm_agents.types import Message, Prompt
+from vlm_agents.pictures import Picture
+from vlm_agents.types import Message, Prompt, Sampling
 
 IN_A_ROW = 16  # refused prompts, or two for each request under way, without one answer between: no prompt's fault
 
@@ -48,7 +48,7 @@ class ChatClient:
     def complete(
         self,
         prompts: Sequence[Prompt],
-        max_tokens: int,
+        sampling: Sampling,
         temperature: float,
         *,
         seeds: Sequence[int] | None = None,
@@ -57,17 +57,19 @@ class ChatClient:
     ) -> list[Completion]:
         """One completion a prompt, in order; ModelError when the server can't give one.
 
-        Where `readable(index, text)` says no, a fresh sample is drawn, at most `samples` in all; the last one stands.
-        Equal prompts with equal `seeds` (0 by default) are one question.
+        `temperature` is that of a `sampling` that isn't greedy. Where `readable(index, text)` says no, a fresh sample
+        is drawn, at most `samples` in all; the last one stands. Equal prompts with equal `seeds` (0 by default) are
+        one question.
         """
         seeds = [0] * len(prompts) if seeds is None else seeds
         requests = [
             {
                 "model": self._cfg.model,
                 "messages": [message_json(message) for message in prompt],
-                "max_tokens": max_tokens,
-                "temperature": temperature,
+                "max_tokens": sampling.max_tokens,
+                "temperature": 0.0 if sampling.greedy else temperature,
                 "seed": seed,
+                **({"stop": list(sampling.stop)} if sampling.stop else {}),
             }
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
@@ -188,12 +190,16 @@ CONTROL = re.compile(
 
 
 def message_json(message: Message) -> dict[str, Any]:
-    """The message as OpenAI's API has it: bare text, or parts with the pictures first."""
-    text = plain(message.text)
+    """The message as OpenAI's API has it: bare text, or its parts where there are pictures among them."""
     if not message.images:
-        return {"role": message.role, "content": text}
-    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": data_url(i)}} for i in message.images]
-    return {"role": message.role, "content": [*parts, {"type": "text", "text": text}]}
+        return {"role": message.role, "content": plain(message.text)}
+    content: list[dict[str, Any]] = [
+        {"type": "image_url", "image_url": {"url": data_url(part)}}
+        if isinstance(part, Picture)
+        else {"type": "text", "text": plain(part)}
+        for part in message.parts
+    ]
+    return {"role": message.role, "content": content}
 
 
 def plain(text: str) -> str:
@@ -206,7 +212,7 @@ def plain(text: str) -> str:
 
 def blank(request: dict[str, Any]) -> dict[str, Any]:
     """The same question with nothing in it: as many small white pictures, and a plain text for each text."""
-    white = data_url(Image.new("RGB", (64, 64), "white"))
+    white = data_url(Picture(Image.new("RGB", (64, 64), "white")))
 
     def emptied(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
         if isinstance(content, str):
@@ -221,9 +227,9 @@ def blank(request: dict[str, Any]) -> dict[str, Any]:
     return request | {"messages": [one | {"content": emptied(one["content"])} for one in request["messages"]]}
 
 
-def data_url(image: Image.Image) -> str:
+def data_url(picture: Picture) -> str:
     png = io.BytesIO()
-    as_shown(image).save(png, "PNG")
+    picture.image.save(png, "PNG")
     return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
 
 

@@ -23,7 +23,7 @@ const picture = (index, room) => {
 
 const small = x => x == null ? "n/a" : number(Number(x.toPrecision(3)));
 const capital = text => text.slice(0, 1).toUpperCase() + text.slice(1);
-const message = ([role, text, images]) => el("div", {class: "message"}, el("span", {class: "label"}, role), images.map(index => picture(index, 180)), el("pre", {tabindex: 0}, text));
+const message = ([role, parts]) => el("div", {class: "message"}, el("span", {class: "label"}, role), parts.map(part => typeof part === "string" ? el("pre", {tabindex: 0}, part) : picture(part, 180)));
 
 // ---- what came of it: the sentence, the results on one scale, the facts
 document.title = $("title").textContent = data.title;
@@ -45,6 +45,9 @@ $("table").append(
   el("tbody", {}, data.results.map(({policy, main, success, others}) => el("tr", {class: main ? "main" : null}, el("th", {scope: "row"}, policy), el("td", {class: "on"}, interval(success)),
     el("td", {}, el("b", {}, success[0].toFixed(3)), el("span", {class: "muted"}, ` [${success[1].toFixed(3)}, ${success[2].toFixed(3)}]`)),
     others.map(value => el("td", {class: "value extra"}, value == null ? "" : value.toFixed(Math.abs(value) < 10 ? 3 : 1).replace("-", "\u2212")))))));
+$("results").after(...data.tags.map(({tag, columns, rows}) => el("div", {class: "card scroll tags", tabindex: 0, role: "region", "aria-label": `Success by ${tag}`}, el("table", {},
+  el("thead", {}, el("tr", {}, el("th", {scope: "col"}, `success by ${tag}`), ["episodes", ...columns].map(name => el("th", {scope: "col", class: "value"}, name)))),
+  el("tbody", {}, rows.map(([value, episodes, shares]) => el("tr", {}, el("th", {scope: "row"}, value), [String(episodes), ...shares.map(share => share == null ? "" : share.toFixed(3))].map(text => el("td", {class: "value"}, text)))))))));
 function copy(text, button, shown) {
   const told = said => { button.textContent = said; setTimeout(() => button.textContent = "Copy", 1500); };
   const select = () => { getSelection().selectAllChildren(shown); told("Selected"); };  // where a page may not copy
@@ -123,8 +126,8 @@ $("numbers").append(...data.groups.map(({name, title, says, columns, rows}) => {
 $("data").hidden = !data.examples.length;
 $("data").querySelector("p").textContent = "Rows of the data: what the model is asked, what it is to say, and what it says now.";
 $("rows").append(...data.examples.map(({prompt, answer, reply}) => {
-  const [, text, images] = data.messages[prompt.at(-1)], given = prompt.map(index => data.messages[index]);
-  return el("article", {class: "card example"}, el("div", {class: "seen"}, images.map(index => picture(index, 130)), el("p", {class: "asked", tabindex: 0}, text)),
+  const [, parts] = data.messages[prompt.at(-1)], given = prompt.map(index => data.messages[index]);
+  return el("article", {class: "card example"}, el("div", {class: "seen"}, parts.map(part => typeof part === "string" ? el("p", {class: "asked", tabindex: 0}, part) : picture(part, 130))),
     el("div", {}, el("h3", {}, "To be learned"), el("pre", {tabindex: 0}, answer)),
     reply == null ? null : el("div", {}, el("h3", {}, "The model says ", reply === answer ? el("span", {class: "badge success"}, "the same") : el("span", {class: "badge time_limit"}, "something else")),
       reply === answer ? null : el("pre", {tabindex: 0}, reply)),
@@ -140,7 +143,7 @@ function told(turn) {
     el("div", {}, el("h3", {}, "Thought"), el("p", {class: thought ? "thought" : "muted"}, thought || "none in this reply")),
     el("div", {}, el("h3", {}, "Action"), el("span", {class: "action" + (turn.action == null ? " wrong" : "")}, turn.action ?? "no legal action"),
       turn.error && el("p", {class: "wrong"}, turn.error)),
-    el("dl", {}, fact("reward", signed(turn.reward)), fact("value", turn.value == null ? null : number(turn.value)), fact("expert", turn.expert, turn.expert != null && turn.expert !== turn.action && at === episode.strayed),
+    el("dl", {}, fact("reward", signed(turn.reward)), turn.bonuses.map(([name, value]) => fact(`of it ${words(name)}`, signed(value))), fact("value", turn.value == null ? null : number(turn.value)), fact("expert", turn.expert, turn.expert != null && turn.expert !== turn.action && at === episode.strayed),
       turn.metrics.map(([name, value]) => fact(words(name), number(value))), turn.finish === "length" ? fact("reply", "cut at its length limit", true) : null),
     el("div", {}, el("h3", {}, "Reply as written"), el("pre", {tabindex: 0}, turn.reply.map(([kind, text]) =>
       kind ? el("mark", {class: kind === "action" ? "act" : ""}, text) : text))),

@@ -5,7 +5,6 @@ a run directory. The page itself is the package's `report.html` and `report.js`,
 """
 
 import base64
-import hashlib
 import io
 import json
 import logging
@@ -16,19 +15,20 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
 from vlm_agents import metrics as names
 from vlm_agents.errors import DataError
 from vlm_agents.files import atomic_write
 from vlm_agents.frames import observations
-from vlm_agents.pictures import as_shown
+from vlm_agents.pictures import Picture
+from vlm_agents.summary import by_tag
 from vlm_agents.types import Parsed, Prompt, Trajectory, Turn
 
 log = logging.getLogger(__name__)
 
 Points = Sequence[tuple[float, float]]
 Interval = tuple[float, float, float]  # a share, and its 95 % interval
+TAGGED = {"": "sampled", "_greedy": "greedy", "_random": "random", "_expert": "expert"}  # panels, by tag
+BLANK = names.Metric("", "")
 DIGITS = 6  # of a curve's numbers, significant ones: what a screen shows is less
 
 
@@ -103,7 +103,7 @@ def strayed(trajectory: Trajectory) -> int | None:
         before, after = turn.observation.advice, turn.step.observation.advice
         if before is None:
             return None
-        if turn.parsed.action == before.action or (turn.step.terminated and turn.step.metrics.get("success")):
+        if turn.parsed.action == before.action or (turn.step.terminated and turn.step.success):
             continue
         left = math.inf if turn.step.terminated or after is None or after.distance is None else after.distance
         if before.distance is None or left >= before.distance:
@@ -142,6 +142,7 @@ def write_report(
             for result in results
         ],
         "curves": [drawn for drawn in map(_curve, curves) if drawn["points"]],
+        "tags": _tags(metrics or {}),
         "groups": _groups(metrics or {}),
         "episodes": [_episode(shown, pool) for shown in episodes],
         "examples": [
@@ -162,7 +163,7 @@ def _resource(name: str) -> str:
 
 
 def _curve(curve: Curve) -> dict[str, object]:
-    metric = names.parts(curve.name).metric or names.Metric("", "")
+    metric = names.parts(curve.name).metric or BLANK
     keep = [index for index, point in enumerate(curve.points) if all(map(math.isfinite, point))]
     return {
         "name": curve.name,
@@ -181,6 +182,20 @@ def _short(values: Sequence[float]) -> list[float]:
     return [float(f"{value:.{DIGITS}g}") for value in values]
 
 
+def _tags(metrics: Mapping[str, float]) -> list[dict[str, object]]:
+    """Success by tag: a table a tag, a row a value, a column a policy."""
+    panels = {words: by_tag(metrics, variant) for variant, words in TAGGED.items()}
+    tables: list[dict[str, object]] = []
+    for tag, values in panels["sampled"].items():
+        columns = [words for words, panel in panels.items() if tag in panel]
+        rows = [
+            [value, episodes, [panels[words][tag].get(value, (None, 0))[0] for words in columns]]
+            for value, (_, episodes) in values.items()
+        ]
+        tables.append({"tag": tag, "columns": columns, "rows": rows})
+    return tables
+
+
 def _groups(metrics: Mapping[str, float]) -> list[dict[str, object]]:
     """The metrics as one table a group, a row a metric and a column a variant; names that nobody explained come too."""
     found: dict[str, dict[str, dict[str, float | None]]] = {}
@@ -191,7 +206,6 @@ def _groups(metrics: Mapping[str, float]) -> list[dict[str, object]]:
     groups: list[dict[str, object]] = []
     for key in sorted(found, key=lambda key: list(names.GROUPS).index(key) if key in names.GROUPS else len(found)):
         group, columns = names.GROUPS.get(key), list(dict.fromkeys(c for row in found[key].values() for c in row))
-        known = group.metrics if group else {}
         groups.append(
             {
                 "name": key,
@@ -199,7 +213,11 @@ def _groups(metrics: Mapping[str, float]) -> list[dict[str, object]]:
                 "says": group.says if group else "",
                 "columns": columns,
                 "rows": [
-                    [base, *known.get(base, names.Metric("", "")), [row.get(column) for column in columns]]
+                    [
+                        base,
+                        *(names.Name(key, base).metric or names.Metric("", "")),
+                        [row.get(column) for column in columns],
+                    ]
                     for base, row in found[key].items()
                 ],
             }
@@ -212,34 +230,26 @@ class _Pool:
 
     def __init__(self) -> None:
         self.images: list[tuple[str, int, int]] = []  # data URL, width, height
-        self.messages: list[tuple[str, str, list[int]]] = []  # role, text, images
+        self.messages: list[tuple[str, list[str | int]]] = []  # role; texts, and the indices of images
         self._index: dict[object, int] = {}
-        self._places: dict[int, int] = {}  # by the identity of images that the episodes hold
 
-    def add_images(self, images: Sequence[Image.Image]) -> list[int]:
-        for image in images:
-            if id(image) not in self._places:  # a frame comes back in every later prompt: look at it once
-                self._places[id(image)] = self._add_image(as_shown(image))
-        return [self._places[id(image)] for image in images]
-
-    def _add_image(self, image: Image.Image) -> int:
-        key = image.size, hashlib.sha256(image.tobytes()).digest()
-        if key not in self._index:
-            self._index[key] = len(self.images)
+    def add_image(self, picture: Picture) -> int:
+        if picture.key not in self._index:
+            self._index[picture.key] = len(self.images)
             buffer = io.BytesIO()
-            image.save(buffer, "PNG", optimize=True)
+            picture.image.save(buffer, "PNG", optimize=True)
             url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-            self.images.append((url, *image.size))
-        return self._index[key]
+            self.images.append((url, *picture.size))
+        return self._index[picture.key]
 
     def add_messages(self, prompt: Prompt) -> list[int]:
         indices = []
         for message in prompt:
-            images = self.add_images(message.images)
-            key = message.role, message.text, tuple(images)
+            parts = [part if isinstance(part, str) else self.add_image(part) for part in message.parts]
+            key = message.role, *parts
             if key not in self._index:
                 self._index[key] = len(self.messages)
-                self.messages.append((message.role, message.text, images))
+                self.messages.append((message.role, parts))
             indices.append(self._index[key])
         return indices
 
@@ -256,7 +266,9 @@ def _episode(shown: Shown, pool: _Pool) -> dict[str, object]:
         "error": trajectory.error,
         "return": _finite(trajectory.total_reward),
         "turns": [_turn(turn, pool) for turn in trajectory.turns],
-        "seen": [(pool.add_images(seen.images), seen.text) for seen in observations(trajectory)],
+        "seen": [
+            ([pool.add_image(picture) for picture in seen.images], seen.text) for seen in observations(trajectory)
+        ],
     }
 
 
@@ -269,10 +281,16 @@ def _turn(turn: Turn, pool: _Pool) -> dict[str, object]:
         "action": turn.parsed.action,
         "error": turn.parsed.error,
         "expert": advice.action if advice else None,
-        "reward": _finite(turn.step.reward),
+        "reward": _finite(turn.reward),
+        "bonuses": [(name, _finite(value)) for name, value in turn.bonuses.items()],
         "value": _finite(turn.reply.value),
-        "metrics": [(name, _finite(value)) for name, value in turn.step.metrics.items()],
+        "metrics": [(name, _finite(value)) for name, value in _figures(turn).items()],
     }
+
+
+def _figures(turn: Turn) -> dict[str, float]:
+    step, rated = turn.step, {} if turn.rating is None else {"rating": turn.rating}
+    return {"success": step.success, "legal": step.legal, "changed": step.changed, **step.metrics, **rated}
 
 
 def _pieces(text: str, parsed: Parsed) -> list[tuple[str, str]]:

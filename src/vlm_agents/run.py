@@ -12,7 +12,6 @@ append-only file; resuming cuts them back to that, so a run that was killed leav
 """
 
 import dataclasses
-import hashlib
 import io
 import json
 import logging
@@ -51,6 +50,7 @@ from vlm_agents.files import append_line, atomic_write, cut_after, hold, last_li
 from vlm_agents.inputs import INPUTS, hashes, inputs_of, refuse_other_inputs
 from vlm_agents.lineage import as_taught, differences, refuse_nonsense
 from vlm_agents.progress import say
+from vlm_agents.seeds import stable_hash
 from vlm_agents.tracking import Tracker
 from vlm_agents.versions import versions
 from vlm_agents.weights import (
@@ -71,27 +71,6 @@ log = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
 # What an option of a group is called inside the group, and the word that chooses it: each brings settings of its own.
 CHOSEN = {"env.family": "env", "model.name": "model", "prompt.format": "prompt", "hardware.name": "hardware"}
-TRAINING_SEEDS = 2**30  # training seeds lie below, held-out panels at or above it: disjoint by construction
-
-
-def stable_hash(*words: object) -> int:
-    """64 bits that depend on the words alone, not on the process."""
-    return int.from_bytes(hashlib.blake2b("\0".join(map(str, words)).encode(), digest_size=8).digest(), "big")
-
-
-def training_seed(run_seed: int, iteration: int, episode: int) -> int:
-    """Seed of a training episode, in [0, 2^30)."""
-    return stable_hash("training", run_seed, iteration, episode) % TRAINING_SEEDS
-
-
-def panel_seeds(env_id: str, n: int) -> list[int]:
-    """The first `n` held-out seeds of an env, in [2^30, 2^31): the same for every run seed, model and policy."""
-    return [TRAINING_SEEDS + stable_hash("panel", env_id, index) % TRAINING_SEEDS for index in range(n)]
-
-
-def held_out(seed: int) -> bool:
-    """Is it kept for panels, and never trained on?"""
-    return seed >= TRAINING_SEEDS
 
 
 def seed_everything(seed: int) -> None:

@@ -12,9 +12,9 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
+from vlm_agents.pictures import Picture
 from vlm_agents.types import Prompt, Span
 
 
@@ -27,7 +27,7 @@ class Row:
 
     ident: str
     input_ids: np.ndarray
-    images: tuple[Image, ...]
+    images: tuple[Picture, ...]
     spans: tuple[Span, ...]
 
     def __len__(self) -> int:
@@ -40,7 +40,7 @@ class Row:
 
 
 def reply_row(
-    ident: str, prompt_ids: Sequence[int] | np.ndarray, reply_ids: Sequence[int], images: tuple[Image, ...]
+    ident: str, prompt_ids: Sequence[int] | np.ndarray, reply_ids: Sequence[int], images: tuple[Picture, ...]
 ) -> Row:
     """The row of one prompt and its reply."""
     ids = np.concatenate([np.asarray(prompt_ids, dtype=np.int64), np.asarray(reply_ids, dtype=np.int64)])
@@ -52,7 +52,7 @@ class Rendered:
     """A prompt as the model sees it, up to and including the assistant header."""
 
     ids: np.ndarray
-    images: tuple[Image, ...]
+    images: tuple[Picture, ...]
 
 
 @dataclass(frozen=True, slots=True)

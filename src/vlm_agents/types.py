@@ -1,19 +1,24 @@
 """The nouns of an episode: what an env shows, what a policy says, what came of it.
 
-Frozen records without behaviour beyond derived values; stdlib, numpy and PIL only. Whatever can be
-derived is a property, so that it can't disagree after a reload.
+Frozen records without behaviour beyond derived values; stdlib and numpy only. Whatever can be
+derived is a property, so that it can't disagree after a reload. Pictures are those of `pictures`.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import reduce
+from operator import add
+from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL.Image import Image
+
+from vlm_agents.pictures import Picture
 
 Role = Literal["system", "user", "assistant", "tool"]
-Stop = Literal["success", "failure", "time_limit", "invalid", "env_error"]
+Stop = Literal["success", "failure", "time_limit", "invalid", "too_long", "env_error"]
+Source = Literal["model", "expert", "random", "server"]
 Span = tuple[int, int]
+Part = str | Picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,39 +37,56 @@ class Advice:
 class Observation:
     """What an env shows before a turn. `legal_actions` None means free text.
 
-    `state_key` names the state of the world for loop counting: equal keys, equal situation.
+    `state_key` names the state of the world for loop counting: equal keys, equal situation. `tags` say of what kind an
+    episode is (task, game file, category); those of its first observation count.
     """
 
     text: str
-    images: tuple[Image, ...] = ()
+    images: tuple[Picture, ...] = ()
     legal_actions: tuple[str, ...] | None = None
     state_key: str = ""
     advice: Advice | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What came of an action. `metrics` holds success, legal, changed, progress ... as floats."""
+    """What came of an action: was it `legal`, has it `changed` what `state_key` names, is the game won?
+
+    `reward` is what the env paid. `metrics` are the env's own figures, such as progress; those of an episode's last
+    step are averaged over episodes.
+    """
 
     observation: Observation
     reward: float
     terminated: bool
     truncated: bool
+    success: bool
+    legal: bool
+    changed: bool
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One chat message; its images stand before its text.
+    """One chat message: texts and pictures, in the order in which they are read.
 
     `token_ids` are set on an assistant message that a model sampled earlier in the episode: the exact ids,
     so that the reply is never tokenised anew.
     """
 
     role: Role
-    text: str
-    images: tuple[Image, ...] = ()
+    parts: tuple[Part, ...]
     token_ids: tuple[int, ...] | None = None
+
+    @property
+    def text(self) -> str:
+        """All that is said in words."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def images(self) -> tuple[Picture, ...]:
+        return tuple(part for part in self.parts if isinstance(part, Picture))
 
 
 Prompt = tuple[Message, ...]
@@ -79,13 +101,23 @@ class Query:
     rng: np.random.Generator
 
 
+class Sampling(NamedTuple):
+    """How a reply is sampled: at most `max_tokens` long, and ended by the first of the `stop` texts too."""
+
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+    greedy: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
     """What a policy answered. Scripted and remote policies leave the token fields empty.
 
-    `token_ids` end with the end-of-turn token when `finish` is "stop"; `logprobs` are natural, fp32, one per token,
-    under the sampling temperature and the banned-token mask; `entropy` is the mean over the reply's tokens, in nats;
-    `value` is the critic's estimate of the return before this reply.
+    `source` is who answered: what was drawn at `random` was meant by nobody, and is never a label. `token_ids` end
+    with the end-of-turn token, or with the token that ended a stop text, when `finish` is "stop"; `logprobs` are
+    natural, fp32, one per token, under the sampling temperature and the banned-token mask; `entropy` is the mean over
+    the reply's tokens, in nats, or that of the random draw; `value` is the critic's estimate of the return before this
+    reply.
     """
 
     text: str
@@ -95,32 +127,52 @@ class Reply:
     value: float | None = None
     entropy: float | None = None
     finish: Literal["stop", "length"] = "stop"
+    source: Source = "model"
 
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
-    """What the prompt format read in a reply. Spans are character ranges of `Reply.text`."""
+    """What the prompt format read in a reply. Spans are character ranges of `Reply.text`.
+
+    Either there is an `error`, or an action: `choices` are the probabilities of those that the reply leaves it to
+    chance to draw from; `action` is None until one is drawn.
+    """
 
     action: str | None
     thought_span: Span | None = None
     action_span: Span | None = None
     error: str | None = None
+    choices: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One exchange: exactly what the policy saw and said, and what the world did."""
+    """One exchange: exactly what the policy saw and said, and what the world did.
+
+    `rating` is a rater's, 0 to 10. `bonuses` are rewards beside the env's, each by its name; a penalty is below 0.
+    """
 
     observation: Observation
     prompt: Prompt
     reply: Reply
     parsed: Parsed
     step: Step
+    rating: float | None = None
+    bonuses: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def reward(self) -> float:
+        """What is trained on."""
+        return reduce(add, self.bonuses.values(), self.step.reward)  # sum() would round otherwise
 
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """One whole episode. `bootstrap` is the value after the last turn, not zero only if that turn was truncated."""
+    """One whole episode. The members of one seed began alike and were played apart.
+
+    `bootstrap` is the value after the last turn, not zero only if the episode was cut off there: by the env, or since
+    the next prompt was too long. Then, and after an env's error, `error` says what was wrong.
+    """
 
     env: str
     seed: int
@@ -129,10 +181,12 @@ class Trajectory:
     stop: Stop
     bootstrap: float = 0.0
     error: str | None = None
+    member: int = 0
+    tags: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def total_reward(self) -> float:
-        return float(sum(turn.step.reward for turn in self.turns))
+        return float(sum(turn.reward for turn in self.turns))
 
     @property
     def success(self) -> bool:

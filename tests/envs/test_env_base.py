@@ -86,7 +86,7 @@ def test_experts_advise_legal_actions_and_bring_most_episodes_to_success(
             assert now.advice.action in now.legal_actions
             step = env.step(now.advice.action)
             now, over = step.observation, step.terminated or step.truncated
-            solved += bool(step.metrics["success"])
+            solved += bool(step.success)
     assert solved >= {"blackjack": 1, "points24": 4}.get(cfg.family, 10)
 
 
@@ -114,7 +114,7 @@ class Flatters(EchoEnv):
 
     def step(self, action: str | None) -> Step:
         step = super().step(action)
-        return replace(step, metrics={**step.metrics, "legal": 1.0})
+        return replace(step, legal=True)
 
 
 class Stands(EchoEnv):
@@ -122,7 +122,7 @@ class Stands(EchoEnv):
 
     def step(self, action: str | None) -> Step:
         step = super().step(action)
-        return replace(step, metrics={**step.metrics, "changed": 0.0})
+        return replace(step, changed=False)
 
 
 class Muddles(EchoEnv):

@@ -121,7 +121,7 @@ def table(dealer: str, player: str, **settings) -> CardEnv:
 )
 def test_hands_are_compared(dealer: str, player: str, reward: float) -> None:
     step = table(dealer, player).step("stand")
-    assert (step.reward, step.terminated, step.metrics["success"]) == (reward, True, float(reward > 0))
+    assert (step.reward, step.terminated, step.success) == (reward, True, float(reward > 0))
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_the_dealer_s_hand_is_seen_when_it_is_over_and_not_before() -> None:
             env = table(f"KH {hidden}", "2C 3D", compat=compat, observation="both")
             passed = env.game.render()
             last = env.step("stand").observation
-            pictures.append((passed, np.asarray(last.images[0])))
+            pictures.append((passed, np.asarray(last.images[0].image)))
             assert last.text.splitlines()[0] == (f"Dealer: K {hidden[0]}" if compat == "ours" else "Dealer: K ?")
         (before, after), (other_before, other_after) = pictures
         np.testing.assert_array_equal(before, other_before)

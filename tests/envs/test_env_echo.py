@@ -30,11 +30,11 @@ def test_naming_every_colour_earns_one(turns: int) -> None:
     steps = []
     for turn in range(turns):
         assert now.text == f"Turn {turn + 1} of {turns}. Name the colour."
-        steps.append(env.step(shown(env, np.asarray(now.images[0]))))
+        steps.append(env.step(shown(env, np.asarray(now.images[0].image))))
         now = steps[-1].observation
     assert [step.reward for step in steps] == [1 / turns] * turns
     assert [step.terminated for step in steps] == [False] * (turns - 1) + [True]
-    assert [step.metrics["success"] for step in steps] == [0.0] * (turns - 1) + [1.0]
+    assert [step.success for step in steps] == [0.0] * (turns - 1) + [1.0]
 
 
 def test_one_wrong_answer_costs_its_share_and_the_success() -> None:
@@ -42,13 +42,13 @@ def test_one_wrong_answer_costs_its_share_and_the_success() -> None:
     now = env.reset(0)
     steps = []
     for turn in range(4):
-        right = shown(env, np.asarray(now.images[0]))
+        right = shown(env, np.asarray(now.images[0].image))
         wrong = "red" if right == "green" else "green"
         steps.append(env.step(wrong if turn == 2 else right))
         now = steps[-1].observation
     assert [step.reward for step in steps] == [0.25, 0.25, 0.0, 0.25]
     assert steps[-1].terminated
-    assert steps[-1].metrics["success"] == 0.0
+    assert steps[-1].success == 0.0
 
 
 def test_no_answer_is_never_the_right_one() -> None:
@@ -85,4 +85,4 @@ def test_all_colours_come_and_differ_clearly() -> None:
 def test_the_picture_is_one_colour() -> None:
     now = EchoEnv(EchoConfig()).reset(1)
     assert now.images[0].size == (56, 56)
-    assert len(np.unique(np.asarray(now.images[0]).reshape(-1, 3), axis=0)) == 1
+    assert len(np.unique(np.asarray(now.images[0].image).reshape(-1, 3), axis=0)) == 1

@@ -77,14 +77,14 @@ def test_words_are_actions_wherever_the_space_begins() -> None:
     env = climbed()
     assert env.instructions == "Climb. Actions: down, up."
     step = env.step("up")
-    assert (step.reward, step.terminated, step.metrics["success"]) == (1.0, True, 1.0)
+    assert (step.reward, step.terminated, step.success) == (1.0, True, 1.0)
 
 
 def test_a_passing_turn_steps_no_game_but_counts() -> None:
     env = make_env(config())
     before = env.reset(0)
     steps = [env.step(word) for word in (None, "fly", "up", "down", None, None)]
-    assert [step.metrics["legal"] for step in steps] == [0, 0, 1, 1, 0, 0]
+    assert [step.legal for step in steps] == [0, 0, 1, 1, 0, 0]
     assert steps[1].observation == before
     assert [step.truncated for step in steps] == [False] * 5 + [True]  # the id's own limit is six
 
@@ -100,7 +100,7 @@ def test_what_is_legal_is_the_mask_s() -> None:
     assert env.reset(0).legal_actions == ("down", "up")
     step = env.step("down")
     assert step.observation.legal_actions == ("up",)
-    assert env.step("down").metrics["legal"] == 0.0
+    assert env.step("down").legal == 0.0
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_what_is_legal_is_the_mask_s() -> None:
     ],
 )
 def test_what_success_is(settings: dict[str, Any], top: float, success: float) -> None:
-    assert climbed(kwargs={"top": top}, **settings).step("up").metrics["success"] == success
+    assert climbed(kwargs={"top": top}, **settings).step("up").success == success
 
 
 @pytest.mark.parametrize(("state", "changed"), [("observation", 0.0), ("picture", 1.0), ("floor", 1.0)])
@@ -123,7 +123,7 @@ def test_what_names_the_state(state: str, changed: float) -> None:
     env = make_env(config(state=state))
     env.reset(0)
     env.step("down")
-    assert env.step("up").metrics["changed"] == changed
+    assert env.step("up").changed == changed
 
 
 @pytest.mark.parametrize(("picture", "size"), [(None, (20, 10)), (40, (40, 20)), (8, (8, 4))])

@@ -45,13 +45,13 @@ def test_a_cell_is_28_pixels(env_id: str, view: str, size: tuple[int, int]) -> N
 def test_the_full_view_is_minigrids_picture_without_the_highlight(env_id: str) -> None:
     game = started(env_id)
     for action in ("turn left", "go forward", "go forward", "pick up", "toggle"):
-        picture = np.asarray(game.step(action).observation.images[0])
+        picture = np.asarray(game.step(action).observation.images[0].image)
         np.testing.assert_array_equal(picture, game.world.get_full_render(highlight=False, tile_size=28))
 
 
 def test_the_agent_view_is_minigrids_partial_view() -> None:
     game = started("MiniGrid-DoorKey-8x8-v0", view="agent")
-    picture = np.asarray(game.step("turn left").observation.images[0])
+    picture = np.asarray(game.step("turn left").observation.images[0].image)
     np.testing.assert_array_equal(picture, game.world.get_pov_render(tile_size=28))
 
 
@@ -79,7 +79,7 @@ def test_the_mission_is_the_text() -> None:
 def test_reward_is_minigrids_formula_under_our_limit() -> None:
     last = play(started("MiniGrid-Empty-5x5-v0", max_steps=10), *WAY)
     assert last.reward == pytest.approx(0.55, rel=1e-12)  # 1 - 0.9 * 5/10
-    assert (last.terminated, last.truncated, last.metrics["success"]) == (True, False, 1.0)
+    assert (last.terminated, last.truncated, last.success) == (True, False, 1.0)
     own = play(started("MiniGrid-Empty-5x5-v0"), *WAY)
     assert own.reward == pytest.approx(0.955, rel=1e-12)  # its own limit is 4 * 5 * 5: 1 - 0.9 * 5/100
 
@@ -87,7 +87,7 @@ def test_reward_is_minigrids_formula_under_our_limit() -> None:
 def test_success_on_the_last_turn_is_not_truncated() -> None:
     last = play(started("MiniGrid-Empty-5x5-v0", max_steps=5), *WAY)
     assert last.reward == pytest.approx(0.1, rel=1e-12)  # 1 - 0.9 * 5/5
-    assert (last.terminated, last.truncated, last.metrics["success"]) == (True, False, 1.0)
+    assert (last.terminated, last.truncated, last.success) == (True, False, 1.0)
 
 
 @pytest.mark.parametrize("env_id", ["MiniGrid-Empty-5x5-v0", "BabyAI-GoToLocal-v0"])
@@ -107,7 +107,7 @@ def test_lava_ends_without_success() -> None:
     assert cell
     assert cell.type == "lava"
     last = game.step("go forward")
-    assert (last.terminated, last.truncated, last.reward, last.metrics["success"]) == (True, False, 0.0, 0.0)
+    assert (last.terminated, last.truncated, last.reward, last.success) == (True, False, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("word", [None, "done", "Turn left", ""])
@@ -119,7 +119,7 @@ def test_no_legal_action_lets_the_turn_pass(env_id: str, word: str | None) -> No
     before = game.reset(0)
     step = game.step(word)
     assert step.observation == before
-    assert step.metrics == {"success": 0.0, "legal": 0.0, "changed": 0.0}
+    assert (step.success, step.legal, step.changed) == (False, False, False)
     assert game.world.step_count == 1
 
 
@@ -131,9 +131,9 @@ def test_no_action_is_not_done() -> None:
 
 def test_changed_is_about_the_world_not_about_legality() -> None:
     game = started("MiniGrid-Empty-5x5-v0")  # at (1,1), a wall above
-    assert play(game, "turn left").metrics["changed"] == 1.0
+    assert play(game, "turn left").changed == 1.0
     bump = game.step("go forward")
-    assert (bump.metrics["legal"], bump.metrics["changed"]) == (1.0, 0.0)
+    assert (bump.legal, bump.changed) == (1.0, 0.0)
 
 
 def test_equal_situations_have_equal_keys() -> None:

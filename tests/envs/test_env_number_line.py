@@ -64,8 +64,8 @@ def test_random_play_has_the_original_s_success() -> None:
             while not over:
                 step = env.step(env.words[rng.integers(2)] if env is ours else None)
                 over = step.terminated or step.truncated
-                reached += step.metrics["success"] if env is ours else 0
-                clean += step.metrics["success"] if env is theirs else 0
+                reached += step.success if env is ours else 0
+                clean += step.success if env is theirs else 0
     assert reached / count == pytest.approx(0.611, abs=0.039)  # 4 sd of 0.0098
     assert clean / count == pytest.approx(0.283, abs=0.036)  # 4 sd of 0.0090
 
@@ -78,7 +78,7 @@ def test_a_slip_is_success_here_and_none_there() -> None:
         rewards = [env.step(word).reward for word in ("-", "+", "+")]
         last = env.step("+")
         assert rewards == [-1.0, 0.0, 0.0]
-        assert (last.reward, last.terminated, last.metrics["success"]) == (1.0, True, success)
+        assert (last.reward, last.terminated, last.success) == (1.0, True, success)
 
 
 def test_at_an_edge_nothing_moves_and_it_costs() -> None:
@@ -87,7 +87,7 @@ def test_at_an_edge_nothing_moves_and_it_costs() -> None:
     env.game.target, env.game.current = 3, 0  # type: ignore[union-attr]
     env.step(None)
     step = env.step("-")
-    assert (step.reward, step.metrics["legal"], step.metrics["changed"]) == (-1.0, 1.0, 0.0)
+    assert (step.reward, step.legal, step.changed) == (-1.0, 1.0, 0.0)
 
 
 def test_what_it_says() -> None:

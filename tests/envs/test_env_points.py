@@ -302,16 +302,16 @@ def test_arithmetic_is_exact_here_and_python_s_there(
 ) -> None:
     last = play(hold(PointsConfig(compat=compat), *ranks), formula)[-1]
     reward = ours if compat == "ours" else theirs
-    assert (last.reward, last.terminated, last.metrics["success"]) == (reward, True, float(reward > 0))
+    assert (last.reward, last.terminated, last.success) == (reward, True, float(reward > 0))
 
 
 def test_a_number_that_is_not_in_the_hand_costs_one_and_leaves_a_blank() -> None:
     env = hold(EZPointsConfig(), 5, 7)
     steps = play(env, "5 5 + 9 7 =")
     assert [step.reward for step in steps] == [0, -1, 0, -1, 0, 10]
-    assert [step.metrics["legal"] for step in steps] == [1.0] * 6
+    assert [step.legal for step in steps] == [1.0] * 6
     assert steps[4].observation.text == "Formula: 5 _ + _ 7"
-    assert sum(step.metrics["changed"] for step in steps) == 6
+    assert sum(step.changed for step in steps) == 6
     assert play(hold(EZPointsConfig(compat="rl4vlm"), 5, 7), "5 5 +")[-1].observation.text == "Formula: 5   +"
 
 
@@ -332,7 +332,7 @@ def test_symbols_stand_in_the_original_s_order() -> None:
     by_rank = CardEnv(PointsConfig(faces="rank"))
     assert by_rank.words == (*map(str, range(1, 14)), "+", "-", "*", "/", "(", ")", "=")
     assert play(hold(PointsConfig(faces="rank"), 13, 11, 1, 1), "13 + 11 + 1 - 1 =")[-1].reward == 10
-    assert play(hold(PointsConfig(), 13, 11, 1, 1), "13")[-1].metrics["legal"] == 0
+    assert play(hold(PointsConfig(), 13, 11, 1, 1), "13")[-1].legal == 0
 
 
 def test_info_is_a_copy() -> None:

@@ -35,7 +35,7 @@ def play(env: Env, seed: int, strays: float, rng: np.random.Generator) -> float:
         moves = ("turn left", "turn right", "go forward", "pick up", "drop", None)
         step = env.step(moves[rng.integers(len(moves))] if wander else now.advice.action)
         if step.terminated or step.truncated:
-            return step.metrics["success"]
+            return step.success
         now = step.observation
 
 

@@ -134,7 +134,7 @@ def test_what_can_be_solved_is_solved_in_as_many_steps_as_said(cfg: CardsConfig)
             assert distance
             assert advice is None or advice.distance == distance - 1
         assert step.terminated
-        assert step.metrics["success"] == 1
+        assert step.success == 1
 
 
 def test_blackjack_is_advised_until_it_is_over():
@@ -149,7 +149,7 @@ def test_blackjack_is_advised_until_it_is_over():
             step = env.step(advice.action)
             advice = step.observation.advice
         assert advice is None
-        won += step.metrics["success"]
+        won += step.success
     assert 0 < won < 20
 
 

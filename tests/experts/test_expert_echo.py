@@ -19,7 +19,7 @@ def test_expert_names_every_colour() -> None:
         step = env.step(advice.action)
         advice = step.observation.advice
     assert advice is None
-    assert step.metrics["success"] == 1.0
+    assert step.success == 1.0
 
 
 def test_after_a_mistake_the_rest_still_earns() -> None:

@@ -86,7 +86,7 @@ def test_every_room_of_sokoban_can_be_solved(kwargs: dict) -> None:
             now, steps = step.observation, steps + 1
             assert step.terminated or (now.advice and now.advice.distance == distance - steps)
         assert step
-        assert (step.metrics["success"], steps) == (1.0, distance)
+        assert (step.success, steps) == (1.0, distance)
 
 
 def test_a_box_in_a_corner_is_lost() -> None:

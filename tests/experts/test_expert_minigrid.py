@@ -52,7 +52,7 @@ def test_expert_wins_in_as_many_steps_as_it_said(env_id: str) -> None:
             steps.append(env.step(advice.action))
             advice = steps[-1].observation.advice
         assert distances == list(range(len(steps), 0, -1))  # one less at each step: nothing was mispredicted
-        assert steps[-1].metrics["success"] == 1.0
+        assert steps[-1].success == 1.0
         assert steps[-1].reward > 0
 
 
@@ -142,7 +142,7 @@ def test_expert_recovers_from_random_moves(env_id: str) -> None:
             assert now.legal_actions
             strays = rng.random() < 0.3
             step = env.step(str(rng.choice(now.legal_actions)) if strays else now.advice.action)
-            success = step.metrics["success"] if step.terminated or step.truncated else None
+            success = step.success if step.terminated or step.truncated else None
             now = step.observation
         assert success == 1.0
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from vlm_agents.learn.credit import gae_by_turn, normalised
 from vlm_agents.learn.samples import Sample, build
+from vlm_agents.pictures import Picture
 from vlm_agents.tensors import Row, Scores
 from vlm_agents.types import Message, Observation, Parsed, Reply, Step, Stop, Trajectory, Turn
 
@@ -90,11 +90,11 @@ def make_turn() -> Callable[..., Turn]:
         reward: float = 0.0,
         value: float | None = 0.0,
         logprobs: Sequence[float] | None = None,
-        images: tuple[Image.Image, ...] = (),
+        images: tuple[Picture, ...] = (),
     ) -> Turn:
         return Turn(
             observation=Observation("now"),
-            prompt=(Message("system", "play"), Message("user", "now", images)),
+            prompt=(Message("system", ("play",)), Message("user", (*images, "now"))),
             reply=Reply(
                 text="".join(WordRenderer.words[token] for token in reply),
                 prompt_token_ids=tuple(prompt),
@@ -103,7 +103,7 @@ def make_turn() -> Callable[..., Turn]:
                 value=value,
             ),
             parsed=Parsed("go"),
-            step=Step(Observation("next"), reward, terminated=False, truncated=False),
+            step=Step(Observation("next"), reward, False, False, False, True, True),
         )
 
     return make

@@ -9,12 +9,13 @@ from PIL import Image
 from vlm_agents.errors import TrainingError
 from vlm_agents.learn.credit import gae_by_turn, normalised
 from vlm_agents.learn.samples import Sample, build, to_targets, token_emphasis, usable
+from vlm_agents.pictures import Picture
 from vlm_agents.tensors import Renderer
 from vlm_agents.types import Message, Parsed, Reply, Trajectory, Turn
 
 MakeTurn = Callable[..., Turn]
 MakeEpisode = Callable[..., Trajectory]
-RED, BLUE = Image.new("RGB", (2, 2), "red"), Image.new("RGB", (2, 2), "blue")
+RED, BLUE = (Picture(Image.new("RGB", (2, 2), colour)) for colour in ("red", "blue"))
 
 
 def samples_of(episodes: Sequence[Trajectory], renderer: Renderer) -> list[Sample]:
@@ -65,7 +66,7 @@ def test_a_token_that_touches_the_action_is_action_even_inside_the_thought(rende
 # ---- samples ---------------------------------------------------------------------------------------------------------
 def test_a_sample_is_exactly_what_was_sampled(renderer: Renderer, make_turn: MakeTurn, make_episode: MakeEpisode):
     turn = make_turn([2, 9], [5, 3, 1], reward=1.0, value=0.25, logprobs=[-0.1, -0.2, -0.3], images=(RED, BLUE))
-    turn = replace(turn, prompt=(Message("user", "earlier", (BLUE,)), *turn.prompt), parsed=Parsed("go", (6, 7)))
+    turn = replace(turn, prompt=(Message("user", (BLUE, "earlier")), *turn.prompt), parsed=Parsed("go", (6, 7)))
     (sample,) = samples_of([make_episode(turn, seed=7)], renderer)
     assert sample.row.ident == "words/seed 7/turn 0"
     assert sample.row.input_ids.tolist() == [2, 9, 5, 3, 1]
@@ -119,7 +120,7 @@ def test_turns_that_differ_in_ids_or_pictures_stay_apart(
     make_turn: MakeTurn,
     make_episode: MakeEpisode,
     prompt: list[int],
-    images: tuple[Image.Image, ...],
+    images: tuple[Picture, ...],
 ):
     later = make_turn(prompt, [1, 1], images=images)
     assert len(samples_of([make_episode(make_turn([2, 3], [9, 1], images=(RED,)), later)], renderer)) == 2

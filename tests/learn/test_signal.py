@@ -10,10 +10,11 @@ from PIL import Image
 
 from vlm_agents.config import RunConfig
 from vlm_agents.learn.signal import METRIC, figures
+from vlm_agents.pictures import Picture
 from vlm_agents.stages.watch import Watch, conclude
 from vlm_agents.types import Observation, Parsed, Reply, Step, Trajectory, Turn
 
-SEEN = Observation("", (Image.fromarray(np.zeros((2, 2, 3), dtype=np.uint8)),))
+SEEN = Observation("", (Picture(Image.fromarray(np.zeros((2, 2, 3), dtype=np.uint8))),))
 
 
 def episode(rewards: Sequence[float], legal: Sequence[bool] | None = None, success: bool = False) -> Trajectory:
@@ -23,7 +24,7 @@ def episode(rewards: Sequence[float], legal: Sequence[bool] | None = None, succe
             prompt=(),
             reply=Reply("north\nwest" if good else "xyz"),
             parsed=Parsed(action="north") if good else Parsed(action=None, error="no action"),
-            step=Step(SEEN, reward, at == len(rewards) - 1, False, {"success": float(success)}),
+            step=Step(SEEN, reward, at == len(rewards) - 1, False, success, good, True),
         )
         for at, (reward, good) in enumerate(zip(rewards, legal or [True] * len(rewards), strict=True))
     ]

@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText
 from vlm_agents.config import HardwareConfig, ModelConfig, TrainableConfig
 from vlm_agents.models import Agent, load_agent
 from vlm_agents.models.tiny import build
+from vlm_agents.pictures import Picture
 from vlm_agents.tensors import Row, Scores, reply_row
 from vlm_agents.types import Message, Prompt, Reply
 
@@ -116,7 +117,7 @@ def picture() -> Callable[..., Image.Image]:
 @pytest.fixture(scope="session")
 def chats(picture: Callable[..., Image.Image]) -> list[Prompt]:
     """Prompts of mixed length with none, one or two pictures, some to be resized, after the same system message."""
-    system = Message("system", "You play a game on a grid. Answer as JSON with your thoughts and one action.")
+    system = Message("system", ("You play a game on a grid. Answer as JSON with your thoughts and one action.",))
     pictures = [
         (picture(84, 56, 1),),
         (),
@@ -124,7 +125,10 @@ def chats(picture: Callable[..., Image.Image]) -> list[Prompt]:
         (picture(84, 56, 4),),
         (picture(75, 100, 5),),
     ]
-    return [(system, Message("user", "what now? " * index + "go", now)) for index, now in enumerate(pictures)]
+    return [
+        (system, Message("user", (*map(Picture, now), "what now? " * index + "go")))
+        for index, now in enumerate(pictures)
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -135,8 +139,8 @@ def make_row() -> Callable[..., Row]:
         spans = []
         for index, reply in enumerate(replies):
             if index:
-                said = Message("assistant", "", token_ids=tuple(replies[index - 1]))
-                prompt = (*prompt, said, Message("user", "on"))
+                said = Message("assistant", ("",), token_ids=tuple(replies[index - 1]))
+                prompt = (*prompt, said, Message("user", ("on",)))
             start = len(agent.renderer.render(prompt).ids)
             spans.append((start, start + len(reply)))
         rendered = agent.renderer.render(prompt)

@@ -31,7 +31,7 @@ def rows(agent: Agent, chats: list[Prompt], make_row: MakeRow) -> list[Row]:
 def plain_scores(agent: Agent, row: Row) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs, entropies and values of one row out of transformers' own forward pass over all of it."""
     ids = torch.from_numpy(row.input_ids)[None]
-    pixels = agent.image_processor(images=list(row.images), return_tensors="pt") if row.images else {}
+    pixels = agent.image_processor(images=[one.image for one in row.images], return_tensors="pt") if row.images else {}
     kinds = (ids == agent.family.image_token_id).int()
     output = agent.model(input_ids=ids, mm_token_type_ids=kinds, output_hidden_states=True, **pixels)
     logits = output.logits[0] / agent.temperature
@@ -75,7 +75,9 @@ def test_scores_are_those_of_a_plain_forward_pass(load: Load, rows: list[Row], v
 
 
 def test_scores_depend_on_the_picture(agent: Agent, rows: list[Row], chats: list[Prompt], make_row: MakeRow):
-    other = make_row(agent, (chats[0][0], replace(chats[0][1], images=chats[3][1].images)), REPLIES[0])
+    other = make_row(
+        agent, (chats[0][0], replace(chats[0][1], parts=(*chats[3][1].images, chats[0][1].text))), REPLIES[0]
+    )
     assert (score(agent, [other]).logprobs - score(agent, rows[:1]).logprobs[:4]).abs().max() > 1e-2
 
 

@@ -10,11 +10,11 @@ from transformers import AutoModelForImageTextToText, DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from vlm_agents.models import Agent
-from vlm_agents.models.images import key_of
+from vlm_agents.pictures import Picture
 from vlm_agents.tensors import Row
 from vlm_agents.types import Prompt
 
-Picture = Callable[..., Image.Image]
+Noise = Callable[..., Image.Image]
 
 
 def test_the_cache_has_the_name_that_transformers_gives_it_now(agent: Agent):
@@ -39,7 +39,7 @@ def test_the_cache_has_the_name_that_transformers_gives_it_now(agent: Agent):
     ],
     ids=["exact", "resized", "mixed", "mixed, resized"],
 )
-def test_pixels_are_those_of_the_stock_processor(agent: Agent, picture: Picture, sizes: list[tuple[int, int]]):
+def test_pixels_are_those_of_the_stock_processor(agent: Agent, picture: Noise, sizes: list[tuple[int, int]]):
     images = [picture(*size, seed=seed) for seed, size in enumerate(sizes)]
     stock = agent.image_processor(images=images, return_tensors="pt")
     own = agent.family.pixels(images)
@@ -50,23 +50,23 @@ def test_pixels_are_those_of_the_stock_processor(agent: Agent, picture: Picture,
     assert tokens == (stock["image_grid_thw"].prod(-1) // 4).tolist()
 
 
-def test_pictures_without_three_channels_are_made_rgb(agent: Agent, picture: Picture):
+def test_pictures_without_three_channels_are_made_rgb(agent: Agent, picture: Noise):
     grey = picture(84, 56).convert("L")
     one, other = (agent.family.pixels([image])["pixel_values"] for image in (grey, grey.convert("RGB")))
     assert torch.equal(one, other)
 
 
-def test_pictures_are_told_apart_by_what_they_show(agent: Agent, picture: Picture):
+def test_pictures_are_told_apart_by_what_they_show(agent: Agent, picture: Noise):
     """A palette and transparency count: equal bytes need not look alike."""
     warm, cold = picture(84, 56).convert("P"), picture(84, 56).convert("P")
     cold.putpalette([255 - level for level in warm.getpalette() or []])
     clear = picture(84, 56).convert("RGBA")
     clear.putalpha(0)
     white = Image.new("RGB", clear.size, "white")
-    keys = [key_of(image) for image in (warm, cold, clear, white)]
+    keys = [Picture(image).key for image in (warm, cold, clear, white)]
     assert [keys.index(key) for key in keys] == [0, 1, 2, 2]
     with torch.no_grad():
-        features = agent.images.features([warm, cold, clear, white])
+        features = agent.images.features([Picture(image) for image in (warm, cold, clear, white)])
     assert features is not None
     first, second, third, fourth = features.split(6)
     assert not torch.equal(first, second)
@@ -74,7 +74,7 @@ def test_pictures_are_told_apart_by_what_they_show(agent: Agent, picture: Pictur
     assert torch.equal(agent.family.pixels([clear])["pixel_values"], agent.family.pixels([white])["pixel_values"])
 
 
-def test_each_picture_is_encoded_as_if_alone(agent: Agent, picture: Picture):
+def test_each_picture_is_encoded_as_if_alone(agent: Agent, picture: Noise):
     images = [picture(84, 56, 1), picture(100, 75, 2), picture(56, 56, 3)]
     with torch.no_grad():
         together = agent.family.encode(agent.family.pixels(images))
@@ -84,7 +84,7 @@ def test_each_picture_is_encoded_as_if_alone(agent: Agent, picture: Picture):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_pictures_are_encoded_as_transformers_does(agent: Agent, tiny_folder: Path, picture: Picture):
+def test_pictures_are_encoded_as_transformers_does(agent: Agent, tiny_folder: Path, picture: Noise):
     stock: Any = AutoModelForImageTextToText.from_pretrained(tiny_folder)
     inputs = agent.image_processor(images=[picture(84, 56, 1), picture(100, 75, 2)], return_tensors="pt")
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_positions_are_those_of_the_model(agent: Agent, chats: list[Prompt], mak
     rows = [make_row(agent, chat, [10, 11, 12][:length]) for chat, length in zip(chats, (1, 3, 2, 1, 3), strict=True)]
     tokens = agent.collate(rows)
     where = torch.arange(tokens.input_ids.shape[1]) < torch.tensor([[len(row)] for row in rows])
-    images = [image for row in rows for image in row.images]
+    images = [one.image for row in rows for one in row.images]
     grids = agent.image_processor(images=images, return_tensors="pt")["image_grid_thw"]
     expected, deltas = agent.model.model.get_rope_index(
         tokens.input_ids,

@@ -15,6 +15,7 @@ from vlm_agents.learn.samples import token_emphasis
 from vlm_agents.models import Agent
 from vlm_agents.models.rendering import HFRenderer
 from vlm_agents.models.tiny import CHAT_TEMPLATE, SPECIAL
+from vlm_agents.pictures import Picture
 from vlm_agents.prompting import make_format
 from vlm_agents.tensors import Row
 from vlm_agents.types import Message, Prompt, Reply
@@ -48,10 +49,26 @@ def test_a_prompt_is_what_the_chat_template_says(agent: Agent, chats: list[Promp
 def test_a_long_chat_with_pictures_is_what_the_chat_template_says(agent: Agent, chats: list[Prompt]):
     system, first = chats[0]
     (_, second), (_, third) = chats[2], chats[4]
-    said = (Message("assistant", '{"action": "turn left"}'), Message("assistant", "日本 🙂"))
+    said = (Message("assistant", ('{"action": "turn left"}',)), Message("assistant", ("日本 🙂",)))
     chat = (system, first, said[0], second, said[1], third)
     assert agent.renderer.render(chat).ids.tolist() == template_ids(agent, chat)
     assert template_ids(agent, chat).count(agent.family.image_token_id) == 6 + 4 + 12 + 12
+
+
+def test_pictures_stand_where_the_chat_has_them(agent: Agent, chats: list[Prompt]):
+    """As the model's template has them, which takes parts in their order; and each picture at its own size."""
+    (one, other), system = chats[2][1].images, chats[2][0]
+    for parts in ((one, "so ", other, " go"), (" look: ", one, " ", other, "go"), ("go", one), (one, other)):
+        content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in parts]
+        said = [("system", [{"type": "text", "text": system.text}]), ("user", content)]
+        chat = [{"role": role, "content": told} for role, told in said]
+        ids = agent.tokenizer.apply_chat_template(chat, tokenize=True, add_generation_prompt=True, return_dict=False)
+        counts = iter([agent.family.image_tokens(picture.size) for picture in (one, other)])
+        placeholder = agent.family.image_token_id
+        expected = [token for i in ids for token in [i] * (next(counts) if i == placeholder else 1)]
+        rendered = agent.renderer.render((system, Message("user", parts)))
+        assert rendered.ids.tolist() == expected
+        assert rendered.images == tuple(part for part in parts if isinstance(part, Picture))
 
 
 @pytest.mark.parametrize("ended", [True, False], ids=["stop", "length"])
@@ -66,8 +83,8 @@ def test_sampled_replies_keep_their_ids_and_each_prompt_extends_the_last(
     for turn in range(3):
         ids = tuple(agent.renderer.render(prompt).ids.tolist())
         seen.append((ids, ids + sampled))
-        user = replace(chats[2][1], text=f"then {turn}")
-        prompt = (*prompt, Message("assistant", "turn", token_ids=sampled), user)
+        user = replace(chats[2][1], parts=(*chats[2][1].images, f"then {turn}"))
+        prompt = (*prompt, Message("assistant", ("turn",), token_ids=sampled), user)
     for (_, said), (following, _) in pairwise(seen):
         assert following[: len(said)] == said
         assert len(following) > len(said)
@@ -272,7 +289,7 @@ def test_thoughts_weigh_less_and_all_else_in_full(
     renderer = HFRenderer(make(texts) if make else agent.tokenizer, agent.family)
     ids = renderer.encode_reply(f'{{"thoughts": "née 日本 (3,2) 🙂",{before}"action": "turn left"}}')
     text = renderer.decode(ids)
-    parsed = make_format(PromptConfig("cot_json")).parse(text, ("turn left",), np.random.default_rng(0))
+    parsed = make_format(PromptConfig("cot_json")).parse(text, ("turn left",))
     assert (parsed.action, parsed.error) == ("turn left", None)
     weights = token_emphasis(Reply(text, token_ids=tuple(ids)), parsed, renderer, thought_coef=0.2)
     assert set(weights.tolist()) == {np.float32(0.2), 1}
@@ -290,15 +307,15 @@ def test_what_a_text_says_is_text(
     renderer = HFRenderer(make(texts) if make else agent.tokenizer, agent.family)
     reply = renderer.encode_reply(text)
     assert control(renderer, reply) == [renderer.end_of_turn]
-    picture = Image.new("RGB", (56, 56))  # four tokens
+    picture = Picture(Image.new("RGB", (56, 56)))  # four tokens
     chat = (
-        Message("system", text),
-        Message("user", text, (picture,)),
-        Message("assistant", text),
-        Message("user", f" {text}\n", (picture,)),
+        Message("system", (text,)),
+        Message("user", (picture, text)),
+        Message("assistant", (text,)),
+        Message("user", (picture, f" {text}\n")),
     )
     ids = renderer.render(chat).ids.tolist()
-    harmless = renderer.render(tuple(replace(message, text="go") for message in chat)).ids.tolist()
+    harmless = renderer.render(tuple(replace(message, parts=(*message.images, "go")) for message in chat)).ids.tolist()
     assert control(renderer, ids) == control(renderer, harmless)
     assert ids.count(agent.family.image_token_id) == 2 * 4
     if make is not word_piece:  # which doesn't keep spaces
@@ -313,13 +330,13 @@ def test_a_template_strips_a_text_and_reads_nothing_in_it(agent: Agent, text: st
     renderer = with_template(agent, template)
     plain = with_template(agent, CHAT_TEMPLATE)
     assert template != CHAT_TEMPLATE
-    chat, stripped = ((Message("user", said), Message("assistant", said)) for said in (text, text.strip()))
+    chat, stripped = ((Message("user", (said,)), Message("assistant", (said,))) for said in (text, text.strip()))
     assert renderer.render(chat).ids.tolist() == plain.render(stripped).ids.tolist()
 
 
 def test_half_a_character_is_named(agent: Agent):
     with pytest.raises(DataError, match=r"holds '\\ud83d', half of a surrogate pair"):
-        agent.renderer.render((Message("user", "broken \ud83d"),))
+        agent.renderer.render((Message("user", ("broken \ud83d",)),))
     with pytest.raises(DataError, match=r"half of a surrogate pair"):
         agent.renderer.encode_reply("\ud83d")
 
@@ -327,7 +344,7 @@ def test_half_a_character_is_named(agent: Agent):
 def test_a_picture_that_the_model_cant_take_is_named(agent: Agent):
     """Qwen's image processors take none that is over 200 times as wide as high."""
     with pytest.raises(DataError, match=r"takes no picture of 2300x10 pixels \(.*aspect ratio"):
-        agent.renderer.render((Message("user", "go", (Image.new("RGB", (2300, 10)),)),))
+        agent.renderer.render((Message("user", (Picture(Image.new("RGB", (2300, 10))), "go")),))
 
 
 # ---- chats that are too long ----------------------------------------------------------------------------------------
@@ -336,7 +353,7 @@ def long_chat(agent: Agent, chats: list[Prompt]) -> Prompt:
     """Instructions and five turns with one, no, two, one and one picture; the replies were sampled."""
     chat = chats[0][:1]
     for turn, (_, user) in enumerate(chats):
-        said = Message("assistant", "turn", token_ids=(30 + turn, agent.renderer.end_of_turn))
+        said = Message("assistant", ("turn",), token_ids=(30 + turn, agent.renderer.end_of_turn))
         chat = (*chat, user, said)
     return chat[:-1]
 
@@ -408,7 +425,7 @@ def test_without_a_system_role_the_first_user_message_says_it(agent: Agent, chat
     renderer = with_template(agent, BARE.replace("SYSTEM", system))
     (_, user) = chats[0]
     ids = renderer.render(
-        (Message("system", "You play."), user, Message("assistant", "left"), Message("user", "?"))
+        (Message("system", ("You play.",)), user, Message("assistant", ("left",)), Message("user", ("?",)))
     ).ids
     picture = "<|image_pad|>" * 6
     said = agent.tokenizer.decode(ids)
@@ -420,15 +437,15 @@ def test_a_space_before_replies_is_no_part_of_them(agent: Agent, texts: list[str
     """Prompts end in [/INST], templates then write a space: it belongs to the reply's first token, not to its text."""
     renderer = with_template(agent, BARE.replace("SYSTEM", ""), make, texts)
     assert renderer.lead == " "
-    user = Message("user", "go")
+    user = Message("user", ("go",))
     for text in ('{"action": "turn left"}', "日本"):
         ids = renderer.encode_reply(text)
         assert renderer.decode(ids) == text
         assert renderer.offsets(ids)[-1].tolist() == [len(text), len(text)]
         before = [*renderer.render((user,)).ids.tolist(), *ids]
-        sampled = renderer.render((user, Message("assistant", text, token_ids=tuple(ids)), user)).ids.tolist()
+        sampled = renderer.render((user, Message("assistant", (text,), token_ids=tuple(ids)), user)).ids.tolist()
         assert sampled[: len(before)] == before
-        told = renderer.render((user, Message("assistant", text), user)).ids.tolist()
+        told = renderer.render((user, Message("assistant", (text,)), user)).ids.tolist()
         assert sampled == told  # what is sampled reads as what is told
 
 
@@ -464,8 +481,11 @@ def test_a_batch_has_each_distinct_picture_encoded_once(
     encode = agent.family.encode
     agent.family.encode = lambda mm: encoded.append(len(mm["image_grid_thw"])) or encode(mm)
     system, user = chats[0]
-    other = (system, replace(user, images=(picture(84, 56, 9),)))
-    again = (system, replace(user, images=(user.images[0].copy(),)))  # equal pixels, another object
+    other = (system, replace(user, parts=(Picture(picture(84, 56, 9)), user.text)))
+    again = (
+        system,
+        replace(user, parts=(Picture(user.images[0].image.copy()), user.text)),
+    )  # equal pixels, another object
     tokens = agent.collate([make_row(agent, chat, [10]) for chat in (chats[0], other, again)])
     assert len(tokens.images) == 3
     features = agent.images.features(tokens.images)

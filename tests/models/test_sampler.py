@@ -10,7 +10,7 @@ from vlm_agents.errors import ModelError
 from vlm_agents.models import Agent, Sampler
 from vlm_agents.models.sampler import draw
 from vlm_agents.tensors import Row
-from vlm_agents.types import Message, Prompt, Reply
+from vlm_agents.types import Message, Prompt, Reply, Sampling
 
 Load = Callable[..., Agent]
 EndSoon = Callable[[Agent], Agent]
@@ -25,7 +25,7 @@ def generators(count: int, seed: int = 0) -> list[np.random.Generator]:
 
 
 def sample(agent: Agent, prompts: Sequence[Prompt], seed: int = 0, greedy: bool = False) -> list[Reply]:
-    return Sampler(agent).generate(prompts, generators(len(prompts), seed), ROOM, greedy)
+    return Sampler(agent).generate(prompts, generators(len(prompts), seed), Sampling(ROOM, greedy=greedy))
 
 
 def generated(agent: Agent, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -37,7 +37,7 @@ def generated(agent: Agent, prompts: Sequence[Prompt]) -> list[list[int]]:
     for index, row in enumerate(rendered):
         ids[index, width - len(row.ids) :] = torch.from_numpy(row.ids)
         mask[index, width - len(row.ids) :] = 1
-    pictures = [image for row in rendered for image in row.images]
+    pictures = [picture.image for row in rendered for picture in row.images]
     inputs: dict[str, Any] = dict(agent.image_processor(images=pictures, return_tensors="pt")) if pictures else {}
     output = agent.model.generate(
         input_ids=ids,
@@ -62,7 +62,7 @@ def prompts(request: pytest.FixtureRequest, chats: list[Prompt]) -> list[Prompt]
         case "shared prefix":
             return [*chats, *chats]
         case "nothing shared":  # and so left-padded as a whole
-            return [(Message("system", f"{index} games."), *chat[1:]) for index, chat in enumerate([*chats, *chats])]
+            return [(Message("system", (f"{index} games.",)), *chat[1:]) for index, chat in enumerate([*chats, *chats])]
         case "equal lengths":
             return [chats[0], chats[3]] * 4
         case _:
@@ -125,18 +125,18 @@ def test_a_reply_doesnt_depend_on_who_shares_the_batch(brief_agent: Agent, chats
     together = sample(brief_agent, chats * 3)
     order = np.random.default_rng(0).permutation(len(together)).tolist()
     rngs = generators(len(together))
-    shuffled = Sampler(brief_agent).generate([(chats * 3)[i] for i in order], [rngs[i] for i in order], ROOM)
+    shuffled = Sampler(brief_agent).generate([(chats * 3)[i] for i in order], [rngs[i] for i in order], Sampling(ROOM))
     assert [reply.token_ids for reply in shuffled] == [together[i].token_ids for i in order]
     rngs = generators(len(together))
     for index, prompt in enumerate(chats * 3):
-        (alone,) = Sampler(brief_agent).generate([prompt], [rngs[index]], ROOM)
+        (alone,) = Sampler(brief_agent).generate([prompt], [rngs[index]], Sampling(ROOM))
         assert alone.token_ids == together[index].token_ids
         torch.testing.assert_close(alone.logprobs, together[index].logprobs, rtol=0, atol=1e-5)
 
 
 def test_a_generator_is_used_equally_by_short_and_long_replies(brief_agent: Agent, chats: list[Prompt]):
     rngs = generators(20)
-    replies = Sampler(brief_agent).generate(chats * 4, rngs, ROOM)
+    replies = Sampler(brief_agent).generate(chats * 4, rngs, Sampling(ROOM))
     assert len({len(reply.token_ids) for reply in replies}) > 3
     fresh = generators(20)
     for rng in fresh:
@@ -164,7 +164,7 @@ def test_weights_that_are_no_numbers_are_told(load: Load, chats: list[Prompt], g
 
 
 def test_a_reply_of_one_token(brief_agent: Agent, chats: list[Prompt], row_of: RowOf):
-    replies = Sampler(brief_agent).generate(chats * 8, generators(40), max_new_tokens=1)
+    replies = Sampler(brief_agent).generate(chats * 8, generators(40), Sampling(1))
     assert {len(reply.token_ids) for reply in replies} == {1}
     ends = [reply.token_ids[0] == brief_agent.renderer.end_of_turn for reply in replies]
     assert [reply.finish == "stop" for reply in replies] == ends
@@ -173,6 +173,25 @@ def test_a_reply_of_one_token(brief_agent: Agent, chats: list[Prompt], row_of: R
     with torch.no_grad():
         scores = brief_agent.score(rows)
     torch.testing.assert_close(torch.tensor([r.logprobs[0] for r in replies]), scores.logprobs, rtol=0, atol=1e-5)
+
+
+def test_a_stop_text_ends_a_reply(brief_agent: Agent, chats: list[Prompt]):
+    """As it would have gone on, up to the token that completes the text."""
+    whole = sample(brief_agent, chats * 8)
+    decode = brief_agent.renderer.decode
+    stop = next(reply.text[2:5] for reply in whole if len(reply.token_ids) == ROOM and reply.text[2:5].strip())
+    cut = Sampler(brief_agent).generate(chats * 8, generators(40), Sampling(ROOM, (stop, "never said")))
+    for before, after in zip(whole, cut, strict=True):
+        count = len(after.token_ids)
+        assert after.token_ids == before.token_ids[:count]
+        torch.testing.assert_close(after.logprobs, before.logprobs[:count], rtol=0, atol=1e-5)
+        if stop in before.text:
+            assert stop in after.text
+            assert stop not in decode(after.token_ids[:-1])
+            assert after.finish == "stop"
+        else:
+            assert (count, after.finish) == (len(before.token_ids), before.finish)
+    assert sum(stop in reply.text for reply in cut) >= 1
 
 
 def test_values_are_those_of_the_replies(agent: Agent, prompts: list[Prompt]):
@@ -186,9 +205,9 @@ def test_replies_of_a_long_chat_keep_the_ratio_at_one(
 ):
     prompt, said = chats[0], []
     for turn in range(3):
-        (reply,) = Sampler(brief_agent).generate([prompt], generators(1, turn), ROOM)
+        (reply,) = Sampler(brief_agent).generate([prompt], generators(1, turn), Sampling(ROOM))
         said.append(reply)
-        prompt = (*prompt, Message("assistant", reply.text, token_ids=reply.token_ids), Message("user", "on"))
+        prompt = (*prompt, Message("assistant", (reply.text,), token_ids=reply.token_ids), Message("user", ("on",)))
     row = make_row(brief_agent, chats[0], *(reply.token_ids for reply in said))
     assert len(row.spans) == 3
     with torch.no_grad():

@@ -18,7 +18,7 @@ from vlm_agents.learn.learner import Learner
 from vlm_agents.learn.samples import Sample
 from vlm_agents.models import Agent, Sampler, load_agent
 from vlm_agents.tensors import Row, Scores
-from vlm_agents.types import Prompt, Reply
+from vlm_agents.types import Prompt, Reply, Sampling
 
 TWINS = ["tiny", "tiny_qwen2_vl", "tiny_qwen3_vl", "tiny_llava"]
 LORA = LoraConfig(rank=4, alpha=8, dropout=0.5)
@@ -80,7 +80,7 @@ def play(end_soon: Callable[[Agent], Agent], chats: list[Prompt], row_of: RowOf)
     def played(agent: Agent) -> list[Sample]:
         rngs = [np.random.default_rng([0, index]) for index in range(2 * len(chats))]
         prompts = chats * 2
-        replies = Sampler(end_soon(agent)).generate(prompts, rngs, ROOM)
+        replies = Sampler(end_soon(agent)).generate(prompts, rngs, Sampling(ROOM))
         assert len({len(reply.token_ids) for reply in replies}) > 1
         samples = []
         for prompt, reply in zip(prompts, replies, strict=True):

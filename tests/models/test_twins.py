@@ -16,8 +16,9 @@ from transformers import LlavaNextProcessor
 from vlm_agents.config import HardwareConfig, LoraConfig, ModelConfig, TrainableConfig, conf_dir
 from vlm_agents.errors import DataError
 from vlm_agents.models import Agent, Sampler, load_agent
+from vlm_agents.pictures import Picture
 from vlm_agents.tensors import Row, Scores
-from vlm_agents.types import Message, Prompt, Reply
+from vlm_agents.types import Message, Prompt, Reply, Sampling
 
 TWINS = ["tiny_qwen2_vl", "tiny_qwen3_vl", "tiny_llava", "unlisted"]
 ROOM = 12  # tokens a reply
@@ -77,12 +78,14 @@ def prompts(request: pytest.FixtureRequest, chats: list[Prompt]) -> list[Prompt]
     """Batches with a shared prefix, and without, which is to say left-padded as a whole."""
     if request.param == "one system message":
         return chats
-    return [(Message("system", f"{index} games."), *chat[1:]) for index, chat in enumerate(chats)]
+    return [(Message("system", (f"{index} games.",)), *chat[1:]) for index, chat in enumerate(chats)]
 
 
-def stock_inputs(agent: Agent, ids: Tensor, images: Sequence[Image.Image]) -> dict[str, Any]:
+def stock_inputs(agent: Agent, ids: Tensor, pictures: Sequence[Picture]) -> dict[str, Any]:
     """What transformers' own forward pass wants."""
-    inputs = dict(agent.image_processor(images=list(images), return_tensors="pt")) if images else {}
+    inputs = (
+        dict(agent.image_processor(images=[one.image for one in pictures], return_tensors="pt")) if pictures else {}
+    )
     if "image_grid_thw" in inputs:
         inputs["mm_token_type_ids"] = (ids == agent.family.image_token_id).int()
     return {"input_ids": ids, **inputs}
@@ -149,7 +152,7 @@ def test_frozen_pictures_score_the_same_and_are_kept(twin: Load, name: str, agen
 def test_every_part_of_a_picture_counts(twin: Load, name: str, agent: Agent, rows: list[Row]):
     """All that the vision part hands over reaches the scores: each level of features, the newline too."""
     before = score(agent, rows).logprobs
-    features = agent.family.encode(agent.family.pixels(rows[0].images))[0]
+    features = agent.renderer.family.encode(agent.family.pixels([one.image for one in rows[0].images]))[0]
     changed = twin(name, freeze_vision=True)
     for level in range(0, features.shape[1], 128):
         changed.images.clear()
@@ -209,7 +212,7 @@ def generators(count: int) -> list[np.random.Generator]:
 
 
 def test_greedy_replies_are_those_of_transformers(agent: Agent, prompts: list[Prompt]):
-    replies = Sampler(agent).generate(prompts, generators(len(prompts)), ROOM, greedy=True)
+    replies = Sampler(agent).generate(prompts, generators(len(prompts)), Sampling(ROOM, greedy=True))
     assert [list(reply.token_ids) for reply in replies] == generated(agent, prompts)
 
 
@@ -225,7 +228,7 @@ def test_the_ratio_is_one(
 ):
     agent = end_soon(twin(name, freeze_vision=freeze, temperature=0.8))
     prompts = prompts * 3
-    replies = Sampler(agent).generate(prompts, generators(len(prompts)), ROOM)
+    replies = Sampler(agent).generate(prompts, generators(len(prompts)), Sampling(ROOM))
     assert len({len(reply.token_ids) for reply in replies}) > 3
     rows = [row_of(*pair) for pair in zip(prompts, replies, strict=True)]
     scores = score(agent, rows)
@@ -239,8 +242,8 @@ def test_each_prompt_extends_the_last_with_what_was_sampled(agent: Agent, chats:
     prompt = chats[0]
     for turn, reply in enumerate([[30, 31, end], [32, 33], [*space, 34, end], [*space, 35]]):
         before = [*agent.renderer.render(prompt).ids.tolist(), *reply]
-        user = replace(chats[2][1], text=f"then {turn}")  # two pictures
-        said = Message("assistant", agent.renderer.decode(reply), token_ids=tuple(reply))
+        user = replace(chats[2][1], parts=(*chats[2][1].images, f"then {turn}"))  # two pictures
+        said = Message("assistant", (agent.renderer.decode(reply),), token_ids=tuple(reply))
         prompt = (*prompt, said, user)
         after = agent.renderer.render(prompt).ids.tolist()
         assert after[: len(before)] == before
@@ -258,7 +261,7 @@ def test_a_saved_twin_is_the_same_bit_for_bit(twin: Load, name: str, agent: Agen
     assert state.keys() == loaded.keys()
     assert [key for key in state if not torch.equal(state[key], loaded[key])] == []
     assert torch.equal(score(again, rows).logprobs, score(agent, rows).logprobs)
-    system, user = Message("system", "You play."), Message("user", "go", rows[0].images)
+    system, user = Message("system", ("You play.",)), Message("user", (*rows[0].images, "go"))
     assert again.renderer.render((system, user)).ids.tolist() == agent.renderer.render((system, user)).ids.tolist()
 
 
@@ -305,13 +308,13 @@ GOLDEN = {  # what the published chat templates of these families write, and wha
 
 @pytest.mark.parametrize("sampled", [False, True], ids=["told", "sampled"])
 def test_a_chat_reads_as_the_family_has_it(agent: Agent, name: str, picture: Callable[..., Image.Image], sampled: bool):
-    image = picture(84, 56)
-    reply = Message("assistant", "turn left", token_ids=tuple(agent.renderer.encode_reply("turn left")))
+    image = Picture(picture(84, 56))
+    reply = Message("assistant", ("turn left",), token_ids=tuple(agent.renderer.encode_reply("turn left")))
     chat = (
-        Message("system", "You play."),
-        Message("user", "now?", (image,)),
+        Message("system", ("You play.",)),
+        Message("user", (image, "now?")),
         reply if sampled else replace(reply, token_ids=None),
-        Message("user", "and now?"),
+        Message("user", ("and now?",)),
     )
     token, count = agent.renderer.image_token, agent.family.image_tokens(image.size)
     assert count > 1
@@ -329,10 +332,11 @@ def test_what_a_text_says_is_text(agent: Agent, name: str, picture: Callable[...
     assert agent.renderer.decode(reply) == text
     assert not agent.banned[reply].any()
     assert reply.index(agent.renderer.end_of_turn) == len(reply) - 1
-    image = picture(84, 56)
-    chat = (Message("user", text, (image,)), Message("assistant", text), Message("user", text))
+    image = Picture(picture(84, 56))
+    chat = (Message("user", (image, text)), Message("assistant", (text,)), Message("user", (text,)))
     ids, harmless = (
-        agent.renderer.render(told).ids.tolist() for told in (chat, tuple(replace(m, text="go") for m in chat))
+        agent.renderer.render(told).ids.tolist()
+        for told in (chat, tuple(replace(m, parts=(*m.images, "go")) for m in chat))
     )
     meant, expected = ([i for i in line if i in agent.renderer.vocabulary.reserved] for line in (ids, harmless))
     assert meant == expected
@@ -350,14 +354,15 @@ def test_llava_prompts_and_pictures_are_those_of_its_processor(twin: Load, chats
         num_additional_image_tokens=1,
     )
     sizes = [(84, 84), (168, 168), (100, 75), (75, 100), (300, 40), (17, 200)]
-    for images in [(picture(*size, seed=1),) for size in sizes] + [chat[1].images for chat in chats]:
-        chat = (Message("system", "You play."), Message("user", "go", images))
+    for pictures in [(Picture(picture(*size, seed=1)),) for size in sizes] + [chat[1].images for chat in chats]:
+        images = [one.image for one in pictures]
+        chat = (Message("system", ("You play.",)), Message("user", (*pictures, "go")))
         parts = [*({"type": "image"} for _ in images), {"type": "text", "text": "go"}]
         system = {"role": "system", "content": [{"type": "text", "text": "You play."}]}
         messages: list[Any] = [system, {"role": "user", "content": parts}]
         text: Any = processor.apply_chat_template(messages, tokenize=False)
         kinds: dict[str, Any] = {"return_tensors": "pt"}
-        inputs = processor(text=text, images=list(images) or None, **kinds)
+        inputs = processor(text=text, images=images or None, **kinds)
         assert agent.renderer.render(chat).ids.tolist() == inputs["input_ids"][0].tolist()
         if images:
             own = agent.family.pixels(images)
@@ -383,7 +388,7 @@ def test_positions_are_those_of_the_model(agent: Agent, name: str, rows: list[Ro
         lengths = list(map(len, rows))
         assert [tokens.positions[0, i, :n].tolist() for i, n in enumerate(lengths)] == [list(range(n)) for n in lengths]
         return
-    images = [image for row in rows for image in row.images]
+    images = [one.image for row in rows for one in row.images]
     expected, _ = agent.model.model.get_rope_index(
         tokens.input_ids,
         mm_token_type_ids=(tokens.input_ids == agent.family.image_token_id).int(),
@@ -403,7 +408,7 @@ def test_a_row_whose_pictures_dont_match_is_refused_by_name(agent: Agent, rows: 
 def test_a_chat_is_cut_with_the_pictures_of_what_goes(agent: Agent, chats: list[Prompt], make_row: MakeRow):
     chat = chats[0][:1]
     for _, user in chats:
-        chat = (*chat, user, Message("assistant", "", token_ids=(30, agent.renderer.end_of_turn)))
+        chat = (*chat, user, Message("assistant", ("",), token_ids=(30, agent.renderer.end_of_turn)))
     chat = chat[:-1]
     pictures = []
     for dropped in range(5):

@@ -21,10 +21,11 @@ from vlm_agents.errors import ModelError
 from vlm_agents.models import Agent, load_agent
 from vlm_agents.models.memory import blueprint
 from vlm_agents.models.probing import SIZES, TEXT, prove
+from vlm_agents.pictures import Picture
 from vlm_agents.tensors import Row
 from vlm_agents.types import Message, Prompt
 
-Picture = Callable[..., Image.Image]
+Noise = Callable[..., Image.Image]
 MakeRow = Callable[..., Row]
 LANGUAGE = {
     "hidden_size": 32,
@@ -65,10 +66,10 @@ def logprobs(agent: Agent, row: Row) -> torch.Tensor:
 
 
 # ---- what loads ------------------------------------------------------------------------------------------------------
-def test_prompts_and_pictures_are_those_of_its_processor(llava_folder: Path, chats: list[Prompt], picture: Picture):
+def test_prompts_and_pictures_are_those_of_its_processor(llava_folder: Path, chats: list[Prompt], picture: Noise):
     agent, processor = load(llava_folder), AutoProcessor.from_pretrained(llava_folder)
     wide_and_tall = (picture(300, 40), picture(17, 200))
-    for images in [wide_and_tall, *(chat[1].images for chat in chats)]:
+    for images in [wide_and_tall, *([one.image for one in chat[1].images] for chat in chats)]:
         parts = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": "go"}]
         chat = [
             {"role": "system", "content": [{"type": "text", "text": "You play."}]},
@@ -77,7 +78,9 @@ def test_prompts_and_pictures_are_those_of_its_processor(llava_folder: Path, cha
         inputs = processor.apply_chat_template(
             chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
-        ours = agent.renderer.render((Message("system", "You play."), Message("user", "go", images)))
+        ours = agent.renderer.render(
+            (Message("system", ("You play.",)), Message("user", (*map(Picture, images), "go")))
+        )
         assert ours.ids.tolist() == inputs["input_ids"][0].tolist()
         assert ours.ids.tolist().count(agent.family.image_token_id) == 9 * len(images)  # 84 / 28 patches each way
         if images:
@@ -96,7 +99,7 @@ def test_a_saved_one_is_the_same_and_serves_as_before(
     stock, saved = (json.loads((f / "processor_config.json").read_text()) for f in (llava_folder, tmp_path))
     assert saved == {name: value for name, value in stock.items() if name != "image_processor"}
     ours, theirs = (AutoProcessor.from_pretrained(folder) for folder in (tmp_path, llava_folder))
-    images = list(chats[2][1].images)
+    images = [one.image for one in chats[2][1].images]
     text = theirs.tokenizer.decode(agent.renderer.render(chats[2]).ids).replace("<image>" * 9, "<image>")
     one, other = (p(text=text, images=images, return_tensors="pt") for p in (ours, theirs))
     assert all(torch.equal(one[name], other[name]) for name in ("input_ids", "pixel_values"))
@@ -223,7 +226,7 @@ def test_a_missing_part_is_refused(llava_folder: Path, tmp_path: Path):
 
 def test_a_processor_that_writes_other_prompts_is_refused(copied: Path):
     """With one additional feature less it writes 8 placeholders where the model makes 9 features."""
-    count = len(load(copied).renderer.render((Message("user", TEXT, (Image.new("RGB", SIZES[0]),)),)).ids)
+    count = len(load(copied).renderer.render((Message("user", (Picture(Image.new("RGB", SIZES[0])), TEXT)),)).ids)
     change(copied / "processor_config.json", num_additional_image_tokens=0)
     said = refusal(copied)
     assert "is its processor_config.json whole?" in said

@@ -73,7 +73,7 @@ def test_ten_thousand_actions_are_read_whole_or_not_at_all() -> None:
             fields.reverse()
         text = json.dumps(dict(fields), ensure_ascii=bool(rng.integers(2)))
         text = (text, f"```json\n{text}\n```", f"I say {text}, 10 or hit.", text[:-1])[rng.integers(4)]
-        parsed = COT.parse(text, legal, RNG)
+        parsed = COT.parse(text, legal)
         assert parsed.action == meant(value, legal), (game, text)
         assert (parsed.error is None) == (parsed.action is not None)
         outcomes[game, parsed.action is None] += 1
@@ -95,7 +95,7 @@ def test_ten_thousand_broken_replies_raise_nothing(name: str) -> None:
             text = "".join(pieces[i] for i in rng.integers(len(pieces), size=rng.integers(0, 14)))
         else:
             text = "".join(map(chr, rng.integers(0, 0x11_0000, size=rng.integers(0, 40))))
-        parsed = prompt_format.parse(text, legal, RNG)
+        parsed = prompt_format.parse(text, legal)
         assert (parsed.action is None) != (parsed.error is None), repr(text)
         for start, end in filter(None, (parsed.thought_span, parsed.action_span)):
             assert 0 <= start <= end <= len(text)
@@ -114,7 +114,7 @@ def test_ten_thousand_broken_replies_raise_nothing(name: str) -> None:
 def test_every_action_survives_a_round_trip(prompt_format, legal: tuple[str, ...]) -> None:
     for word in legal:
         text = prompt_format.write("so it is", word, legal)
-        parsed = prompt_format.parse(text, legal, RNG)
+        parsed = prompt_format.parse(text, legal)
         assert (parsed.action, parsed.error) == (word, None)
         assert parsed.thought_span is not None
         assert "so it is" in text[slice(*parsed.thought_span)]
@@ -155,12 +155,12 @@ def test_every_action_survives_a_round_trip(prompt_format, legal: tuple[str, ...
     ],
 )
 def test_the_original_s_search(game: str, text: str, action: str | None, error: str | None) -> None:
-    parsed = THEIRS.parse(text, GAMES[game], RNG)
+    parsed = THEIRS.parse(text, GAMES[game])
     assert (parsed.action, parsed.error) == (action, error)
 
 
 def test_the_key_parts_thoughts_from_action() -> None:
-    parsed = THEIRS.parse('{"thoughts": "so", "action": "hit"}', GAMES["blackjack"], RNG)
+    parsed = THEIRS.parse('{"thoughts": "so", "action": "hit"}', GAMES["blackjack"])
     assert (parsed.thought_span, parsed.action_span) == ((0, 19), (19, 35))
 
 

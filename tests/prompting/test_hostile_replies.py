@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from vlm_agents.config import PromptConfig
-from vlm_agents.prompting import make_format, objects
+from vlm_agents.prompting import drawn, make_format, objects
 from vlm_agents.prompting.base import find_object
 from vlm_agents.prompting.objects import read_object
 
@@ -72,7 +72,7 @@ def test_ten_thousand_hostile_replies() -> None:
     for index in range(10_000):
         name = NAMES[index % 3]
         text = hostile_reply(name, rng)
-        parsed = FORMATS[name].parse(text, LEGAL, rng)
+        parsed = drawn(FORMATS[name].parse(text, LEGAL), rng)
         assert (parsed.action is None) != (parsed.error is None), repr(text)
         for start, end in filter(None, (parsed.thought_span, parsed.action_span)):
             assert 0 <= start <= end <= len(text), repr(text)
@@ -145,7 +145,7 @@ def test_a_hundred_kilobytes_take_linear_time(head: str, unit: str) -> None:
     began = time.perf_counter()
     find_object(text, "action")
     for name in NAMES:
-        FORMATS[name].parse(text, LEGAL, np.random.default_rng(0))
+        FORMATS[name].parse(text, LEGAL)
     # About 0.05 s; quadratic time would be minutes.
     assert time.perf_counter() - began < 2
 

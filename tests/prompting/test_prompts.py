@@ -6,6 +6,7 @@ from PIL import Image
 
 from vlm_agents.config import PromptConfig
 from vlm_agents.errors import ConfigError
+from vlm_agents.pictures import Picture
 from vlm_agents.prompting import make_format
 from vlm_agents.types import Message, Observation, Parsed, Prompt, Reply, Role, Step, Turn
 
@@ -14,21 +15,23 @@ GAME = "Reach the goal."
 
 
 def observation(number: int) -> Observation:
-    return Observation(f"look {number}", (Image.new("RGB", (28, 28), (number, 0, 0)),), ("turn left", "go forward"))
+    return Observation(
+        f"look {number}", (Picture(Image.new("RGB", (28, 28), (number, 0, 0))),), ("turn left", "go forward")
+    )
 
 
-def turn(number: int, action: str | None, changed: float, token_ids: tuple[int, ...] = ()) -> Turn:
+def turn(number: int, action: str | None, changed: bool, token_ids: tuple[int, ...] = ()) -> Turn:
     """Turn `number`, seen as `look <number>`; its `prompt` is left empty, since no later prompt may depend on it."""
     reply = Reply(f"reply {number}", token_ids=token_ids)
-    step = Step(observation(number + 1), 0.0, False, False, {"success": 0.0, "legal": 1.0, "changed": changed})
+    step = Step(observation(number + 1), 0.0, False, False, False, True, changed)
     return Turn(observation(number), (), reply, Parsed(action), step)
 
 
 PAST = (
-    turn(0, "turn left", changed=1.0, token_ids=(5, 6, 2)),
-    turn(1, "go forward", changed=0.0, token_ids=(7, 2)),
-    turn(2, None, changed=0.0, token_ids=(8,)),
-    turn(3, "turn left", changed=1.0),
+    turn(0, "turn left", changed=True, token_ids=(5, 6, 2)),
+    turn(1, "go forward", changed=False, token_ids=(7, 2)),
+    turn(2, None, changed=False, token_ids=(8,)),
+    turn(3, "turn left", changed=True),
 )
 
 
@@ -56,13 +59,13 @@ def test_system_message_is_the_same_over_a_run(name: str, system: str) -> None:
     for history in ("none", "last_k", "full"):
         for past in ((), PAST):
             messages = prompt(history, past, name)
-            assert messages[0] == Message("system", system)
+            assert messages[0] == Message("system", (system,))
             assert [message.role for message in messages].count("system") == 1
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_without_history_only_the_present_is_shown(name: str) -> None:
-    assert prompt("none", PAST, name)[1:] == (Message("user", "look 4", observation(4).images),)
+    assert prompt("none", PAST, name)[1:] == (Message("user", (*observation(4).images, "look 4")),)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +80,7 @@ def test_without_history_only_the_present_is_shown(name: str) -> None:
 )
 def test_last_k_is_one_line_oldest_first(past: tuple[Turn, ...], last_k: int, text: str) -> None:
     messages = prompt("last_k", past, last_k=last_k)
-    assert messages[1:] == (Message("user", text, observation(len(past)).images),)
+    assert messages[1:] == (Message("user", (*observation(len(past)).images, text)),)
 
 
 def test_last_k_needs_no_observation_text() -> None:
@@ -97,7 +100,7 @@ def test_full_history_is_the_whole_chat() -> None:
         ("user", "look 2"),
     ]
     assert [message.token_ids for message in messages] == [None, None, (5, 6, 2), None, (7, 2), None]
-    reds = [[np.asarray(image)[0, 0, 0] for image in message.images] for message in messages]
+    reds = [[np.asarray(seen.image)[0, 0, 0] for seen in message.images] for message in messages]
     assert reds == [[], [0], [], [1], [], [2]]
 
 
@@ -106,11 +109,11 @@ def test_full_history_extends_prompt_and_reply(name: str) -> None:
     for length in range(len(PAST)):
         before, after = prompt("full", PAST[:length], name), prompt("full", PAST[: length + 1], name)
         reply = PAST[length].reply
-        assert after[:-1] == (*before, Message("assistant", reply.text, token_ids=reply.token_ids or None))
+        assert after[:-1] == (*before, Message("assistant", (reply.text,), token_ids=reply.token_ids or None))
 
 
 def test_a_scripted_reply_has_no_tokens_to_repeat() -> None:
-    assert prompt("full", PAST)[-2] == Message("assistant", "reply 3", token_ids=None)
+    assert prompt("full", PAST)[-2] == Message("assistant", ("reply 3",), token_ids=None)
 
 
 def test_every_configurable_format_can_be_made() -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vlm_agents.config import PromptConfig
-from vlm_agents.prompting import PromptFormat, make_format
+from vlm_agents.prompting import PromptFormat, drawn, make_format
 from vlm_agents.types import Parsed, Span
 
 LEGAL = ("turn left", "turn right", "go forward", "hit", "10", "-", "+")
@@ -30,7 +30,7 @@ def prompt_format(name: str, temperature: float = 0.5) -> PromptFormat:
 
 
 def parse(name: str, text: str, legal: tuple[str, ...] | None = LEGAL, seed: int = 0) -> Parsed:
-    return prompt_format(name).parse(text, legal, np.random.default_rng(seed))
+    return drawn(prompt_format(name).parse(text, legal), np.random.default_rng(seed))
 
 
 def cut(text: str, span: Span | None) -> str:
@@ -68,7 +68,7 @@ def test_action_only_round_trip(action: str) -> None:
 def test_action_scores_round_trip(thought: str) -> None:
     text = prompt_format("action_scores", 0.01).write(thought, "hit", LEGAL)
     # At temperature 0.01 another action has probability e^-400.
-    parsed = prompt_format("action_scores", 0.01).parse(text, LEGAL, np.random.default_rng(0))
+    parsed = drawn(prompt_format("action_scores", 0.01).parse(text, LEGAL), np.random.default_rng(0))
     assert (parsed.action, parsed.error) == ("hit", None)
     assert json.loads(cut(text, parsed.action_span)) == {name: 5 if name == "hit" else 1 for name in LEGAL}
     assert cut(text, parsed.thought_span) == json.dumps(thought, ensure_ascii=False)[1:-1]
@@ -354,14 +354,14 @@ def test_no_format_plays_a_draft(name: str) -> None:
     made = prompt_format(name, 0.01)
     draft, answer = made.write("a draft", "hit", LEGAL), made.write("so", "turn left", LEGAL)
     for text in (f"<think>{draft}</think>{answer}", f"{draft}\n</think>\n\n{answer}\n"):
-        parsed = made.parse(text, LEGAL, np.random.default_rng(0))
+        parsed = drawn(made.parse(text, LEGAL), np.random.default_rng(0))
         assert (parsed.action, parsed.error) == ("turn left", None)
         assert parsed.thought_span is not None
         assert parsed.action_span is not None
         assert draft in cut(text, parsed.thought_span)
         assert parsed.thought_span[1] <= parsed.action_span[0] >= text.index("</think>") + len("</think>")
     for text in (f"<think>{draft}", f"<think>{draft}</think>", f"<think>{draft}</think>\n\n"):
-        parsed = made.parse(text, LEGAL, np.random.default_rng(0))
+        parsed = drawn(made.parse(text, LEGAL), np.random.default_rng(0))
         assert (parsed.action, parsed.error) == (None, "no action key" if name == "rl4vlm" else "no answer")
 
 
@@ -408,7 +408,7 @@ def test_action_scores_names_the_fault(text: str, error: str) -> None:
 )
 def test_action_scores_forgives(text: str) -> None:
     # At temperature 0.01 the other action has probability e^-400.
-    parsed = prompt_format("action_scores", 0.01).parse(text, TWO, np.random.default_rng(0))
+    parsed = drawn(prompt_format("action_scores", 0.01).parse(text, TWO), np.random.default_rng(0))
     assert (parsed.action, parsed.error) == ("stand", None)
     assert cut(text, parsed.action_span).startswith("{")
 
@@ -428,7 +428,7 @@ def test_scores_are_drawn_by_softmax() -> None:
         rng = np.random.default_rng(7)
         draws = 4000
         prompts = prompt_format("action_scores", temperature)
-        actions = [prompts.parse(text, ("a", "b", "c"), rng).action for _ in range(draws)]
+        actions = [drawn(prompts.parse(text, ("a", "b", "c")), rng).action for _ in range(draws)]
         for action, p in (("a", chance), ("b", (1 - chance) / 2), ("c", (1 - chance) / 2)):
             deviation = math.sqrt(p * (1 - p) / draws)
             assert abs(actions.count(action) / draws - p) < 4 * deviation
@@ -445,5 +445,5 @@ def test_the_draw_depends_on_scores_and_generator_only() -> None:
 def test_only_a_draw_moves_the_generator() -> None:
     for name, text in (("cot_json", CANONICAL), ("action_only", "hit"), ("action_scores", '{"scores": {"hit": 9}}')):
         rng = np.random.default_rng(3)
-        prompt_format(name).parse(text, LEGAL, rng)
+        drawn(prompt_format(name).parse(text, LEGAL), rng)
         assert rng.random() == np.random.default_rng(3).random()

@@ -17,6 +17,7 @@ from vlm_agents.errors import ModelError
 from vlm_agents.learn.novelty import QUESTION, TemporalPredictor
 from vlm_agents.models import Agent, load_agent
 from vlm_agents.models.foreteller import AdapterForeteller
+from vlm_agents.pictures import Picture
 from vlm_agents.tensors import reply_row
 from vlm_agents.types import Message, Observation, Parsed, Reply, Step, Trajectory, Turn
 
@@ -26,8 +27,9 @@ WORDS = ("stage=ppo", "model/lora=adapter", "algo.novelty.coef=0.1", "stage.iter
 
 def episode(seed: int, *actions: str | None) -> Trajectory:
     """One colour of picture a seed."""
-    seen = Observation("go", (Image.new("RGB", (56, 56), (40 * seed, 90, 200)),))
-    turns = [Turn(seen, (), Reply(""), Parsed(action), Step(seen, 0.5, False, False)) for action in actions]
+    seen = Observation("go", (Picture(Image.new("RGB", (56, 56), (40 * seed, 90, 200))),))
+    step = Step(seen, 0.5, False, False, False, True, True)
+    turns = [Turn(seen, (), Reply(""), Parsed(action), step) for action in actions]
     return Trajectory("room", seed, "model", tuple(turns), "success")
 
 
@@ -55,7 +57,7 @@ def test_surprise_is_the_negative_log_probability_of_each_action(agent: Agent):
     """A fresh adapter changes nothing: what the bare model says of the text is its surprise, split over the turns."""
     predictor = predictor_of(agent)
     (surprise,) = predictor.surprise(EPISODES[2:])
-    head = agent.renderer.render((Message("user", QUESTION, EPISODES[2].turns[0].observation.images),)).ids
+    head = agent.renderer.render((Message("user", (*EPISODES[2].turns[0].observation.images, QUESTION)),)).ids
     pieces = ["right; ", "invalid; ", "right; ", "go"]
     ids = agent.renderer.encode_reply("".join(pieces))
     row = replace(
@@ -93,10 +95,12 @@ def test_the_bonus_is_added_to_each_turn_and_nothing_else_changes(agent: Agent):
     predictor = predictor_of(agent)
     judged, metrics = predictor.reward(EPISODES)
     surprises = np.concatenate(predictor.surprise(EPISODES))
-    rewards = [turn.step.reward for trajectory in judged for turn in trajectory.turns]
+    rewards = [turn.reward for trajectory in judged for turn in trajectory.turns]
     np.testing.assert_allclose(rewards, 0.5 + 0.1 * surprises, rtol=1e-5)
     assert metrics["novelty/surprise"] == pytest.approx(surprises.mean())
-    assert EPISODES[0].turns[0].step.reward == 0.5
+    assert {turn.step.reward for trajectory in judged for turn in trajectory.turns} == {0.5}  # what the env paid
+    assert {name for trajectory in judged for turn in trajectory.turns for name in turn.bonuses} == {"novelty"}
+    assert EPISODES[0].turns[0].reward == 0.5
     assert [trajectory.stop for trajectory in judged] == ["success"] * 3
 
 
@@ -240,7 +244,7 @@ def test_an_adapter_on_a_frozen_vision_part_shows_all_the_same_whoever_looks_fir
     context = predictor_of(agent).model.foretelling if others == "foretelling" else agent.reference
     trained = {name for name, parameter in agent.named_parameters() if parameter.requires_grad}
     images = EPISODES[0].turns[0].observation.images
-    prompt = agent.renderer.render((Message("user", "go?", images),))
+    prompt = agent.renderer.render((Message("user", (*images, "go?")),))
     row = reply_row("row", prompt.ids, agent.renderer.encode_reply("go"), prompt.images)
 
     def look() -> tuple[torch.Tensor, torch.Tensor]:

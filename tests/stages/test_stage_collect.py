@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from vlm_agents.episodes import read_episodes
-from vlm_agents.policies import is_random
-from vlm_agents.run import training_seed
+from vlm_agents.seeds import training_seed
 from vlm_agents.stages.collect import quality
 from vlm_agents.types import Advice, Observation, Parsed, Reply, Step, Turn
 
@@ -42,7 +41,7 @@ def test_the_metrics_are_those_of_the_episodes(echo_episodes: Path):
     turns = [turn for episode in episodes for turn in episode.turns]
     metrics = metrics_of(echo_episodes)
     assert metrics["collect/success"] == sum(episode.success for episode in episodes) / 40
-    assert metrics["collect/random_rate"] == pytest.approx(sum(is_random(turn.reply) for turn in turns) / 120)
+    assert metrics["collect/random_rate"] == pytest.approx(sum(turn.reply.source == "random" for turn in turns) / 120)
     # 120 draws at 0.3: mean 36, standard deviation sqrt(120 * 0.21) = 5.0; four of them are 20
     assert abs(120 * metrics["collect/random_rate"] - 36) < 20
     assert metrics["collect/invalid_rate"] == 0.0
@@ -56,14 +55,14 @@ def test_in_echo_a_right_answer_is_worth_ten_and_a_wrong_one_nothing(echo_episod
     for turn in turns:
         assert turn.observation.advice is not None
         right = turn.parsed.action == turn.observation.advice.action
-        assert turn.step.metrics["quality"] == (10.0 if right else 0.0)
-    assert {turn.step.metrics["quality"] for turn in turns} == {0.0, 10.0}
+        assert turn.rating == (10.0 if right else 0.0)
+    assert {turn.rating for turn in turns} == {0.0, 10.0}
 
 
 # ---- the score -------------------------------------------------------------------------------------------------------
 def scored(before: Advice | None, after: Advice | None, said: str = "go", **how: bool) -> float:
     success, terminated = how.get("success", False), how.get("terminated", False)
-    step = Step(Observation("next", advice=after), 0.0, terminated, False, {"success": float(success)})
+    step = Step(Observation("next", advice=after), 0.0, terminated, False, success, True, True)
     return quality(Turn(Observation("now", advice=before), (), Reply(said), Parsed(said), step))
 
 
@@ -150,7 +149,7 @@ def test_a_model_may_play_and_nobody_rate(run_stage: RunStage, tmp_path: Path):
     episodes = list(read_episodes(run_stage(tmp_path, *words)))
     replies = [turn.reply for episode in episodes for turn in episode.turns]
     assert all(1 <= len(reply.token_ids) == len(reply.logprobs) <= 4 for reply in replies)
-    assert not any("quality" in turn.step.metrics for episode in episodes for turn in episode.turns)
+    assert not any(turn.rating is not None for episode in episodes for turn in episode.turns)
 
 
 def test_chance_may_play_where_there_is_no_expert(run_stage: RunStage, tmp_path: Path):

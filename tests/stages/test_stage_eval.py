@@ -10,7 +10,7 @@ from PIL import Image
 from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import VlmAgentsError
 from vlm_agents.metrics import parts
-from vlm_agents.run import panel_seeds
+from vlm_agents.seeds import panel_seeds
 from vlm_agents.stages.playing import wilson_interval
 
 RunStage = Callable[..., Path]

@@ -16,10 +16,9 @@ from torch import nn
 from vlm_agents.config import LoraConfig, RunConfig
 from vlm_agents.errors import ConfigError, ModelError
 from vlm_agents.models import Agent, Sampler, load_agent
-from vlm_agents.models.images import key_of
 from vlm_agents.stages import merge
 from vlm_agents.stages.playing import first_prompts
-from vlm_agents.types import Prompt, Reply
+from vlm_agents.types import Prompt, Reply, Sampling
 
 ComposeRun = Callable[..., RunConfig]
 RunStage = Callable[..., Path]
@@ -69,7 +68,7 @@ def merged(adapter, run_stage: RunStage, tmp_path_factory: pytest.TempPathFactor
 
 def greedy(agent: Agent, prompts: list[Prompt], tokens: int) -> list[Reply]:
     rngs = [np.random.default_rng(0) for _ in prompts]
-    return Sampler(agent).generate(prompts, rngs, tokens, greedy=True)
+    return Sampler(agent).generate(prompts, rngs, Sampling(tokens, greedy=True))
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -77,7 +76,7 @@ def test_the_merged_model_is_the_adapter_model(adapter, merged, model: str):
     cfg, source = adapter(model)
     folder = merged(model)
     prompts = first_prompts(cfg, 100)
-    assert len({key_of(prompt[-1].images[0]) for prompt in prompts}) > 90  # DoorKey is laid out anew for every seed
+    assert len({prompt[-1].images[0].key for prompt in prompts}) > 90  # DoorKey is laid out anew for every seed
     before = greedy(agent_of(cfg, source, cfg.model.lora), prompts, 8)
     after = greedy(agent_of(cfg, folder), prompts, 8)
     base = greedy(agent_of(cfg), prompts, 8)
@@ -133,7 +132,7 @@ def test_plain_transformers_says_the_same(adapter, merged, tmp_path: Path):
         reply = greedy(agent, [prompt], 8)[0]
         expected.append(list(reply.token_ids))
         picture = tmp_path / f"{model}.png"
-        prompt[-1].images[0].save(picture)
+        prompt[-1].images[0].image.save(picture)
         cases.append(
             {
                 "folder": str(merged(model) / "model"),

@@ -15,7 +15,7 @@ from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import ConfigError, DataError
 from vlm_agents.metrics import parts
 from vlm_agents.models import load_agent
-from vlm_agents.run import panel_seeds, training_seed
+from vlm_agents.seeds import panel_seeds, training_seed
 from vlm_agents.stages.playing import format_of
 from vlm_agents.types import Observation, Parsed, Reply, Step, Turn
 
@@ -53,7 +53,7 @@ def test_while_the_critic_warms_up_credit_is_what_really_came(run_stage: RunStag
     words = ("stage.iterations=2", "stage.episodes=4", "stage.eval_episodes=0", "algo.gamma=0.5", "algo.gae_lambda=0")
     folder = run_stage(tmp_path, *SMALL, *words)
     first = list(read_episodes(folder))[:4]  # all of the first iteration
-    rewards = [[turn.step.reward for turn in episode.turns] for episode in first]
+    rewards = [[turn.reward for turn in episode.turns] for episode in first]
     # the critic expects nothing yet, so advantages are returns: r0 + r1 / 2 + r2 / 4, with lambda as it is r0 alone
     discounted = [sum(r / 2**k for k, r in enumerate(episode[i:])) for episode in rewards for i in range(len(episode))]
     found = next(line["ppo/advantage_std"] for line in lines(folder) if line["step"] == 1)
@@ -241,7 +241,7 @@ def test_by_default_a_chat_is_cut_to_the_models_positions(echo_run: ComposeRun, 
     cfg = echo_run(tmp_path, "stage=eval", "prompt.history=full")
     agent = load_agent(cfg.model, cfg.hardware)
     seen = Observation("go " * 1500)
-    turn = Turn(seen, (), Reply("red"), Parsed("red"), Step(seen, 0.0, False, False))
+    turn = Turn(seen, (), Reply("red"), Parsed("red"), Step(seen, 0.0, False, False, False, True, True))
     for reply, kept in ((4, 2), (2000, 1)):
         cfg = echo_run(tmp_path, "stage=eval", "prompt.history=full", f"prompt.max_reply_tokens={reply}")
         prompt = format_of(cfg, agent).prompt("Play.", [turn] * 3, seen)

@@ -17,7 +17,7 @@ from vlm_agents.envs.echo import COLORS
 from vlm_agents.episodes import EpisodeWriter, read_episodes
 from vlm_agents.errors import DataError
 from vlm_agents.models import load_agent
-from vlm_agents.policies import is_random
+from vlm_agents.pictures import Picture
 from vlm_agents.stages.sft import Chats
 from vlm_agents.types import Advice, Message, Observation, Parsed, Reply, Step, Stop, Trajectory, Turn
 
@@ -170,19 +170,19 @@ def test_an_interrupted_run_starts_anew(run_stage: RunStage, echo_episodes: Path
 
 
 # ---- episodes written by hand ----------------------------------------------------------------------------------------
-NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (56, 56, 3), dtype=np.uint8))  # no PNG makes it small
+PIXELS = np.random.default_rng(0).integers(0, 256, (56, 56, 3), dtype=np.uint8)  # no PNG makes it small
+NOISE = Picture(Image.fromarray(PIXELS))
 
 
 def turn(
-    said: str, quality: float | None = 10.0, *, text: str = "a door", drawn: bool = False, knows: bool = True
+    said: str, rating: float | None = 10.0, *, text: str = "a door", drawn: bool = False, knows: bool = True
 ) -> Turn:
     """A turn in which `said` was said, and the expert would have said `knock`, if it `knows`."""
     now = Observation(text, (NOISE,), ("knock", "open", "wait"), advice=Advice("shut", "knock", 2) if knows else None)
-    prompt = (Message("system", "rules"), Message("user", text, (NOISE,)))
-    metrics = {"success": 0.0} if quality is None else {"success": 0.0, "quality": quality}
-    step = Step(Observation("after"), 0.0, False, False, metrics)
+    prompt = (Message("system", ("rules",)), Message("user", (NOISE, text)))
+    step = Step(Observation("after"), 0.0, False, False, False, True, True)
     parsed = Parsed(said) if said in ("knock", "open", "wait") else Parsed(None, error="illegal action")
-    return Turn(now, prompt, Reply(said, entropy=1.1 if drawn else None), parsed, step)
+    return Turn(now, prompt, Reply(said, source="random" if drawn else "expert"), parsed, step, rating)
 
 
 @pytest.fixture
@@ -320,4 +320,4 @@ def test_broken_episodes_teach_nothing_and_nothing_left_is_an_error(preprocess):
 
 
 def test_chance_is_told_from_meaning():
-    assert [is_random(turn.reply) for turn in TURNS] == [False, False, False, True, True]
+    assert [turn.reply.source for turn in TURNS] == ["expert"] * 3 + ["random"] * 2

@@ -10,13 +10,12 @@ from numbers import Real
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 
 from vlm_agents.errors import EnvError
-from vlm_agents.pictures import as_shown
+from vlm_agents.pictures import Picture
 from vlm_agents.types import Advice, Observation, Step
 
-FACTS = ("success", "legal", "changed")  # metrics that every step has, each 0 or 1
+FLAGS = ("terminated", "truncated", "success", "legal", "changed")  # of a step
 
 
 class Env(Protocol):
@@ -37,7 +36,7 @@ class Env(Protocol):
     def step(self, action: str | None) -> Step:
         """Play one turn. None, or a word that is not legal, lets the turn pass in which nothing is done.
 
-        `metrics` holds at least success, legal and changed, each 0 or 1; changed says whether `state_key` did.
+        `changed` says whether `state_key` did.
         """
         ...
 
@@ -73,29 +72,27 @@ def checked_observation(seen: Observation) -> Observation:
         advice = Advice(thought, action, None if advice.distance is None else int(advice.distance))
     _expect(isinstance(seen.images, tuple | list), "images", seen.images, "no tuple of pictures")
     images = tuple(map(_picture, seen.images))
-    return Observation(_text("the text", seen.text), images, legal, _text("state_key", seen.state_key), advice)
+    _expect(isinstance(seen.tags, Mapping), "tags", seen.tags, "no mapping of names to texts")
+    tags = {_text("a tag's name", name): _text(f"tags['{name}']", value) for name, value in seen.tags.items()}
+    return Observation(_text("the text", seen.text), images, legal, _text("state_key", seen.state_key), advice, tags)
 
 
 def checked_step(step: Step) -> Step:
     """The same in plain types; where both ends are said, termination is the one that counts. EnvError as above."""
     _expect(isinstance(step, Step), "what came of the step", step, "no Step")
-    for name in ("terminated", "truncated"):
+    for name in FLAGS:
         _expect(isinstance(getattr(step, name), bool | np.bool_), name, getattr(step, name), "neither True nor False")
     _expect(isinstance(step.metrics, Mapping), "metrics", step.metrics, "no mapping of names to numbers")
     metrics = {_text("a metric's name", name): _number(f"metrics['{name}']", x) for name, x in step.metrics.items()}
-    for name in FACTS:
-        _expect(metrics.get(name) in (0.0, 1.0), f"metrics['{name}']", metrics.get(name), "neither 0 nor 1")
-    terminated = bool(step.terminated)
-    truncated = bool(step.truncated) and not terminated
-    reward = _number("the reward", step.reward)
-    return Step(checked_observation(step.observation), reward, terminated, truncated, metrics)
+    terminated, truncated, success, legal, changed = (bool(getattr(step, name)) for name in FLAGS)
+    reward, truncated = _number("the reward", step.reward), truncated and not terminated
+    return Step(checked_observation(step.observation), reward, terminated, truncated, success, legal, changed, metrics)
 
 
-def _picture(image: Image.Image) -> Image.Image:
-    _expect(isinstance(image, Image.Image), "a picture", image, "no PIL image")
-    image.load()  # else a broken file would be found out far from the env that opened it
-    _expect(min(image.size) > 0, "a picture", image.size, "without a pixel")
-    return image if image.mode == "RGB" and not image.getexif() else as_shown(image)
+def _picture(picture: Picture) -> Picture:
+    _expect(isinstance(picture, Picture), "a picture", picture, "no vlm_agents.pictures.Picture")
+    _expect(min(picture.size) > 0, "a picture", picture.size, "without a pixel")
+    return picture
 
 
 def _text(name: str, value: str) -> str:
@@ -160,22 +157,18 @@ def _check_episode(first: Env, second: Env, seed: int, turns: int | None) -> Non
 
 
 def _check_step(env: Env, before: Observation, action: str | None, step: Step) -> None:
-    metrics = step.metrics
-    for name in FACTS:
-        _require(metrics.get(name) in (0.0, 1.0), env, f"metrics['{name}'] is {metrics.get(name)}, not 0 or 1")
     _require(not (step.terminated and step.truncated), env, "both terminates and truncates")
-    _require(not metrics["success"] or step.terminated, env, "succeeds without terminating")
+    _require(not step.success or step.terminated, env, "succeeds without terminating")
     if before.legal_actions is not None:
-        _require(metrics["legal"] == (action in before.legal_actions), env, f"is wrong about '{action}' being legal")
+        _require(step.legal == (action in before.legal_actions), env, f"is wrong about '{action}' being legal")
     _require(bool(step.observation.state_key), env, "gives no state_key")
     changed = step.observation.state_key != before.state_key
-    _require(metrics["changed"] == changed, env, f"says changed={metrics['changed']} where state_key says {changed}")
+    _require(step.changed == changed, env, f"says changed={step.changed} where state_key says {changed}")
 
 
 def _same(one: Observation, other: Observation) -> bool:
-    pixels = [tuple(image.tobytes() for image in seen.images) for seen in (one, other)]
-    facts = [(seen.text, seen.legal_actions, seen.state_key) for seen in (one, other)]
-    return pixels[0] == pixels[1] and facts[0] == facts[1]
+    facts = [(seen.images, seen.text, seen.legal_actions, seen.state_key) for seen in (one, other)]
+    return facts[0] == facts[1]
 
 
 def _require(condition: bool, env: Env, failing: str) -> None:

@@ -3,6 +3,7 @@
 Solvable in seconds, so it is the test double of the harder games. Nothing in it depends on what was answered before.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import gymnasium
@@ -12,6 +13,7 @@ from PIL import Image
 
 from vlm_agents.config import EchoConfig
 from vlm_agents.envs.base import out_of_turn, state_key
+from vlm_agents.pictures import Picture
 from vlm_agents.types import Observation, Step
 
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -83,7 +85,7 @@ class EchoEnv:
     def reset(self, seed: int) -> Observation:
         pixels, _ = self.game.reset(seed=seed)
         self._running = True
-        return self._observe(pixels)
+        return replace(self._observe(pixels), tags={"first": self.words[self.game.answers[0]]})
 
     def step(self, action: str | None) -> Step:
         if not self._running:
@@ -92,8 +94,7 @@ class EchoEnv:
         pixels, reward, terminated, _, info = self.game.step(self.words.index(action) if legal else None)
         truncated = not terminated and self.game.turn == self.max_steps
         self._running = not (terminated or truncated)
-        metrics = {"success": float(info["success"]), "legal": float(legal), "changed": 1.0}
-        return Step(self._observe(pixels), reward, terminated, truncated, metrics)
+        return Step(self._observe(pixels), reward, terminated, truncated, info["success"], legal, changed=True)
 
     def close(self) -> None:
         self.game.close()
@@ -102,4 +103,6 @@ class EchoEnv:
     def _observe(self, pixels: np.ndarray) -> Observation:
         turn, turns = self.game.turn, self.game.turns
         text = f"Turn {turn + 1} of {turns}. Name the colour." if turn < turns else "All turns are over."
-        return Observation(text, (Image.fromarray(pixels),), self.words, state_key(turn, self.game.answers[turn:]))
+        return Observation(
+            text, (Picture(Image.fromarray(pixels)),), self.words, state_key(turn, self.game.answers[turn:])
+        )

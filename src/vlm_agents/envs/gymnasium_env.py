@@ -16,6 +16,7 @@ from vlm_agents.config import GymnasiumConfig
 from vlm_agents.envs.base import out_of_turn, state_key
 from vlm_agents.errors import EnvError, did_you_mean
 from vlm_agents.imports import module, told
+from vlm_agents.pictures import Picture
 from vlm_agents.types import Observation, Step
 
 
@@ -65,8 +66,7 @@ class GymnasiumEnv:
         truncated = not terminated and (bool(truncated) or self._turn >= self._limit)
         self._running = not (terminated or truncated)
         changed = self._now.state_key != before.state_key
-        metrics = {"success": float(success), "legal": float(legal), "changed": float(changed)}
-        return Step(self._now, reward, bool(terminated), truncated, metrics)
+        return Step(self._now, reward, bool(terminated), truncated, success, legal, changed)
 
     def close(self) -> None:
         self._env.close()
@@ -87,7 +87,7 @@ class GymnasiumEnv:
                 key = state_key(picture.tobytes())
             case name:
                 key = state_key(_plain(self._told(info, "state", name)))
-        return Observation("", (picture,), self._legal(info), key)
+        return Observation("", (Picture(picture),), self._legal(info), key)
 
     def _legal(self, info: Mapping[str, Any]) -> tuple[str, ...]:
         if self.cfg.legal is None:

@@ -21,6 +21,7 @@ from PIL import Image
 from vlm_agents.config import MiniGridConfig
 from vlm_agents.envs.base import out_of_turn, state_key
 from vlm_agents.errors import EnvError, did_you_mean
+from vlm_agents.pictures import Picture
 from vlm_agents.types import Observation, Step
 
 WORDS: dict[Actions, str] = {
@@ -72,12 +73,8 @@ class MiniGrid:
         truncated = truncated and not terminated
         self._running = not (terminated or truncated)
         observation = self._observe()
-        metrics = {
-            "success": float(terminated and reward > 0),
-            "legal": float(legal),
-            "changed": float(self._key != before),
-        }
-        return Step(observation, reward, terminated, truncated, metrics)
+        success, changed = terminated and reward > 0, self._key != before
+        return Step(observation, reward, terminated, truncated, success, legal, changed)
 
     def close(self) -> None:
         self.world.close()
@@ -98,7 +95,7 @@ class MiniGrid:
         cells = [cell.encode() if cell else None for cell in world.grid.grid]
         self._key = state_key(cells, _pose(world), held)
         text = f"{world.mission}\n{describe(world)}" if self.cfg.describe else world.mission
-        return Observation(text, (self._picture(),), self._words, self._key)
+        return Observation(text, (Picture(self._picture()),), self._words, self._key)
 
     def _picture(self) -> Image.Image:
         if self.cfg.view == "agent":

@@ -28,7 +28,7 @@ def gae_by_turn(episodes: Sequence[Trajectory], gamma: float, lam: float) -> lis
                 f"{episode.env}/seed {episode.seed}: replies of policy {episode.policy} carry no value: "
                 "this algorithm trains on what its own model sampled (policy=model)"
             )
-        rewards = [turn.step.reward for turn in episode.turns]
+        rewards = [turn.reward for turn in episode.turns]
         advantages, returns = gae(rewards, values, episode.bootstrap, gamma, lam)
         credit.append(Credit(advantages, returns, np.asarray(values, dtype=np.float32)))
     return credit

@@ -51,7 +51,7 @@ class TemporalPredictor:
         judged, surprises = [], []
         for trajectory, surprise in zip(trajectories, self.surprise(trajectories), strict=True):
             turns = tuple(
-                replace(turn, step=replace(turn.step, reward=turn.step.reward + self.config.coef * float(bonus)))
+                replace(turn, bonuses={**turn.bonuses, "novelty": self.config.coef * float(bonus)})
                 for turn, bonus in zip(trajectory.turns, surprise, strict=True)
             )
             judged.append(replace(trajectory, turns=turns))
@@ -96,7 +96,7 @@ class TemporalPredictor:
 
     def row(self, trajectory: Trajectory) -> Row:
         """The first picture and a question; the reply: every action, in order, as far as the model has positions."""
-        prompt = (Message("user", QUESTION, trajectory.turns[0].observation.images[:1]),)
+        prompt = (Message("user", (*trajectory.turns[0].observation.images[:1], QUESTION)),)
         rendered = self.renderer.render(prompt)
         reply = self.renderer.encode_reply(SEPARATOR.join(actions_of(trajectory)))
         room = self.renderer.context - len(rendered.ids)

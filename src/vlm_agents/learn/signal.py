@@ -34,7 +34,7 @@ def all_alike(episodes: Sequence[Trajectory], gamma: float) -> bool:
     """Are there two episodes or more, and does none differ from another in its rewards?"""
     if len(episodes) < 2:
         return False
-    rewards = [[turn.step.reward for turn in episode.turns] for episode in episodes]
+    rewards = [[turn.reward for turn in episode.turns] for episode in episodes]
     returns = [sum(gamma**at * reward for at, reward in enumerate(row)) for row in rewards]
     shared = [[row[at] for row in rewards if at < len(row)] for at in range(max(map(len, rewards)))]
     return all(max(column) - min(column) <= TOLERANCE for column in (returns, *shared))

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL.Image import Image
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -30,6 +29,7 @@ from vlm_agents.models.older import add_older_names
 from vlm_agents.models.prefix import causal_mask
 from vlm_agents.models.rendering import HFRenderer
 from vlm_agents.models.vocabulary import reserved_ids
+from vlm_agents.pictures import Picture
 from vlm_agents.tensors import Row, Scores
 from vlm_agents.weights import TEMPERATURE_FILE
 
@@ -155,7 +155,7 @@ class Agent(nn.Module):
         )
         return output.last_hidden_state, cache
 
-    def embed(self, input_ids: Tensor, images: Sequence[Image]) -> dict[str, Any]:
+    def embed(self, input_ids: Tensor, images: Sequence[Picture]) -> dict[str, Any]:
         """What the text model reads: [N T H] token embeddings, with pictures' features at their placeholder tokens."""
         embeds, features = self.family.embed_tokens(input_ids), self.images.features(images)
         if features is None:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
 from vlm_agents.errors import DataError
 from vlm_agents.models.families import Family
 from vlm_agents.models.prefix import shared_prefix
+from vlm_agents.pictures import Picture
 from vlm_agents.tensors import Row
 
 
@@ -21,7 +21,7 @@ class Tokens:
     input_ids: Tensor  # [N T] int64
     reply_mask: Tensor  # [N T] bool
     positions: Tensor  # [P N T] int64
-    images: tuple[Image, ...]  # in the order of their placeholder tokens
+    images: tuple[Picture, ...]  # in the order of their placeholder tokens
     shared: int  # leading tokens that all rows have in common
 
 

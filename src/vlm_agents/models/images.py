@@ -4,16 +4,14 @@ In games frames repeat: within a batch, over the turns of an episode, and over P
 part are kept until `clear`.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
 from vlm_agents.models.families import Family
-from vlm_agents.pictures import as_shown
+from vlm_agents.pictures import Picture
 
 ENCODE_AT_ONCE = 64  # frames through the vision part in one pass
 KEEP_BYTES = 2 << 30  # of features; past it the oldest are encoded anew when needed
@@ -43,22 +41,23 @@ class ImageStore:
         finally:
             self._seeing = before
 
-    def features(self, images: Sequence[Image]) -> Tensor | None:
+    def features(self, images: Sequence[Picture]) -> Tensor | None:
         """[sum of tokens, F] features of the pictures, in order; None without pictures.
 
         They carry a gradient only where the vision part isn't frozen."""
         if not images:
             return None
-        keys = [key_of(image) for image in images]
+        keys = [picture.key for picture in images]
         distinct = dict(zip(keys, images, strict=True))
         found = self._kept(distinct) if self.frozen else self._encode(distinct)
         return torch.cat([found[key] for key in keys])
 
-    def _encode(self, distinct: dict[str, Image]) -> dict[str, Tensor]:
-        return dict(zip(distinct, self.family.encode(self.family.pixels(list(distinct.values()))), strict=True))
+    def _encode(self, distinct: dict[str, Picture]) -> dict[str, Tensor]:
+        pixels = self.family.pixels([picture.image for picture in distinct.values()])
+        return dict(zip(distinct, self.family.encode(pixels), strict=True))
 
     @torch.no_grad()
-    def _kept(self, distinct: dict[str, Image]) -> dict[str, Tensor]:
+    def _kept(self, distinct: dict[str, Picture]) -> dict[str, Tensor]:
         """Features of each picture by key, encoding those that aren't kept."""
         found = {key: self._features[key] for key in distinct if key in self._features}
         missing = [key for key in distinct if key not in found]
@@ -72,10 +71,3 @@ class ImageStore:
         while self._bytes > KEEP_BYTES:
             self._bytes -= self._features.pop(next(iter(self._features))).nbytes
         return found
-
-
-def key_of(image: Image) -> str:
-    """A picture's content as a key; pictures that show the same are one."""
-    digest = hashlib.blake2b(as_shown(image).tobytes(), digest_size=16)
-    digest.update(f"{image.size}".encode())
-    return digest.hexdigest()

@@ -10,6 +10,7 @@ from PIL import Image
 
 from vlm_agents.models.actor_critic import Agent
 from vlm_agents.models.families.unlisted import Unlisted
+from vlm_agents.pictures import Picture
 from vlm_agents.progress import say
 from vlm_agents.tensors import Row
 from vlm_agents.types import Message
@@ -33,16 +34,16 @@ def prove(agent: Agent) -> None:
         say(f"{place} has no processor_config.json: our prompts can't be compared with those of its processor")
     for width, height in SIZES:
         noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        compare(agent, family, Image.fromarray(noise))
+        compare(agent, family, Picture(Image.fromarray(noise)))
     agent.images.clear()
 
 
-def compare(agent: Agent, family: Unlisted, image: Image.Image) -> None:
+def compare(agent: Agent, family: Unlisted, picture: Picture) -> None:
     """One prompt with this picture."""
     with family.following("its chat template can't be rendered piece by piece"):
-        ids = agent.renderer.render((Message("user", TEXT, (image,)),)).ids
+        ids = agent.renderer.render((Message("user", (picture, TEXT)),)).ids
     with family.following("its processor can't take one picture and a text"):
-        inputs = processed(agent, family, image, ids)
+        inputs = processed(agent, family, picture.image, ids)
     if (theirs := inputs["input_ids"][0].tolist()) != ids.tolist():
         place = next((i for i, pair in enumerate(zip(ids, theirs, strict=False)) if pair[0] != pair[1]), len(ids))
         raise family.unlike(
@@ -55,7 +56,7 @@ def compare(agent: Agent, family: Unlisted, image: Image.Image) -> None:
             key: value.to(agent.device, dtype if value.is_floating_point() else None) for key, value in inputs.items()
         }
         expected = agent.model(**given).logits[0].float()
-        row = Row("probe", ids, (image,), ())
+        row = Row("probe", ids, (picture,), ())
         found = agent.logits(agent.hidden(agent.collate([row]))[0])
     difference = float((found - expected).norm() / expected.norm())
     if not difference <= torch.finfo(dtype).eps ** 0.5:

@@ -5,21 +5,22 @@ piece. So replies which a model sampled earlier in the episode keep their exact 
 placeholder tokens, and no text is taken for a control token, a picture or a mark, whatever it spells.
 """
 
+import itertools
 import re
 import sys
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
-from PIL.Image import Image
 
-from vlm_agents.errors import DataError, ModelError
+from vlm_agents.errors import DataError, ModelError, TooLongError
 from vlm_agents.models.families import Family
 from vlm_agents.models.vocabulary import Vocabulary
+from vlm_agents.pictures import Picture
 from vlm_agents.tensors import Rendered
-from vlm_agents.types import Prompt
+from vlm_agents.types import Message, Part, Prompt
 
 # Stands for the text of a message while the chat template is applied.
 MARK = "\ue000{}\ue000"
@@ -81,17 +82,18 @@ class HFRenderer:
 
     def _messages(self, prompt: Prompt) -> list[dict[str, Any]]:
         """The chat as the template sees it: with marks for what was said, but for the space around a text."""
-        messages = []
-        for index, message in enumerate(prompt):
-            said = MARK.format(index)
-            if message.token_ids is None:
-                text = message.text.strip()
-                said = message.text.replace(text, said, 1) if text else message.text
-            messages.append(_message(message.role, said, len(message.images)))
+        marks = map(MARK.format, itertools.count())
+        messages = [
+            _message(
+                message.role, *(part if isinstance(part, Picture) else _marked(part, marks) for part in _told(message))
+            )
+            for message in prompt
+        ]
         if self.takes_system or messages[0]["role"] != "system":
             return messages
-        (system,), first = messages[0]["content"], messages[1]["content"]
-        first[-1]["text"] = f"{system['text']}\n\n{first[-1]['text']}"
+        system = "".join(part["text"] for part in messages[0]["content"])
+        first = next(part for part in messages[1]["content"] if "text" in part)
+        first["text"] = f"{system}\n\n{first['text']}"
         return messages[1:]
 
     def render(self, prompt: Prompt) -> Rendered:
@@ -111,19 +113,20 @@ class HFRenderer:
         bos = self.tokenizer.bos_token
         ids = [] if bos and text.startswith(bos) else list(self.start)
         piece = [""]  # of text, in parts, up to a picture or a sampled reply
-        # even parts are the template's, odd ones the index of the message whose text stands there
+        # even parts are the template's, odd ones the number of what stands there: a text, or the ids of a reply
         parts = MARKS.split(text)
-        said = [None, *(prompt[int(index)] for index in parts[1::2]), None]
+        told = [part for message in prompt for part in _told(message) if not isinstance(part, Picture)]
+        said = [None, *(told[int(index)] for index in parts[1::2]), None]
         for before, part, after in zip(said, parts[::2], said[1:], strict=False):
-            if before is not None and before.token_ids is None:
-                first, *rest = self.vocabulary.cut(before.text.strip())
+            if isinstance(before, str):
+                first, *rest = self.vocabulary.cut(before.strip())
                 piece = [*piece[:-1], piece[-1] + first, *rest]
             elif before is not None:
-                ids += [*self.vocabulary.encode(piece), *(before.token_ids or ())]
+                ids += [*self.vocabulary.encode(piece), *before]
                 piece = [""]
                 if ids[-1:] == [self.end_of_turn] and part.startswith(self.tokenizer.eos_token):
                     ids.pop()  # the sampled ids end the turn, and so does the template
-            if after is not None and after.token_ids is not None:
+            if isinstance(after, tuple):
                 part = part.removesuffix(self.lead)  # the reply was sampled right after the prompt for it
             first, *rest = self._pictures.split(part)
             piece[-1] += first
@@ -134,7 +137,7 @@ class HFRenderer:
         ids += self.vocabulary.encode(piece)
         return Rendered(np.array(ids, dtype=np.int64), images)
 
-    def _image_tokens(self, image: Image) -> int:
+    def _image_tokens(self, image: Picture) -> int:
         try:
             return self.family.image_tokens(image.size)
         except ModelError:
@@ -149,7 +152,7 @@ class HFRenderer:
         """The chat without its oldest turns, as few as make it a prompt of `max_tokens` at most; pictures count.
 
         At most as many, too, as leave the reply a position for each of `reply_tokens`. A turn goes as a whole, with its
-        pictures and the reply to it; a system message stays. DataError where the last turn alone is too long.
+        pictures and the reply to it; a system message stays. TooLongError where the last turn alone is too long.
         """
         limit = min(max_tokens or sys.maxsize, self.context - reply_tokens)
         first = [index for index, message in enumerate(prompt) if message.role == "user"]  # of each turn
@@ -169,12 +172,12 @@ class HFRenderer:
         self._fitted[id(shorter[dropped])] = shorter[dropped], rendered[dropped]
         return shorter[dropped]
 
-    def _too_long(self, turn: Prompt, tokens: int, max_tokens: int | None, reply_tokens: int) -> DataError:
+    def _too_long(self, turn: Prompt, tokens: int, max_tokens: int | None, reply_tokens: int) -> TooLongError:
         pictures = len(turn[-1].images)
         what = f"the last turn and the instructions are a prompt of {tokens} tokens with its {pictures} pictures"
         if max_tokens is not None and tokens + reply_tokens <= self.context:
-            return DataError(f"{what}: raise prompt.max_prompt_tokens={max_tokens}, or show less")
-        return DataError(
+            return TooLongError(f"{what}: raise prompt.max_prompt_tokens={max_tokens}, or show less")
+        return TooLongError(
             f"{what}, its reply takes {reply_tokens}, and the model has positions for {self.context} in all: "
             "show fewer or smaller pictures or shorter texts, or take a model with more positions"
         )
@@ -203,6 +206,20 @@ class HFRenderer:
         return np.array([ends[:-1], ends[1:]], dtype=np.int64).T
 
 
-def _message(role: str, text: str, pictures: int = 0) -> dict[str, Any]:
+def _told(message: Message) -> tuple[Part | tuple[int, ...], ...]:
+    """What the message says: its parts, or the exact ids of a sampled reply. At least one isn't a picture."""
+    if message.token_ids is not None:
+        return (*message.images, message.token_ids)
+    return message.parts if any(isinstance(part, str) for part in message.parts) else (*message.parts, "")
+
+
+def _marked(said: str | tuple[int, ...], marks: Iterator[str]) -> str:
+    """The next mark, between the space around a text; templates trim that, or don't."""
+    mark, text = next(marks), said.strip() if isinstance(said, str) else ""
+    return mark if isinstance(said, tuple) else said.replace(text, mark, 1) if text else said
+
+
+def _message(role: str, *parts: Part) -> dict[str, Any]:
     """One message as chat templates take it. In parts even where it is text alone: some templates know nothing else."""
-    return {"role": role, "content": [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": text}]}
+    content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
+    return {"role": role, "content": content}

@@ -17,8 +17,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from vlm_agents.errors import ModelError
 from vlm_agents.models.actor_critic import Agent, entropy_of
 from vlm_agents.models.prefix import causal_mask, shared_prefix
-from vlm_agents.models.rendering import Rendered
-from vlm_agents.types import Prompt, Reply
+from vlm_agents.models.rendering import HFRenderer, Rendered
+from vlm_agents.types import Prompt, Reply, Sampling
 
 COMPACT_BELOW = 0.75  # share of live rows under which the finished ones are moved out of the cache
 
@@ -86,11 +86,11 @@ class Sampler:
         self,
         prompts: Sequence[Prompt],
         rngs: Sequence[np.random.Generator],
-        max_new_tokens: int,
-        greedy: bool = False,
+        sampling: Sampling,
     ) -> list[Reply]:
         """One reply a prompt. Greedy replies still carry the log-probs of the policy at its own temperature."""
-        agent = self.agent
+        agent, max_new_tokens = self.agent, sampling.max_tokens
+        ends = StopTexts(agent.renderer, sampling.stop)
         batch = self.prefill(prompts, max_new_tokens)
         values = agent.value(batch.hidden).tolist()
         temperatures = agent.temperatures(batch.hidden)
@@ -103,7 +103,7 @@ class Sampler:
         hidden, valid, positions = batch.hidden, batch.valid, batch.positions
         for step in range(max_new_tokens):
             distribution = agent.log_distribution(agent.logits(hidden), temperatures[live])
-            chosen = distribution.argmax(-1) if greedy else draw(distribution, draws[live, step])
+            chosen = distribution.argmax(-1) if sampling.greedy else draw(distribution, draws[live, step])
             rows = live.cpu().numpy()
             tokens[rows, step] = chosen.cpu().numpy()
             entropies[rows, step] = entropy_of(distribution).cpu().numpy()
@@ -112,9 +112,9 @@ class Sampler:
                     "the model's logits aren't finite: its weights are broken, as by a learning rate too high"
                 )
             logprobs[rows, step] = distribution.gather(-1, chosen[:, None]).squeeze(-1).cpu().numpy()
-            ended = chosen == agent.renderer.end_of_turn
-            # a finished row may stay in the cache for a while: only its first end of turn counts
-            done = rows[ended.cpu().numpy()]
+            ended = tokens[rows, step] == agent.renderer.end_of_turn
+            # a finished row may stay in the cache for a while: only its first end counts
+            done = rows[ended | ends.found(tokens[rows, : step + 1])]
             lengths[done] = np.minimum(lengths[done], step + 1)
             unfinished = torch.from_numpy(lengths[rows] == max_new_tokens).to(agent.device)
             if step + 1 == max_new_tokens or not unfinished.any():
@@ -129,8 +129,8 @@ class Sampler:
             hidden = self.decode(chosen, positions, valid, batch.cache)
             positions = positions + 1
         return [
-            self._reply(batch.rendered[i], tokens[i], logprobs[i], entropies[i], lengths[i], values[i])
-            for i in range(count)
+            self._reply(batch.rendered[i], tokens[i, :length], logprobs[i], entropies[i], values[i], ends)
+            for i, length in enumerate(lengths)
         ]
 
     @torch.no_grad()
@@ -198,11 +198,12 @@ class Sampler:
         tokens: np.ndarray,
         logprobs: np.ndarray,
         entropies: np.ndarray,
-        length: int,
         value: float,
+        ends: "StopTexts",
     ) -> Reply:
-        ids = tokens[:length].tolist()
+        ids, length = tokens.tolist(), len(tokens)
         renderer = self.agent.renderer
+        ended = ids[-1] == renderer.end_of_turn or ends.found(tokens[None]).any()
         return Reply(
             text=renderer.decode(ids),
             prompt_token_ids=tuple(rendered.ids.tolist()),
@@ -210,8 +211,24 @@ class Sampler:
             logprobs=tuple(logprobs[:length].tolist()),
             value=value,
             entropy=float(entropies[:length].mean()),
-            finish="stop" if ids[-1] == renderer.end_of_turn else "length",
+            finish="stop" if ended else "length",
         )
+
+
+class StopTexts:
+    """Finds where one of the texts that end a reply has just been written."""
+
+    def __init__(self, renderer: HFRenderer, texts: Sequence[str]) -> None:
+        self.renderer, self.texts = renderer, texts
+        # each token writes a byte at least, but for one before the text whose space the decoder drops
+        self.longest = max((len(text.encode()) + 1 for text in texts), default=0)
+
+    def found(self, tokens: np.ndarray) -> np.ndarray:
+        """[n] does the text of the last of [n t] tokens hold one?"""
+        if not self.texts:
+            return np.zeros(len(tokens), dtype=bool)
+        tails = [self.renderer.decode(row) for row in tokens[:, -self.longest :].tolist()]
+        return np.array([any(text in tail for text in self.texts) for tail in tails], dtype=bool)
 
 
 def draw(distribution: Tensor, uniform: Tensor) -> Tensor:

@@ -4,7 +4,17 @@ A new format is a module with a class that has the three methods of `PromptForma
 `PromptConfig` and a YAML in conf/prompt/. Outside the package it is the class alone, and `prompt.factory` names it.
 """
 
-__all__ = ["Fitted", "PromptFormat", "chat", "check_format", "cut_off", "find_object", "make_format", "match_action"]
+__all__ = [
+    "Fitted",
+    "PromptFormat",
+    "chat",
+    "check_format",
+    "cut_off",
+    "drawn",
+    "find_object",
+    "make_format",
+    "match_action",
+]
 
 from collections.abc import Callable
 
@@ -18,6 +28,7 @@ from vlm_agents.prompting.base import (
     chat,
     check_format,
     cut_off,
+    drawn,
     find_object,
     match_action,
 )

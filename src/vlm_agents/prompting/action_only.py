@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from vlm_agents.config import PromptConfig
 from vlm_agents.prompting.base import LegalActions, chat, match_action
 from vlm_agents.prompting.thinking import answer_start
@@ -21,7 +19,7 @@ class ActionOnly:
     def prompt(self, instructions: str, history: Sequence[Turn], now: Observation) -> Prompt:
         return chat(f"{instructions}\n{RULE}", history, now, self.cfg)
 
-    def parse(self, text: str, legal_actions: LegalActions, rng: np.random.Generator) -> Parsed:
+    def parse(self, text: str, legal_actions: LegalActions) -> Parsed:
         start, error = answer_start(text)
         thought = (0, start) if start else None
         if error:

@@ -23,13 +23,13 @@ class ActionScores:
     def prompt(self, instructions: str, history: Sequence[Turn], now: Observation) -> Prompt:
         return chat(f"{instructions}\n{RULE}", history, now, self.cfg)
 
-    def parse(self, text: str, legal_actions: LegalActions, rng: np.random.Generator) -> Parsed:
+    def parse(self, text: str, legal_actions: LegalActions) -> Parsed:
         found = find_object(text, "scores")
         if found.answer is None:
             return Parsed(None, found.thought_span, error=found.error)
         scores, error = read_scores(text, found.answer.span[0], legal_actions)
-        action = None if error else draw(scores, self.cfg.score_temperature, rng)
-        return Parsed(action, found.thought_span, found.answer.span, error)
+        choices = {} if error else softmax(scores, self.cfg.score_temperature)
+        return Parsed(None, found.thought_span, found.answer.span, error, choices)
 
     def write(self, thought: str, action: str, legal_actions: LegalActions) -> str:
         scores = {name: HIGH if name == action else LOW for name in legal_actions or (action,)}
@@ -56,8 +56,8 @@ def read_scores(text: str, start: int, legal_actions: LegalActions) -> tuple[dic
     return {action: scores[action] for action in actions}, None if scores else "no scores"
 
 
-def draw(scores: dict[str, float], temperature: float, rng: np.random.Generator) -> str:
-    """One key of `scores`, with probability softmax(scores / temperature)."""
+def softmax(scores: dict[str, float], temperature: float) -> dict[str, float]:
+    """The probability of each action, softmax(scores / temperature)."""
     logits = np.array(list(scores.values()))
     weights = np.exp((logits - logits.max()) / temperature)
-    return list(scores)[rng.choice(len(weights), p=weights / weights.sum())]
+    return dict(zip(scores, (weights / weights.sum()).tolist(), strict=True))

@@ -5,7 +5,7 @@ Not a base class: a format is any class with the methods of `PromptFormat`, made
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -25,13 +25,13 @@ class PromptFormat(Protocol):
 
     def prompt(self, instructions: str, history: Sequence[Turn], now: Observation) -> Prompt: ...
 
-    def parse(self, text: str, legal_actions: LegalActions, rng: np.random.Generator) -> Parsed:
-        """Read a reply. Never raises and never guesses: what holds no legal action has `error` set.
+    def parse(self, text: str, legal_actions: LegalActions) -> Parsed:
+        """Read a reply. Never raises, guesses or draws: what holds no legal action has `error` set.
 
         What stands behind a reasoning model's thinking is the answer; a draft within the thinking never counts.
         Errors begin with words that can be counted: empty reply, no answer, no JSON, no <key> key, empty action,
         illegal action, cut off after, no scores, no score for, bad score. Spans are set wherever the reply has the
-        part, even beside an error.
+        part, even beside an error. A format that leaves the choice to chance gives `choices`.
         """
         ...
 
@@ -43,7 +43,7 @@ class PromptFormat(Protocol):
 def check_format(prompt_format: PromptFormat, name: str = "the format") -> None:
     """ConfigError, which calls it `name`, for a format that can't read what it writes, or raises at what a model may
     say."""
-    words, rng = ("turn left", "stay", "stay here"), np.random.default_rng(0)
+    words = ("turn left", "stay", "stay here")
     now, said = Observation("seen", legal_actions=words), ["", " ", "{", "no such word", "\u2028\x00"]
     try:
         prompt = prompt_format.prompt("rules", (), now)
@@ -51,12 +51,12 @@ def check_format(prompt_format: PromptFormat, name: str = "the format") -> None:
             raise ConfigError(f"{name}: its prompt is no tuple of Messages that ends with the user's")
         for word in words:
             reply = prompt_format.write("a thought", word, words)
-            parsed = prompt_format.parse(reply, words, rng)
+            parsed = prompt_format.parse(reply, words)
             if parsed.action != word:
                 raise ConfigError(f"{name}: it writes {reply!r:.80} for '{word}' and reads '{parsed.action}' in it")
             said.append(reply[: len(reply) // 2])
         for reply in said:
-            parsed = prompt_format.parse(reply, words, rng)
+            parsed = prompt_format.parse(reply, words)
             if (parsed.action is None) == (parsed.error is None) or parsed.action not in (None, *words):
                 raise ConfigError(f"{name}: in {reply!r} it reads {parsed}: a legal action, or an error, and not both")
     except ConfigError:
@@ -75,8 +75,8 @@ class Fitted:
     def prompt(self, instructions: str, history: Sequence[Turn], now: Observation) -> Prompt:
         return self.fit(self.format.prompt(instructions, history, now))
 
-    def parse(self, text: str, legal_actions: LegalActions, rng: np.random.Generator) -> Parsed:
-        return self.format.parse(text, legal_actions, rng)
+    def parse(self, text: str, legal_actions: LegalActions) -> Parsed:
+        return self.format.parse(text, legal_actions)
 
     def write(self, thought: str, action: str, legal_actions: LegalActions) -> str:
         return self.format.write(thought, action, legal_actions)
@@ -85,15 +85,15 @@ class Fitted:
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 def chat(system: str, history: Sequence[Turn], now: Observation, cfg: PromptConfig) -> Prompt:
     """System message, the past as `cfg.history` wants it, and what is seen now."""
-    messages = [Message("system", system)]
+    messages = [Message("system", (system,))]
     text = now.text
     if cfg.history == "full":
         for turn in history:
-            messages.append(Message("user", turn.observation.text, turn.observation.images))
-            messages.append(Message("assistant", turn.reply.text, token_ids=turn.reply.token_ids or None))
+            messages.append(Message("user", (*turn.observation.images, turn.observation.text)))
+            messages.append(Message("assistant", (turn.reply.text,), token_ids=turn.reply.token_ids or None))
     elif cfg.history == "last_k" and history:
         text = "\n".join(filter(None, (text, past_line(history[-cfg.last_k :]))))
-    return (*messages, Message("user", text, now.images))
+    return (*messages, Message("user", (*now.images, text)))
 
 
 def past_line(turns: Sequence[Turn]) -> str:
@@ -104,10 +104,18 @@ def past_line(turns: Sequence[Turn]) -> str:
 def outcome(turn: Turn) -> str:
     if turn.parsed.action is None:
         return "invalid"
-    return turn.parsed.action + (", no effect" if turn.step.metrics["changed"] == 0 else "")
+    return turn.parsed.action + (", no effect" if not turn.step.changed else "")
 
 
 # ---- replies ---------------------------------------------------------------------------------------------------------
+def drawn(parsed: Parsed, rng: np.random.Generator) -> Parsed:
+    """The reading with its action drawn, where the reply leaves that to chance. Only a draw moves `rng`."""
+    if not parsed.choices:
+        return parsed
+    place = rng.choice(len(parsed.choices), p=list(parsed.choices.values()))
+    return replace(parsed, action=list(parsed.choices)[place])
+
+
 class Found(NamedTuple):
     """What a JSON reply holds: the answer's field, or an error."""
 

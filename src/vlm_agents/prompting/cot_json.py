@@ -3,8 +3,6 @@
 import json
 from collections.abc import Sequence
 
-import numpy as np
-
 from vlm_agents.config import PromptConfig
 from vlm_agents.prompting.base import LegalActions, chat, cut_off, find_object, match_action, quoted
 from vlm_agents.types import Observation, Parsed, Prompt, Turn
@@ -21,7 +19,7 @@ class CotJson:
     def prompt(self, instructions: str, history: Sequence[Turn], now: Observation) -> Prompt:
         return chat(f"{instructions}\n{RULE}", history, now, self.cfg)
 
-    def parse(self, text: str, legal_actions: LegalActions, rng: np.random.Generator) -> Parsed:
+    def parse(self, text: str, legal_actions: LegalActions) -> Parsed:
         found = find_object(text, "action")
         if found.answer is None:
             return Parsed(None, found.thought_span, error=found.error)

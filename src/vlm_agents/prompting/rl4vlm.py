@@ -9,8 +9,6 @@ import json
 import re
 from collections.abc import Sequence
 
-import numpy as np
-
 from vlm_agents.config import PromptConfig
 from vlm_agents.prompting.base import LegalActions, chat
 from vlm_agents.prompting.thinking import answer_start
@@ -28,7 +26,7 @@ class RL4VLM:
     def prompt(self, instructions: str, history: Sequence[Turn], now: Observation) -> Prompt:
         return chat(f"{instructions}\n{rule(now.legal_actions)}", history, now, self.cfg)
 
-    def parse(self, text: str, legal_actions: LegalActions, rng: np.random.Generator) -> Parsed:
+    def parse(self, text: str, legal_actions: LegalActions) -> Parsed:
         start, _ = answer_start(text)
         key = KEY.search(text, start)
         found = words_in(text[key.end() :] if key else text[start:][-1:], legal_actions or ())

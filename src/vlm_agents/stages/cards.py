@@ -112,7 +112,7 @@ def asked(run: Run, prompt: Prompt | None, form: str | None) -> list[str]:
     if prompt is None or ".json" in run.env:
         return []
     named = f" (`prompt={form}`)" if form else ""
-    lines = [f"\n## How to ask it\n\nThrough the model's chat template{named}; pictures stand before the text."]
+    lines = [f"\n## How to ask it\n\nThrough the model's chat template{named}."]
     for message in prompt:
         many = len(message.images)
         pictures = f", with {many} picture{'s' * (many > 1)}" if many else ""

@@ -20,8 +20,9 @@ from vlm_agents.policies import NoisyPolicy, Policy
 from vlm_agents.progress import say, track
 from vlm_agents.prompting import PromptFormat
 from vlm_agents.remote import ChatClient
-from vlm_agents.rollout import collect, summarise
-from vlm_agents.run import Run, training_seed
+from vlm_agents.rollout import collect
+from vlm_agents.run import Run
+from vlm_agents.seeds import Deal, training_seed
 from vlm_agents.stages.playing import (
     check_first_prompt,
     format_of,
@@ -32,6 +33,7 @@ from vlm_agents.stages.playing import (
     tell_unread,
 )
 from vlm_agents.stages.reporting import Album, report, shown
+from vlm_agents.summary import summarise
 from vlm_agents.types import Trajectory, Turn
 
 if TYPE_CHECKING:  # scripted and remote policies need no torch
@@ -61,9 +63,9 @@ def main(cfg: RunConfig, stage: CollectConfig, run: Run) -> dict[str, float]:
         for block in blocks:
             if agent:
                 agent.images.clear()  # what was seen before must not matter
-            seeds = [seed for seed, _ in block]
+            deals = [Deal(seed) for seed, _ in block]
             together = collect(
-                envs, policy, prompt_format, seeds, invalid_penalty=cfg.env.invalid_penalty, run_seed=cfg.seed
+                envs, policy, prompt_format, deals, invalid_penalty=cfg.env.invalid_penalty, run_seed=cfg.seed
             )
             yield from (trajectory for trajectory, (_, lacks) in zip(together, block, strict=True) if lacks)
 
@@ -161,14 +163,9 @@ def ratings(turns: Sequence[Turn], stage: CollectConfig, client: ChatClient | No
 
 
 def rated(trajectory: Trajectory, ratings: Sequence[float | None]) -> Trajectory:
-    """The episode with each step's rating as `quality` in its metrics, where it has one."""
-    turns = [
-        turn
-        if rating is None
-        else replace(turn, step=replace(turn.step, metrics={**turn.step.metrics, "quality": rating}))
-        for turn, rating in zip(trajectory.turns, ratings, strict=True)
-    ]
-    return replace(trajectory, turns=tuple(turns))
+    """The episode with the ratings of its turns."""
+    pairs = zip(trajectory.turns, ratings, strict=True)
+    return replace(trajectory, turns=tuple(replace(turn, rating=rating) for turn, rating in pairs))
 
 
 def quality(turn: Turn) -> float:
@@ -178,7 +175,7 @@ def quality(turn: Turn) -> float:
     """
     before = turn.observation.advice
     after = None if turn.step.terminated else turn.step.observation.advice
-    if turn.step.metrics["success"]:
+    if turn.step.success:
         return 10.0
     if before is None or before.distance is None:
         return 10.0 if before is not None and before.action == turn.parsed.action else 0.0

@@ -113,13 +113,13 @@ def work_of(cfg: RunConfig, stage: DoctorConfig, agent: Agent) -> Work:
     check_length(agent, "stage.prompt_tokens", stage.prompt_tokens, cfg.prompt.max_reply_tokens)
     prompts = prompts_of(cfg, stage, agent)
     ids, prompt = max(((len(agent.renderer.render(p).ids), p) for p in prompts), key=lambda pair: pair[0])
-    images = [image for message in prompt for image in message.images]
+    pictures = [picture for message in prompt for picture in message.images]
     return Work(
         num_envs=stage.num_envs,
         prompt=stage.prompt_tokens or ids,
         reply=cfg.prompt.max_reply_tokens,
-        patches=patches_of(agent, agent.family.pixels(images)["pixel_values"]) if images else 0,
-        picture_tokens=sum(agent.family.image_tokens(image.size) for image in images),
+        patches=patches_of(agent, agent.family.pixels([p.image for p in pictures])["pixel_values"]) if pictures else 0,
+        picture_tokens=sum(agent.family.image_tokens(picture.size) for picture in pictures),
         microbatch=cfg.hardware.tokens_per_microbatch,
     )
 

@@ -1,6 +1,6 @@
 """Play the held-out panel: the policy sampled and greedy, beside chance and the scripted expert. Trains nothing."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 
 from vlm_agents.config import EvalConfig, RunConfig
@@ -23,6 +23,7 @@ from vlm_agents.stages.playing import (
     tell_unread,
 )
 from vlm_agents.stages.reporting import Album, report, results, shown
+from vlm_agents.summary import by_tag
 from vlm_agents.types import Trajectory
 
 
@@ -62,7 +63,7 @@ def main(cfg: RunConfig, stage: EvalConfig, run: Run) -> dict[str, float]:
             metrics |= play_baselines(cfg, envs, stage.episodes)
     writer.sync()
     run.log(0, metrics)
-    tell(results(cfg, metrics))
+    tell(results(cfg, metrics), metrics)
     if stage.policy in ("model", "remote"):
         tell_shortcoming(cfg, metrics)
     page, gif = report(run, metrics, shown(album.episodes)), run.path("episode.gif")
@@ -71,10 +72,13 @@ def main(cfg: RunConfig, stage: EvalConfig, run: Run) -> dict[str, float]:
     return run.finish(metrics, {"report": page, "episodes": run.path("episodes.jsonl")})
 
 
-def tell(found: Iterable[Result]) -> None:
-    """A line for each policy."""
+def tell(found: Iterable[Result], metrics: Mapping[str, float]) -> None:
+    """A line for each policy, and for each tag."""
     for result in found:
         share, low, high = result.success
         figures = {"success (95 %)": f"{share:.3f} [{low:.3f}, {high:.3f}]"}
         figures |= {words: f"{value:.3f}" for words, value in result.others.items()}
         say("  ".join(f"{words}: {figure}" for words, figure in {"policy": result.policy, **figures}.items()))
+    for tag, values in by_tag(metrics).items():
+        shares = (f"{value} {share:.3f} ({episodes})" for value, (share, episodes) in values.items())
+        say(f"success by {tag} (episodes): {', '.join(shares)}")

@@ -14,13 +14,14 @@ from vlm_agents.errors import ConfigError, EnvError
 from vlm_agents.experts import Advising, with_expert
 from vlm_agents.lineage import cloned_in
 from vlm_agents.metrics import shortcoming, wilson_interval
-from vlm_agents.policies import ExpertPolicy, ModelPolicy, Policy, RandomPolicy, RemotePolicy, is_random
+from vlm_agents.policies import ExpertPolicy, ModelPolicy, Policy, RandomPolicy, RemotePolicy
 from vlm_agents.progress import say, track
 from vlm_agents.prompting import Fitted, PromptFormat, make_format
 from vlm_agents.remote import ChatClient
-from vlm_agents.rollout import collect, summarise
-from vlm_agents.run import panel_seeds
-from vlm_agents.types import Prompt, Trajectory
+from vlm_agents.rollout import collect
+from vlm_agents.seeds import Deal, panel_seeds
+from vlm_agents.summary import Tags, summarise
+from vlm_agents.types import Prompt, Sampling, Trajectory
 from vlm_agents.weights import has_model
 
 if TYPE_CHECKING:  # scripted and remote policies need no torch
@@ -79,12 +80,14 @@ def refuse_too_long(context: int, setting: str, prompt_tokens: int | None, reply
 def model_policy(cfg: RunConfig, agent: "Agent", greedy: bool = False) -> Policy:
     from vlm_agents.models import Sampler
 
-    return ModelPolicy(Sampler(agent), cfg.prompt.max_reply_tokens, greedy)
+    return ModelPolicy(Sampler(agent), Sampling(cfg.prompt.max_reply_tokens, greedy=greedy))
 
 
 def remote_policy(cfg: RunConfig, client: ChatClient, samples: int) -> Policy:
     """Samples at the temperature of `model`, as the model itself would; `samples` are drawn until one is legal."""
-    return RemotePolicy(client, make_format(cfg.prompt), cfg.prompt.max_reply_tokens, cfg.model.temperature, samples)
+    return RemotePolicy(
+        client, make_format(cfg.prompt), Sampling(cfg.prompt.max_reply_tokens), cfg.model.temperature, samples
+    )
 
 
 def tell_unread(folder: Path, client: ChatClient, policy: bool, rater: bool) -> int:
@@ -96,9 +99,9 @@ def tell_unread(folder: Path, client: ChatClient, policy: bool, rater: bool) -> 
     for trajectory in read_episodes(folder, pictures=False):
         for turn in trajectory.turns:
             turns += 1
-            played += not is_random(turn.reply)
+            played += turn.reply.source != "random"
             illegal += turn.parsed.action is None
-            unrated += "quality" not in turn.step.metrics
+            unrated += turn.rating is None
     missing = [f"{illegal} of {played} replies hold no legal action"] if policy and illegal else []
     missing += [f"{unrated} of {turns} steps have no rating"] if rater and unrated else []
     if missing:
@@ -146,22 +149,26 @@ def play_panel(
     agent: "Agent | None" = None,
     on_episode: Callable[[Trajectory], object] = lambda _: None,
 ) -> dict[str, float]:
-    """Play the first `episodes` held-out seeds. Metrics are `eval/<name><variant>`, SHARES with their intervals.
+    """Play the first `episodes` held-out seeds. Metrics are `eval/<name><variant>`, SHARES with their intervals,
+    and success by tag.
 
     `agent` is whose policy it is, if anybody's. `on_episode` sees each episode, in the order of seeds; nobody else
     keeps it.
     """
-    seeds = panel_seeds(envs.name, episodes)
+    deals = [Deal(seed) for seed in panel_seeds(envs.name, episodes)]
     playing = collect(
-        envs, policy, format_of(cfg, agent), seeds, invalid_penalty=cfg.env.invalid_penalty, run_seed=EVAL_SEED
+        envs, policy, format_of(cfg, agent), deals, invalid_penalty=cfg.env.invalid_penalty, run_seed=EVAL_SEED
     )
+
+    tags = Tags()
 
     def shown() -> Iterator[Trajectory]:
         for trajectory in track(playing, f"eval {policy.name}:", episodes, "episodes"):
             on_episode(trajectory)
+            tags.count(trajectory)
             yield trajectory
 
-    metrics = summarise(shown(), "eval")
+    metrics = summarise(shown(), "eval") | tags.figures()
     played = episodes - round(metrics["eval/env_errors"])
     for share in SHARES:
         low, high = wilson_interval(round(metrics[share] * played), played)

@@ -13,13 +13,15 @@ from vlm_agents.env_pool import EnvPool
 from vlm_agents.episodes import LINES, EpisodeWriter
 from vlm_agents.models import Agent, load_agent
 from vlm_agents.progress import say, track
-from vlm_agents.rollout import collect, summarise
-from vlm_agents.run import Run, seed_everything, training_seed
+from vlm_agents.rollout import collect
+from vlm_agents.run import Run, seed_everything
+from vlm_agents.seeds import Deal, training_seed
 from vlm_agents.stages.learning import Clock, load, make_learner, save
 from vlm_agents.stages.panel import RECORDED, Panel, finish
 from vlm_agents.stages.playing import check_first_prompt, format_of, model_policy, open_envs
 from vlm_agents.stages.reporting import tell
 from vlm_agents.stages.watch import Watch
+from vlm_agents.summary import summarise
 from vlm_agents.types import Trajectory
 
 
@@ -68,17 +70,17 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
 def play(cfg: RunConfig, stage: PpoConfig, run: Run, envs: EnvPool, agent: Agent, iteration: int) -> list[Trajectory]:
     """Whole episodes of the iteration's own seeds, by the policy as it is now."""
     agent.images.clear()  # what was seen before must not matter
-    seeds = [training_seed(cfg.seed, iteration, episode) for episode in range(stage.episodes)]
+    deals = [Deal(training_seed(cfg.seed, iteration, episode)) for episode in range(stage.episodes)]
     playing = collect(
         envs,
         model_policy(cfg, agent),
         format_of(cfg, agent),
-        seeds,
+        deals,
         invalid_penalty=cfg.env.invalid_penalty,
         run_seed=run.seed_for("rollout", iteration),
         advice="first",  # all that rollout/steps_over_expert asks for
     )
-    return list(track(playing, f"rollout {iteration + 1}:", len(seeds), "episodes"))
+    return list(track(playing, f"rollout {iteration + 1}:", len(deals), "episodes"))
 
 
 def speeds(trajectories: list[Trajectory], seconds: float) -> dict[str, float]:

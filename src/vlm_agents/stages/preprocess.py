@@ -3,7 +3,6 @@
 `datasets`, TRL and LLaMA-Factory read it, each its own columns; docs/data.md says how.
 """
 
-import hashlib
 import io
 import logging
 from collections import Counter
@@ -11,18 +10,17 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from PIL.Image import Image
-
-from vlm_agents.chats import FLAWS, GROUP_BYTES, IMAGE_MARK, ChatWriter, digest, flaw
+from vlm_agents.chats import FLAWS, GROUP_BYTES, ChatWriter, digest, flaw
 from vlm_agents.config import PreprocessConfig, RunConfig
 from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import DataError
 from vlm_agents.llava_data import read_llava
-from vlm_agents.pictures import as_shown
-from vlm_agents.policies import is_random
+from vlm_agents.marks import marked
+from vlm_agents.pictures import Picture
 from vlm_agents.progress import say, track
 from vlm_agents.prompting import PromptFormat, make_format
-from vlm_agents.run import Run, held_out, stable_hash
+from vlm_agents.run import Run
+from vlm_agents.seeds import held_out, stable_hash
 from vlm_agents.stages.cards import write_dataset_card
 from vlm_agents.types import Prompt, Trajectory, Turn
 from vlm_agents.weights import unfinished
@@ -153,7 +151,7 @@ def chats(
         return
     for index, turn in enumerate(trajectory.turns):
         if stage.label == "reply" and stage.min_score > 0:
-            counts["turns_rated" if "quality" in turn.step.metrics else "turns_unrated"] += 1
+            counts["turns_unrated" if turn.rating is None else "turns_rated"] += 1
         text, lacking = label(turn, stage, prompt_format)
         if text is None:
             counts["turns_left_out"] += 1
@@ -164,7 +162,7 @@ def chats(
 
 def chat(prompt: Prompt, answer: str, pngs: "Pngs") -> dict:
     """The columns of a row that sft reads."""
-    messages = [{"role": m.role, "content": IMAGE_MARK * len(m.images) + m.text} for m in prompt]
+    messages = [{"role": m.role, "content": marked(m.parts)} for m in prompt]
     images = [image for message in prompt for image in message.images]
     return {
         "messages": [*messages, {"role": "assistant", "content": answer}],
@@ -178,12 +176,11 @@ def label(turn: Turn, stage: PreprocessConfig, prompt_format: PromptFormat) -> t
 
     Random moves are no label: there the expert's advice is taken, where it gave any.
     """
-    if stage.label == "reply" and not is_random(turn.reply):
-        metrics = turn.step.metrics
+    if stage.label == "reply" and turn.reply.source != "random":
         if turn.parsed.error is not None:
             return None, "turns_illegal"
-        if metrics.get("quality", 0.0) < stage.min_score:
-            return None, "turns_badly_rated" if "quality" in metrics else "turns_not_rated"
+        if (turn.rating or 0.0) < stage.min_score:
+            return None, "turns_not_rated" if turn.rating is None else "turns_badly_rated"
         return turn.reply.text, ""
     advice = turn.observation.advice
     if advice is None:
@@ -198,16 +195,15 @@ class Pngs:
     """Pictures as PNGs. Each distinct one is compressed once in as many bytes of them as a row group has."""
 
     def __init__(self) -> None:
-        self.seen: set[bytes] = set()  # a hash of each distinct picture
-        self._made: dict[bytes, bytes] = {}
+        self.seen: set[str] = set()  # the key of each distinct picture
+        self._made: dict[str, bytes] = {}
         self._size = 0
 
-    def of(self, image: Image) -> bytes:
-        image = as_shown(image)  # for readers who take a frame's palette or alpha otherwise
-        key = hashlib.blake2b(image.tobytes() + repr(image.size).encode(), digest_size=16).digest()
+    def of(self, picture: Picture) -> bytes:
+        key = picture.key
         if key not in self._made:
             buffer = io.BytesIO()
-            image.save(buffer, "PNG")
+            picture.image.save(buffer, "PNG")
             if self._size > GROUP_BYTES:
                 self._made.clear()
                 self._size = 0

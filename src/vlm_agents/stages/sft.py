@@ -25,6 +25,7 @@ from vlm_agents.stages.cards import origin_of, save_model
 from vlm_agents.stages.playing import check_length
 from vlm_agents.stages.reporting import report
 from vlm_agents.stages.sft_data import Chats, check
+from vlm_agents.types import Sampling
 from vlm_agents.weights import RUN_MODEL
 
 LINES = 10  # with the loss, on the screen
@@ -229,6 +230,6 @@ def answered(agent: Agent, chats: Chats) -> list[Example]:
     sampler = ReplySampler(agent)
     for index in np.unique(np.linspace(0, len(chats) - 1, EXAMPLES, dtype=int)).tolist():
         prompt, answer, tokens = chats.question(index)
-        (reply,) = sampler.generate([prompt], [np.random.default_rng(0)], len(tokens), greedy=True)
+        (reply,) = sampler.generate([prompt], [np.random.default_rng(0)], Sampling(len(tokens), greedy=True))
         examples.append(Example(prompt, answer, reply.text))
     return examples

@@ -3,16 +3,18 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from torch.utils.data import Dataset
 
-from vlm_agents.chats import IMAGE_MARK, flaw, read_chats
+from vlm_agents.chats import flaw, read_chats
 from vlm_agents.errors import DataError
+from vlm_agents.marks import unmarked
 from vlm_agents.models.rendering import HFRenderer
-from vlm_agents.pictures import read_picture
+from vlm_agents.pictures import Picture, read_picture
 from vlm_agents.tensors import Row, reply_row
 from vlm_agents.types import Message, Prompt, Role
 
@@ -58,11 +60,8 @@ class Chats(Dataset[Row]):
         chat = self.records[number]
         if isinstance(chat, DataError):
             raise chat
-        images = iter([see(picture) for picture in chat.pictures])
-        prompt = tuple(
-            Message(role, text.replace(IMAGE_MARK, ""), tuple(next(images) for _ in range(text.count(IMAGE_MARK))))
-            for role, text in chat.prompt
-        )
+        pictures = iter([Picture(see(picture)) for picture in chat.pictures])
+        prompt = tuple(Message(role, unmarked(text, pictures)) for role, text in chat.prompt)
         reply = self.renderer.encode_reply(chat.answer)
         if self.renderer.vocabulary.reserved & set(reply[:-1]):
             raise DataError("its answer has characters that the model's tokenizer has no token for")
@@ -78,10 +77,8 @@ class Chats(Dataset[Row]):
         """What is asked in the first row, with blanks for pictures."""
         chat = self.records[self.used[0]]
         assert isinstance(chat, Chat)
-        blank = (Image.new("1", (1, 1)),)
-        return tuple(
-            Message(role, text.replace(IMAGE_MARK, ""), blank * text.count(IMAGE_MARK)) for role, text in chat.prompt
-        )
+        blank = Picture(Image.new("RGB", (1, 1)))
+        return tuple(Message(role, unmarked(text, repeat(blank))) for role, text in chat.prompt)
 
     def problems(self) -> dict[int, str]:
         """What is wrong with each row that can't be trained on, by its number in the file.
@@ -96,7 +93,7 @@ class Chats(Dataset[Row]):
                     sizes[picture] = read_picture(picture).size
                 except DataError as error:
                     raise DataError(f"one of its pictures can't be read ({error})") from error
-            return Image.new("1", sizes[picture])
+            return Image.new("RGB", sizes[picture])
 
         found = {}
         for number in self.used:

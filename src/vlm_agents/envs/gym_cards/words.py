@@ -9,6 +9,7 @@ from vlm_agents.envs.gym_cards.blackjack import BlackjackGame
 from vlm_agents.envs.gym_cards.number_line import NumberLineGame
 from vlm_agents.envs.gym_cards.points import PointsGame
 from vlm_agents.errors import EnvError
+from vlm_agents.pictures import Picture
 from vlm_agents.types import Observation, Step
 
 Game = NumberLineGame | BlackjackGame | PointsGame
@@ -53,14 +54,9 @@ class CardEnv:
         self._running = not (terminated or truncated)
         self._return += reward
         observation = self._observe(pixels)
-        metrics = {
-            "success": float(info["success"] and (self._return > 0 or not self._original)),
-            "legal": float(legal),
-            "changed": float(self._key != before),
-        }
-        if self._original:
-            metrics["random_action"] = float(not legal)
-        return Step(observation, reward, terminated, truncated, metrics)
+        success = info["success"] and (self._return > 0 or not self._original)
+        metrics = {"random_action": float(not legal)} if self._original else {}
+        return Step(observation, reward, terminated, truncated, success, legal, self._key != before, metrics)
 
     def close(self) -> None:
         self.game.close()
@@ -77,7 +73,7 @@ class CardEnv:
         picture = Image.fromarray(pixels)
         if picture.width != self.cfg.size:
             picture = picture.resize((self.cfg.size, self.cfg.size), Image.Resampling.BICUBIC)
-        images = () if self.cfg.observation == "text" else (picture,)
+        images = () if self.cfg.observation == "text" else (Picture(picture),)
         return Observation("\n".join(filter(None, parts)), images, self.words, self._key)
 
 
