@@ -14,6 +14,7 @@ from vlm_agents.envs.gymnasium_env import GymnasiumEnv
 from vlm_agents.envs.sokoban import SokobanGame, played
 from vlm_agents.errors import ConfigError
 from vlm_agents.experts import with_expert
+from vlm_agents.seeds import TRAINING_SEEDS
 
 WORDS = ["left", "down", "right", "up"]
 
@@ -70,6 +71,18 @@ def test_a_seed_draws_its_map() -> None:
         env.reset(seed)
         maps.append(cast(FrozenLakeGame, env.game).lake.desc.tobytes())
     assert maps[0] == maps[2] != maps[1]
+
+
+def test_no_map_of_a_training_seed_is_held_out() -> None:
+    env = cast(GymnasiumEnv, make_env(config("FrozenLake")))
+    drawn: list[set[bytes]] = []
+    for first in (0, TRAINING_SEEDS):
+        drawn.append(set())
+        for seed in range(first, first + 300):
+            env.reset(seed)
+            drawn[-1].add(cast(FrozenLakeGame, env.game).lake.desc.tobytes())
+    assert min(map(len, drawn)) > 100
+    assert not drawn[0] & drawn[1]
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"size": 7, "boxes": 2, "pulls": 6}], ids=str)
