@@ -46,18 +46,18 @@ def test_a_name_that_nobody_knows_has_no_meaning():
 
 PANEL = {"eval/success": 1.0, "eval/success_low": 0.981, "eval/success_high": 1.0}
 BEFORE = {"eval/success_before": 0.47, "eval/success_low_before": 0.402, "eval/success_high_before": 0.539}
-GREEDY = {"eval/success_greedy": 0.99}
+GREEDY = {"eval/success_greedy": 0.99, "eval/success_low_greedy": 0.964, "eval/success_high_greedy": 0.997}
 
 
 @pytest.mark.parametrize(
     ("stage", "metrics", "line"),
     [
         ("eval", PANEL, "success 1.000 [0.981, 1.000]"),
-        ("eval", PANEL | GREEDY, "success 1.000 [0.981, 1.000] sampled, 0.990 greedy"),
+        ("eval", PANEL | GREEDY, "success 1.000 [0.981, 1.000] sampled, 0.990 [0.964, 0.997] greedy"),
         (
             "ppo",
             PANEL | GREEDY | BEFORE | {"eval/success_greedy_before": 0.75},
-            "success 0.470 [0.402, 0.539] -> 1.000 [0.981, 1.000] sampled, 0.750 -> 0.990 greedy",
+            "success 0.470 [0.402, 0.539] -> 1.000 [0.981, 1.000] sampled, 0.750 -> 0.990 [0.964, 0.997] greedy",
         ),
         ("ppo", {"rollout/success": 0.5}, "success 0.500 in the last iteration's rollout, no held-out seed played"),
         ("sft", {"sft/loss": 0.12345, "sft/rows": 40.0}, "loss 0.1235 over 40 rows, none of them held out"),

@@ -283,6 +283,12 @@ def with_interval(metrics: Mapping[str, float], name: str, suffix: str = "") -> 
     return f"{metrics[name + suffix]:.3f}" + (" [{:.3f}, {:.3f}]".format(*ends) if len(ends) == 2 else "")
 
 
+def change(metrics: Mapping[str, float], name: str, suffix: str = "") -> str:
+    """The same, behind what it was before training where that is known."""
+    before, after = f"{suffix}_before", with_interval(metrics, name, suffix)
+    return f"{with_interval(metrics, name, before)} -> {after}" if f"{name}{before}" in metrics else after
+
+
 def shortcoming(metrics: Mapping[str, float]) -> str:
     """Why the policy that was played is no agent yet, in words: it seldom says what can be done, or chance does as well
     by success, then return, as it does sampled and greedy. Empty where neither is so."""
@@ -305,14 +311,10 @@ def headline(stage: str, metrics: Mapping[str, float], where: str = "") -> str:
     name = "eval/success"
     match stage:
         case "ppo" | "eval" if name in metrics:
-            sampled, greedy = with_interval(metrics, name), metrics.get(f"{name}_greedy")
-            if f"{name}_before" in metrics:
-                sampled = f"{with_interval(metrics, name, '_before')} -> {sampled}"
-            if greedy is None:
+            sampled = change(metrics, name)
+            if f"{name}_greedy" not in metrics:
                 return f"success{where} {sampled}"
-            before = metrics.get(f"{name}_greedy_before")
-            start = "" if before is None else f"{before:.3f} -> "
-            return f"success{where} {sampled} sampled, {start}{greedy:.3f} greedy"
+            return f"success{where} {sampled} sampled, {change(metrics, name, '_greedy')} greedy"
         case "ppo":
             return f"success {metrics['rollout/success']:.3f} in the last iteration's rollout, no held-out seed played"
         case "sft":

@@ -78,10 +78,11 @@ def tell(run: Run, iteration: int, iterations: int, metrics: Mapping[str, float]
     """Log an iteration, print a line of it, and keep the last turn of one episode as a picture."""
     run.log(iteration + 1, metrics)
     seconds = metrics["time/rollout"] + metrics["time/update"]
+    warming = "" if metrics["ppo/updates"] else "  the critic alone learns"
     say(
         f"iteration {iteration + 1:3d}/{iterations}  success {metrics['rollout/success']:.2f}  "
         f"return {metrics['rollout/return']:.2f}  turns {metrics['rollout/episode_length']:.1f}  "
-        f"invalid {metrics['rollout/invalid_rate']:.3f}  kl {metrics['ppo/approx_kl']:.4f}  {seconds:.0f} s"
+        f"invalid {metrics['rollout/invalid_rate']:.3f}  kl {metrics['ppo/approx_kl']:.4f}  {seconds:.0f} s{warming}"
     )
     if first.turns:
         last = len(first.turns) - 1
@@ -124,7 +125,8 @@ def results(cfg: RunConfig, metrics: Mapping[str, float]) -> list[Result]:
         share, episodes = metrics["collect/success"], metrics["collect/episodes"] - metrics["collect/env_errors"]
         interval = share, *wilson_interval(share * episodes, episodes)
         others = {words: metrics[f"collect/{name}"] for words, name in COLUMNS.items()}
-        return [Result(cfg.stage.policy, interval, others)]
+        noise = f", {cfg.stage.noise:.0%} of its turns at random" if cfg.stage.noise else ""
+        return [Result(f"{cfg.stage.policy}{noise}", interval, others)]
     found = []
     for suffix, words in PANELS.items():
         if f"eval/success{suffix}" not in metrics:
