@@ -8,7 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from vlm_agents.config import RunConfig, conf_dir, parse, register
-from vlm_agents.run import settled
+from vlm_agents.snapshot import settled
 
 os.environ.update(
     HF_HUB_OFFLINE="1",

@@ -36,7 +36,7 @@ from vlm_agents.config.__main__ import MARK, page, rows
 from vlm_agents.config.fields import Part
 from vlm_agents.config.run import SCHEMAS
 from vlm_agents.errors import ConfigError, DataError
-from vlm_agents.run import settings_of
+from vlm_agents.snapshot import settings_of
 
 GROUP_TYPES = {
     "env": EnvConfig,

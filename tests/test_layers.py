@@ -22,7 +22,7 @@ stages run
 rollout
 policies episodes summary llava_data env_pool report frames chats inputs judge
 envs experts | prompting | models | learn | tracking backends stores | checkpoints | remote endpoint answers | sandbox
-lineage weights
+lineage weights snapshot
 config tensors
 types upgrades errors imports files marks pictures progress versions metrics cores seeds
 """

@@ -12,7 +12,8 @@ from hydra import compose, initialize_config_dir
 from vlm_agents.config import EchoConfig, RunConfig, conf_dir, parse, register
 from vlm_agents.errors import ConfigError
 from vlm_agents.lineage import cloned_in, differences, taught
-from vlm_agents.run import Run, finished_metrics, settled
+from vlm_agents.run import Run, finished_metrics
+from vlm_agents.snapshot import settled
 from vlm_agents.weights import weights_of
 
 

@@ -50,7 +50,8 @@ def main(arguments: Sequence[str], debug: bool) -> int:
     plan = planned([word for word in arguments if word not in words], words, name)
     cfgs = composed(plan)
     from vlm_agents import preflight
-    from vlm_agents.run import finished_metrics, settled
+    from vlm_agents.run import finished_metrics
+    from vlm_agents.snapshot import settled
 
     made: list[Path] = []  # run directories of the stages so far
     for stage, cfg in cfgs.items():

@@ -224,7 +224,8 @@ def run_stage(composed: DictConfig) -> dict[str, float]:
             overrides += [f"name={cfg.name}", f"run_dir=outputs/{cfg.name}/{cfg.stage.name}_{job.job.num}"]
         from vlm_agents import preflight, stages
         from vlm_agents.metrics import headline
-        from vlm_agents.run import Run, finished_metrics, settled
+        from vlm_agents.run import Run, finished_metrics
+        from vlm_agents.snapshot import settled
 
         open_threads = cfg.hardware.threads is None
         cfg = settled(cfg)

@@ -16,7 +16,6 @@ import io
 import json
 import logging
 import math
-import os
 import random
 import shutil
 import subprocess
@@ -28,49 +27,36 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 import numpy as np
-import yaml
 from PIL.Image import Image
 
-from vlm_agents import checkpoints, cores, tracking
+from vlm_agents import checkpoints, tracking
 from vlm_agents.checkpoints import Checkpoint
 from vlm_agents.config import (
-    AUTO,
     CollectConfig,
     EvalConfig,
-    MergeConfig,
-    PpoConfig,
     RunConfig,
     command,
     conf_dir,
-    flat,
-    may_change,
 )
 from vlm_agents.errors import ConfigError, DataError
 from vlm_agents.files import append_line, atomic_write, cut_after, hold, last_lines, sweep_temporaries, sync, writing
 from vlm_agents.inputs import INPUTS, hashes, inputs_of, refuse_other_inputs
-from vlm_agents.lineage import as_taught, differences, refuse_nonsense
+from vlm_agents.lineage import differences, refuse_nonsense
 from vlm_agents.progress import say
 from vlm_agents.seeds import stable_hash
+from vlm_agents.snapshot import refuse_other_settings, settings_of
 from vlm_agents.tracking import Tracker
 from vlm_agents.versions import versions
 from vlm_agents.weights import (
     RUN_MODEL,
-    as_saved,
-    begun,
-    earlier_model,
-    flat_settings,
     found_none,
-    has_model,
     holds_work,
-    init_of,
     weights_of,
 )
 
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
-# What an option of a group is called inside the group, and the word that chooses it: each brings settings of its own.
-CHOSEN = {"env.family": "env", "model.name": "model", "prompt.format": "prompt", "hardware.name": "hardware"}
 
 
 def seed_everything(seed: int) -> None:
@@ -330,29 +316,6 @@ def clear(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def settled(cfg: RunConfig) -> RunConfig:
-    """`cfg` with what was left open chosen: as the run that has begun in its directory has it, else by what is there.
-
-    A run goes on with what it began with, though an earlier stage has been run since, or fewer cores are free.
-    """
-    folder = Path(cfg.run_dir)
-    old: dict[str, Any] = {}
-    if any(begun([folder])):
-        old = flat_settings(folder / "config.yaml", f"delete {folder}, or choose another name=")
-    stage, hardware = cfg.stage, cfg.hardware
-    if isinstance(stage, PpoConfig | EvalConfig) and stage.init == AUTO:
-        init = old["stage.init"] if "stage.init" in old else earlier_model(cfg)
-        cfg = dataclasses.replace(cfg, stage=dataclasses.replace(stage, init=init))
-    if hardware.threads is None and has_model(cfg):
-        threads = old["hardware.threads"] if "hardware.threads" in old else cores.choose()[0]
-        cfg = dataclasses.replace(cfg, hardware=dataclasses.replace(hardware, threads=threads))
-    if isinstance(cfg.stage, MergeConfig):
-        cfg = as_taught(cfg, cfg.stage.init, old)
-    if init := init_of(cfg):
-        cfg = dataclasses.replace(cfg, model=as_saved(cfg.model, init, old))
-    return cfg
-
-
 def finished_metrics(cfg: RunConfig) -> dict[str, float] | None:
     """Metrics of the run of `cfg` if it is finished already; ConfigError if that was of other settings or inputs."""
     folder = Path(cfg.run_dir)
@@ -371,31 +334,6 @@ def finished_metrics(cfg: RunConfig) -> dict[str, float] | None:
         with suppress(DataError):  # in use: the process that was there before is sending it
             tracking.send(folder, dataclasses.asdict(cfg.tracking))
     return metrics
-
-
-def settings_of(cfg: RunConfig) -> str:
-    """The configuration as it stands in config.yaml."""
-    return yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False)
-
-
-def refuse_other_settings(snapshot: Path, settings: str) -> None:
-    """ConfigError naming the first setting in which the run that is there differs from the one that is asked for."""
-    folder = snapshot.parent
-    old = flat_settings(snapshot, f"delete {folder}, or choose another name=")
-    new = dict(flat(yaml.safe_load(settings)))
-    allowed = may_change()
-    for key in sorted(old.keys() | new.keys(), key=lambda key: (key not in CHOSEN, key)):
-        if not {key, key.split(".")[0]} & allowed and old.get(key) != new.get(key):
-            longer = key in ("stage.iterations", "stage.epochs") and (folder / "DONE").exists()
-            # under another name nobody would find it
-            init = os.path.relpath(folder) if longer else old.get("stage.init")
-            start = f" with stage.init={init}" if init else ""
-            aim = " to train its model further" if longer else ""
-            name = CHOSEN.get(key, key)
-            raise ConfigError(
-                f"{folder} holds a run with {name}={old.get(key)}, not {new.get(key)}: give {name}={old.get(key)} to "
-                f"continue it, choose another name={start}{aim}, or delete that directory"
-            )
 
 
 def played_by(cfg: RunConfig) -> str:
