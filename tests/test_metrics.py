@@ -45,6 +45,7 @@ def test_a_name_that_nobody_knows_has_no_meaning():
 PANEL = {"eval/success": 1.0, "eval/success_low": 0.981, "eval/success_high": 1.0}
 BEFORE = {"eval/success_before": 0.47, "eval/success_low_before": 0.402, "eval/success_high_before": 0.539}
 GREEDY = {"eval/success_greedy": 0.99}
+BOUNDS = {"eval/success_low_greedy": 0.95, "eval/success_high_greedy": 0.998}
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,7 @@ GREEDY = {"eval/success_greedy": 0.99}
     [
         ("eval", PANEL, "success 1.000 [0.981, 1.000]"),
         ("eval", PANEL | GREEDY, "success 1.000 [0.981, 1.000] sampled, 0.990 greedy"),
+        ("eval", PANEL | GREEDY | BOUNDS, "success 1.000 [0.981, 1.000] sampled, 0.990 [0.950, 0.998] greedy"),
         (
             "ppo",
             PANEL | GREEDY | BEFORE | {"eval/success_greedy_before": 0.75},
@@ -64,7 +66,17 @@ GREEDY = {"eval/success_greedy": 0.99}
             {"sft/loss": 0.5, "sft/rows": 40.0, "sft/val_loss": 0.75},
             "loss 0.5 over 40 rows, 0.75 on held-out rows",
         ),
+        (
+            "sft",
+            {"sft/loss": 0.5, "sft/rows": 40.0, "sft/val_loss": 0.75, "sft/val_rows": 8.0},
+            "loss 0.5 over 40 rows, 0.75 on 8 held-out rows",
+        ),
         ("collect", {"collect/episodes": 40.0, "collect/success": 0.5}, "40 episodes, success 0.500"),
+        (
+            "collect",
+            {"collect/episodes": 40.0, "collect/success": 0.5, "collect/random_rate": 0.3},
+            "40 episodes, 30% of the turns at random, success 0.500",
+        ),
         ("preprocess", {"preprocess/train": 9.0, "preprocess/validation": 1.0}, "9 rows to train on, 1 held out"),
         ("merge", {"merge/max_logit_difference": 1.5e-5}, "logits within 1.5e-05 of the adapter model's"),
         (

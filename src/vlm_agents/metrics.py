@@ -34,6 +34,8 @@ EPISODES = {
         "ratio", "turns of a solved episode over those that the expert needs from its start", "towards 1"
     ),
     "time_limit_rate": Metric("share of episodes", "episodes that the limit of turns cut off", "falls"),
+    "failure_rate": Metric("share of episodes", "episodes that the env ended without success", "falls"),
+    "all_invalid_rate": Metric("share of episodes", "episodes without success in which no reply was legal", "0"),
     "invalid_rate": Metric("share of turns", "replies without a legal action", "below 0.05"),
     "loop_rate": Metric(
         "share of turns", "turns that did in a state what had been done in that state before", "below 0.1"
@@ -77,7 +79,9 @@ GROUPS = {
             "value_loss": Metric("reward²", "squared error of the critic's values, halved", "falls"),
             "entropy": Metric("nats a token", "entropy of the policy's tokens in the update", "falls slowly"),
             "approx_kl": Metric(
-                "nats a turn", "how far the policy moved from the one that sampled: k3 estimate of the KL", "below 0.05"
+                "nats a turn",
+                "KL from the policy that sampled, k3 estimate; 0 while the critic alone learns",
+                "below 0.05",
             ),
             "clip_fraction": Metric("share of turns", "turns whose ratio has left [1 - clip, 1 + clip]", "below 0.3"),
             "kl_reference": Metric("nats a token", "k3 estimate of the KL to the policy that training started from"),
@@ -124,6 +128,7 @@ GROUPS = {
             "val_loss": Metric("nats a token", "the same on held-out rows", "near the loss; well above it: overfitted"),
             "val_reply_probability": Metric("share", "mean probability of a whole held-out answer", "rises"),
             "rows": Metric("rows", "rows that are trained on"),
+            "val_rows": Metric("rows", "held-out rows"),
             "skipped_rows": Metric("rows", "rows left out as broken, with stage.skip_bad", "0"),
             "grad_norm": Metric("", "gradient norm before clipping", "no jumps by powers of ten"),
             "lr": Metric("", "learning rate"),
@@ -275,22 +280,24 @@ def headline(stage: str, metrics: Mapping[str, float], where: str = "") -> str:
     name = "eval/success"
     match stage:
         case "ppo" | "eval" if name in metrics:
-            sampled, greedy = with_interval(metrics, name), metrics.get(f"{name}_greedy")
-            if f"{name}_before" in metrics:
-                sampled = f"{with_interval(metrics, name, '_before')} -> {sampled}"
-            if greedy is None:
-                return f"success{where} {sampled}"
-            before = metrics.get(f"{name}_greedy_before")
-            start = "" if before is None else f"{before:.3f} -> "
-            return f"success{where} {sampled} sampled, {start}{greedy:.3f} greedy"
+
+            def told(variant: str) -> str:
+                ends = [f"{variant}{end}" for end in ("_before", "") if f"{name}{variant}{end}" in metrics]
+                return " -> ".join(with_interval(metrics, name, end) for end in ends)
+
+            greedy = told("_greedy")
+            return f"success{where} {told('')}" + (f" sampled, {greedy} greedy" if greedy else "")
         case "ppo":
             return f"success {metrics['rollout/success']:.3f} in the last iteration's rollout, no held-out seed played"
         case "sft":
             known = "sft/val_loss" in metrics
-            held_out = f", {metrics['sft/val_loss']:.4g} on held-out rows" if known else ", none of them held out"
+            rows = f"{metrics['sft/val_rows']:.0f} " if "sft/val_rows" in metrics else ""  # an older run doesn't say
+            held_out = f", {metrics['sft/val_loss']:.4g} on {rows}held-out rows" if known else ", none of them held out"
             return f"loss {metrics['sft/loss']:.4g} over {metrics['sft/rows']:.0f} rows{held_out}"
         case "collect":
-            return f"{metrics['collect/episodes']:.0f} episodes{where}, success {metrics['collect/success']:.3f}"
+            drawn = metrics.get("collect/random_rate", 0.0)
+            noise = f", {drawn:.0%} of the turns at random" if drawn else ""
+            return f"{metrics['collect/episodes']:.0f} episodes{where}{noise}, success {metrics['collect/success']:.3f}"
         case "preprocess":
             return (
                 f"{metrics['preprocess/train']:.0f} rows to train on, {metrics['preprocess/validation']:.0f} held out"

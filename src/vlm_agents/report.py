@@ -29,15 +29,18 @@ log = logging.getLogger(__name__)
 
 Points = Sequence[tuple[float, float]]
 Interval = tuple[float, float, float]  # a share, and its 95 % interval
+RENAMED = {"quality": "rating"}  # a step's metrics: as episodes have them, as all else calls them
 DIGITS = 6  # of a curve's numbers, significant ones: what a screen shows is less
 
 
 class Result(NamedTuple):
-    """A policy's figures on one panel. `main` is what the run is about; the others stand beside it."""
+    """A policy's figures on one panel, and how many of its episodes ended how, by `Trajectory.stop`. `main` is what the
+    run is about; the others stand beside it."""
 
     policy: str
     success: Interval
     others: Mapping[str, float | None]
+    ends: Mapping[str, int] = {}
     main: bool = True
 
 
@@ -111,6 +114,21 @@ def strayed(trajectory: Trajectory) -> int | None:
     return None
 
 
+def lost(trajectory: Trajectory) -> int | None:
+    """The turn that cost the success: the env ended the episode there, or the expert found no way from there to its
+    end. None where no turn did, as where the turns ran out."""
+    if trajectory.success:
+        return None
+    found = None
+    for index, turn in enumerate(trajectory.turns):
+        before, after = turn.observation.advice, turn.step.observation.advice
+        if turn.step.terminated or (before is not None and after is None and not turn.step.truncated):
+            found = index
+        elif after is not None:
+            found = None
+    return found
+
+
 def write_report(
     path: Path,
     *,
@@ -138,6 +156,7 @@ def write_report(
                 "main": result.main,
                 "success": [_finite(value) for value in result.success],
                 "others": [_finite(result.others.get(name)) for name in columns],
+                "ends": result.ends,
             }
             for result in results
         ],
@@ -252,6 +271,7 @@ def _episode(shown: Shown, pool: _Pool) -> dict[str, object]:
         "policy": shown.policy,
         "when": shown.when,
         "strayed": strayed(trajectory),
+        "lost": lost(trajectory),
         "stop": trajectory.stop,
         "error": trajectory.error,
         "return": _finite(trajectory.total_reward),
@@ -271,7 +291,7 @@ def _turn(turn: Turn, pool: _Pool) -> dict[str, object]:
         "expert": advice.action if advice else None,
         "reward": _finite(turn.step.reward),
         "value": _finite(turn.reply.value),
-        "metrics": [(name, _finite(value)) for name, value in turn.step.metrics.items()],
+        "metrics": [(RENAMED.get(name, name), _finite(value)) for name, value in turn.step.metrics.items()],
     }
 
 

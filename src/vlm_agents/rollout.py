@@ -182,6 +182,8 @@ def _figures(trajectory: Trajectory) -> dict[str, list[float]]:
         "episode_length": [len(turns)],
         "steps_over_expert": [len(turns) / needed] if needed else [],
         "time_limit_rate": [turns[-1].step.truncated],
+        "failure_rate": [trajectory.stop == "failure"],
+        "all_invalid_rate": [trajectory.stop == "invalid"],
         "invalid_rate": [turn.parsed.action is None for turn in turns],
         "loop_rate": _repeats(turns),
         "random_rate": [is_random(turn.reply) for turn in turns],
