@@ -177,7 +177,7 @@ function timeline() {
       el("title", {}, `turn ${i + 1}: reward ${signed(turn.reward)}` + (turn.value == null ? "" : `, value ${number(turn.value)}`))))),
     el("div", {class: "legend"}, el("span", {}, el("i"), "reward"), valued.length > 1 ? el("span", {}, el("i", {class: "line"}), "value") : null,
       moments().map(([, kind, says]) => el("span", {}, el("i", {class: kind}), says)),
-      el("span", {}, `scale ${number(low)} to ${number(high)}`))];
+      high - low > 1e-9 ? el("span", {}, `scale ${number(low)} to ${number(high)}`) : null)];
 }
 function show() {
   const turn = episode.turns[at], [images, text] = episode.seen[at] ?? [[], "no turn was played"], room = $("frame").clientWidth - 32;

@@ -8,7 +8,6 @@ import base64
 import hashlib
 import io
 import json
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -23,9 +22,8 @@ from vlm_agents.errors import DataError
 from vlm_agents.files import atomic_write
 from vlm_agents.frames import observations
 from vlm_agents.pictures import as_shown
+from vlm_agents.tracking import points_in
 from vlm_agents.types import Parsed, Prompt, Trajectory, Turn
-
-log = logging.getLogger(__name__)
 
 Points = Sequence[tuple[float, float]]
 Interval = tuple[float, float, float]  # a share, and its 95 % interval
@@ -78,22 +76,14 @@ class Example(NamedTuple):
 def read_curves(path: Path) -> dict[str, list[tuple[float, float]]]:
     """The (step, value) points of each metric in a `metrics.jsonl`, in the file's order; null is left out.
 
-    Of two values at one step the later one counts. A line that somebody damaged is skipped with a warning: a picture of
-    the rest is better than none.
+    Of two values at one step the later one counts.
     """
     if not path.is_file():
         raise DataError(f"{path} does not exist: every stage writes it, so look for its folder's name")
     curves: dict[str, dict[float, float]] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            record = json.loads(line)
-            step = record.pop("step") + 0
-            points = {key: value + 0 for key, value in record.items() if value is not None}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            log.warning('%s, line %d is not {"step": ..., metrics}: left out of the curves', path, number)
-            continue
-        for key, value in points.items():
-            curves.setdefault(key, {})[step] = value
+    for point in points_in(path):
+        if not math.isnan(point.value):
+            curves.setdefault(point.key, {})[point.step] = point.value
     return {key: list(points.items()) for key, points in curves.items()}
 
 

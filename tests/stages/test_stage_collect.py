@@ -52,7 +52,7 @@ def test_the_metrics_are_those_of_the_episodes(echo_episodes: Path):
 
 def test_an_expert_that_strays_on_purpose_is_called_so(echo_episodes: Path):
     told = json.loads((echo_episodes / "report.html").read_text().split('id="block">', 1)[1].split("</script>", 1)[0])
-    words = "expert, 30% of the turns at random"
+    words = "expert, 30% at random"
     assert told["results"][0]["policy"] == dict(told["facts"])["model"] == words
     assert {one["policy"] for one in told["episodes"]} == {words}
 

@@ -71,7 +71,7 @@ def called(policy: str) -> str:
 
 
 def with_noise(player: str, noise: float) -> str:
-    return f"{player}, {noise:.0%} of the turns at random" if noise else player
+    return f"{player}, {noise:.0%} at random" if noise else player
 
 
 def shown(episodes: Iterable[Trajectory], when: str = "") -> list[Shown]:
