@@ -130,6 +130,7 @@ def llamafactory(run: Path, model: Path) -> tuple[list[dict[str, list[int]]], li
         "dataset": "train",
         "dataset_dir": str(run),
         "template": "qwen2_vl",
+        "default_system": "",  # as the tiny models' chat templates have it; those of Qwen add one, as `qwen2_vl` does
         "mask_history": True,  # a row is there for its last turn alone
         "cutoff_len": 4096,
         "output_dir": "llamafactory",

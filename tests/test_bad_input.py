@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import ConfigError, DataError, EnvError, ModelError
@@ -68,14 +69,19 @@ def test_a_missing_picture_is_named_with_the_line_that_wants_it(collected: Path,
 
 
 def test_what_data_is_called_and_says_can_not_steer_the_terminal(tmp_path: Path):
-    """Names in a LLaVA file reach a warning, and a log line stays one line."""
+    """Names in a LLaVA file reach a warning, or the error if no record is sound; either stays one line on stderr."""
     said = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "red"}]
     records = [{"image": name, "conversations": said} for name in ("\x1b[2Jgone\x9b\nerror: no.png", "../it.png")]
     (tmp_path / "chats.json").write_text(json.dumps(records))
     done = command(tmp_path, "stage=preprocess", "stage.data=[chats.json]")
     assert_refused(done, "no picture", "\\x1b[2Jgone\\x9b error: no.png")
     assert not {"\x1b", "\x9b"} & set(done.stdout + done.stderr)
-    warned = [line for line in done.stdout.splitlines() if "skipped" in line]
+    Image.new("RGB", (28, 28), "red").save(tmp_path / "red.png")
+    (tmp_path / "chats.json").write_text(json.dumps([*records, {"image": "red.png", "conversations": said}]))
+    done = command(tmp_path, "stage=preprocess", "stage.data=[chats.json]")
+    assert "skipped" not in done.stdout
+    assert not {"\x1b", "\x9b"} & set(done.stderr)
+    warned = [line for line in done.stderr.splitlines() if "; skipped" in line]
     assert len(warned) == 2
     assert "\\x1b[2Jgone\\x9b\\nerror: no.png; skipped" in warned[0]
     assert "'../it.png' lies outside of" in warned[1]

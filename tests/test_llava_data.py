@@ -167,10 +167,21 @@ def test_a_broken_record_is_skipped_named_and_counted(
     assert line.endswith("; skipped")
 
 
-def test_nothing_sound_is_an_error(folder: Path):
+def test_many_broken_records_are_few_lines(folder: Path, caplog: pytest.LogCaptureFixture):
+    path = written(folder, record(*SOUND), *[record(*SOUND, image="gone.png")] * 800)
+    counts = Counter()
+    assert [example.record for example in read_llava(path, folder, counts)] == [0]
+    assert counts == {"records": 801, "records_skipped": 800}
+    *named, rest = [logged.getMessage() for logged in caplog.records]
+    assert len(named) == 5
+    assert rest == f"{path}, 795 more records, to record 800: no picture {folder}/gone.png; skipped"
+
+
+def test_nothing_sound_is_an_error(folder: Path, caplog: pytest.LogCaptureFixture):
     path = written(folder, record(SOUND[0]), record())
-    with pytest.raises(DataError, match=r"no sound record; record 0: no gpt turn .* stage\.images"):
+    with pytest.raises(DataError, match=r"no sound record; record 0: no gpt turn .*, 2 in all.* stage\.images"):
         list(read_llava(path, folder, Counter()))
+    assert not caplog.records  # one line says it
     with pytest.raises(DataError, match="no sound record; it is empty"):
         list(read_llava(written(folder), folder, Counter()))
 

@@ -66,7 +66,17 @@ GREEDY = {"eval/success_greedy": 0.99, "eval/success_low_greedy": 0.964, "eval/s
             {"sft/loss": 0.5, "sft/rows": 40.0, "sft/val_loss": 0.75},
             "loss 0.5 over 40 rows, 0.75 on held-out rows",
         ),
+        (
+            "sft",
+            {"sft/loss": 0.5, "sft/rows": 40.0, "sft/val_loss": 0.75, "sft/val_rows": 8.0},
+            "loss 0.5 over 40 rows, 0.75 on 8 held-out rows",
+        ),
         ("collect", {"collect/episodes": 40.0, "collect/success": 0.5}, "40 episodes, success 0.500"),
+        (
+            "collect",
+            {"collect/episodes": 40.0, "collect/success": 0.5, "collect/random_rate": 0.3},
+            "40 episodes, 30% of the turns at random, success 0.500",
+        ),
         ("preprocess", {"preprocess/train": 9.0, "preprocess/validation": 1.0}, "9 rows to train on, 1 held out"),
         ("merge", {"merge/max_logit_difference": 1.5e-5}, "logits within 1.5e-05 of the adapter model's"),
         (

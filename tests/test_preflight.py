@@ -63,6 +63,11 @@ def test_each_choice_is_looked_at(compose_run, tmp_path: Path):
     ppo = ("stage=ppo", "env=echo")
     wrong: list[tuple[type[VlmAgentsError], str, tuple[str, ...]]] = [
         (DataError, "is no list of records", ("stage=preprocess", f"stage.data=[{tmp_path / 'x.json'}]")),
+        (
+            DataError,
+            f"name the files in it.*stage.data=.{tmp_path / 'x.json'}",
+            ("stage=preprocess", f"stage.data=[{tmp_path}]"),
+        ),
         (DataError, "no nowhere/train.parquet: it is written by", ("stage=sft", "stage.data=nowhere")),
         (ConfigError, "no GPU here", (*ppo, "hardware.device=cuda")),
         (ModelError, "there is no such folder", (*ppo, "model.path=/no/where")),

@@ -39,6 +39,13 @@ def test_a_log_file_hears_of_work_in_the_middle_of_a_step_with_growing_gaps(prin
     assert lines[-1] == "collect 2/37 episodes, 1 s"
 
 
+def test_what_stays_the_same_is_said_ever_more_seldom(printed: io.StringIO):
+    with under_way("eval model:", 60):
+        time.sleep(0.65)
+    # silence of 0.1, 0.1, 0.2 and 0.4: lines at 0.1, 0.2, 0.4 s, where it was one in 0.1 s, then 0.15 s
+    assert 1 <= len(printed.getvalue().splitlines()) <= 3
+
+
 def test_the_innermost_work_is_told_and_any_line_breaks_the_silence(printed: io.StringIO):
     with under_way("collect", 4), under_way("reading model a"):
         time.sleep(0.15)

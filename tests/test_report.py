@@ -14,7 +14,7 @@ from PIL import Image, ImageSequence
 from vlm_agents.errors import DataError
 from vlm_agents.frames import ACCENT, BAD, captioned_frame, episode_gif
 from vlm_agents.pictures import Picture
-from vlm_agents.report import Curve, Example, Result, Shown, read_curves, strayed, write_report
+from vlm_agents.report import Curve, Example, Result, Shown, lost, read_curves, strayed, write_report
 from vlm_agents.types import Advice, Message, Observation, Parsed, Reply, Step, Trajectory, Turn
 
 HOSTILE = 'naïve 🙂 </script><script>alert(1)</script><!-- "\u2028 \ud800'
@@ -310,6 +310,32 @@ def advised(*story: tuple[str | None, str | None, int | None]) -> Trajectory:
 def test_the_first_turn_that_left_the_experts_way_is_found(tmp_path: Path, story: list, where: int | None):
     assert strayed(advised(*story)) == where
     assert Page(report(tmp_path, advised(*story))).data["episodes"][0]["strayed"] == where
+
+
+@pytest.mark.parametrize(
+    ("story", "where"),
+    [
+        ([("a", "a", 3), ("b", "a", 2), ("b", "a", 2)], 2),  # the env ended it there
+        ([("b", "a", 3), ("b", "a", None), ("a", None, None), ("a", None, None)], 3),  # and there, whatever was before
+        ([("b", None, None)], 0),  # without an expert too
+    ],
+)
+def test_the_turn_that_cost_the_success_is_found(tmp_path: Path, story: list, where: int):
+    failed = replace(advised(*story), stop="failure")
+    assert lost(failed) == where
+    assert Page(report(tmp_path, failed)).data["episodes"][0]["lost"] == where
+    assert lost(advised(*story)) is None  # a success
+
+
+def test_where_the_turns_ran_out_the_turn_is_lost_from_which_the_expert_knew_no_way():
+    def in_time(*story: tuple[str | None, str | None, int | None]) -> Trajectory:
+        *turns, last = advised(*story).turns
+        over = replace(last, step=replace(last.step, terminated=False, truncated=True))
+        return replace(episode(*turns, over), stop="time_limit")
+
+    assert lost(in_time(("b", "a", 3), ("b", "a", 3))) is None
+    assert lost(in_time(("a", "a", 3), ("b", "a", 2), ("a", None, None))) == 1
+    assert lost(in_time(("b", "a", 2), ("a", None, None), ("a", "a", 2))) is None  # it was found again
 
 
 def test_another_way_to_success_is_no_error():

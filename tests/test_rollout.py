@@ -375,6 +375,8 @@ def test_the_summary_worked_by_hand():
             "eval/episode_length": (5 + 3) / 2,
             "eval/time_limit_rate": 1 / 2,
             "eval/too_long_rate": 0,
+            "eval/failure_rate": 0,
+            "eval/all_invalid_rate": 0,
             "eval/env_errors": 1,
             "eval/invalid_rate": 2 / 8,
             "eval/loop_rate": 2 / 8,  # the second (A, l) and the second (A, None); A, B, C with l are three states
@@ -385,6 +387,13 @@ def test_the_summary_worked_by_hand():
         },
         rel=1e-12,
     )
+
+
+def test_how_episodes_ended_is_counted():
+    stops: list[Stop] = ["success", "failure", "failure", "invalid", "time_limit"]
+    metrics = summarise([episode(turn("A", "l", truncated=stop == "time_limit"), stop=stop) for stop in stops])
+    names = ("success", "failure_rate", "all_invalid_rate", "time_limit_rate")
+    assert [metrics[f"rollout/{name}"] for name in names] == pytest.approx([1 / 5, 2 / 5, 1 / 5, 1 / 5])
 
 
 def test_steps_over_the_experts_count_solved_episodes_only():

@@ -27,6 +27,7 @@ from vlm_agents.types import Message, Part, Prompt, Role
 
 logger = logging.getLogger(__name__)
 
+NAMED = 5  # broken records of a file; the others are counted
 ROLES: dict[str, Role] = {"system": "system", "human": "user", "gpt": "assistant"}
 
 
@@ -46,9 +47,10 @@ class BrokenRecord(Exception):
 def read_llava(path: Path, folder: Path, counts: Counter[str]) -> Iterator[Example]:
     """What gpt says in the records of a JSON file, one example each; the pictures lie under `folder`.
 
-    A broken record is logged, and counted in `counts`. DataError for a file that is no list, or has no sound record.
+    Broken records are counted in `counts`, and logged at the end, the first of them by name. DataError for a file that
+    is no list, or has no sound record.
     """
-    problems = []
+    problems: list[str] = []
     records = _load(path)
     counts["records_skipped"] += 0  # to be seen even where nothing was
     for index, record in enumerate(records):
@@ -58,16 +60,20 @@ def read_llava(path: Path, folder: Path, counts: Counter[str]) -> Iterator[Examp
         except BrokenRecord as problem:
             counts["records_skipped"] += 1
             problems.append(f"record {index}: {problem}")
-            logger.warning("%s, %s; skipped", path, problems[-1])
             continue
         answers = [place for place, message in enumerate(messages) if message.role == "assistant"]
         for turn, place in enumerate(answers):
             yield Example(index, turn, messages[:place], messages[place].text)
     if len(problems) == len(records):
+        others = f", and so on, {len(problems)} in all" if len(problems) > 1 else ""
         raise DataError(
-            f"{path} holds no sound record; {problems[0] if problems else 'it is empty'}. "
+            f"{path} holds no sound record; {problems[0] if problems else 'it is empty'}{others}. "
             f"Set stage.images to the folder that its image paths start from (now {folder}), or mend the file"
         )
+    for problem in problems[:NAMED]:
+        logger.warning("%s, %s; skipped", path, problem)
+    if more := problems[NAMED:]:
+        logger.warning("%s, %d more records, to %s; skipped", path, len(more), more[-1])
 
 
 def refuse_no_list(path: Path) -> None:

@@ -37,6 +37,8 @@ EPISODES = {
     "too_long_rate": Metric(
         "share of episodes", "episodes that ended as the next prompt was longer than the model takes: no success", "0"
     ),
+    "failure_rate": Metric("share of episodes", "episodes that the env ended without success", "falls"),
+    "all_invalid_rate": Metric("share of episodes", "episodes without success in which no reply was legal", "0"),
     "invalid_rate": Metric("share of turns", "replies without a legal action", "below 0.05"),
     "loop_rate": Metric(
         "share of turns", "turns that did in a state what had been done in that state before", "below 0.1"
@@ -87,7 +89,9 @@ GROUPS = {
             "value_loss": Metric("reward²", "squared error of the critic's values, halved", "falls"),
             "entropy": Metric("nats a token", "entropy of the policy's tokens in the update", "falls slowly"),
             "approx_kl": Metric(
-                "nats a turn", "how far the policy moved from the one that sampled: k3 estimate of the KL", "below 0.05"
+                "nats a turn",
+                "KL from the policy that sampled, k3 estimate; 0 while the critic alone learns",
+                "below 0.05",
             ),
             "clip_fraction": Metric("share of turns", "turns whose ratio has left [1 - clip, 1 + clip]", "below 0.3"),
             "kl_reference": Metric("nats a token", "k3 estimate of the KL to the policy that training started from"),
@@ -134,6 +138,7 @@ GROUPS = {
             "val_loss": Metric("nats a token", "the same on held-out rows", "near the loss; well above it: overfitted"),
             "val_reply_probability": Metric("share", "mean probability of a whole held-out answer", "rises"),
             "rows": Metric("rows", "rows that are trained on"),
+            "val_rows": Metric("rows", "held-out rows"),
             "skipped_rows": Metric("rows", "rows left out as broken, with stage.skip_bad", "0"),
             "grad_norm": Metric("", "gradient norm before clipping", "no jumps by powers of ten"),
             "lr": Metric("", "learning rate"),
@@ -319,10 +324,13 @@ def headline(stage: str, metrics: Mapping[str, float], where: str = "") -> str:
             return f"success {metrics['rollout/success']:.3f} in the last iteration's rollout, no held-out seed played"
         case "sft":
             known = "sft/val_loss" in metrics
-            held_out = f", {metrics['sft/val_loss']:.4g} on held-out rows" if known else ", none of them held out"
+            rows = f"{metrics['sft/val_rows']:.0f} " if "sft/val_rows" in metrics else ""  # an older run doesn't say
+            held_out = f", {metrics['sft/val_loss']:.4g} on {rows}held-out rows" if known else ", none of them held out"
             return f"loss {metrics['sft/loss']:.4g} over {metrics['sft/rows']:.0f} rows{held_out}"
         case "collect":
-            return f"{metrics['collect/episodes']:.0f} episodes{where}, success {metrics['collect/success']:.3f}"
+            drawn = metrics.get("collect/random_rate", 0.0)
+            noise = f", {drawn:.0%} of the turns at random" if drawn else ""
+            return f"{metrics['collect/episodes']:.0f} episodes{where}{noise}, success {metrics['collect/success']:.3f}"
         case "preprocess":
             return (
                 f"{metrics['preprocess/train']:.0f} rows to train on, {metrics['preprocess/validation']:.0f} held out"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # env workers import this module and need no torch
     from vlm_agents.remote import ChatClient
 
 NO_PLAN = "no plan"
+NOISE = "+noise"  # between a policy's name and the share of its turns that are drawn at random
 
 
 class Policy(Protocol):
@@ -89,7 +90,7 @@ class NoisyPolicy:
     """
 
     def __init__(self, policy: Policy, noise: float, prompt_format: PromptFormat) -> None:
-        self.name = f"{policy.name}+noise{noise:g}"
+        self.name = f"{policy.name}{NOISE}{noise:g}"
         self._policy = policy
         self._noise = noise
         self._format = prompt_format

@@ -102,7 +102,7 @@ def check_data(stage: StageConfig) -> None:
 
         next(read_chats(path), None)
     elif isinstance(stage, PreprocessConfig):
-        from vlm_agents.episodes import read_episodes
+        from vlm_agents.episodes import LINES, read_episodes
         from vlm_agents.llava_data import refuse_no_list
 
         for source in map(Path, stage.data):
@@ -111,6 +111,12 @@ def check_data(stage: StageConfig) -> None:
             elif source.is_file():
                 raise DataError(f"{source}: chats in LLaVA's layout are one JSON list in a file named *.json")
             else:
+                ours = any((source / name).is_file() for name in (LINES, "config.yaml"))
+                if not ours and (files := sorted(source.glob("*.json"))):
+                    raise DataError(
+                        f"{source} is no run directory: name the files in it that hold chats in LLaVA's layout, as in "
+                        f"stage.data=[{files[0]}] stage.images={source}"
+                    )
                 next(read_episodes(source, pictures=False), None)
 
 

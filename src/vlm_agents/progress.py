@@ -76,10 +76,13 @@ class Work:
         self.done, self.detail = done, self.detail if detail is None else detail
         _screen.show(self)
 
-    def __str__(self) -> str:
+    @property
+    def state(self) -> str:
         figures = [f"{self.done}/{self.total}"] if self.total else [str(self.done)] if self.done else []
-        words = [self.label, *figures, *([self.detail] if self.detail else [])]
-        return f"{' '.join(words)}, {duration(time.monotonic() - self.begun)}"
+        return " ".join([self.label, *figures, *([self.detail] if self.detail else [])])
+
+    def __str__(self) -> str:
+        return f"{self.state}, {duration(time.monotonic() - self.begun)}"
 
 
 class _Screen:
@@ -90,6 +93,7 @@ class _Screen:
         self.works: list[Work] = []
         self.begun = 0.0  # when the first work began
         self.spoken = 0.0  # when the last line was printed
+        self.state, self.told = "", 0  # that of the last line, and how often it was told
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._bars: Progress | None = None
@@ -142,12 +146,14 @@ class _Screen:
         while not over.wait(max(0.01, self.spoken + self._silence() - time.monotonic())):
             if time.monotonic() - self.spoken >= self._silence():
                 with self._lock:
-                    line = str(self.works[-1]) if self.works else ""
+                    state, line = (self.works[-1].state, str(self.works[-1])) if self.works else ("", "")
                 if line:
                     say(line)
+                    self.state, self.told = state, self.told + 1 if state == self.state else 0
 
     def _silence(self) -> float:
-        return min(LONGEST, max(SHORTEST, SILENCE * (self.spoken - self.begun)))
+        """How long nothing may be said; the longer, the oftener it would be the same."""
+        return min(LONGEST, max(SHORTEST * 2**self.told, SILENCE * (self.spoken - self.begun)))
 
 
 _screen = _Screen()

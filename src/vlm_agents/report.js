@@ -12,7 +12,7 @@ function el(tag, attributes = {}, ...children) {
   return node;
 }
 const number = x => x == null ? "n/a" : (Math.abs(x) < 1e5 ? String(Number(x.toPrecision(5)))
-  : x.toLocaleString("en", {notation: "compact", maximumSignificantDigits: 4})).replace("-", "\u2212");
+  : x.toLocaleString("en", {notation: "compact", maximumSignificantDigits: 4})).replaceAll("-", "\u2212");
 const signed = x => (x > 0 ? "+" : "") + number(x);
 const words = name => name.replaceAll("_", " ").replace(/\bkl\b/g, "KL");
 const badge = stop => el("span", {class: "badge " + stop}, words(stop));
@@ -48,12 +48,17 @@ $("table").append(
 $("results").after(...data.tags.map(({tag, columns, rows}) => el("div", {class: "card scroll tags", tabindex: 0, role: "region", "aria-label": `Success by ${tag}`}, el("table", {},
   el("thead", {}, el("tr", {}, el("th", {scope: "col"}, `success by ${tag}`), ["episodes", ...columns].map(name => el("th", {scope: "col", class: "value"}, name)))),
   el("tbody", {}, rows.map(([value, episodes, shares]) => el("tr", {}, el("th", {scope: "row"}, value), [String(episodes), ...shares.map(share => share == null ? "" : share.toFixed(3))].map(text => el("td", {class: "value"}, text)))))))));
+const ENDED = {success: "succeeded", time_limit: "ran out of turns", too_long: "became too long for the model", failure: "were ended by the env without success", invalid: "had no legal reply", env_error: "broke off by an error of the env"};
+$("ends").append(...data.results.filter(({ends}) => Object.entries(ends).some(([stop, count]) => count && stop !== "success")).map(({policy, ends}) =>
+  el("div", {}, el("span", {}, policy), Object.keys(ENDED).filter(stop => ends[stop]).map(stop => el("span", {class: "badge " + stop}, `${ends[stop]} ${ENDED[stop]}`)))));
+$("ends").hidden = !$("ends").children.length;
 function copy(text, button, shown) {
   const told = said => { button.textContent = said; setTimeout(() => button.textContent = "Copy", 1500); };
   const select = () => { getSelection().selectAllChildren(shown); told("Selected"); };  // where a page may not copy
   navigator.clipboard ? navigator.clipboard.writeText(text).then(() => told("Copied"), select) : select();
 }
 $("facts").append(...data.facts.filter(([, value]) => value).map(([name, value]) => {
+  if (name === "earlier report") value = el("a", {href: encodeURI(value)}, value);
   if (name !== "command") return el("div", {class: value.length > 18 ? "long" : null}, el("dt", {class: "label"}, name), el("dd", {}, value));
   const shown = el("pre", {tabindex: 0}, value), button = el("button", {onclick: () => copy(value, button, shown), "aria-label": "Copy the command"}, "Copy");
   return el("div", {class: "wide"}, el("dt", {class: "label"}, name), el("dd", {class: "command"}, shown, button));
@@ -75,13 +80,14 @@ function chart(curve) {
   const {name, unit, meaning, axis, points, bounds, marks, first} = curve, W = first ? 520 : 340, H = first ? 230 : 184, L = 46, R = 12, T = 8, B = 36;
   const xs = [...points, ...marks].map(p => p[0]), [y0, y1] = range([...points.map(p => p[1]), ...bounds.flat(), ...marks.flatMap(mark => mark.slice(1))]);
   const x0 = Math.min(...xs), x1 = Math.max(...xs), wide = x1 - x0 || 1;
+  const shown = y => small(Math.abs(y) < 1e-6 * (y1 - y0) ? 0 : y);  // what rounding left is no figure
   const X = x => x1 === x0 ? (L + W - R) / 2 : L + (W - L - R) * (x - x0) / wide, Y = y => H - B - (H - T - B) * (y - y0) / (y1 - y0);
   const line = some => some.map(([x, y]) => `${X(x).toFixed(2)} ${Y(y).toFixed(2)}`).join("L");
-  const last = points.at(-1), rest = `${small(points[0][1])} \u2192 ${small(last[1])}`, output = el("output", {}, points.length > 1 ? rest : small(last[1]));
+  const last = points.at(-1), rest = `${shown(points[0][1])} \u2192 ${shown(last[1])}`, output = el("output", {}, points.length > 1 ? rest : shown(last[1]));
   const cursor = el("line", {class: "rule", y1: T, y2: H - B, visibility: "hidden"}), dot = el("circle", {class: "dot", r: 4});
   const point = ([x, y]) => { dot.setAttribute("cx", X(x)); dot.setAttribute("cy", Y(y)); };
   point(last);
-  const svg = el("svg", {viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `${name} by ${axis}: from ${small(points[0][1])} to ${small(last[1])}`},
+  const svg = el("svg", {viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `${name} by ${axis}: from ${shown(points[0][1])} to ${shown(last[1])}`},
     ticks(y0, y1, 5).map(y => el("g", {}, el("line", {class: "rule", x1: L, x2: W - R, y1: Y(y), y2: Y(y)}),
       el("text", {x: L - 7, y: Y(y) + 4, "text-anchor": "end"}, number(y)))),
     (x1 === x0 ? [x0] : ticks(x0, x1, Math.min(6, wide))).map(x => el("text", {x: X(x), y: H - B + 16, "text-anchor": "middle"}, number(x))),
@@ -89,12 +95,12 @@ function chart(curve) {
     bounds.length ? el("path", {class: "band", d: "M" + line(points.map(([x], i) => [x, bounds[i][0]])) + "L" + line(points.map(([x], i) => [x, bounds[i][1]]).reverse()) + "Z"}) : null,
     el("path", {class: "curve", d: "M" + line(points)}), dot,
     marks.map(([x, y, low, high]) => el("g", {class: "mark"}, el("line", {x1: X(x), x2: X(x), y1: Y(low), y2: Y(high)}), el("circle", {cx: X(x), cy: Y(y), r: 4.5}),
-      el("title", {}, `${curve.marked}, ${axis} ${x}: ${small(y)} [${small(low)}, ${small(high)}]`))));
+      el("title", {}, `${curve.marked}, ${axis} ${x}: ${shown(y)} [${shown(low)}, ${shown(high)}]`))));
   svg.addEventListener("pointermove", event => {
     const box = svg.getBoundingClientRect(), x = (event.clientX - box.left) * W / box.width;
     const near = points.reduce((best, p) => Math.abs(X(p[0]) - x) < Math.abs(X(best[0]) - x) ? p : best);
     point(near); cursor.setAttribute("x1", X(near[0])); cursor.setAttribute("x2", X(near[0])); cursor.setAttribute("visibility", "visible");
-    output.textContent = `${axis} ${near[0]}: ${number(near[1])}`;
+    output.textContent = `${axis} ${near[0]}: ${shown(near[1])}`;
   });
   svg.addEventListener("pointerleave", () => { point(last); cursor.setAttribute("visibility", "hidden"); output.textContent = rest; });
   const says = [meaning, unit && `(${unit})`].filter(Boolean).join(" ");
@@ -153,6 +159,12 @@ function ended() {
   return [el("div", {}, el("h3", {}, "Outcome"), el("p", {}, badge(episode.stop))), episode.error && el("p", {class: "wrong"}, episode.error),
     el("dl", {}, fact("return", signed(episode.return)), fact("turns", String(episode.turns.length)))];
 }
+// The turns that decided the episode: where it left the expert's way, and where success was lost for good.
+function moments() {
+  const {strayed, lost, turns} = episode, fatal = turns[lost] && (lost === turns.length - 1 ? "ended it without success" : "put success out of reach");
+  if (strayed != null && strayed === lost) return [[lost, "fatal", `left the expert\u2019s way and ${fatal}`]];
+  return [[strayed, "flagged", "left the expert\u2019s way"], [lost, "fatal", fatal]].filter(([turn]) => turns[turn]);
+}
 function timeline() {
   const turns = episode.turns, W = 100 / (turns.length + 1), H = 72;
   const all = turns.flatMap(turn => [turn.reward ?? 0, turn.value ?? 0]), low = Math.min(0, ...all), high = Math.max(0, ...all, low + 1e-9);
@@ -163,12 +175,12 @@ function timeline() {
     turns.map((turn, i) => turn.reward ? el("rect", {class: turn.reward > 0 ? "up" : "down", x: (i + .2) * W, width: W * .6,
       y: Math.min(Y(turn.reward), Y(0)), height: Math.max(1.5, Math.abs(Y(turn.reward) - Y(0)))}) : null),
     valued.length > 1 ? el("path", {class: "curve", d: "M" + valued.map(([i, value]) => `${(i + .5) * W} ${Y(value)}`).join("L")}) : null,
-    episode.strayed == null ? null : el("rect", {class: "flagged", x: episode.strayed * W, width: W, y: 0, height: 4}),
+    moments().map(([turn, kind]) => el("rect", {class: kind, x: turn * W, width: W, y: 0, height: 4})),
     turns.map((turn, i) => el("rect", {class: "hit", x: i * W, width: W, y: 0, height: H, onclick: () => go(i)},
       el("title", {}, `turn ${i + 1}: reward ${signed(turn.reward)}` + (turn.value == null ? "" : `, value ${number(turn.value)}`))))),
     el("div", {class: "legend"}, el("span", {}, el("i"), "reward"), valued.length > 1 ? el("span", {}, el("i", {class: "line"}), "value") : null,
-      episode.strayed == null ? null : el("span", {}, el("i", {class: "flag"}), "left the expert\u2019s way"),
-      el("span", {}, `scale ${number(low)} to ${number(high)}`))];
+      moments().map(([, kind, says]) => el("span", {}, el("i", {class: kind}), says)),
+      high - low > 1e-9 ? el("span", {}, `scale ${number(low)} to ${number(high)}`) : null)];
 }
 function show() {
   const turn = episode.turns[at], [images, text] = episode.seen[at] ?? [[], "no turn was played"], room = $("frame").clientWidth - 32;
@@ -204,12 +216,12 @@ function choose(index) {
   $("twins").hidden = twins.length < 2;
   $("twins").replaceChildren(el("span", {class: "label"}, "The same seed:"), ...twins.map(([one, i]) =>
     el("button", {class: one.stop, onclick: () => choose(i), "aria-current": i === index, title: words(one.stop)}, who(one))));
-  const stray = episode.strayed, turn = episode.turns[stray];
-  $("stray").hidden = stray == null;
-  $("stray").onclick = () => go(stray);
-  if (turn) $("stray").replaceChildren(el("b", {}, `Turn ${stray + 1} left the expert\u2019s way: `), `${turn.action ?? "no legal action"} instead of ${turn.expert}`);
+  $("moments").replaceChildren(...moments().map(([place, kind, says]) => {
+    const {action, expert} = episode.turns[place], better = expert == null || expert === action ? "" : ` instead of ${expert}`;
+    return el("button", {class: `stray ${kind}`, onclick: () => go(place)}, el("b", {}, `Turn ${place + 1} ${says}: `), `${action ?? "no legal action"}${better}`);
+  }));
   $("slider").max = episode.turns.length;
-  go(episode.stop === "success" ? 0 : stray ?? 0);
+  go(episode.stop === "success" ? 0 : moments()[0]?.[0] ?? 0);
 }
 const FILTERS = {when: one => one.when, policy: one => one.policy, outcome: one => words(one.stop)};
 const ALL = {when: "before and after", policy: "all policies", outcome: "all outcomes"};

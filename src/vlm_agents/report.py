@@ -7,7 +7,6 @@ a run directory. The page itself is the package's `report.html` and `report.js`,
 import base64
 import io
 import json
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -21,9 +20,8 @@ from vlm_agents.files import atomic_write
 from vlm_agents.frames import observations
 from vlm_agents.pictures import Picture
 from vlm_agents.summary import by_tag
+from vlm_agents.tracking import points_in
 from vlm_agents.types import Parsed, Prompt, Trajectory, Turn
-
-log = logging.getLogger(__name__)
 
 Points = Sequence[tuple[float, float]]
 Interval = tuple[float, float, float]  # a share, and its 95 % interval
@@ -33,11 +31,13 @@ DIGITS = 6  # of a curve's numbers, significant ones: what a screen shows is les
 
 
 class Result(NamedTuple):
-    """A policy's figures on one panel. `main` is what the run is about; the others stand beside it."""
+    """A policy's figures on one panel, and how many of its episodes ended how, by `Trajectory.stop`. `main` is what the
+    run is about; the others stand beside it."""
 
     policy: str
     success: Interval
     others: Mapping[str, float | None]
+    ends: Mapping[str, int] = {}
     main: bool = True
 
 
@@ -75,22 +75,14 @@ class Example(NamedTuple):
 def read_curves(path: Path) -> dict[str, list[tuple[float, float]]]:
     """The (step, value) points of each metric in a `metrics.jsonl`, in the file's order; null is left out.
 
-    Of two values at one step the later one counts. A line that somebody damaged is skipped with a warning: a picture of
-    the rest is better than none.
+    Of two values at one step the later one counts.
     """
     if not path.is_file():
         raise DataError(f"{path} does not exist: every stage writes it, so look for its folder's name")
     curves: dict[str, dict[float, float]] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            record = json.loads(line)
-            step = record.pop("step") + 0
-            points = {key: value + 0 for key, value in record.items() if value is not None}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            log.warning('%s, line %d is not {"step": ..., metrics}: left out of the curves', path, number)
-            continue
-        for key, value in points.items():
-            curves.setdefault(key, {})[step] = value
+    for point in points_in(path):
+        if not math.isnan(point.value):
+            curves.setdefault(point.key, {})[point.step] = point.value
     return {key: list(points.items()) for key, points in curves.items()}
 
 
@@ -109,6 +101,21 @@ def strayed(trajectory: Trajectory) -> int | None:
         if before.distance is None or left >= before.distance:
             return index
     return None
+
+
+def lost(trajectory: Trajectory) -> int | None:
+    """The turn that cost the success: the env ended the episode there, or the expert found no way from there to its
+    end. None where no turn did, as where the turns ran out."""
+    if trajectory.success:
+        return None
+    found = None
+    for index, turn in enumerate(trajectory.turns):
+        before, after = turn.observation.advice, turn.step.observation.advice
+        if turn.step.terminated or (before is not None and after is None and not turn.step.truncated):
+            found = index
+        elif after is not None:
+            found = None
+    return found
 
 
 def write_report(
@@ -138,6 +145,7 @@ def write_report(
                 "main": result.main,
                 "success": [_finite(value) for value in result.success],
                 "others": [_finite(result.others.get(name)) for name in columns],
+                "ends": result.ends,
             }
             for result in results
         ],
@@ -262,6 +270,7 @@ def _episode(shown: Shown, pool: _Pool) -> dict[str, object]:
         "policy": shown.policy,
         "when": shown.when,
         "strayed": strayed(trajectory),
+        "lost": lost(trajectory),
         "stop": trajectory.stop,
         "error": trajectory.error,
         "return": _finite(trajectory.total_reward),

@@ -53,6 +53,8 @@ def _figures(trajectory: Trajectory) -> dict[str, list[float]]:
         "steps_over_expert": [len(turns) / needed] if needed else [],
         "time_limit_rate": [any(turn.step.truncated for turn in turns[-1:])],
         "too_long_rate": [trajectory.stop == "too_long"],
+        "failure_rate": [trajectory.stop == "failure"],
+        "all_invalid_rate": [trajectory.stop == "invalid"],
         "invalid_rate": [turn.parsed.action is None for turn in turns],
         "loop_rate": _repeats(turns),
         "random_rate": [turn.reply.source == "random" for turn in turns],

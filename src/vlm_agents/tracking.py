@@ -203,12 +203,14 @@ def points_of(step: int, metrics: Mapping[str, float | None]) -> list[Point]:
 
 
 def points_in(path: Path) -> list[Point]:
-    """What metrics.jsonl holds; a damaged line is left out."""
+    """What metrics.jsonl holds, in its order, NaN for null; a line that somebody damaged is left out with a warning."""
     points: list[Point] = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        with suppress(ValueError, TypeError, AttributeError, KeyError):
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
+        try:
             metrics = json.loads(line)
             points += points_of(int(metrics.pop("step")), metrics)
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+            log.warning('%s, line %d is not {"step": ..., metrics}: left out', path, number)
     return points
 
 

@@ -31,12 +31,13 @@ def test_the_cards_of_a_chain_say_what_was_made_of_what(
         card = ModelCard.load(folder / "model/README.md")
         said = card.data.to_dict()
         assert (said["library_name"], said["pipeline_tag"]) == (library, "image-text-to-text")
-        assert said["license"] == "mit"  # as the weights that the package ships, down the chain
+        assert said["license"] == "unknown"  # down the chain: that of the data
         for path in (folder / "model").rglob("*"):
             assert path.suffix == ".safetensors" or not path.is_file() or str(tmp_path) not in path.read_text()
         assert "user, with 1 picture:\n\n````text\nTurn 1 of 3. Name the colour.\n````" in card.text
         assert "vlm_agents/Echo-v0" in card.text
     assert "the tiny weights that vlm-agents ships" in (sft / "model/README.md").read_text()
+    assert "**Licence**: the base's is `mit`" in (sft / "model/README.md").read_text()
     assert "the model of `sft` (`model=tiny`)" in (merged / "model/README.md").read_text()
 
     metrics = json.loads((ppo / "summary.json").read_text())["metrics"]

@@ -49,6 +49,13 @@ def test_the_metrics_are_those_of_the_episodes(echo_episodes: Path):
     assert json.loads(line) == {"step": 0, **metrics}
 
 
+def test_an_expert_that_strays_on_purpose_is_called_so(echo_episodes: Path):
+    told = json.loads((echo_episodes / "report.html").read_text().split('id="block">', 1)[1].split("</script>", 1)[0])
+    words = "expert, 30% at random"
+    assert told["results"][0]["policy"] == dict(told["facts"])["model"] == words
+    assert {one["policy"] for one in told["episodes"]} == {words}
+
+
 def test_in_echo_a_right_answer_is_worth_ten_and_a_wrong_one_nothing(echo_episodes: Path):
     """Right brings success one step nearer, or is what the expert says though success is lost; wrong loses it."""
     turns = [turn for episode in read_episodes(echo_episodes) for turn in episode.turns]

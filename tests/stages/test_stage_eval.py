@@ -92,7 +92,15 @@ def test_the_report_shows_sampled_and_greedy_episodes(played: Path):
     seeds = panel_seeds("vlm_agents/Echo-v0", 30)
     for policy in ("model, sampled", "model, greedy"):  # the first twelve, and four failures behind them
         assert [int(one["seed"]) for one in told["episodes"] if one["policy"] == policy] == seeds[:16]
-    assert {one["strayed"] for one in told["episodes"]} == {0}  # no reply of this model is legal
+    models = [one for one in told["episodes"] if one["policy"] != "expert"]
+    assert {one["strayed"] for one in models} == {0}  # no reply of this model is legal
+    experts = [int(one["seed"]) for one in told["episodes"] if one["policy"] == "expert"]
+    assert experts == seeds[:16]  # how each of them would have been done
+    chance, expert = (next(row for row in told["results"] if row["policy"] == name) for name in ("random", "expert"))
+    kinds = ("success", "failure", "too_long", "time_limit", "env_error")
+    assert told["results"][0]["ends"] == {"invalid": 30} | dict.fromkeys(kinds, 0)
+    assert expert["ends"] == {"success": 30, "failure": 0, "invalid": 0, "time_limit": 0, "env_error": 0}
+    assert sum(chance["ends"].values()) == 30
     assert [name for name in summary(played)["metrics"] if parts(name).metric is None] == []
 
 

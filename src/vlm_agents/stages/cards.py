@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from vlm_agents.chats import CHAT_COLUMNS, TRL_COLUMNS
-from vlm_agents.config import PpoConfig, RunConfig, may_change
+from vlm_agents.config import PpoConfig, RunConfig, SftConfig, may_change
 from vlm_agents.errors import DataError
 from vlm_agents.files import atomic_write
 from vlm_agents.metrics import with_interval
@@ -59,6 +59,9 @@ def model_card(run: Run, folder: Path, metrics: Mapping[str, float], prompt: Pro
     """The card of the model in `folder`."""
     cfg, adapter = run.cfg, (folder / ADAPTER_FILE).is_file()
     known, base = base_of(cfg)
+    licence = known.get("license")
+    if isinstance(cfg.stage, SftConfig):  # what its data allow, nobody says here; nor down the chain
+        known = {name: value for name, value in known.items() if name != "license_name"} | {"license": "unknown"}
     front = {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "image-text-to-text",
@@ -75,6 +78,11 @@ def model_card(run: Run, folder: Path, metrics: Mapping[str, float], prompt: Pro
         f"{what} a vision-language model that {does} `{run.env}`, by {TRAINED[cfg.stage.name]}. Saved by vlm-agents "
         f"{version('vlm-agents')}{f', commit {made}' if (made := facts['commit']) else ''}.\n",
         f"* **Base**: {base}",
+        *(
+            [f"* **Licence**: the base's is `{licence}`; what the data that it learned from allow isn't known here"]
+            if licence not in (None, known["license"])
+            else []
+        ),
         f"* **Made by** `{portable_command(facts['command'])}`",
         f"* **To be sampled** at temperature {temperature}, at most {reply} tokens a reply, in {cfg.hardware.dtype}",
         "* `heads/` holds what vlm-agents trains beside the model, such as the value head; other tools pass it over.",

@@ -60,7 +60,7 @@ def main(cfg: RunConfig, stage: EvalConfig, run: Run) -> dict[str, float]:
             policy = scripted_policy(stage.policy, prompt_format)
             metrics = play_panel(cfg, envs, policy, stage.episodes, on_episode=keep)
         if stage.baselines and stage.policy in ("model", "remote"):
-            metrics |= play_baselines(cfg, envs, stage.episodes)
+            metrics |= play_baselines(cfg, envs, stage.episodes, album.keep_too)
     writer.sync()
     run.log(0, metrics)
     tell(results(cfg, metrics), metrics)

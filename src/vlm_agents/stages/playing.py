@@ -190,9 +190,12 @@ def play_model(
     return sampled | play_panel(cfg, envs, greedy, episodes, "_greedy", agent, on_greedy)
 
 
-def play_baselines(cfg: RunConfig, envs: EnvPool, episodes: int) -> dict[str, float]:
+def play_baselines(
+    cfg: RunConfig, envs: EnvPool, episodes: int, on_episode: Callable[[Trajectory], object] = lambda _: None
+) -> dict[str, float]:
     """The panel by chance and, where there is one, by the expert: what a model's figures are held against."""
     metrics: dict[str, float] = {}
     for name in ["random", *(["expert"] if envs.has_expert else [])]:
-        metrics |= play_panel(cfg, envs, scripted_policy(name, make_format(cfg.prompt)), episodes, f"_{name}")
+        policy = scripted_policy(name, make_format(cfg.prompt))
+        metrics |= play_panel(cfg, envs, policy, episodes, f"_{name}", on_episode=on_episode)
     return metrics

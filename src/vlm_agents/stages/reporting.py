@@ -1,5 +1,6 @@
 """What the reports of the stages have in common: which results, curves and episodes a person is shown first."""
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -8,10 +9,12 @@ from vlm_agents.config import CollectConfig, EvalConfig, PpoConfig, RunConfig
 from vlm_agents.episodes import LINES, EpisodeWriter, read_episodes
 from vlm_agents.frames import captioned_frame
 from vlm_agents.metrics import headline, wilson_interval
+from vlm_agents.policies import NOISE
 from vlm_agents.progress import say
 from vlm_agents.report import Curve, Example, Result, Shown, read_curves, write_report
 from vlm_agents.run import METRICS, Run
 from vlm_agents.types import Trajectory
+from vlm_agents.weights import init_of, run_of
 
 REPORTED, FAILURES = 12, 4  # episodes of a panel in report.html: the first ones, and failures behind those
 # The curves that stand in front, by stage; the others are folded away.
@@ -23,6 +26,14 @@ AXES = {"ppo": "iteration", "sft": "optimizer step"}
 COLUMNS = {"return": "return", "turns": "episode_length", "loops": "loop_rate", "illegal replies": "invalid_rate"}
 SAMPLED, GREEDY = "model, sampled", "model, greedy"
 POLICIES = {"model": SAMPLED, "model_greedy": GREEDY}  # as an episode has it, as a person reads it
+# How an episode ends, and the metric of its share. What is left ran out of turns.
+ENDS = {
+    "success": "success",
+    "failure": "failure_rate",
+    "invalid": "all_invalid_rate",
+    "too_long": "too_long_rate",
+}
+REPORT = "report.html"
 BEFORE = "before"  # the folder of a run directory that holds episodes of the panel before training
 # The rows of the results, by what the metrics' names end in.
 PANELS = {
@@ -52,9 +63,24 @@ class Album:
             return
         self.episodes.append(trajectory)
 
+    def keep_too(self, trajectory: Trajectory) -> None:
+        """One of the expert, where another's episode of that seed is kept: how it would have been done."""
+        if trajectory.policy == "expert" and any(trajectory.seed == kept.seed for kept in self.episodes):
+            self.episodes.append(trajectory)
+
+
+def called(policy: str) -> str:
+    """A policy's name in the record, for a person: `expert+noise0.3` is no expert."""
+    name, _, noise = policy.partition(NOISE)
+    return with_noise(POLICIES.get(name, name), float(noise or 0))
+
+
+def with_noise(player: str, noise: float) -> str:
+    return f"{player}, {noise:.0%} at random" if noise else player
+
 
 def shown(episodes: Iterable[Trajectory], when: str = "") -> list[Shown]:
-    return [Shown(trajectory, POLICIES.get(trajectory.policy, trajectory.policy), when) for trajectory in episodes]
+    return [Shown(trajectory, called(trajectory.policy), when) for trajectory in episodes]
 
 
 def remember(run: Run, album: Album) -> None:
@@ -78,11 +104,11 @@ def tell(run: Run, iteration: int, iterations: int, metrics: Mapping[str, float]
     """Log an iteration, print a line of it, and keep the last turn of one episode as a picture."""
     run.log(iteration + 1, metrics)
     seconds = metrics["time/rollout"] + metrics["time/update"]
-    warming = "" if metrics["ppo/updates"] else "  the critic alone learns"
+    moved = f"kl {metrics['ppo/approx_kl']:.4f}" if metrics["ppo/updates"] else "the critic alone learns"
     say(
         f"iteration {iteration + 1:3d}/{iterations}  success {metrics['rollout/success']:.2f}  "
         f"return {metrics['rollout/return']:.2f}  turns {metrics['rollout/episode_length']:.1f}  "
-        f"invalid {metrics['rollout/invalid_rate']:.3f}  kl {metrics['ppo/approx_kl']:.4f}  {seconds:.0f} s{warming}"
+        f"invalid {metrics['rollout/invalid_rate']:.3f}  {moved}  {seconds:.0f} s"
     )
     if first.turns:
         last = len(first.turns) - 1
@@ -93,13 +119,14 @@ def report(
     run: Run, metrics: Mapping[str, float], episodes: Iterable[Shown] = (), examples: Sequence[Example] = ()
 ) -> Path:
     """Write report.html of the run's stage, from its metrics, its metrics.jsonl and what is given."""
-    cfg, path = run.cfg, run.path("report.html")
+    cfg, path, facts = run.cfg, run.path(REPORT), run.facts()
+    facts |= {"model": with_noise(facts["model"], getattr(cfg.stage, "noise", 0.0))} | earlier_page(run)
     sentence = headline(cfg.stage.name, metrics, where(cfg))
     write_report(
         path,
         title=f"{cfg.stage.name}: {run.env}",
         sentence=sentence[0].upper() + sentence[1:],
-        facts=run.facts(),
+        facts=facts,
         results=results(cfg, metrics),
         metrics=metrics,
         curves=curves(run),
@@ -107,6 +134,15 @@ def report(
         examples=examples,
     )
     return path
+
+
+def earlier_page(run: Run) -> dict[str, str]:
+    """Where to read on about the weights that the run began from: the report of their run, as seen from this one."""
+    init = init_of(run.cfg)
+    folder = run_of(init) if init else None
+    if folder is None or not (folder / REPORT).is_file():
+        return {}
+    return {"earlier report": os.path.relpath(folder / REPORT, run.dir)}
 
 
 def where(cfg: RunConfig) -> str:
@@ -121,25 +157,38 @@ def where(cfg: RunConfig) -> str:
 
 def results(cfg: RunConfig, metrics: Mapping[str, float]) -> list[Result]:
     """Each policy that was played, as far as `metrics` has its success."""
-    if isinstance(cfg.stage, CollectConfig):
+    stage = cfg.stage
+    if isinstance(stage, CollectConfig):
         share, episodes = metrics["collect/success"], metrics["collect/episodes"] - metrics["collect/env_errors"]
         interval = share, *wilson_interval(share * episodes, episodes)
         others = {words: metrics[f"collect/{name}"] for words, name in COLUMNS.items()}
-        noise = f", {cfg.stage.noise:.0%} of its turns at random" if cfg.stage.noise else ""
-        return [Result(f"{cfg.stage.policy}{noise}", interval, others)]
+        policy = with_noise(called(stage.policy), stage.noise)
+        return [Result(policy, interval, others, ends(metrics, "collect", stage.episodes))]
+    episodes = getattr(stage, "eval_episodes", 0) or getattr(stage, "episodes", 0)
     found = []
     for suffix, words in PANELS.items():
         if f"eval/success{suffix}" not in metrics:
             continue
         low, high = (metrics[f"eval/success{bound}{suffix}"] for bound in ("_low", "_high"))
         others = {words: metrics.get(f"eval/{name}{suffix}") for words, name in COLUMNS.items()}
-        if isinstance(cfg.stage, EvalConfig) and cfg.stage.policy != "model" and not suffix:
-            words = cfg.stage.policy
+        if isinstance(stage, EvalConfig) and stage.policy != "model" and not suffix:
+            words = stage.policy
         elif "eval/success_before" in metrics and suffix in ("", "_greedy"):
             words = f"{words}, after"
         main = suffix in ("", "_greedy")
-        found.append(Result(words, (metrics[f"eval/success{suffix}"], low, high), others, main))
+        interval = metrics[f"eval/success{suffix}"], low, high
+        found.append(Result(words, interval, others, ends(metrics, "eval", episodes, suffix), main))
     return found
+
+
+def ends(metrics: Mapping[str, float], group: str, episodes: int, suffix: str = "") -> dict[str, int]:
+    """How many of the episodes ended how, by `Trajectory.stop`; {} where the metrics are older than their names."""
+    names = {stop: f"{group}/{name}{suffix}" for stop, name in ENDS.items()}
+    if not all(name in metrics for name in names.values()):
+        return {}
+    errors = round(metrics[f"{group}/env_errors{suffix}"])
+    counts = {stop: round(metrics[name] * (episodes - errors)) for stop, name in names.items()}
+    return counts | {"time_limit": episodes - errors - sum(counts.values()), "env_error": errors}
 
 
 def curves(run: Run) -> list[Curve]:

@@ -60,6 +60,7 @@ def main(cfg: RunConfig, stage: SftConfig, run: Run) -> dict[str, float]:
         metrics["sft/skipped_rows"] = float(skipped)
     for validation in filter(len, held_out):
         metrics |= validate(agent.eval(), validation, stage.batch_size, cfg.hardware)
+        metrics["sft/val_rows"] = float(len(validation))
     run.log(trainer.progress["step"], metrics)
     save_model(run, agent.save, metrics, train.example(), form)
     examples = answered(agent.eval(), next(filter(len, held_out), train))
