@@ -80,7 +80,7 @@ def model_card(run: Run, folder: Path, metrics: Mapping[str, float], prompt: Pro
         f"* **Base**: {base}",
         *(
             [f"* **Licence**: the base's is `{licence}`; what the data that it learned from allow isn't known here"]
-            if licence not in (None, known["license"])
+            if licence not in (None, known.get("license"))
             else []
         ),
         f"* **Made by** `{portable_command(facts['command'])}`",
