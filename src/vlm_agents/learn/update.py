@@ -3,7 +3,6 @@
 Blind to the algorithm: that is the `Objective`. It collects nothing, logs nothing and saves nothing.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -111,11 +110,10 @@ def with_references(model: ActorCritic, samples: Sequence[Sample], tokens: int) 
 
 
 def _refuse_not_finite(seen: dict[str, Tensor], part: Sequence[Sample]) -> None:
-    idents = list(chain.from_iterable([sample.row.ident] * len(sample.old) for sample in part))
     for name, values in seen.items():
-        bad = [ident for ident, value in zip(idents, values.tolist(), strict=True) if not math.isfinite(value)]
-        if bad:
-            raise not_finite(f"ppo/{name}", list(dict.fromkeys(bad)))
+        if not values.isfinite().all():
+            pieces = zip(part, values.split([len(sample.old) for sample in part]), strict=True)
+            raise not_finite(f"ppo/{name}", [one.row.ident for one, piece in pieces if not piece.isfinite().all()])
 
 
 def not_finite(what: str, idents: Sequence[str]) -> TrainingError:
