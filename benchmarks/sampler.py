@@ -1,7 +1,7 @@
-"""How fast are replies sampled? `Sampler` against transformers' own `generate`, on the packaged tiny model.
+"""How fast are replies sampled? `HFSampler` against transformers' own `generate`, on the packaged tiny model.
 
 Both sides answer the same batches at temperature 1 (and may not say the same tokens): the turns of a rollout of
-MiniGrid, one prompt of every env a batch. The Sampler is timed as stage=ppo runs it, with all that it does: rendering,
+MiniGrid, one prompt of every env a batch. The sampler is timed as stage=ppo runs it, with all that it does: rendering,
 picture processing, encoding each distinct picture once, log-probs, entropies, values. `generate`, on transformers'
 model as it comes, gets its inputs as ready tensors and gives tokens alone. Reply tokens count up to and including the
 end of turn. No correctness is checked here; tests/models/test_sampler.py does that.
@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from vlm_agents.config import HardwareConfig, MiniGridConfig, ModelConfig, PromptConfig, TrainableConfig
-from vlm_agents.models import Agent, Sampler, load_agent
+from vlm_agents.models import Agent, HFSampler, load_agent
 from vlm_agents.models.loading import TINY
 from vlm_agents.policies import ExpertPolicy, NoisyPolicy
 from vlm_agents.prompting import make_format
@@ -52,27 +52,24 @@ def main() -> None:
     stock.load_state_dict(agent.model.state_dict())
     tensors, tensors_alone = ([prepare(agent, prompts) for prompts in sequence] for sequence in (batches, alone))
     sides: dict[str, Callable[[], int]] = {
-        "Sampler": partial(sample, agent, batches, args.new_tokens),
+        "HFSampler": partial(sample, agent, batches, args.new_tokens),
         "generate": partial(generate, stock, agent, tensors, args.new_tokens),
         "generate, then log-probs": partial(generate, stock, agent, tensors, args.new_tokens, score=True),
-        "Sampler, one env": partial(sample, agent, alone, args.new_tokens),
+        "HFSampler, one env": partial(sample, agent, alone, args.new_tokens),
         "generate, one env": partial(generate, stock, agent, tensors_alone, args.new_tokens),
     }
     speeds = measure(sides, args.repeats)
     print(f"{args.turns} turns of {args.envs} envs, at most {args.new_tokens} new tokens, {args.threads} threads")
-    print(f"{'medians of ' + str(args.repeats):<28}{'reply tokens/s':>16}{'Sampler / this':>16}")
+    print(f"{'medians of ' + str(args.repeats):<28}{'reply tokens/s':>16}{'HFSampler / this':>16}")
     for name, speed in speeds.items():
-        print(f"{name:<28}{speed:>16.0f}{speeds['Sampler'] / speed:>16.1f}")
+        print(f"{name:<28}{speed:>16.0f}{speeds['HFSampler'] / speed:>16.1f}")
 
 
 def rollout_prompts(envs: int, turns: int) -> list[list[Prompt]]:
     """The first turns of games in which an expert plays with 30 % random moves: a batch a turn, a prompt an env."""
-    prompt_format = make_format(PromptConfig("cot_json"))
-    policy = NoisyPolicy(ExpertPolicy(prompt_format), 0.3, prompt_format)
+    policy = NoisyPolicy(ExpertPolicy(make_format(PromptConfig("cot_json"))), 0.3)
     with open_envs(MiniGridConfig(), envs, "always") as pool:
-        games = list(
-            collect(pool, policy, prompt_format, list(map(Deal, range(envs))), invalid_penalty=0.0, run_seed=0)
-        )
+        games = list(collect(pool, policy, list(map(Deal, range(envs))), invalid_penalty=0.0, run_seed=0))
     return [[game.turns[turn].prompt for game in games if turn < len(game.turns)] for turn in range(turns)]
 
 
@@ -91,11 +88,11 @@ def prepare(agent: Agent, prompts: Sequence[Prompt]) -> Inputs:
 
 
 def sample(agent: Agent, batches: Sequence[Sequence[Prompt]], new_tokens: int) -> int:
-    """Reply tokens that the Sampler makes of the batches, one after the other."""
+    """Reply tokens that the HFSampler makes of the batches, one after the other."""
     agent.images.clear()
     count = 0
     for prompts in batches:
-        replies = Sampler(agent).generate(prompts, np.random.default_rng(0).spawn(len(prompts)), Sampling(new_tokens))
+        replies = HFSampler(agent).generate(prompts, np.random.default_rng(0).spawn(len(prompts)), Sampling(new_tokens))
         count += sum(len(reply.token_ids) for reply in replies)
     return count
 

@@ -23,7 +23,7 @@ from vlm_agents.learn.batches import microbatches
 from vlm_agents.learn.credit import gae_by_turn, normalised
 from vlm_agents.learn.learner import Learner
 from vlm_agents.learn.samples import Sample, build, to_targets
-from vlm_agents.models import Agent, Sampler, load_agent
+from vlm_agents.models import Agent, HFSampler, load_agent
 from vlm_agents.policies import ModelPolicy
 from vlm_agents.prompting import make_format
 from vlm_agents.rollout import collect
@@ -43,13 +43,9 @@ def load(cfg: RunConfig) -> Agent:
 def play(
     cfg: RunConfig, agent: Agent, seeds: Sequence[int], num_envs: int = 8, workers: bool = False
 ) -> list[Trajectory]:
-    policy = ModelPolicy(Sampler(agent), Sampling(cfg.prompt.max_reply_tokens))
+    policy = ModelPolicy(HFSampler(agent), make_format(cfg.prompt), Sampling(cfg.prompt.max_reply_tokens))
     with EnvPool(partial(make_env, cfg.env), num_envs, workers) as envs:
-        return list(
-            collect(
-                envs, policy, make_format(cfg.prompt), [Deal(seed) for seed in seeds], invalid_penalty=0.1, run_seed=0
-            )
-        )
+        return list(collect(envs, policy, [Deal(seed) for seed in seeds], invalid_penalty=0.1, run_seed=0))
 
 
 # ---- what is trained is what was sampled -----------------------------------------------------------------------------

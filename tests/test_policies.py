@@ -10,7 +10,7 @@ import pytest
 
 from vlm_agents.config import HardwareConfig, ModelConfig, PromptConfig
 from vlm_agents.errors import ConfigError
-from vlm_agents.models import Sampler, load_agent
+from vlm_agents.models import HFSampler, load_agent
 from vlm_agents.models.tiny import build
 from vlm_agents.policies import NO_PLAN, ExpertPolicy, ModelPolicy, NoisyPolicy, RandomPolicy
 from vlm_agents.prompting import make_format
@@ -34,6 +34,7 @@ class Clerk:
     """Answers each query with its number, as a model would, and counts how many it was asked."""
 
     name = "clerk"
+    format = FORMAT
 
     def __init__(self) -> None:
         self.asked = 0
@@ -84,7 +85,7 @@ def test_random_moves_need_a_list_of_actions():
 
 def test_noise_replaces_its_share_and_asks_only_for_the_rest():
     clerk = Clerk()
-    replies = NoisyPolicy(clerk, 0.3, FORMAT).reply([query(seed) for seed in range(2000)])
+    replies = NoisyPolicy(clerk, 0.3).reply([query(seed) for seed in range(2000)])
     strays = [reply.source for reply in replies].count("random")
     # 2000 draws at 0.3: mean 600, standard deviation sqrt(2000 * 0.21) = 20.5; five of them are 103
     assert abs(strays - 600) < 103
@@ -95,7 +96,7 @@ def test_noise_replaces_its_share_and_asks_only_for_the_rest():
 @pytest.mark.parametrize(("noise", "asked"), [(0.0, 20), (1.0, 0)])
 def test_noise_at_its_ends(noise: float, asked: int):
     clerk = Clerk()
-    policy = NoisyPolicy(clerk, noise, FORMAT)
+    policy = NoisyPolicy(clerk, noise)
     replies = policy.reply([query(seed) for seed in range(20)])
     assert clerk.asked == asked
     assert [reply.source for reply in replies].count("random") == 20 - asked
@@ -106,13 +107,13 @@ def test_noise_at_its_ends(noise: float, asked: int):
 def test_a_model_is_sampled_with_each_querys_own_randomness(tmp_path: Path):
     build(tmp_path, [FORMAT.write("go", action, LEGAL) for action in LEGAL])
     agent = load_agent(ModelConfig("tiny", path=str(tmp_path)), HardwareConfig("cpu"))
-    policy = ModelPolicy(Sampler(agent), Sampling(5))
+    policy = ModelPolicy(HFSampler(agent), FORMAT, Sampling(5))
     replies = policy.reply([query(seed) for seed in (1, 2, 1)])
     assert replies[0].text == replies[2].text != replies[1].text
     assert all(1 <= len(reply.token_ids) == len(reply.logprobs) <= 5 for reply in replies)
     assert not any(reply.source == "random" for reply in replies)
     # the critic is asked the same question when it samples and when an episode was truncated
     assert policy.value([query(), query()]) == pytest.approx([reply.value for reply in replies[:2]], rel=1e-5)
-    greedy = ModelPolicy(Sampler(agent), Sampling(5, greedy=True))
+    greedy = ModelPolicy(HFSampler(agent), FORMAT, Sampling(5, greedy=True))
     first, second = greedy.reply([query(1), query(2)])
     assert first.text == second.text

@@ -20,7 +20,7 @@ from vlm_agents import stages
 from vlm_agents.config import RemoteConfig, RunConfig
 from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import ModelError
-from vlm_agents.models import Sampler, load_agent
+from vlm_agents.models import HFSampler, load_agent
 from vlm_agents.models.loading import TINY
 from vlm_agents.pictures import Picture
 from vlm_agents.policies import ExpertPolicy
@@ -102,10 +102,10 @@ def test_it_says_what_the_same_model_says_here(settings: Callable[..., RunConfig
     prompt_format = make_format(cfg.prompt)
     with open_envs(cfg.env, 2, "always") as envs:
         expert = ExpertPolicy(prompt_format)
-        played = list(collect(envs, expert, prompt_format, [Deal(0), Deal(1)], invalid_penalty=0, run_seed=0))
+        played = list(collect(envs, expert, [Deal(0), Deal(1)], invalid_penalty=0, run_seed=0))
     prompts = [turn.prompt for episode in played for turn in episode.turns][:8]
     rngs = [np.random.default_rng(0) for _ in prompts]
-    sampler = Sampler(load_agent(cfg.model, cfg.hardware))
+    sampler = HFSampler(load_agent(cfg.model, cfg.hardware))
     here = sampler.generate(prompts, rngs, Sampling(cfg.prompt.max_reply_tokens, greedy=True))
     client = ChatClient(cfg.stage.remote, tmp_path / "run")  # pyright: ignore[reportAttributeAccessIssue]
     there = client.complete(prompts, Sampling(cfg.prompt.max_reply_tokens), temperature=0.0)

@@ -26,7 +26,7 @@ from vlm_agents.envs.base import Env, check_contract, out_of_turn
 from vlm_agents.errors import EnvError, TooLongError, TrainingError
 from vlm_agents.pictures import Picture
 from vlm_agents.policies import NoisyPolicy, RandomPolicy
-from vlm_agents.prompting import make_format
+from vlm_agents.prompting import PromptFormat, make_format
 from vlm_agents.rollout import collect
 from vlm_agents.seeds import Deal
 from vlm_agents.summary import Tags, by_tag, summarise
@@ -113,8 +113,8 @@ class Says:
 
     name = "parrot"
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    def __init__(self, text: str, prompt_format: PromptFormat = FORMAT) -> None:
+        self.text, self.format = text, prompt_format
         self.batches: list[int] = []
         self.valued: list[Query] = []
 
@@ -151,7 +151,7 @@ def playing(
     timeout_s: float = 30.0,
 ) -> Iterator[Trajectory]:
     with EnvPool(make, num_envs, workers, timeout_s) as envs:
-        yield from collect(envs, policy, FORMAT, [Deal(seed) for seed in seeds], invalid_penalty=PENALTY, run_seed=7)
+        yield from collect(envs, policy, [Deal(seed) for seed in seeds], invalid_penalty=PENALTY, run_seed=7)
 
 
 def minigrid() -> Env:
@@ -229,7 +229,7 @@ def test_the_bootstraps_of_a_batch_are_one_call():
 
 
 def test_outcomes_depend_neither_on_the_number_of_slots_nor_on_the_company():
-    policy = NoisyPolicy(RandomPolicy(FORMAT), 0.5, FORMAT)
+    policy = NoisyPolicy(RandomPolicy(FORMAT), 0.5)
     seeds = list(range(100, 112))
     alone = [play(policy, [seed], minigrid, num_envs=1)[0] for seed in seeds]
     assert play(policy, seeds, minigrid, num_envs=5) == alone
@@ -240,9 +240,7 @@ def test_outcomes_depend_neither_on_the_number_of_slots_nor_on_the_company():
 def test_the_run_seed_decides_what_chance_does():
     with EnvPool(minigrid, 2) as envs:
         runs = [
-            list(
-                collect(envs, RandomPolicy(FORMAT), FORMAT, [Deal(5), Deal(6)], invalid_penalty=0.1, run_seed=run_seed)
-            )
+            list(collect(envs, RandomPolicy(FORMAT), [Deal(5), Deal(6)], invalid_penalty=0.1, run_seed=run_seed))
             for run_seed in (0, 0, 1)
         ]
     assert runs[0] == runs[1] != runs[2]
@@ -251,7 +249,7 @@ def test_the_run_seed_decides_what_chance_does():
 def test_members_of_a_seed_are_different_plays_of_the_same_start():
     deals = [Deal(5, member) for member in range(4)] + [Deal(5)]
     with EnvPool(minigrid, 2) as envs:
-        group = list(collect(envs, RandomPolicy(FORMAT), FORMAT, deals, invalid_penalty=0.1, run_seed=0))
+        group = list(collect(envs, RandomPolicy(FORMAT), deals, invalid_penalty=0.1, run_seed=0))
     assert [(episode.seed, episode.member) for episode in group] == deals
     assert len({episode.turns[0].observation.state_key for episode in group}) == 1
     assert len({tuple(turn.parsed.action for turn in episode.turns) for episode in group}) == 4
@@ -280,7 +278,7 @@ class Values(Says):
 def test_a_prompt_that_is_too_long_ends_its_own_episode_only(caplog: pytest.LogCaptureFixture):
     with EnvPool(Walk, 2) as envs:
         deals = [Deal(9), Deal(1), Deal(2)]
-        long, *others = collect(envs, Values(RIGHT), Short(1), deals, invalid_penalty=0.0, run_seed=0)
+        long, *others = collect(envs, Values(RIGHT, Short(1)), deals, invalid_penalty=0.0, run_seed=0)
     assert [episode.stop for episode in others] == ["success", "success"]
     assert (long.stop, len(long.turns), long.success) == ("too_long", 2, False)
     assert long.error == "seed 9, turn 2: too many turns"
@@ -293,14 +291,14 @@ def test_a_prompt_that_is_too_long_ends_its_own_episode_only(caplog: pytest.LogC
 
 def test_where_even_the_first_prompt_is_too_long_nothing_is_played():
     with EnvPool(Walk, 2) as envs:
-        (episode,) = collect(envs, Says(RIGHT), Short(-1), [Deal(9)], invalid_penalty=0.0, run_seed=0)
+        (episode,) = collect(envs, Says(RIGHT, Short(-1)), [Deal(9)], invalid_penalty=0.0, run_seed=0)
     assert (episode.stop, episode.turns, episode.bootstrap) == ("too_long", (), 0.0)
     assert summarise([episode])["rollout/too_long_rate"] == 1.0
 
 
 def test_a_time_limit_is_one_though_its_value_can_t_be_asked():
     with EnvPool(Walk, 1) as envs:
-        (episode,) = collect(envs, Values(RIGHT), Short(3), [Deal(9)], invalid_penalty=0.0, run_seed=0)
+        (episode,) = collect(envs, Values(RIGHT, Short(3)), [Deal(9)], invalid_penalty=0.0, run_seed=0)
     assert (episode.stop, len(episode.turns), episode.bootstrap, episode.error) == ("time_limit", 4, 0.5, None)
 
 
@@ -315,11 +313,11 @@ def test_tags_are_those_of_the_first_observation():
 
 def test_what_a_reply_leaves_to_chance_is_drawn_from_the_episode_s_own_randomness():
     scores = make_format(PromptConfig("action_scores", score_temperature=4.0))
-    says = Says('{"scores": {"left": 3, "right": 4}}')
+    says = Says('{"scores": {"left": 3, "right": 4}}', scores)
     with EnvPool(Walk, 2) as envs:
         deals = [Deal(9, member) for member in range(20)]
-        group = list(collect(envs, says, scores, deals, invalid_penalty=0.0, run_seed=0))
-        (alone,) = collect(envs, says, scores, deals[7:8], invalid_penalty=0.0, run_seed=0)
+        group = list(collect(envs, says, deals, invalid_penalty=0.0, run_seed=0))
+        (alone,) = collect(envs, says, deals[7:8], invalid_penalty=0.0, run_seed=0)
     drawn = [turn.parsed for episode in group for turn in episode.turns]
     assert {parsed.action for parsed in drawn} == {"left", "right"}
     # softmax(3/4, 4/4): 1 / (1 + e^(1/4)) = 0.4378

@@ -9,12 +9,14 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from vlm_agents.errors import ConfigError
 from vlm_agents.prompting import PromptFormat
-from vlm_agents.types import Query, Reply, Sampling
+from vlm_agents.types import Prompt, Query, Reply, Sampling
 
 if TYPE_CHECKING:  # env workers import this module and need no torch
-    from vlm_agents.models import Sampler
+    from vlm_agents.models.rendering import HFRenderer
     from vlm_agents.remote import ChatClient
 
 NO_PLAN = "no plan"
@@ -25,11 +27,32 @@ class Policy(Protocol):
     """Answers queries in batches. All its randomness comes from `Query.rng`."""
 
     name: str
+    format: PromptFormat  # how it is asked, and its replies are read
 
     def reply(self, queries: Sequence[Query]) -> list[Reply]: ...
 
     def value(self, queries: Sequence[Query]) -> list[float]:
         """The expected return from each query on; 0 from a policy without a critic."""
+        ...
+
+
+class Sampler(Protocol):
+    """Where a model's replies come from: the model itself, or an engine that holds a copy of its weights."""
+
+    renderer: "HFRenderer"  # its prompts as ids, and how many of them it takes
+
+    def generate(
+        self, prompts: Sequence[Prompt], rngs: Sequence[np.random.Generator], sampling: Sampling
+    ) -> list[Reply]:
+        """One reply a prompt, with its ids, their log-probs and the critic's value."""
+        ...
+
+    def values(self, prompts: Sequence[Prompt]) -> list[float]:
+        """The critic's estimate for each prompt."""
+        ...
+
+    def sync(self) -> None:
+        """Take the weights as they are now, and forget what was computed before: it must not matter."""
         ...
 
 
@@ -51,7 +74,7 @@ class ExpertPolicy:
     name = "expert"
 
     def __init__(self, prompt_format: PromptFormat) -> None:
-        self._format = prompt_format
+        self.format = prompt_format
 
     def reply(self, queries: Sequence[Query]) -> list[Reply]:
         return [self._say(query) for query in queries]
@@ -62,8 +85,8 @@ class ExpertPolicy:
     def _say(self, query: Query) -> Reply:
         advice = query.observation.advice
         if advice is None:
-            return random_reply(query, self._format)
-        text = self._format.write(advice.thought, advice.action, query.observation.legal_actions)
+            return random_reply(query, self.format)
+        text = self.format.write(advice.thought, advice.action, query.observation.legal_actions)
         return Reply(text, source="expert")
 
 
@@ -73,10 +96,10 @@ class RandomPolicy:
     name = "random"
 
     def __init__(self, prompt_format: PromptFormat) -> None:
-        self._format = prompt_format
+        self.format = prompt_format
 
     def reply(self, queries: Sequence[Query]) -> list[Reply]:
-        return [random_reply(query, self._format) for query in queries]
+        return [random_reply(query, self.format) for query in queries]
 
     def value(self, queries: Sequence[Query]) -> list[float]:
         return [0.0] * len(queries)
@@ -89,18 +112,18 @@ class NoisyPolicy:
     would have said there stays in `observation.advice`. The inner policy isn't asked on such turns.
     """
 
-    def __init__(self, policy: Policy, noise: float, prompt_format: PromptFormat) -> None:
+    def __init__(self, policy: Policy, noise: float) -> None:
         self.name = f"{policy.name}{NOISE}{noise:g}"
+        self.format = policy.format
         self._policy = policy
         self._noise = noise
-        self._format = prompt_format
 
     def reply(self, queries: Sequence[Query]) -> list[Reply]:
         strays = [query.rng.random() < self._noise for query in queries]
         asked = [query for query, stray in zip(queries, strays, strict=True) if not stray]
         said = iter(self._policy.reply(asked) if asked else [])
         return [
-            random_reply(query, self._format) if stray else next(said)
+            random_reply(query, self.format) if stray else next(said)
             for query, stray in zip(queries, strays, strict=True)
         ]
 
@@ -109,10 +132,11 @@ class NoisyPolicy:
 
 
 class ModelPolicy:
-    """Samples from an agent, or decodes greedily."""
+    """Samples from a model, or decodes greedily."""
 
-    def __init__(self, sampler: "Sampler", sampling: Sampling) -> None:
+    def __init__(self, sampler: Sampler, prompt_format: PromptFormat, sampling: Sampling) -> None:
         self.name = "model_greedy" if sampling.greedy else "model"
+        self.format = prompt_format
         self._sampler = sampler
         self._sampling = sampling
 
@@ -141,15 +165,15 @@ class RemotePolicy:
         temperature: float,
         samples: int,
     ) -> None:
+        self.format = prompt_format
         self._client = client
-        self._format = prompt_format
         self._sampling = sampling
         self._temperature = temperature
         self._samples = samples
 
     def reply(self, queries: Sequence[Query]) -> list[Reply]:
         def readable(index: int, text: str) -> bool:
-            return self._format.parse(text, queries[index].observation.legal_actions).error is None
+            return self.format.parse(text, queries[index].observation.legal_actions).error is None
 
         answers = self._client.complete(
             [query.prompt for query in queries],

@@ -64,7 +64,6 @@ class _Episode:
 def collect(
     envs: EnvPool,
     policy: Policy,
-    prompt_format: PromptFormat,
     deals: Sequence[Deal],
     *,
     invalid_penalty: float,
@@ -84,8 +83,8 @@ def collect(
     active: dict[int, _Episode] = {}
     while unyielded:
         _refill(envs, active, waiting, advice)
-        _play_turn(envs, active, policy, prompt_format, invalid_penalty)
-        _settle(envs, active, policy, prompt_format)
+        _play_turn(envs, active, policy, invalid_penalty)
+        _settle(envs, active, policy)
         while unyielded and (result := unyielded[0].result) is not None:
             unyielded.popleft()
             yield result
@@ -104,16 +103,14 @@ def _refill(envs: EnvPool, active: dict[int, _Episode], waiting: deque[_Episode]
     active |= starting
 
 
-def _play_turn(
-    envs: EnvPool, active: dict[int, _Episode], policy: Policy, prompt_format: PromptFormat, invalid_penalty: float
-) -> None:
+def _play_turn(envs: EnvPool, active: dict[int, _Episode], policy: Policy, invalid_penalty: float) -> None:
     """Ask, read and play one turn of every episode that could be started."""
-    queries = _queries(active, [slot for slot in active if not active[slot].over], envs.instructions, prompt_format)
+    queries = _queries(active, [slot for slot in active if not active[slot].over], envs.instructions, policy.format)
     if not queries:
         return
     replies = policy.reply(list(queries.values()))
     readings = [
-        drawn(prompt_format.parse(reply.text, query.observation.legal_actions), query.rng)
+        drawn(policy.format.parse(reply.text, query.observation.legal_actions), query.rng)
         for query, reply in zip(queries.values(), replies, strict=True)
     ]
     steps = envs.step({slot: parsed.action for slot, parsed in zip(queries, readings, strict=True)})
@@ -135,10 +132,10 @@ def _queries(
     return {slot: query for slot, query in asked.items() if query is not None}
 
 
-def _settle(envs: EnvPool, active: dict[int, _Episode], policy: Policy, prompt_format: PromptFormat) -> None:
+def _settle(envs: EnvPool, active: dict[int, _Episode], policy: Policy) -> None:
     """Take the episodes that are over out of their slots and write their results."""
     over = [slot for slot, episode in active.items() if episode.over]
-    queries = _queries(active, [slot for slot in over if active[slot].truncated], envs.instructions, prompt_format)
+    queries = _queries(active, [slot for slot in over if active[slot].truncated], envs.instructions, policy.format)
     bootstraps = dict(zip(queries, policy.value(list(queries.values())) if queries else (), strict=True))
     for slot in over:
         episode = active.pop(slot)

@@ -47,7 +47,8 @@ def run(
 
 
 def learn(learner: Learner, episodes: Sequence[Trajectory], seed: int = 0) -> dict[str, float]:
-    return learner.learn(episodes, np.random.default_rng(seed))
+    shaped, told = learner.shape(episodes)
+    return told | learner.learn(shaped, np.random.default_rng(seed))
 
 
 def state_of(agent: Any) -> dict[str, torch.Tensor]:
@@ -367,8 +368,7 @@ class Counting:
             bonus = 1.0 if self.paid < 3 else 0.0
             self.paid += 1
             (turn,) = trajectory.turns
-            step = replace(turn.step, reward=turn.step.reward + bonus)
-            shaped.append(replace(trajectory, turns=(replace(turn, step=step),)))
+            shaped.append(replace(trajectory, turns=(replace(turn, bonuses={"counting": bonus}),)))
         return shaped, {"counting/paid": float(self.paid)}
 
     def learn(self, trajectories: Sequence[Trajectory], rng: np.random.Generator) -> dict[str, float]:
@@ -394,7 +394,9 @@ def test_a_shaper_adds_to_what_is_learned_from_and_learns_from_what_was_played(
     assert metrics["ppo/nothing_to_learn"] == 0
     assert metrics["counting/paid"] == 4
     assert "counting/draw" in metrics
-    assert shaper.learned == [episodes]
+    assert [[turn.step for one in played for turn in one.turns] for played in shaper.learned] == [
+        [turn.step for one in episodes for turn in one.turns]
+    ]
 
 
 def test_episodes_that_an_env_broke_are_left_out(

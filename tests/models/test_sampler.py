@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vlm_agents.errors import ModelError
-from vlm_agents.models import Agent, Sampler
+from vlm_agents.models import Agent, HFSampler
 from vlm_agents.models.sampler import draw
 from vlm_agents.tensors import Row
 from vlm_agents.types import Message, Prompt, Reply, Sampling
@@ -25,7 +25,7 @@ def generators(count: int, seed: int = 0) -> list[np.random.Generator]:
 
 
 def sample(agent: Agent, prompts: Sequence[Prompt], seed: int = 0, greedy: bool = False) -> list[Reply]:
-    return Sampler(agent).generate(prompts, generators(len(prompts), seed), Sampling(ROOM, greedy=greedy))
+    return HFSampler(agent).generate(prompts, generators(len(prompts), seed), Sampling(ROOM, greedy=greedy))
 
 
 def generated(agent: Agent, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -125,18 +125,20 @@ def test_a_reply_doesnt_depend_on_who_shares_the_batch(brief_agent: Agent, chats
     together = sample(brief_agent, chats * 3)
     order = np.random.default_rng(0).permutation(len(together)).tolist()
     rngs = generators(len(together))
-    shuffled = Sampler(brief_agent).generate([(chats * 3)[i] for i in order], [rngs[i] for i in order], Sampling(ROOM))
+    shuffled = HFSampler(brief_agent).generate(
+        [(chats * 3)[i] for i in order], [rngs[i] for i in order], Sampling(ROOM)
+    )
     assert [reply.token_ids for reply in shuffled] == [together[i].token_ids for i in order]
     rngs = generators(len(together))
     for index, prompt in enumerate(chats * 3):
-        (alone,) = Sampler(brief_agent).generate([prompt], [rngs[index]], Sampling(ROOM))
+        (alone,) = HFSampler(brief_agent).generate([prompt], [rngs[index]], Sampling(ROOM))
         assert alone.token_ids == together[index].token_ids
         torch.testing.assert_close(alone.logprobs, together[index].logprobs, rtol=0, atol=1e-5)
 
 
 def test_a_generator_is_used_equally_by_short_and_long_replies(brief_agent: Agent, chats: list[Prompt]):
     rngs = generators(20)
-    replies = Sampler(brief_agent).generate(chats * 4, rngs, Sampling(ROOM))
+    replies = HFSampler(brief_agent).generate(chats * 4, rngs, Sampling(ROOM))
     assert len({len(reply.token_ids) for reply in replies}) > 3
     fresh = generators(20)
     for rng in fresh:
@@ -164,7 +166,7 @@ def test_weights_that_are_no_numbers_are_told(load: Load, chats: list[Prompt], g
 
 
 def test_a_reply_of_one_token(brief_agent: Agent, chats: list[Prompt], row_of: RowOf):
-    replies = Sampler(brief_agent).generate(chats * 8, generators(40), Sampling(1))
+    replies = HFSampler(brief_agent).generate(chats * 8, generators(40), Sampling(1))
     assert {len(reply.token_ids) for reply in replies} == {1}
     ends = [reply.token_ids[0] == brief_agent.renderer.end_of_turn for reply in replies]
     assert [reply.finish == "stop" for reply in replies] == ends
@@ -180,7 +182,7 @@ def test_a_stop_text_ends_a_reply(brief_agent: Agent, chats: list[Prompt]):
     whole = sample(brief_agent, chats * 8)
     decode = brief_agent.renderer.decode
     stop = next(reply.text[2:5] for reply in whole if len(reply.token_ids) == ROOM and reply.text[2:5].strip())
-    cut = Sampler(brief_agent).generate(chats * 8, generators(40), Sampling(ROOM, (stop, "never said")))
+    cut = HFSampler(brief_agent).generate(chats * 8, generators(40), Sampling(ROOM, (stop, "never said")))
     for before, after in zip(whole, cut, strict=True):
         count = len(after.token_ids)
         assert after.token_ids == before.token_ids[:count]
@@ -196,8 +198,8 @@ def test_a_stop_text_ends_a_reply(brief_agent: Agent, chats: list[Prompt]):
 
 def test_values_are_those_of_the_replies(agent: Agent, prompts: list[Prompt]):
     expected = [reply.value for reply in sample(agent, prompts)]
-    torch.testing.assert_close(Sampler(agent).values(prompts), expected, rtol=0, atol=1e-5)
-    assert Sampler(agent).values([]) == []
+    torch.testing.assert_close(HFSampler(agent).values(prompts), expected, rtol=0, atol=1e-5)
+    assert HFSampler(agent).values([]) == []
 
 
 def test_replies_of_a_long_chat_keep_the_ratio_at_one(
@@ -205,7 +207,7 @@ def test_replies_of_a_long_chat_keep_the_ratio_at_one(
 ):
     prompt, said = chats[0], []
     for turn in range(3):
-        (reply,) = Sampler(brief_agent).generate([prompt], generators(1, turn), Sampling(ROOM))
+        (reply,) = HFSampler(brief_agent).generate([prompt], generators(1, turn), Sampling(ROOM))
         said.append(reply)
         prompt = (*prompt, Message("assistant", (reply.text,), token_ids=reply.token_ids), Message("user", ("on",)))
     row = make_row(brief_agent, chats[0], *(reply.token_ids for reply in said))

@@ -15,7 +15,7 @@ from vlm_agents.learn.losses import clipped, turn_entropy
 from vlm_agents.learn.samples import Sample, Targets, to_targets
 from vlm_agents.models import Agent
 from vlm_agents.models.heads import TemperatureHead
-from vlm_agents.models.sampler import Sampler
+from vlm_agents.models.sampler import HFSampler
 from vlm_agents.tensors import Row
 from vlm_agents.types import Prompt, Sampling
 
@@ -78,7 +78,7 @@ def test_the_temperature_stays_within_its_bounds():
 def test_what_is_trained_is_what_was_sampled(tempered: Agent, chats: list[Prompt], make_row: MakeRow):
     """Log-probs and entropies of the sampler are those of `score`, each turn at a temperature of its own."""
     rngs = [np.random.default_rng(index) for index in range(len(chats))]
-    replies = Sampler(tempered).generate(chats, rngs, Sampling(8))
+    replies = HFSampler(tempered).generate(chats, rngs, Sampling(8))
     rows = [make_row(tempered, chat, list(reply.token_ids)) for chat, reply in zip(chats, replies, strict=True)]
     with torch.no_grad():
         scores = tempered.score(rows)

@@ -16,7 +16,7 @@ from vlm_agents.config import AlgoConfig, HardwareConfig, LoraConfig, ModelConfi
 from vlm_agents.errors import ModelError
 from vlm_agents.learn.learner import Learner
 from vlm_agents.learn.samples import Sample
-from vlm_agents.models import Agent, Sampler, load_agent
+from vlm_agents.models import Agent, HFSampler, load_agent
 from vlm_agents.tensors import Row, Scores
 from vlm_agents.types import Prompt, Reply, Sampling
 
@@ -80,7 +80,7 @@ def play(end_soon: Callable[[Agent], Agent], chats: list[Prompt], row_of: RowOf)
     def played(agent: Agent) -> list[Sample]:
         rngs = [np.random.default_rng([0, index]) for index in range(2 * len(chats))]
         prompts = chats * 2
-        replies = Sampler(end_soon(agent)).generate(prompts, rngs, Sampling(ROOM))
+        replies = HFSampler(end_soon(agent)).generate(prompts, rngs, Sampling(ROOM))
         assert len({len(reply.token_ids) for reply in replies}) > 1
         samples = []
         for prompt, reply in zip(prompts, replies, strict=True):

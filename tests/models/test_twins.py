@@ -15,7 +15,7 @@ from transformers import LlavaNextProcessor
 
 from vlm_agents.config import HardwareConfig, LoraConfig, ModelConfig, TrainableConfig, conf_dir
 from vlm_agents.errors import DataError
-from vlm_agents.models import Agent, Sampler, load_agent
+from vlm_agents.models import Agent, HFSampler, load_agent
 from vlm_agents.pictures import Picture
 from vlm_agents.tensors import Row, Scores
 from vlm_agents.types import Message, Prompt, Reply, Sampling
@@ -212,7 +212,7 @@ def generators(count: int) -> list[np.random.Generator]:
 
 
 def test_greedy_replies_are_those_of_transformers(agent: Agent, prompts: list[Prompt]):
-    replies = Sampler(agent).generate(prompts, generators(len(prompts)), Sampling(ROOM, greedy=True))
+    replies = HFSampler(agent).generate(prompts, generators(len(prompts)), Sampling(ROOM, greedy=True))
     assert [list(reply.token_ids) for reply in replies] == generated(agent, prompts)
 
 
@@ -228,7 +228,7 @@ def test_the_ratio_is_one(
 ):
     agent = end_soon(twin(name, freeze_vision=freeze, temperature=0.8))
     prompts = prompts * 3
-    replies = Sampler(agent).generate(prompts, generators(len(prompts)), Sampling(ROOM))
+    replies = HFSampler(agent).generate(prompts, generators(len(prompts)), Sampling(ROOM))
     assert len({len(reply.token_ids) for reply in replies}) > 3
     rows = [row_of(*pair) for pair in zip(prompts, replies, strict=True)]
     scores = score(agent, rows)

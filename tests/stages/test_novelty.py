@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vlm_agents.config import HardwareConfig, LoraConfig, ModelConfig, NoveltyConfig, TrainableConfig
+from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import ModelError
 from vlm_agents.learn.novelty import QUESTION, TemporalPredictor
 from vlm_agents.models import Agent, load_agent
@@ -285,3 +286,5 @@ def test_a_run_with_it_resumes_bit_for_bit(run_stage: RunStage, tmp_path: Path, 
     ]
     assert surprises[0] == surprises[1]
     assert len(surprises[0]) == 2
+    recorded = [turn for episode in read_episodes(whole) for turn in episode.turns]
+    assert len({turn.bonuses["novelty"] for turn in recorded}) > 1  # beside what the env paid

@@ -15,9 +15,9 @@ from torch import nn
 
 from vlm_agents.config import LoraConfig, RunConfig
 from vlm_agents.errors import ConfigError, ModelError
-from vlm_agents.models import Agent, Sampler, load_agent
+from vlm_agents.models import Agent, HFSampler, load_agent
 from vlm_agents.stages import merge
-from vlm_agents.stages.playing import first_prompts
+from vlm_agents.stages.playing import first_prompts, open_envs
 from vlm_agents.types import Prompt, Reply, Sampling
 
 ComposeRun = Callable[..., RunConfig]
@@ -68,14 +68,15 @@ def merged(adapter, run_stage: RunStage, tmp_path_factory: pytest.TempPathFactor
 
 def greedy(agent: Agent, prompts: list[Prompt], tokens: int) -> list[Reply]:
     rngs = [np.random.default_rng(0) for _ in prompts]
-    return Sampler(agent).generate(prompts, rngs, Sampling(tokens, greedy=True))
+    return HFSampler(agent).generate(prompts, rngs, Sampling(tokens, greedy=True))
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_merged_model_is_the_adapter_model(adapter, merged, model: str):
     cfg, source = adapter(model)
     folder = merged(model)
-    prompts = first_prompts(cfg, 100)
+    with open_envs(cfg.env, 100, "never") as envs:
+        prompts = first_prompts(cfg, envs, 100)
     assert len({prompt[-1].images[0].key for prompt in prompts}) > 90  # DoorKey is laid out anew for every seed
     before = greedy(agent_of(cfg, source, cfg.model.lora), prompts, 8)
     after = greedy(agent_of(cfg, folder), prompts, 8)
@@ -128,7 +129,8 @@ def test_plain_transformers_says_the_same(adapter, merged, tmp_path: Path):
     for model in MODELS:
         cfg, source = adapter(model)
         agent = agent_of(cfg, source, cfg.model.lora)
-        prompt = first_prompts(cfg, 1)[0]
+        with open_envs(cfg.env, 1, "never") as envs:
+            (prompt,) = first_prompts(cfg, envs, 1)
         reply = greedy(agent, [prompt], 8)[0]
         expected.append(list(reply.token_ids))
         picture = tmp_path / f"{model}.png"

@@ -15,8 +15,9 @@ from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import ConfigError, DataError
 from vlm_agents.metrics import parts
 from vlm_agents.models import load_agent
+from vlm_agents.prompting import make_format
 from vlm_agents.seeds import panel_seeds, training_seed
-from vlm_agents.stages.playing import format_of
+from vlm_agents.stages.playing import fitted
 from vlm_agents.types import Observation, Parsed, Reply, Step, Turn
 
 ComposeRun = Callable[..., RunConfig]
@@ -244,13 +245,13 @@ def test_by_default_a_chat_is_cut_to_the_models_positions(echo_run: ComposeRun, 
     turn = Turn(seen, (), Reply("red"), Parsed("red"), Step(seen, 0.0, False, False, False, True, True))
     for reply, kept in ((4, 2), (2000, 1)):
         cfg = echo_run(tmp_path, "stage=eval", "prompt.history=full", f"prompt.max_reply_tokens={reply}")
-        prompt = format_of(cfg, agent).prompt("Play.", [turn] * 3, seen)
+        prompt = fitted(cfg, make_format(cfg.prompt), agent.renderer).prompt("Play.", [turn] * 3, seen)
         assert len(agent.renderer.render(prompt).ids) <= 4096 - reply
         assert sum(message.role == "user" for message in prompt) == kept
+    short = replace(cfg, prompt=replace(cfg.prompt, max_reply_tokens=4))
+    prompt_format = fitted(short, make_format(cfg.prompt), agent.renderer)
     with pytest.raises(DataError, match=r"its reply takes 4, and the model has positions for 4096 in all: show fewer"):
-        format_of(replace(cfg, prompt=replace(cfg.prompt, max_reply_tokens=4)), agent).prompt(
-            "Play.", (), Observation("go " * 4096)
-        )
+        prompt_format.prompt("Play.", (), Observation("go " * 4096))
 
 
 @pytest.mark.gpu

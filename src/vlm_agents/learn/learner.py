@@ -33,7 +33,7 @@ class Shaper(Protocol):
     def reward(self, trajectories: Sequence[Trajectory]) -> tuple[list[Trajectory], Metrics]: ...
 
     def learn(self, trajectories: Sequence[Trajectory], rng: np.random.Generator) -> Metrics:
-        """From the episodes as they were played, after the policy has."""
+        """From the same episodes, after the policy has."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -84,18 +84,25 @@ class Learner:
             terms.append((algo.kl_coef, losses.reference_kl))
         return terms
 
-    def learn(self, trajectories: Sequence[Trajectory], rng: np.random.Generator) -> Metrics:
-        """One iteration. TrainingError where nothing can be trained on, or at the first number that isn't finite."""
+    def shape(self, trajectories: Sequence[Trajectory]) -> tuple[list[Trajectory], Metrics]:
+        """The episodes with what the shapers add to their rewards: those to learn from, and to record."""
         shaped, metrics = list(trajectories), Metrics()
         for shaper in self.shapers.values():
             shaped, told = shaper.reward(shaped)
             metrics |= told
-        episodes = usable(shaped)
+        return shaped, metrics
+
+    def learn(self, trajectories: Sequence[Trajectory], rng: np.random.Generator) -> Metrics:
+        """One iteration, of episodes that `shape` gave.
+
+        TrainingError where nothing can be trained on, or at the first number that isn't finite.
+        """
+        episodes = usable(trajectories)
         # a critic that knows nothing yet first learns what really came: else its own guesses would be mixed in
         lam = 1.0 if self.critic.warming(self.iteration) else self.algo.gae_lambda
         earned = credit.gae_by_turn(episodes, self.algo.gamma, lam)
         samples = build(episodes, credit.normalised(earned), self.renderer, self.algo.thought_coef)
-        metrics |= self._update(samples, rng) | credit.figures(earned) | signal.figures(episodes, self.algo.gamma)
+        metrics = self._update(samples, rng) | credit.figures(earned) | signal.figures(episodes, self.algo.gamma)
         for shaper in self.shapers.values():
             metrics |= shaper.learn(trajectories, rng)
         self.iteration += 1

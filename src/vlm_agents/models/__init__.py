@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vlm_agents.models.actor_critic import Agent
     from vlm_agents.models.loading import load_agent
-    from vlm_agents.models.sampler import Sampler
+    from vlm_agents.models.sampler import HFSampler
 
-__all__ = ["Agent", "Sampler", "load_agent"]
+__all__ = ["Agent", "HFSampler", "load_agent"]
 
-PLACES = {"Agent": "actor_critic", "Sampler": "sampler", "load_agent": "loading"}
+PLACES = {"Agent": "actor_critic", "HFSampler": "sampler", "load_agent": "loading"}
 
 
 def __getattr__(name: str) -> Any:

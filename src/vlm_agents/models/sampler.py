@@ -75,11 +75,14 @@ class Prefilled:
     positions: Tensor  # [P N] position of each row's next token
 
 
-class Sampler:
-    """Decodes for one agent."""
+class HFSampler:
+    """Implements policies.Sampler with the agent's own weights."""
 
     def __init__(self, agent: Agent) -> None:
-        self.agent = agent
+        self.agent, self.renderer = agent, agent.renderer
+
+    def sync(self) -> None:
+        self.agent.images.clear()
 
     @torch.no_grad()
     def generate(
@@ -202,7 +205,7 @@ class Sampler:
         ends: "StopTexts",
     ) -> Reply:
         ids, length = tokens.tolist(), len(tokens)
-        renderer = self.agent.renderer
+        renderer = self.renderer
         ended = ids[-1] == renderer.end_of_turn or ends.found(tokens[None]).any()
         return Reply(
             text=renderer.decode(ids),

@@ -10,34 +10,21 @@ from contextlib import closing, nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vlm_agents.config import CollectConfig, RunConfig
 from vlm_agents.env_pool import EnvPool
 from vlm_agents.episodes import EpisodeWriter, read_episodes
 from vlm_agents.judge import Judge
-from vlm_agents.policies import NoisyPolicy, Policy
+from vlm_agents.policies import NoisyPolicy
 from vlm_agents.progress import say, track
-from vlm_agents.prompting import PromptFormat
 from vlm_agents.remote import ChatClient
 from vlm_agents.rollout import collect
 from vlm_agents.run import Run
 from vlm_agents.seeds import Deal, training_seed
-from vlm_agents.stages.playing import (
-    check_first_prompt,
-    format_of,
-    model_policy,
-    open_envs,
-    remote_policy,
-    scripted_policy,
-    tell_unread,
-)
+from vlm_agents.stages.playing import check_first_prompt, load_sampler, make_policy, open_envs, tell_unread
 from vlm_agents.stages.reporting import Album, report, shown
 from vlm_agents.summary import summarise
 from vlm_agents.types import Trajectory, Turn
-
-if TYPE_CHECKING:  # scripted and remote policies need no torch
-    from vlm_agents.models import Agent
 
 LOOKED_AT = 48  # episodes of which the report shows some
 BLOCK = 4  # episodes of each env that a model plays together, and again where one of them lacks
@@ -45,37 +32,38 @@ SAMPLES = 3  # of a remote policy's reply, until one holds a legal action: what 
 
 
 def main(cfg: RunConfig, stage: CollectConfig, run: Run) -> dict[str, float]:
-    agent = None
-    if stage.policy == "model":
-        from vlm_agents.models import load_agent  # brings torch along: seconds that the other policies save
-
-        agent = load_agent(cfg.model, cfg.hardware, stage.init)
-        check_first_prompt(cfg, agent)
-    prompt_format = format_of(cfg, agent)
+    sampler = load_sampler(cfg, stage.init) if stage.policy == "model" else None
     remote = "remote" in (stage.policy, stage.rater)
     client = ChatClient(stage.remote, run.path("remote"), run.begin) if remote else None
-    policy = make_policy(cfg, stage, prompt_format, client, agent)
+    policy = make_policy(cfg, stage.policy, sampler, client, SAMPLES)
+    if stage.noise:
+        policy = NoisyPolicy(policy, stage.noise)
     run.restore()
     writer = EpisodeWriter(run.dir)
     blocks = lacking((episode.seed for episode in read_episodes(run.dir)), cfg.seed, stage)
 
     def playing(envs: EnvPool) -> Iterator[Trajectory]:
         for block in blocks:
-            if agent:
-                agent.images.clear()  # what was seen before must not matter
+            if sampler:
+                sampler.sync()
             deals = [Deal(seed) for seed, _ in block]
-            together = collect(
-                envs, policy, prompt_format, deals, invalid_penalty=cfg.env.invalid_penalty, run_seed=cfg.seed
-            )
+            together = collect(envs, policy, deals, invalid_penalty=cfg.env.invalid_penalty, run_seed=cfg.seed)
             yield from (trajectory for trajectory, (_, lacks) in zip(together, block, strict=True) if lacks)
 
-    if not client:  # a server may not be there, or take no request of ours: its first answer begins the run
-        run.begin()
     there = already(blocks, stage.episodes)
     with open_envs(cfg.env, stage.num_envs, "always") as envs, closing(client) if client else nullcontext():
+        if sampler:
+            check_first_prompt(cfg, envs, sampler)
+        if not client:  # a server may not be there, or take no request of ours: its first answer begins the run
+            run.begin()
         for trajectory in track(playing(envs), "collect", stage.episodes, "episodes", there):
             writer.append(rated(trajectory, ratings(trajectory.turns, stage, client)))
     writer.sync()
+    return conclude(stage, run, client)
+
+
+def conclude(stage: CollectConfig, run: Run, client: ChatClient | None) -> dict[str, float]:
+    """Metrics and report of all episodes that are there, and the run's end."""
     metrics = {"collect/episodes": float(stage.episodes)}
     metrics |= summarise(read_episodes(run.dir, pictures=False), "collect")
     if client:
@@ -133,23 +121,6 @@ def lacking(done: Iterable[int], run_seed: int, stage: CollectConfig) -> list[li
     blocks = [flagged[start : start + size] for start in range(0, len(flagged), size)]
     blocks = [block for block in blocks if any(lacks for _, lacks in block)]
     return blocks if model else [[pair for block in blocks for pair in block]]
-
-
-def make_policy(
-    cfg: RunConfig,
-    stage: CollectConfig,
-    prompt_format: PromptFormat,
-    client: ChatClient | None,
-    agent: "Agent | None",
-) -> Policy:
-    if stage.policy == "remote":
-        assert client is not None
-        policy = remote_policy(cfg, client, SAMPLES)
-    elif agent is not None:
-        policy = model_policy(cfg, agent)
-    else:
-        policy = scripted_policy(stage.policy, prompt_format)
-    return NoisyPolicy(policy, stage.noise, prompt_format) if stage.noise else policy
 
 
 def ratings(turns: Sequence[Turn], stage: CollectConfig, client: ChatClient | None) -> Sequence[float | None]:

@@ -22,9 +22,10 @@ from vlm_agents.cores import affinity
 from vlm_agents.errors import ConfigError
 from vlm_agents.models import Agent
 from vlm_agents.models.memory import ROOM, Memory, Work, blueprint, estimate, patches_of
+from vlm_agents.policies import RandomPolicy
 from vlm_agents.prompting import make_format
 from vlm_agents.run import Run
-from vlm_agents.stages.playing import check_length, first_prompts, open_envs, play_panel, scripted_policy
+from vlm_agents.stages.playing import first_prompts, fitted, open_envs, play_panel, refuse_too_long
 from vlm_agents.types import Prompt, Trajectory
 
 PACKAGE = "vlm-agents"
@@ -110,7 +111,7 @@ def work_of(cfg: RunConfig, stage: DoctorConfig, agent: Agent) -> Work:
 
     ConfigError where the model has no positions for as much.
     """
-    check_length(agent, "stage.prompt_tokens", stage.prompt_tokens, cfg.prompt.max_reply_tokens)
+    refuse_too_long(agent.renderer.context, "stage.prompt_tokens", stage.prompt_tokens, cfg.prompt.max_reply_tokens)
     prompts = prompts_of(cfg, stage, agent)
     ids, prompt = max(((len(agent.renderer.render(p).ids), p) for p in prompts), key=lambda pair: pair[0])
     pictures = [picture for message in prompt for picture in message.images]
@@ -126,10 +127,12 @@ def work_of(cfg: RunConfig, stage: DoctorConfig, agent: Agent) -> Work:
 
 def prompts_of(cfg: RunConfig, stage: DoctorConfig, agent: Agent) -> list[Prompt]:
     if stage.prompt_tokens is not None:
-        return first_prompts(cfg, 1)
+        with open_envs(cfg.env, 1, "never") as envs:
+            return first_prompts(cfg, envs, 1)
+    policy = RandomPolicy(fitted(cfg, make_format(cfg.prompt), agent.renderer))
+    played = list[Trajectory]()
     with open_envs(cfg.env, EPISODES, "never") as envs:
-        policy, played = scripted_policy("random", make_format(cfg.prompt)), list[Trajectory]()
-        play_panel(cfg, envs, policy, EPISODES, agent=agent, on_episode=played.append)
+        play_panel(cfg, envs, policy, EPISODES, on_episode=played.append)
     return [turn.prompt for trajectory in played for turn in trajectory.turns]
 
 

@@ -7,18 +7,17 @@ from vlm_agents.config import EvalConfig, RunConfig
 from vlm_agents.episodes import EpisodeWriter
 from vlm_agents.frames import episode_gif
 from vlm_agents.progress import say
-from vlm_agents.prompting import make_format
 from vlm_agents.remote import ChatClient
 from vlm_agents.report import Result
 from vlm_agents.run import Run
 from vlm_agents.stages.playing import (
     check_first_prompt,
+    load_sampler,
+    make_policy,
     open_envs,
     play_baselines,
     play_model,
     play_panel,
-    remote_policy,
-    scripted_policy,
     tell_shortcoming,
     tell_unread,
 )
@@ -28,17 +27,13 @@ from vlm_agents.types import Trajectory
 
 
 def main(cfg: RunConfig, stage: EvalConfig, run: Run) -> dict[str, float]:
-    prompt_format = make_format(cfg.prompt)
     album, first = Album(stage.report_episodes), list[Trajectory]()
-    agent = None
-    if stage.policy == "model":
-        from vlm_agents.models import load_agent  # brings torch along: seconds that the other policies save
-
-        agent = load_agent(cfg.model, cfg.hardware, stage.init)
-        check_first_prompt(cfg, agent)
-    if stage.policy != "remote":  # which begins with the server's first answer
-        run.begin()
+    sampler = load_sampler(cfg, stage.init) if stage.policy == "model" else None
     with open_envs(cfg.env, stage.num_envs, "always") as envs:
+        if sampler:
+            check_first_prompt(cfg, envs, sampler)
+        if stage.policy != "remote":  # which begins with the server's first answer
+            run.begin()
         run.restore()  # an interrupted evaluation starts anew
         writer = EpisodeWriter(run.dir, anew=True)
 
@@ -48,17 +43,16 @@ def main(cfg: RunConfig, stage: EvalConfig, run: Run) -> dict[str, float]:
             if not first:  # for the animation
                 first.append(trajectory)
 
-        if agent is not None:
-            metrics = play_model(cfg, envs, agent, stage.episodes, keep, album.keep)
+        if sampler:
+            metrics = play_model(cfg, envs, sampler, stage.episodes, keep, album.keep)
         elif stage.policy == "remote":
             with closing(ChatClient(stage.remote, run.path("remote"), run.begin)) as client:
-                policy = remote_policy(cfg, client, samples=1)  # like the model, it has one try a turn
+                policy = make_policy(cfg, "remote", client=client)
                 metrics = play_panel(cfg, envs, policy, stage.episodes, on_episode=keep)
                 metrics |= {f"eval/{name}": count for name, count in client.counts().items()}
                 tell_unread(run.dir, client, policy=True, rater=False)
         else:
-            policy = scripted_policy(stage.policy, prompt_format)
-            metrics = play_panel(cfg, envs, policy, stage.episodes, on_episode=keep)
+            metrics = play_panel(cfg, envs, make_policy(cfg, stage.policy), stage.episodes, on_episode=keep)
         if stage.baselines and stage.policy in ("model", "remote"):
             metrics |= play_baselines(cfg, envs, stage.episodes, album.keep_too)
     writer.sync()

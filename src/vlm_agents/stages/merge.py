@@ -12,12 +12,12 @@ from torch import Tensor
 
 from vlm_agents.config import MergeConfig, RunConfig
 from vlm_agents.errors import ModelError
-from vlm_agents.models import Agent, Sampler, load_agent
+from vlm_agents.models import Agent, HFSampler, load_agent
 from vlm_agents.models.sources import adapter_folder
 from vlm_agents.progress import say
 from vlm_agents.run import Run
 from vlm_agents.stages.cards import origin_of, save_model
-from vlm_agents.stages.playing import first_prompts
+from vlm_agents.stages.playing import first_prompts, open_envs
 from vlm_agents.types import Prompt
 from vlm_agents.weights import RUN_MODEL, run_of
 
@@ -31,7 +31,8 @@ def main(cfg: RunConfig, stage: MergeConfig, run: Run) -> dict[str, float]:
     source = adapter_folder(stage.init)
     if (trained := run_of(stage.init)) and (trained / "DONE").exists():
         run.env, _ = origin_of(trained)  # somebody's own chats, perhaps: then what is played here is any env
-    prompts = first_prompts(cfg, PROBES)
+    with open_envs(cfg.env, PROBES, "never") as envs:
+        prompts = first_prompts(cfg, envs, PROBES)
     quantised = None
     if cfg.model.quantize:  # what was trained; it goes before the next one comes: one model at a time in memory
         quantised = logits(load_agent(cfg.model, cfg.hardware, stage.init), prompts)
@@ -75,7 +76,7 @@ def save_merged(agent: Agent, folder: Path) -> None:
 def logits(agent: Agent, prompts: Sequence[Prompt]) -> Tensor:
     """[N V] what the agent makes of each prompt's next token, fp32, on the host."""
     agent.images.clear()  # features of another adapter state
-    return agent.family.lm_head(Sampler(agent).prefill(prompts, 0).hidden).float().cpu()
+    return agent.family.lm_head(HFSampler(agent).prefill(prompts, 0).hidden).float().cpu()
 
 
 def compare(expected: Tensor, found: Tensor, tolerance: float, folder: Path, env: str) -> float:

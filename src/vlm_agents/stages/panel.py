@@ -8,6 +8,7 @@ from vlm_agents.env_pool import EnvPool
 from vlm_agents.episodes import LINES, read_episodes
 from vlm_agents.metrics import headline
 from vlm_agents.models import Agent
+from vlm_agents.policies import Sampler
 from vlm_agents.progress import say
 from vlm_agents.run import Run
 from vlm_agents.stages.cards import save_model
@@ -22,8 +23,8 @@ RECORDED = 4  # episodes of each iteration kept in episodes.jsonl
 class Panel:
     """Plays and tells."""
 
-    def __init__(self, cfg: RunConfig, stage: PpoConfig, run: Run, agent: Agent) -> None:
-        self.cfg, self.stage, self.run, self.agent = cfg, stage, run, agent
+    def __init__(self, cfg: RunConfig, stage: PpoConfig, run: Run, sampler: Sampler) -> None:
+        self.cfg, self.stage, self.run, self.sampler = cfg, stage, run, sampler
 
     def before(self, envs: EnvPool) -> dict[str, float]:
         """Before training; its episodes are kept for the report."""
@@ -43,8 +44,7 @@ class Panel:
         return self._play(envs, self.stage.iterations, album) if self.stage.eval_episodes else {}, album
 
     def _play(self, envs: EnvPool, step: int, album: Album) -> dict[str, float]:
-        self.agent.images.clear()
-        metrics = play_model(self.cfg, envs, self.agent, self.stage.eval_episodes, album.keep, album.keep)
+        metrics = play_model(self.cfg, envs, self.sampler, self.stage.eval_episodes, album.keep, album.keep)
         if step == self.stage.iterations:
             metrics |= play_baselines(self.cfg, envs, self.stage.eval_episodes)
         self.run.log(step, metrics)

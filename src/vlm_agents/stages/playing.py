@@ -14,7 +14,7 @@ from vlm_agents.errors import ConfigError, EnvError
 from vlm_agents.experts import Advising, with_expert
 from vlm_agents.lineage import cloned_in
 from vlm_agents.metrics import shortcoming, wilson_interval
-from vlm_agents.policies import ExpertPolicy, ModelPolicy, Policy, RandomPolicy, RemotePolicy
+from vlm_agents.policies import ExpertPolicy, ModelPolicy, Policy, RandomPolicy, RemotePolicy, Sampler
 from vlm_agents.progress import say, track
 from vlm_agents.prompting import Fitted, PromptFormat, make_format
 from vlm_agents.remote import ChatClient
@@ -25,7 +25,7 @@ from vlm_agents.types import Prompt, Sampling, Trajectory
 from vlm_agents.weights import has_model
 
 if TYPE_CHECKING:  # scripted and remote policies need no torch
-    from vlm_agents.models import Agent
+    from vlm_agents.models.rendering import HFRenderer
 
 SHARES = ("eval/success", "eval/positive_return")  # of episodes; told with their 95 % intervals
 EVAL_SEED = 0  # of the randomness of a panel's policies: like its seeds, the same for every run
@@ -38,30 +38,46 @@ def open_envs(cfg: EnvConfig, num_envs: int, advice: Advising) -> EnvPool:
     return EnvPool(make, num_envs, cfg.workers, cfg.timeout_s, advise=advise, advice=advice, preload=preload)
 
 
-def scripted_policy(name: str, prompt_format: PromptFormat) -> Policy:
-    return ExpertPolicy(prompt_format) if name == "expert" else RandomPolicy(prompt_format)
+def load_sampler(cfg: RunConfig, init: str | None) -> Sampler:
+    """That of the run's model with the weights at `init`."""
+    from vlm_agents.models import HFSampler, load_agent  # brings torch along: seconds that the other policies save
+
+    return HFSampler(load_agent(cfg.model, cfg.hardware, init))
 
 
-def format_of(cfg: RunConfig, agent: "Agent | None" = None) -> PromptFormat:
-    """The prompt format; what an agent is asked is cut to `prompt.max_prompt_tokens`, and to its model's positions.
+def make_policy(
+    cfg: RunConfig, name: str, sampler: Sampler | None = None, client: ChatClient | None = None, samples: int = 1
+) -> Policy:
+    """Who plays, by the names of `stage.policy` and `model_greedy`.
+
+    A server samples at the temperature of `model`, as the model itself would, up to `samples` times until a reply is
+    legal. What is to play as the model does has one try.
+    """
+    prompt_format = make_format(cfg.prompt)
+    sampling = Sampling(cfg.prompt.max_reply_tokens, greedy=name == "model_greedy")
+    if name == "remote":
+        assert client is not None
+        return RemotePolicy(client, prompt_format, sampling, cfg.model.temperature, samples)
+    if name in ("expert", "random"):
+        return (ExpertPolicy if name == "expert" else RandomPolicy)(prompt_format)
+    assert sampler is not None
+    return ModelPolicy(sampler, fitted(cfg, prompt_format, sampler.renderer), sampling)
+
+
+def fitted(cfg: RunConfig, prompt_format: PromptFormat, renderer: "HFRenderer") -> PromptFormat:
+    """The format with its prompts cut to `prompt.max_prompt_tokens`, and to the positions of the renderer's model.
 
     ConfigError where the prompts and replies that the settings allow could be longer than those.
     """
-    prompt_format, budget, reply = make_format(cfg.prompt), cfg.prompt.max_prompt_tokens, cfg.prompt.max_reply_tokens
-    if agent is None:
-        return prompt_format
-    check_length(agent, "prompt.max_prompt_tokens", budget, reply)
-    return Fitted(prompt_format, partial(agent.renderer.fit, max_tokens=budget, reply_tokens=reply))
+    budget, reply = cfg.prompt.max_prompt_tokens, cfg.prompt.max_reply_tokens
+    refuse_too_long(renderer.context, "prompt.max_prompt_tokens", budget, reply)
+    return Fitted(prompt_format, partial(renderer.fit, max_tokens=budget, reply_tokens=reply))
 
 
-def check_first_prompt(cfg: RunConfig, agent: "Agent") -> None:
+def check_first_prompt(cfg: RunConfig, envs: EnvPool, sampler: Sampler) -> None:
     """ConfigError where the settings leave no room for what is asked first in a held-out seed."""
-    agent.renderer.fit(first_prompts(cfg, 1)[0], cfg.prompt.max_prompt_tokens, cfg.prompt.max_reply_tokens)
-
-
-def check_length(agent: "Agent", setting: str, prompt_tokens: int | None, reply_tokens: int) -> None:
-    """`refuse_too_long` for a model that is loaded: its config.json need not say how many positions it has."""
-    refuse_too_long(agent.renderer.context, setting, prompt_tokens, reply_tokens)
+    (prompt,) = first_prompts(cfg, envs, 1)
+    sampler.renderer.fit(prompt, cfg.prompt.max_prompt_tokens, cfg.prompt.max_reply_tokens)
 
 
 def refuse_too_long(context: int, setting: str, prompt_tokens: int | None, reply_tokens: int) -> None:
@@ -75,19 +91,6 @@ def refuse_too_long(context: int, setting: str, prompt_tokens: int | None, reply
             f"{given}: that is {asked} tokens, and the model has positions for {context}. Lower what is larger than it "
             "need be, or take a model with more positions"
         )
-
-
-def model_policy(cfg: RunConfig, agent: "Agent", greedy: bool = False) -> Policy:
-    from vlm_agents.models import Sampler
-
-    return ModelPolicy(Sampler(agent), Sampling(cfg.prompt.max_reply_tokens, greedy=greedy))
-
-
-def remote_policy(cfg: RunConfig, client: ChatClient, samples: int) -> Policy:
-    """Samples at the temperature of `model`, as the model itself would; `samples` are drawn until one is legal."""
-    return RemotePolicy(
-        client, make_format(cfg.prompt), Sampling(cfg.prompt.max_reply_tokens), cfg.model.temperature, samples
-    )
 
 
 def tell_unread(folder: Path, client: ChatClient, policy: bool, rater: bool) -> int:
@@ -128,15 +131,14 @@ def demonstrations(cfg: RunConfig) -> list[str]:
     return ["train with stage=sft first, and give its run as stage.init", "another prompt="]
 
 
-def first_prompts(cfg: RunConfig, episodes: int) -> list[Prompt]:
-    """What a policy is asked first in each of the first `episodes` held-out seeds."""
-    with open_envs(cfg.env, episodes, "never") as envs:
-        answers = envs.reset(dict(enumerate(panel_seeds(envs.name, episodes))))
-        prompt_format, prompts = make_format(cfg.prompt), []
-        for answer in answers.values():
-            if isinstance(answer, EnvError):
-                raise answer
-            prompts.append(prompt_format.prompt(envs.instructions, (), answer))
+def first_prompts(cfg: RunConfig, envs: EnvPool, episodes: int) -> list[Prompt]:
+    """What a policy is asked first in each of the first `episodes` held-out seeds, one an env."""
+    answers = envs.reset(dict(enumerate(panel_seeds(envs.name, episodes))), "never")
+    prompt_format, prompts = make_format(cfg.prompt), []
+    for answer in answers.values():
+        if isinstance(answer, EnvError):
+            raise answer
+        prompts.append(prompt_format.prompt(envs.instructions, (), answer))
     return prompts
 
 
@@ -146,20 +148,15 @@ def play_panel(
     policy: Policy,
     episodes: int,
     variant: str = "",
-    agent: "Agent | None" = None,
     on_episode: Callable[[Trajectory], object] = lambda _: None,
 ) -> dict[str, float]:
     """Play the first `episodes` held-out seeds. Metrics are `eval/<name><variant>`, SHARES with their intervals,
     and success by tag.
 
-    `agent` is whose policy it is, if anybody's. `on_episode` sees each episode, in the order of seeds; nobody else
-    keeps it.
+    `on_episode` sees each episode, in the order of seeds; nobody else keeps it.
     """
     deals = [Deal(seed) for seed in panel_seeds(envs.name, episodes)]
-    playing = collect(
-        envs, policy, format_of(cfg, agent), deals, invalid_penalty=cfg.env.invalid_penalty, run_seed=EVAL_SEED
-    )
-
+    playing = collect(envs, policy, deals, invalid_penalty=cfg.env.invalid_penalty, run_seed=EVAL_SEED)
     tags = Tags()
 
     def shown() -> Iterator[Trajectory]:
@@ -179,15 +176,16 @@ def play_panel(
 def play_model(
     cfg: RunConfig,
     envs: EnvPool,
-    agent: "Agent",
+    sampler: Sampler,
     episodes: int,
     on_episode: Callable[[Trajectory], object] = lambda _: None,
     on_greedy: Callable[[Trajectory], object] = lambda _: None,
 ) -> dict[str, float]:
     """The panel twice: sampled at the policy's own temperature, which `on_episode` sees, and greedy."""
-    greedy = model_policy(cfg, agent, greedy=True)
-    sampled = play_panel(cfg, envs, model_policy(cfg, agent), episodes, "", agent, on_episode)
-    return sampled | play_panel(cfg, envs, greedy, episodes, "_greedy", agent, on_greedy)
+    sampler.sync()
+    sampled, greedy = (make_policy(cfg, name, sampler) for name in ("model", "model_greedy"))
+    metrics = play_panel(cfg, envs, sampled, episodes, "", on_episode)
+    return metrics | play_panel(cfg, envs, greedy, episodes, "_greedy", on_greedy)
 
 
 def play_baselines(
@@ -196,6 +194,5 @@ def play_baselines(
     """The panel by chance and, where there is one, by the expert: what a model's figures are held against."""
     metrics: dict[str, float] = {}
     for name in ["random", *(["expert"] if envs.has_expert else [])]:
-        policy = scripted_policy(name, make_format(cfg.prompt))
-        metrics |= play_panel(cfg, envs, policy, episodes, f"_{name}", on_episode=on_episode)
+        metrics |= play_panel(cfg, envs, make_policy(cfg, name), episodes, f"_{name}", on_episode)
     return metrics

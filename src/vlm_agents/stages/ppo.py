@@ -11,14 +11,15 @@ import numpy as np
 from vlm_agents.config import PpoConfig, RunConfig
 from vlm_agents.env_pool import EnvPool
 from vlm_agents.episodes import LINES, EpisodeWriter
-from vlm_agents.models import Agent, load_agent
+from vlm_agents.models import HFSampler, load_agent
+from vlm_agents.policies import Policy
 from vlm_agents.progress import say, track
 from vlm_agents.rollout import collect
 from vlm_agents.run import Run, seed_everything
 from vlm_agents.seeds import Deal, training_seed
 from vlm_agents.stages.learning import Clock, load, make_learner, save
 from vlm_agents.stages.panel import RECORDED, Panel, finish
-from vlm_agents.stages.playing import check_first_prompt, format_of, model_policy, open_envs
+from vlm_agents.stages.playing import check_first_prompt, make_policy, open_envs
 from vlm_agents.stages.reporting import tell
 from vlm_agents.stages.watch import Watch
 from vlm_agents.summary import summarise
@@ -33,31 +34,35 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
     seed_everything(cfg.seed)
     init = str(checkpoint.path) if checkpoint else stage.init
     agent = load_agent(cfg.model, cfg.hardware, init)
+    sampler = HFSampler(agent)
+    policy = make_policy(cfg, "model", sampler)
     learner = make_learner(cfg, algo, agent, init, stage.iterations)
     state: dict[str, Any] = {"before": {}, "last": {}, "training_seconds": 0.0}
     if checkpoint:
         load(checkpoint, learner)
         state |= checkpoint.state
         say(checkpoint.told("iteration", stage.iterations))
-    writer, watch, panel = EpisodeWriter(run.dir), Watch(cfg, stage.iterations), Panel(cfg, stage, run, agent)
-    check_first_prompt(cfg, agent)
-    run.begin()
+    writer, watch, panel = EpisodeWriter(run.dir), Watch(cfg, stage.iterations), Panel(cfg, stage, run, sampler)
     with open_envs(cfg.env, stage.num_envs, "always") as envs:
+        check_first_prompt(cfg, envs, sampler)
+        run.begin()
         if stage.eval_episodes and not checkpoint:
             state["before"] = panel.before(envs)
             save(run, agent, learner, 0, state, stage.keep_checkpoints)
         for iteration in range(learner.iteration, stage.iterations):
             clock = Clock(agent.device)
             with clock.phase("rollout"):
-                trajectories = play(cfg, stage, run, envs, agent, iteration)
+                sampler.sync()
+                trajectories = play(cfg, stage, run, envs, policy, iteration)
             with clock.phase("update"):
-                learned = learner.learn(trajectories, np.random.default_rng(run.seed_for("update", iteration)))
+                shaped, told = learner.shape(trajectories)
+                learned = told | learner.learn(shaped, np.random.default_rng(run.seed_for("update", iteration)))
             last = {**summarise(trajectories), **learned, **clock.figures()}
             state["last"] = last | speeds(trajectories, clock.seconds["rollout"])
             state["training_seconds"] += sum(clock.seconds.values())
             tell(run, iteration, stage.iterations, state["last"], trajectories[0])
             watch.look(iteration, state["last"], trajectories)
-            writer.append(*trajectories[:RECORDED])
+            writer.append(*shaped[:RECORDED])
             panel.now_and_then(envs, iteration + 1)
             if (iteration + 1) % stage.checkpoint_every == 0 or iteration + 1 == stage.iterations:
                 writer.sync()
@@ -67,14 +72,12 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
     return finish(run, agent, last, state["before"], after, album)
 
 
-def play(cfg: RunConfig, stage: PpoConfig, run: Run, envs: EnvPool, agent: Agent, iteration: int) -> list[Trajectory]:
-    """Whole episodes of the iteration's own seeds, by the policy as it is now."""
-    agent.images.clear()  # what was seen before must not matter
+def play(cfg: RunConfig, stage: PpoConfig, run: Run, envs: EnvPool, policy: Policy, iteration: int) -> list[Trajectory]:
+    """Whole episodes of the iteration's own seeds."""
     deals = [Deal(training_seed(cfg.seed, iteration, episode)) for episode in range(stage.episodes)]
     playing = collect(
         envs,
-        model_policy(cfg, agent),
-        format_of(cfg, agent),
+        policy,
         deals,
         invalid_penalty=cfg.env.invalid_penalty,
         run_seed=run.seed_for("rollout", iteration),

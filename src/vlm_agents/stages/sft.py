@@ -16,13 +16,12 @@ from vlm_agents.config import HardwareConfig, RunConfig, SftConfig
 from vlm_agents.errors import DataError, TrainingError
 from vlm_agents.learn.batches import microbatches
 from vlm_agents.learn.engine import AdamW
-from vlm_agents.models import Agent, load_agent
-from vlm_agents.models.sampler import Sampler as ReplySampler
+from vlm_agents.models import Agent, HFSampler, load_agent
 from vlm_agents.progress import say, track, under_way
 from vlm_agents.report import Example
 from vlm_agents.run import Run, seed_everything
 from vlm_agents.stages.cards import origin_of, save_model
-from vlm_agents.stages.playing import check_length
+from vlm_agents.stages.playing import refuse_too_long
 from vlm_agents.stages.reporting import report
 from vlm_agents.stages.sft_data import Chats, check
 from vlm_agents.types import Sampling
@@ -43,7 +42,7 @@ def main(cfg: RunConfig, stage: SftConfig, run: Run) -> dict[str, float]:
         agent.temperature_head.requires_grad_(False)  # learned from rewards alone
     run.env, form = origin_of(Path(stage.data))
     budget = cfg.prompt.max_prompt_tokens
-    check_length(agent, "prompt.max_prompt_tokens", budget, cfg.prompt.max_reply_tokens)
+    refuse_too_long(agent.renderer.context, "prompt.max_prompt_tokens", budget, cfg.prompt.max_reply_tokens)
     paths = [Path(stage.data) / f"{split}.parquet" for split in ("train", "validation")]
     # preprocess writes no file of no rows
     splits = [Chats(path, agent.renderer, budget) for path in paths if path == paths[0] or path.exists()]
@@ -228,7 +227,7 @@ def validate(agent: Agent, chats: Chats, batch_size: int, hardware: HardwareConf
 def answered(agent: Agent, chats: Chats) -> list[Example]:
     """Some rows with what the model says to them: its likeliest tokens, no more of them than the answer has."""
     examples = []
-    sampler = ReplySampler(agent)
+    sampler = HFSampler(agent)
     for index in np.unique(np.linspace(0, len(chats) - 1, EXAMPLES, dtype=int)).tolist():
         prompt, answer, tokens = chats.question(index)
         (reply,) = sampler.generate([prompt], [np.random.default_rng(0)], Sampling(len(tokens), greedy=True))
