@@ -100,7 +100,7 @@ def told(error: BaseException) -> str:
 
 
 def place(error: BaseException) -> str:
-    """` (own_env.py, line 12)`: the innermost line of a file that is neither ours nor installed; empty if there is none."""
+    """` (own_env.py, line 12)`: the innermost line of a file that is neither ours nor installed; empty: none is."""
     installed = (str(Path(__file__).parent), *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
     lines = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     own = [(file, line) for file, line in lines if Path(file).is_file() and not file.startswith(installed)]

@@ -11,7 +11,7 @@ from vlm_agents.envs.base import state_key
 from vlm_agents.envs.echo import EchoEnv
 from vlm_agents.errors import EnvError
 from vlm_agents.experts import with_expert
-from vlm_agents.types import Observation, Step
+from vlm_agents.types import Advice, Observation, Step
 
 
 def small(env_id: str, view: str = "full") -> MiniGridConfig:
@@ -90,6 +90,13 @@ def test_experts_advise_legal_actions_and_bring_most_episodes_to_success(
     assert solved >= {"blackjack": 1, "points24": 4}.get(cfg.family, 10)
 
 
+class Advises(EchoEnv):
+    """An action that there isn't."""
+
+    def reset(self, seed: int) -> Observation:
+        return replace(super().reset(seed), advice=Advice("", "wait"))
+
+
 class Restarts(EchoEnv):
     """Resets itself."""
 
@@ -141,6 +148,7 @@ class Muddles(EchoEnv):
         (Flatters, "being legal"),
         (Stands, "changed"),
         (Muddles, "both terminates and truncates"),
+        (Advises, "^vlm_agents/Echo-v0: the advised action is 'wait', none of the legal ones: red, "),
     ],
 )
 def test_a_broken_env_is_caught(broken: type[EchoEnv], fault: str) -> None:

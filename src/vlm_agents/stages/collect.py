@@ -30,6 +30,7 @@ from vlm_agents.stages.playing import (
     open_envs,
     remote_policy,
     scripted_policy,
+    success_remedy,
     tell_unread,
 )
 from vlm_agents.stages.reporting import Album, report, shown
@@ -83,7 +84,7 @@ def main(cfg: RunConfig, stage: CollectConfig, run: Run) -> dict[str, float]:
         unrated = tell_unread(run.dir, client, stage.policy == "remote", stage.rater == "remote")
         if stage.rater == "remote":
             metrics["collect/unrated"] = float(unrated)
-    tell(metrics, stage.episodes, run.path("episodes.jsonl"))
+    tell(cfg, metrics, stage.episodes, run.path("episodes.jsonl"))
     run.log(0, metrics)
     album = Album()
     for trajectory in islice(read_episodes(run.dir), LOOKED_AT):
@@ -100,7 +101,7 @@ def already(blocks: Sequence[Sequence[tuple[int, bool]]], episodes: int) -> int:
     return there
 
 
-def tell(metrics: Mapping[str, float], episodes: int, where: Path) -> None:
+def tell(cfg: RunConfig, metrics: Mapping[str, float], episodes: int, where: Path) -> None:
     """Say what was collected, and where a model can learn nothing from it."""
     success, illegal = metrics["collect/success"], metrics["collect/invalid_rate"]
     say(
@@ -110,9 +111,10 @@ def tell(metrics: Mapping[str, float], episodes: int, where: Path) -> None:
     if illegal == 1:
         say("every reply is illegal: nothing to learn from. Choose another stage.policy=, prompt= or model")
     elif success == 0:
+        *first, last = ("another stage.policy=", "less stage.noise", "an easier env", *success_remedy(cfg, success))
         say(
             "no episode succeeds, and stage=preprocess leaves such out, unless with stage.success_only=false: choose "
-            "another stage.policy=, less stage.noise, or an easier env"
+            f"{', '.join(first)}, or {last}"
         )
 
 

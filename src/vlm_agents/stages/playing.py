@@ -112,7 +112,13 @@ def tell_unread(folder: Path, client: ChatClient, policy: bool, rater: bool) -> 
 def tell_shortcoming(cfg: RunConfig, metrics: Mapping[str, float]) -> None:
     """Say, by its held-out panel, that what played is no agent yet, and what may help; nothing where it is one."""
     if lack := shortcoming(metrics):
-        say(f"no agent yet: {lack}. What helps: {'; '.join(demonstrations(cfg))}")
+        remedies = [*demonstrations(cfg), *success_remedy(cfg, metrics.get("eval/success", 1.0))]
+        say(f"no agent yet: {lack}. What helps: {'; '.join(remedies)}")
+
+
+def success_remedy(cfg: RunConfig, success: float) -> list[str]:
+    """What may help, by the env's settings alone, where this share of episodes succeeds."""
+    return [cfg.env.success_remedy] if cfg.env.success_remedy and not success else []
 
 
 def demonstrations(cfg: RunConfig) -> list[str]:
