@@ -7,7 +7,7 @@ import yaml
 
 from vlm_agents.config import FAMILIES, EchoConfig, EnvConfig, MiniGridConfig, conf_dir
 from vlm_agents.envs import check_contract, make_env
-from vlm_agents.envs.base import state_key
+from vlm_agents.envs.base import checked_observation, state_key
 from vlm_agents.envs.echo import EchoEnv
 from vlm_agents.errors import EnvError
 from vlm_agents.experts import with_expert
@@ -154,6 +154,12 @@ class Muddles(EchoEnv):
 def test_a_broken_env_is_caught(broken: type[EchoEnv], fault: str) -> None:
     with pytest.raises(EnvError, match=fault):
         check_contract(lambda: broken(EchoConfig()))
+
+
+def test_where_nothing_is_legal_any_more_advice_is_no_fault() -> None:
+    """As after the last turn of an episode that is truncated."""
+    seen = Observation("", legal_actions=(), state_key="x", advice=Advice("", "wait"))
+    assert checked_observation(seen) == seen
 
 
 def test_unknown_family_says_which_there_are() -> None:

@@ -117,7 +117,7 @@ def tell_shortcoming(cfg: RunConfig, metrics: Mapping[str, float]) -> None:
 
 
 def success_remedy(cfg: RunConfig, success: float) -> list[str]:
-    """What may help, by the env's settings alone, where this share of episodes succeeds."""
+    """What the env's settings may have to do with it, where `success`, of episodes, is 0; else nothing."""
     return [cfg.env.success_remedy] if cfg.env.success_remedy and not success else []
 
 
