@@ -81,6 +81,11 @@ BAD = [
     ("stage=ppo env=null", "env=null: no such option", "Options: blackjack, custom, echo"),
     ("stage=ppo ~env", "env has no value", "give env="),
     ("stage=sft stage.data=???", "stage.data has no value", "give stage.data="),
+    (
+        "stage=collect env=gymnasium",
+        "env.id, env.actions, env.instructions have no value",
+        "give env.id=... env.actions=... env.instructions=...",
+    ),
     ("stage=ppo stage.init=${nme}", "'nme' not found", "no such setting"),
     ("stage=ppo name", "name: not of the form key=value", "missing EQUAL"),
     ("stage=ppo name=..", "name='..' names a folder", "use letters"),

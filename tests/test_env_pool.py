@@ -1,11 +1,13 @@
 """The pool's own business: what it asks of whom and when. What it makes of envs that fail is in test_rollout."""
 
 import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import cloudpickle
 import pytest
@@ -97,6 +99,44 @@ def test_an_expert_is_asked_where_somebody_wants_its_advice(advice: Advising, as
     assert Tells.asked == asked
 
 
+class Misleads(Tells):
+    def follow(self, action: str | None) -> Advice | None:
+        return Advice("it is red", "crimson", 1)
+
+
+class Fails(Tells):
+    def follow(self, action: str | None) -> Advice | None:
+        raise KeyError("red")
+
+
+class Blurts(Tells):
+    def follow(self, action: str | None) -> Any:
+        return "red"
+
+
+@pytest.mark.parametrize(
+    ("expert", "said"),
+    [
+        (Misleads, r"the advised action is 'crimson', none of the legal ones: red, \w+, \w+, \w+$"),
+        (Fails, r"KeyError: 'red' \(\S*test_env_pool\.py, line \d+\)$"),
+        (Blurts, "the advice is 'red', neither an Advice nor None$"),
+    ],
+)
+def test_an_expert_that_is_wrong_is_named(expert: type[Tells], said: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It costs the episode; where an env is held to the contract, the run."""
+
+    def advise(env: Env) -> Advised:
+        return Advised(env, expert(), "env.expert=own:Guide")
+
+    pool = partial(EnvPool, partial(EchoEnv, CFG), 1, advise=advise, advice="always")
+    with pool() as envs:
+        assert re.match(f"env.expert=own:Guide, start: {said}", str(envs.reset({0: 5})[0]))
+        assert ("Traceback" in caplog.text) == (expert is Fails)  # whose bug it helps to find
+    with pytest.raises(EnvError) as raised, pool() as envs:
+        envs.check_contract()
+    assert re.match(f"vlm_agents/Echo-v0: env.expert=own:Guide, start: {said}", str(raised.value))
+
+
 def test_a_reset_may_ask_for_less_than_the_pool_was_opened_for() -> None:
     with open_envs(CFG, 1, "always") as envs:
         for advice, told in (("first", True), ("never", False), (None, True)):
@@ -141,6 +181,16 @@ def test_an_env_that_a_worker_cannot_make_is_one_line(make: Callable[[], EchoEnv
     with pytest.raises(EnvError) as raised:
         EnvPool(make, 2, workers=True)
     assert said in str(raised.value)
+
+
+def test_a_bug_in_a_foreign_env_is_not_told_as_one_in_making_it() -> None:
+    class Breaks(EchoEnv):
+        def step(self, action: str | None) -> Step:
+            raise KeyError("red")
+
+    with pytest.raises(EnvError) as raised, EnvPool(partial(Breaks, CFG), 1) as envs:
+        envs.check_contract()
+    assert re.match(r"the env can't be played: KeyError: 'red' \(\S*test_env_pool.py, line \d+\)$", str(raised.value))
 
 
 def test_a_foreign_env_is_held_to_the_contract_where_it_lives() -> None:

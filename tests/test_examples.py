@@ -33,6 +33,7 @@ RunStage = Callable[..., Path]
 def test_an_example_is_short_and_the_page_names_it(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 60
     assert f"../examples/{path.name}" in PAGE
+    assert f"examples.{path.stem}:" in (ROOT / "examples/README.md").read_text()
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: shlex.split(command)[-1])

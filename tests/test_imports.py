@@ -1,5 +1,6 @@
 """Import paths in settings: each way to get one wrong is one line that says what to do."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "broken_of_a_test.py").write_text("import nothing_of_a_test")
     (tmp_path / "raising_of_a_test.py").write_text("1 / 0")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", [*__import__("sys").path])
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "boxes_of_a_test", raising=False)  # of another test's folder
     return tmp_path
 
 
@@ -40,14 +42,15 @@ def test_a_path_is_looked_for_in_the_working_directory() -> None:
         ("boxes_of_a_test", {}, "write package.module:attribute"),
         ("boxes_of_a_test:", {}, "write package.module:attribute"),
         ("no_such.thing:make", {}, "there is no module no_such in {folder}, "),
+        ("no_such.thing:make", {}, ": start where it lies (the first of these is the working directory), put"),
         ("broken_of_a_test:make", {}, "broken_of_a_test imports nothing_of_a_test, which isn't installed"),
-        ("raising_of_a_test:make", {}, "importing raising_of_a_test fails: ZeroDivisionError: division by zero"),
+        ("raising_of_a_test:make", {}, "importing raising_of_a_test fails: ZeroDivisionError: division by zero ("),
         ("boxes_of_a_test:Bx", {}, "boxes_of_a_test has no Bx. Did you mean 'Box'?"),
         ("boxes_of_a_test:number", {}, "is a int, and nothing that can be called"),
         ("boxes_of_a_test:Box", {"width": 3}, "takes (size=3), and is called with (width=3)"),
         ("boxes_of_a_test:Box", {}, "it gives a Box without take"),
-        ("boxes_of_a_test:full", {}, "fails: ValueError: no room\\x1b[2J"),
-        ("boxes_of_a_test:leaves", {}, "fails: SystemExit: 4"),
+        ("boxes_of_a_test:full", {}, "fails: ValueError: no room\\x1b[2J (boxes_of_a_test.py, line 6)"),
+        ("boxes_of_a_test:leaves", {}, "fails: SystemExit: 4 (boxes_of_a_test.py, line 7)"),
     ],
 )
 def test_what_is_wrong_is_one_line(path: str, arguments: dict, said: str, folder: Path) -> None:

@@ -82,8 +82,13 @@ def test_each_choice_is_looked_at(compose_run, tmp_path: Path):
         (ConfigError, "stage.prompt_tokens=5000 and", ("stage=doctor", "env=echo", "stage.prompt_tokens=5000")),
         (
             ConfigError,
-            "Dynamic-Obstacles-5x5-v0 has no expert",
+            "Dynamic-Obstacles-5x5-v0 has no expert: set stage.policy=model or random, or env.expert=",
             ("stage=eval", "stage.policy=expert", "env.id=MiniGrid-Dynamic-Obstacles-5x5-v0"),
+        ),
+        (
+            ConfigError,
+            "Dynamic-Obstacles-5x5-v0 has no expert: set stage.rater=none, or env.expert=",
+            ("stage=collect", "stage.policy=random", "env.id=MiniGrid-Dynamic-Obstacles-5x5-v0"),
         ),
     ]
     for kind, said, words in wrong:

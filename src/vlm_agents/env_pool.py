@@ -137,7 +137,9 @@ class EnvPool:
             raise
         if isinstance(answer, EnvError):
             self.__exit__(EnvError)
-            raise answer if isinstance(answer, Refusal) else EnvError(f"the env can't be made: {answer}") from answer
+            if isinstance(answer, Refusal):
+                raise answer
+            raise EnvError(f"the env can't be {'made' if call == 'describe' else 'played'}: {answer}") from answer
         return answer
 
     def _fail(self, slot: int, error: EnvError) -> None:
@@ -167,13 +169,13 @@ class _Host:
         """Errors are text only, for not every exception survives a pipe."""
         try:
             return getattr(self, call)(*arguments)
-        except VlmAgentsError as error:
-            return Refusal(harmless(str(error)))
         except (Exception, SystemExit, KeyboardInterrupt) as error:  # foreign code: it costs its own episode only
             if isinstance(error, KeyboardInterrupt) and multiprocessing.parent_process() is None:
                 raise  # the user's; a worker never gets it
-            failure = EnvError(told(error))
-            failure.add_note(harmless(traceback.format_exc()))
+            ours = isinstance(error, VlmAgentsError)
+            failure = Refusal(told(error)) if ours else EnvError(told(error))
+            if not isinstance(error.__cause__ if ours else error, VlmAgentsError | None):
+                failure.add_note(harmless(traceback.format_exc()))
             return failure
 
     def describe(self) -> Description:

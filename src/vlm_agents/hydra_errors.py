@@ -113,7 +113,11 @@ def explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
         case _ if "You must specify 'stage'" in text:
             text = NO_STAGE.format(stages="|".join(groups()["stage"]))
         case MissingMandatoryValue():
-            text = f"{cause.full_key} has no value: give {cause.full_key}=..."
+            part = str(cause.full_key).rpartition(".")[0]
+            lacking = [str(key) for key in cause.parent_node if OmegaConf.is_missing(cause.parent_node, key)]
+            names = [f"{part}.{key}".lstrip(".") for key in lacking]
+            have = "have" if len(names) > 1 else "has"
+            text = f"{', '.join(names)} {have} no value: give {' '.join(f'{name}=...' for name in names)}"
         case MissingConfigException():
             text = no_such_file(str(cause.missing_cfg_file), overrides)
         case OverrideParseException():

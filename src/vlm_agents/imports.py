@@ -5,8 +5,10 @@ Foreign code is imported here and called here, so that what is wrong with it is 
 
 import importlib
 import inspect
+import os
 import sys
 import sysconfig
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +27,10 @@ def module(setting: str, name: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
-            raise ConfigError(f"{setting}: there is no module {error.name} in {', '.join(searched(here))}") from error
+            raise ConfigError(
+                f"{setting}: there is no module {error.name} in {', '.join(searched(here))}: start where it lies (the "
+                "first of these is the working directory), put its folder into PYTHONPATH, or install it"
+            ) from error
         raise ConfigError(f"{setting}: {name} imports {error.name}, which isn't installed") from error
     except (Exception, SystemExit) as error:
         raise ConfigError(f"{setting}: importing {name} fails: {told(error)}") from error
@@ -88,8 +93,15 @@ def searched(here: str) -> list[str]:
 
 
 def told(error: BaseException) -> str:
-    """An error of foreign code in one line."""
-    text = (
-        str(error) if isinstance(error, VlmAgentsError) else ": ".join(filter(None, (type(error).__name__, str(error))))
-    )
-    return harmless(text)
+    """An error of foreign code in one line, with its place in the user's own files if it came through one."""
+    if isinstance(error, VlmAgentsError):
+        return harmless(str(error))
+    return harmless(": ".join(filter(None, (type(error).__name__, str(error)))) + place(error))
+
+
+def place(error: BaseException) -> str:
+    """` (own_env.py, line 12)`: the innermost line of a file that is neither ours nor installed; empty: none is."""
+    installed = (str(Path(__file__).parent), *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
+    lines = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    own = [(file, line) for file, line in lines if Path(file).is_file() and not file.startswith(installed)]
+    return f" ({os.path.relpath(own[-1][0])}, line {own[-1][1]})" if own else ""

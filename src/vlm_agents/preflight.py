@@ -130,7 +130,9 @@ def check_env(cfg: RunConfig) -> None:
 
     stage = cfg.stage
     if isinstance(stage, CollectConfig):
-        wanted, fix = "expert" in (stage.policy, stage.rater), "stage.policy and stage.rater to something else"
+        others = {"stage.policy=random": stage.policy, "stage.rater=none": stage.rater}
+        needless = [setting for setting, value in others.items() if value == "expert"]
+        wanted, fix = bool(needless), " ".join(needless)
     else:
         wanted, fix = isinstance(stage, EvalConfig) and stage.policy == "expert", "stage.policy=model or random"
     wanted = wanted or cfg.env.expert is not None
@@ -138,7 +140,7 @@ def check_env(cfg: RunConfig) -> None:
         return
     with open_envs(cfg.env, 1, "always" if wanted else "never") as envs:
         if wanted and not envs.has_expert:
-            raise ConfigError(f"{cfg.env.id} has no expert: set {fix}")
+            raise ConfigError(f"{cfg.env.id} has no expert: set {fix}, or env.expert=my_package.my_module:MyExpert")
         if cfg.env.foreign:
             envs.check_contract()
 

@@ -7,11 +7,11 @@ import yaml
 
 from vlm_agents.config import FAMILIES, EchoConfig, EnvConfig, MiniGridConfig, conf_dir
 from vlm_agents.envs import check_contract, make_env
-from vlm_agents.envs.base import state_key
+from vlm_agents.envs.base import checked_observation, state_key
 from vlm_agents.envs.echo import EchoEnv
 from vlm_agents.errors import EnvError
 from vlm_agents.experts import with_expert
-from vlm_agents.types import Observation, Step
+from vlm_agents.types import Advice, Observation, Step
 
 
 def small(env_id: str, view: str = "full") -> MiniGridConfig:
@@ -90,6 +90,13 @@ def test_experts_advise_legal_actions_and_bring_most_episodes_to_success(
     assert solved >= {"blackjack": 1, "points24": 4}.get(cfg.family, 10)
 
 
+class Advises(EchoEnv):
+    """An action that there isn't."""
+
+    def reset(self, seed: int) -> Observation:
+        return replace(super().reset(seed), advice=Advice("", "wait"))
+
+
 class Restarts(EchoEnv):
     """Resets itself."""
 
@@ -141,11 +148,18 @@ class Muddles(EchoEnv):
         (Flatters, "being legal"),
         (Stands, "changed"),
         (Muddles, "both terminates and truncates"),
+        (Advises, "^vlm_agents/Echo-v0: the advised action is 'wait', none of the legal ones: red, "),
     ],
 )
 def test_a_broken_env_is_caught(broken: type[EchoEnv], fault: str) -> None:
     with pytest.raises(EnvError, match=fault):
         check_contract(lambda: broken(EchoConfig()))
+
+
+def test_where_nothing_is_legal_any_more_advice_is_no_fault() -> None:
+    """As after the last turn of an episode that is truncated."""
+    seen = Observation("", legal_actions=(), state_key="x", advice=Advice("", "wait"))
+    assert checked_observation(seen) == seen
 
 
 def test_unknown_family_says_which_there_are() -> None:

@@ -140,6 +140,7 @@ def test_the_longest_side_of_a_picture(picture: int | None, size: tuple[int, int
         ),
         ({"module": "no_such_package"}, r"env\.module=no_such_package: there is no module no_such_package in /"),
         ({"actions": ["up"]}, r"env\.actions has 1 words, and tests/Stairs-v0 has 2 actions, 5 to 6"),
+        ({"actions": ["up"], "id": "tests/Endless-v0"}, r"env\.actions has 1 words.*; env\.id=.*set env\.max_steps"),
         ({"id": "Pendulum-v1"}, r"has the actions Box.*only Discrete ones"),
         ({"id": "tests/Blind-v0"}, r"can't be drawn: its render modes are ansi, no rgb_array"),
         ({"id": "tests/Endless-v0"}, r"no limit of its own.*set env\.max_steps"),
@@ -178,6 +179,12 @@ def test_what_an_info_or_a_picture_lacks(settings: dict[str, Any], said: str) ->
 def test_settings_that_cannot_be_meant(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         config(**settings)
+
+
+def test_an_id_may_name_its_module_as_in_gymnasium() -> None:
+    cfg = config(id="gymnasium.envs:FrozenLake-v1")
+    assert (cfg.module, cfg.id) == ("gymnasium.envs", "FrozenLake-v1")
+    assert is_known(cfg)
 
 
 def test_an_id_is_looked_up_without_making_it() -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 from vlm_agents.config import RunConfig
 from vlm_agents.learn.signal import METRIC, figures
 from vlm_agents.pictures import Picture
+from vlm_agents.stages import collect
 from vlm_agents.stages.watch import Watch, conclude
 from vlm_agents.types import Observation, Parsed, Reply, Step, Trajectory, Turn
 
@@ -82,6 +83,30 @@ def test_the_remedy_is_that_of_the_lack(compose_run: Callable[..., RunConfig], c
         watch = Watch(replace(cfg, env=replace(cfg.env, invalid_penalty=penalty)), iterations=1)
         watch.look(0, figures(episodes, gamma=0.9), episodes)
         assert words in capsys.readouterr().err
+
+
+def test_settings_that_say_what_success_is_may_be_why_there_is_none(
+    compose_run: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    """A game whose rewards are never above 0; not where some episode succeeds. What PPO, a panel and collect say."""
+    env = ("env=gymnasium", "env.id=x", "env.actions=[a]", "env.instructions=x")
+    panel = {"eval/success": 0.0, "eval/success_random": 0.0, "eval/return": -1.0, "eval/return_random": -1.0}
+    played = {"collect/success": 0.0, "collect/invalid_rate": 0.0, "collect/return": 0.0, "collect/episode_length": 1.0}
+    for words, rule in (
+        ((), "a last reward above 0"),
+        (("env.success=won",), "an info with won true"),
+        (("env.success_return=-9",), "a return of -9 or more"),
+    ):
+        cfg = compose_run("stage=ppo", *env, *words)
+        tell = f"another env.success or env.success_return, for success is now a game that terminates with {rule}"
+        Watch(cfg, iterations=1).look(0, {METRIC: 1.0}, [episode([-1]), episode([-1])])
+        assert tell in capsys.readouterr().err
+        conclude(cfg, panel)
+        assert tell in capsys.readouterr().err
+        collect.tell(cfg, played, 4, tmp_path)
+        assert f"an easier env, or {tell}" in capsys.readouterr().err
+        Watch(cfg, iterations=1).look(0, {METRIC: 1.0}, [episode([1], success=True), episode([-1])])
+        assert "env.success" not in capsys.readouterr().err
 
 
 def test_weights_that_were_cloned_need_more_of_that(

@@ -38,6 +38,11 @@ class EnvConfig(Part, place="env"):
         None, "a scripted expert of your own, as package.module:attribute, called with the env; null: the env's own"
     )
 
+    @property
+    def success_remedy(self) -> str:
+        """What of the settings may help where no episode succeeds, because they say what success is; empty: none."""
+        return ""
+
 
 @dataclass
 class EchoConfig(EnvConfig):
@@ -177,11 +182,20 @@ class GymnasiumConfig(EnvConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.module is None and ":" in self.id:  # as Gymnasium has it
+            self.module, _, self.id = self.id.partition(":")
         check_kwargs(self.kwargs)
         if self.actions != MISSING and (not all(self.actions) or len(set(self.actions)) < len(self.actions)):
             raise ConfigError(f"env.actions={self.actions}: each action needs a word of its own")
         if self.success is not None and self.success_return is not None:
             raise ConfigError("env.success and env.success_return both say what success is: leave one out")
+
+    @property
+    def success_remedy(self) -> str:
+        rule = f"an info with {self.success} true" if self.success else "a last reward above 0"
+        if self.success_return is not None:
+            rule = f"a return of {self.success_return:g} or more"
+        return f"another env.success or env.success_return, for success is now a game that terminates with {rule}"
 
 
 @dataclass
@@ -202,6 +216,10 @@ class CustomConfig(EnvConfig):
         super().__post_init__()
         check_kwargs(self.kwargs)
         self.id = self.id or self.factory
+
+    @property
+    def success_remedy(self) -> str:
+        return "a look at what the steps of env.factory's env call a success"
 
 
 def check_kwargs(kwargs: Any) -> None:

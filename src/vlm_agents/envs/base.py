@@ -63,18 +63,27 @@ def check_action(game: Any, action: Any) -> None:
 def checked_observation(seen: Observation) -> Observation:
     """The same in plain types, its pictures loaded and RGB. EnvError where a part isn't what `Observation` says."""
     _expect(isinstance(seen, Observation), "the observation", seen, "no Observation")
-    legal, advice = seen.legal_actions, seen.advice
+    legal = seen.legal_actions
     if legal is not None:
         _expect(isinstance(legal, tuple | list), "legal_actions", legal, "neither a tuple of texts nor None")
         legal = tuple(_text("a legal action", action) for action in legal)
-    if advice is not None:
-        thought, action = _text("the advised thought", advice.thought), _text("the advised action", advice.action)
-        advice = Advice(thought, action, None if advice.distance is None else int(advice.distance))
+    advice = checked_advice(seen.advice, legal)
     _expect(isinstance(seen.images, tuple | list), "images", seen.images, "no tuple of pictures")
     images = tuple(map(_picture, seen.images))
     _expect(isinstance(seen.tags, Mapping), "tags", seen.tags, "no mapping of names to texts")
     tags = {_text("a tag's name", name): _text(f"tags['{name}']", value) for name, value in seen.tags.items()}
     return Observation(_text("the text", seen.text), images, legal, _text("state_key", seen.state_key), advice, tags)
+
+
+def checked_advice(advice: Advice | None, legal: tuple[str, ...] | None) -> Advice | None:
+    """The same in plain types. EnvError where it is none, or advises what isn't among the actions that are `legal`."""
+    if advice is None:
+        return None
+    _expect(isinstance(advice, Advice), "the advice", advice, "neither an Advice nor None")
+    thought, action = _text("the advised thought", advice.thought), _text("the advised action", advice.action)
+    if legal:  # there may be none where the episode is over
+        _expect(action in legal, "the advised action", action, f"none of the legal ones: {', '.join(legal)}")
+    return Advice(thought, action, None if advice.distance is None else int(advice.distance))
 
 
 def checked_step(step: Step) -> Step:
@@ -123,11 +132,14 @@ def check_contract(make: Callable[[], Env], seeds: tuple[int, ...] = (0, 1, 2), 
     `make` gives a new env at each call. `turns`: leave off after so many of each episode; None: at its end.
     """
     first, second = make(), make()
-    _require(bool(first.name) and bool(first.instructions), first, "has no name or no instructions")
-    _require_refusal(first, "steps before the first reset")
-    for seed in seeds:
-        _check_episode(first, second, seed, turns)
-        second.reset(seed + 1)  # the next comparison must not hang on what was played before
+    try:
+        _require(bool(first.name) and bool(first.instructions), "has no name or no instructions")
+        _require_refusal(first, "steps before the first reset")
+        for seed in seeds:
+            _check_episode(first, second, seed, turns)
+            second.reset(seed + 1)  # the next comparison must not hang on what was played before
+    except EnvError as error:
+        raise EnvError(f"{first.name}: {error}") from error
     first.close()
     second.close()
 
@@ -141,29 +153,29 @@ def _check_episode(first: Env, second: Env, seed: int, turns: int | None) -> Non
     rng = np.random.default_rng(seed)
     over, played = False, 0
     while not over and played != turns:
-        _require(_same(now, twin), first, f"shows different things for seed {seed}")
+        _require(_same(now, twin), f"shows different things for seed {seed}")
         words = [*(now.legal_actions or ("",)), None, "no such action"]
         action = words[rng.integers(len(words))]
         step, other = first.step(action), second.step(action)
         for answer in (step, other):
             checked_step(answer)
-        _require(step.reward == other.reward, first, f"rewards seed {seed} differently")
-        _check_step(first, now, action, step)
+        _require(step.reward == other.reward, f"rewards seed {seed} differently")
+        _check_step(now, action, step)
         over, now, twin = step.terminated or step.truncated, step.observation, other.observation
         played += 1
-    _require(first.instructions == instructions, first, "changes its instructions")
+    _require(first.instructions == instructions, "changes its instructions")
     if over:
         _require_refusal(first, "steps after the end")
 
 
-def _check_step(env: Env, before: Observation, action: str | None, step: Step) -> None:
-    _require(not (step.terminated and step.truncated), env, "both terminates and truncates")
-    _require(not step.success or step.terminated, env, "succeeds without terminating")
+def _check_step(before: Observation, action: str | None, step: Step) -> None:
+    _require(not (step.terminated and step.truncated), "both terminates and truncates")
+    _require(not step.success or step.terminated, "succeeds without terminating")
     if before.legal_actions is not None:
-        _require(step.legal == (action in before.legal_actions), env, f"is wrong about '{action}' being legal")
-    _require(bool(step.observation.state_key), env, "gives no state_key")
+        _require(step.legal == (action in before.legal_actions), f"is wrong about '{action}' being legal")
+    _require(bool(step.observation.state_key), "gives no state_key")
     changed = step.observation.state_key != before.state_key
-    _require(step.changed == changed, env, f"says changed={step.changed} where state_key says {changed}")
+    _require(step.changed == changed, f"says changed={step.changed} where state_key says {changed}")
 
 
 def _same(one: Observation, other: Observation) -> bool:
@@ -171,9 +183,9 @@ def _same(one: Observation, other: Observation) -> bool:
     return facts[0] == facts[1]
 
 
-def _require(condition: bool, env: Env, failing: str) -> None:
+def _require(condition: bool, failing: str) -> None:
     if not condition:
-        raise EnvError(f"{env.name}: {failing}")
+        raise EnvError(failing)
 
 
 def _require_refusal(env: Env, failing: str) -> None:
@@ -181,4 +193,4 @@ def _require_refusal(env: Env, failing: str) -> None:
         env.step(None)
     except EnvError:
         return
-    raise EnvError(f"{env.name}: {failing} without raising EnvError")
+    raise EnvError(f"{failing} without raising EnvError")

@@ -30,9 +30,9 @@ class GymnasiumEnv:
     def __init__(self, cfg: GymnasiumConfig) -> None:
         self.cfg = cfg
         self.name = cfg.id
-        self._env, self._limit = _make(cfg)
+        self._env = _make(cfg)
         self.game = self._env.unwrapped
-        self._first = _first_action(self._env, cfg)
+        self._first, self._limit = _first_and_limit(self._env, cfg)
         self.words = tuple(cfg.actions)
         self.instructions = f"{cfg.instructions.strip()} Actions: {', '.join(self.words)}."
         self._running = False
@@ -146,12 +146,9 @@ def _spec(cfg: GymnasiumConfig) -> Any:
         ) from error
 
 
-def _make(cfg: GymnasiumConfig) -> tuple[gymnasium.Env, int]:
-    """The env, without a limit of Gymnasium's, and the limit that we keep."""
+def _make(cfg: GymnasiumConfig) -> gymnasium.Env:
+    """The env, without a limit of Gymnasium's."""
     spec = _spec(cfg)
-    limit = cfg.max_steps or spec.max_episode_steps
-    if limit is None:
-        raise EnvError(f"env.id={cfg.id} has no limit of its own, and an episode must end: set env.max_steps")
     kwargs = cfg.kwargs or {}
     if clash := {"id", "render_mode", "max_episode_steps", "disable_env_checker"} & kwargs.keys():
         raise EnvError(f"env.kwargs: {', '.join(sorted(clash))} can't be set there; the limit is env.max_steps")
@@ -168,7 +165,7 @@ def _make(cfg: GymnasiumConfig) -> tuple[gymnasium.Env, int]:
         raise EnvError(f"env.id={cfg.id} can't be made with env.kwargs={kwargs}: {told(error)}") from error
     if "rgb_array" not in (modes := env.metadata.get("render_modes") or ()):
         raise _cannot_draw(cfg, modes)
-    return env, limit
+    return env
 
 
 def _modes(spec: Any) -> Any:
@@ -184,15 +181,21 @@ def _cannot_draw(cfg: GymnasiumConfig, modes: Any) -> EnvError:
     return EnvError(f"env.id={cfg.id} can't be drawn: its render modes are {', '.join(modes) or 'none'}, no rgb_array")
 
 
-def _first_action(env: gymnasium.Env, cfg: GymnasiumConfig) -> int:
-    """The number of the first action; EnvError where they aren't numbered, or have another number of words."""
+def _first_and_limit(env: gymnasium.Env, cfg: GymnasiumConfig) -> tuple[int, int]:
+    """The number of the first action, and the limit of turns; one EnvError for all that the settings lack."""
     space = env.action_space
     if not isinstance(space, gymnasium.spaces.Discrete):
         raise EnvError(f"env.id={cfg.id} has the actions {space}; only Discrete ones can each have a word")
     first, last = int(space.start), int(space.start + space.n) - 1
+    limit = cfg.max_steps or _spec(cfg).max_episode_steps or 0  # 0: none
+    lacking = []
     if len(cfg.actions) != space.n:
-        raise EnvError(
+        lacking.append(
             f"env.actions has {len(cfg.actions)} words, and {cfg.id} has {space.n} actions, {first} to {last}: give a "
             "word for each, in this order"
         )
-    return first
+    if not limit:
+        lacking.append(f"env.id={cfg.id} has no limit of its own, and an episode must end: set env.max_steps")
+    if lacking:
+        raise EnvError("; ".join(lacking))
+    return first, limit

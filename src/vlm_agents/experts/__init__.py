@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import Literal, Protocol
 
 from vlm_agents.config import FAMILIES, EnvConfig
-from vlm_agents.envs.base import Env
-from vlm_agents.errors import ConfigError
-from vlm_agents.imports import made
+from vlm_agents.envs.base import Env, checked_advice, checked_observation, checked_step
+from vlm_agents.errors import ConfigError, EnvError
+from vlm_agents.imports import made, told
 from vlm_agents.types import Advice, Observation, Step
 
 Advising = Literal["never", "first", "always"]  # in which observations of an episode the expert is asked
@@ -32,11 +32,15 @@ class Expert(Protocol):
 
 
 class Advised:
-    """An env whose observations carry the expert's advice, as `advice` has it for the episode that begins next."""
+    """An env whose observations carry the expert's advice, as `advice` has it for the episode that begins next.
 
-    def __init__(self, env: Env, expert: Expert) -> None:
+    `source` is what errors call the expert. One that raises, or advises what isn't legal, raises EnvError.
+    """
+
+    def __init__(self, env: Env, expert: Expert, source: str = "the expert") -> None:
         self.env = env
         self.expert = expert
+        self.source = source
         self.name = env.name
         self.instructions = env.instructions
         self.advice: Advising = "always"
@@ -44,16 +48,23 @@ class Advised:
     def reset(self, seed: int) -> Observation:
         observation = self.env.reset(seed)
         self._follows = self.advice == "always"
-        return observation if self.advice == "never" else replace(observation, advice=self.expert.start())
+        return observation if self.advice == "never" else self._advised(observation, "start")
 
     def step(self, action: str | None) -> Step:
         step = self.env.step(action)
-        if step.terminated or not self._follows:
+        if not self._follows or checked_step(step).terminated:
             return step
-        return replace(step, observation=replace(step.observation, advice=self.expert.follow(action)))
+        return replace(step, observation=self._advised(step.observation, "follow", action))
 
     def close(self) -> None:
         self.env.close()
+
+    def _advised(self, seen: Observation, ask: str, *arguments: str | None) -> Observation:
+        legal = checked_observation(seen).legal_actions
+        try:
+            return replace(seen, advice=checked_advice(getattr(self.expert, ask)(*arguments), legal))
+        except (Exception, SystemExit) as error:
+            raise EnvError(f"{self.source}, {ask}: {told(error)}") from error
 
 
 def with_expert(env: Env, cfg: EnvConfig) -> Advised:
@@ -68,4 +79,4 @@ def with_expert(env: Env, cfg: EnvConfig) -> Advised:
             f"env.family={cfg.family} has no expert; {known} have one, and env.expert=my_package.my_module:MyExpert "
             "brings in your own"
         )
-    return Advised(env, made("env.expert", path, env, needs=("start", "follow")))
+    return Advised(env, made("env.expert", path, env, needs=("start", "follow")), f"env.expert={path}")

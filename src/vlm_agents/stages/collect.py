@@ -21,7 +21,14 @@ from vlm_agents.remote import ChatClient
 from vlm_agents.rollout import collect
 from vlm_agents.run import Run
 from vlm_agents.seeds import Deal, training_seed
-from vlm_agents.stages.playing import check_first_prompt, load_sampler, make_policy, open_envs, tell_unread
+from vlm_agents.stages.playing import (
+    check_first_prompt,
+    load_sampler,
+    make_policy,
+    open_envs,
+    success_remedy,
+    tell_unread,
+)
 from vlm_agents.stages.reporting import Album, report, shown
 from vlm_agents.summary import summarise
 from vlm_agents.types import Trajectory, Turn
@@ -59,10 +66,10 @@ def main(cfg: RunConfig, stage: CollectConfig, run: Run) -> dict[str, float]:
         for trajectory in track(playing(envs), "collect", stage.episodes, "episodes", there):
             writer.append(rated(trajectory, ratings(trajectory.turns, stage, client)))
     writer.sync()
-    return conclude(stage, run, client)
+    return conclude(cfg, stage, run, client)
 
 
-def conclude(stage: CollectConfig, run: Run, client: ChatClient | None) -> dict[str, float]:
+def conclude(cfg: RunConfig, stage: CollectConfig, run: Run, client: ChatClient | None) -> dict[str, float]:
     """Metrics and report of all episodes that are there, and the run's end."""
     metrics = {"collect/episodes": float(stage.episodes)}
     metrics |= summarise(read_episodes(run.dir, pictures=False), "collect")
@@ -71,7 +78,7 @@ def conclude(stage: CollectConfig, run: Run, client: ChatClient | None) -> dict[
         unrated = tell_unread(run.dir, client, stage.policy == "remote", stage.rater == "remote")
         if stage.rater == "remote":
             metrics["collect/unrated"] = float(unrated)
-    tell(metrics, stage.episodes, run.path("episodes.jsonl"))
+    tell(cfg, metrics, stage.episodes, run.path("episodes.jsonl"))
     run.log(0, metrics)
     album = Album()
     for trajectory in islice(read_episodes(run.dir), LOOKED_AT):
@@ -88,7 +95,7 @@ def already(blocks: Sequence[Sequence[tuple[int, bool]]], episodes: int) -> int:
     return there
 
 
-def tell(metrics: Mapping[str, float], episodes: int, where: Path) -> None:
+def tell(cfg: RunConfig, metrics: Mapping[str, float], episodes: int, where: Path) -> None:
     """Say what was collected, and where a model can learn nothing from it."""
     success, illegal = metrics["collect/success"], metrics["collect/invalid_rate"]
     say(
@@ -98,9 +105,10 @@ def tell(metrics: Mapping[str, float], episodes: int, where: Path) -> None:
     if illegal == 1:
         say("every reply is illegal: nothing to learn from. Choose another stage.policy=, prompt= or model")
     elif success == 0:
+        *first, last = ("another stage.policy=", "less stage.noise", "an easier env", *success_remedy(cfg, success))
         say(
             "no episode succeeds, and stage=preprocess leaves such out, unless with stage.success_only=false: choose "
-            "another stage.policy=, less stage.noise, or an easier env"
+            f"{', '.join(first)}, or {last}"
         )
 
 

@@ -115,7 +115,13 @@ def tell_unread(folder: Path, client: ChatClient, policy: bool, rater: bool) -> 
 def tell_shortcoming(cfg: RunConfig, metrics: Mapping[str, float]) -> None:
     """Say, by its held-out panel, that what played is no agent yet, and what may help; nothing where it is one."""
     if lack := shortcoming(metrics):
-        say(f"no agent yet: {lack}. What helps: {'; '.join(demonstrations(cfg))}")
+        remedies = [*demonstrations(cfg), *success_remedy(cfg, metrics.get("eval/success", 1.0))]
+        say(f"no agent yet: {lack}. What helps: {'; '.join(remedies)}")
+
+
+def success_remedy(cfg: RunConfig, success: float) -> list[str]:
+    """What the env's settings may have to do with it, where `success`, of episodes, is 0; else nothing."""
+    return [cfg.env.success_remedy] if cfg.env.success_remedy and not success else []
 
 
 def demonstrations(cfg: RunConfig) -> list[str]:

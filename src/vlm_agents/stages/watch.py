@@ -8,7 +8,7 @@ from vlm_agents.config import RunConfig
 from vlm_agents.learn.samples import usable
 from vlm_agents.learn.signal import METRIC, all_illegal
 from vlm_agents.progress import say
-from vlm_agents.stages.playing import demonstrations, tell_shortcoming
+from vlm_agents.stages.playing import demonstrations, success_remedy, tell_shortcoming
 from vlm_agents.types import Trajectory
 
 QUOTED = 60  # characters of a reply
@@ -56,6 +56,7 @@ class Watch:
         illegal = any(turn.parsed.action is None for episode in episodes for turn in episode.turns)
         penalty = ["env.invalid_penalty=0.1, for some replies are illegal"]
         more = [f"more episodes than stage.episodes={len(episodes)}", f"a temperature higher than {temperature}"]
+        more += success_remedy(self.cfg, sum(episode.success for episode in episodes))
         return [*(penalty if illegal and not self.cfg.env.invalid_penalty else []), *first, *more, "an easier env"]
 
 
