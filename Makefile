@@ -36,7 +36,7 @@ SEED ?= 0
 MODEL ?=
 RUN = $(GAME)$(if $(MODEL),_$(MODEL))$(if $(filter-out 0,$(SEED)),_seed$(SEED))
 PLAY = seed=$(SEED) $(if $(MODEL),model=$(MODEL))
-reproduce: setup ## collect to eval: GAME=number_line, blackjack, ez_points or points24; SEED=0; GAME=scratch MODEL=tiny_llava: from random weights
+reproduce: setup ## collect to eval: GAME=number_line, blackjack, ezpoints or points24; SEED=0; GAME=scratch MODEL=tiny_llava: from random weights
 	$(AGENTS) run $(GAME) $(PLAY) name=$(RUN)
 	$(AGENTS) experiment=$(GAME)/eval $(PLAY) name=$(RUN)_sft stage.init=outputs/$(RUN)/sft stage.baselines=false
 	$(BIN)/python benchmarks/table.py after_SFT=outputs/$(RUN)_sft/eval after_PPO=outputs/$(RUN)/eval

@@ -64,7 +64,7 @@ VARIANTS = {
 SERVER = """
 import json, os, random, signal, sys, time
 import mlflow
-import vlm_agents.models.foreteller, vlm_agents.models.lora
+import vlm_agents.models.action_predictor, vlm_agents.models.lora
 import vlm_agents.stages.collect, vlm_agents.stages.eval, vlm_agents.stages.merge, vlm_agents.stages.ppo
 import vlm_agents.stages.preprocess, vlm_agents.stages.sft
 from vlm_agents.__main__ import main

@@ -112,7 +112,7 @@ GROUPS = {
             "temperature_grad_norm": Metric("", "gradient norm of the temperature's head before clipping"),
             "explained_variance": Metric(
                 "share",
-                "share of the returns' variance that the critic foretold",
+                "share of the returns' variance that the critic predicted",
                 "towards 1; below 0: worse than none is",
             ),
             "advantage_std": Metric("reward", "standard deviation of the advantages, before they are normalised"),

@@ -1,4 +1,4 @@
-"""The temporal predictor over a real model: its surprise is what it says, it learns, and the policy doesn't notice."""
+"""The novelty bonus over a real model: its surprise is what it says, it learns, and the policy doesn't notice."""
 
 import json
 import shutil
@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from vlm_agents.config import HardwareConfig, LoraConfig, ModelConfig, NoveltyConfig, TrainableConfig
 from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import ModelError
-from vlm_agents.learn.novelty import QUESTION, TemporalPredictor
+from vlm_agents.learn.novelty import QUESTION, Novelty
 from vlm_agents.models import Agent, load_agent
-from vlm_agents.models.foreteller import AdapterForeteller
+from vlm_agents.models.action_predictor import AdapterPredictor
 from vlm_agents.pictures import Picture
 from vlm_agents.tensors import reply_row
 from vlm_agents.types import Message, Observation, Parsed, Reply, Step, Trajectory, Turn
@@ -50,19 +50,19 @@ def agent(tiny_model: Path) -> Agent:
     return load_agent(cfg, HardwareConfig(name="cpu"))
 
 
-def predictor_of(agent: Agent, folder: Path | None = None, lr: float = 1e-2) -> TemporalPredictor:
-    return TemporalPredictor(AdapterForeteller(agent, folder), agent.renderer, NoveltyConfig(0.1, lr), 10_000)
+def novelty_of(agent: Agent, folder: Path | None = None, lr: float = 1e-2) -> Novelty:
+    return Novelty(AdapterPredictor(agent, folder), agent.renderer, NoveltyConfig(0.1, lr), 10_000)
 
 
 def test_surprise_is_the_negative_log_probability_of_each_action(agent: Agent):
     """A fresh adapter changes nothing: what the bare model says of the text is its surprise, split over the turns."""
-    predictor = predictor_of(agent)
-    (surprise,) = predictor.surprise(EPISODES[2:])
+    novelty = novelty_of(agent)
+    (surprise,) = novelty.surprise(EPISODES[2:])
     head = agent.renderer.render((Message("user", (*EPISODES[2].turns[0].observation.images, QUESTION)),)).ids
     pieces = ["right; ", "invalid; ", "right; ", "go"]
     ids = agent.renderer.encode_reply("".join(pieces))
     row = replace(
-        predictor.row(EPISODES[2]), input_ids=np.concatenate([head, ids]), spans=((len(head), len(head) + len(ids)),)
+        novelty.row(EPISODES[2]), input_ids=np.concatenate([head, ids]), spans=((len(head), len(head) + len(ids)),)
     )
     with torch.no_grad():
         logprobs = agent.score([row]).logprobs.numpy()
@@ -78,24 +78,24 @@ def test_surprise_is_the_negative_log_probability_of_each_action(agent: Agent):
 
 def test_actions_that_the_model_has_no_position_for_surprise_nobody(agent: Agent):
     agent.model.config.get_text_config().max_position_embeddings = 120  # of 4096
-    (surprise,) = predictor_of(agent).surprise([episode(0, *["left", "go"] * 40)])
+    (surprise,) = novelty_of(agent).surprise([episode(0, *["left", "go"] * 40)])
     assert len(surprise) == 80
     assert surprise[0] > 0
     assert surprise[-1] == 0
 
 
 def test_episodes_of_one_seed_have_each_their_own_surprise(agent: Agent):
-    predictor = predictor_of(agent)
+    novelty = novelty_of(agent)
     twins = [episode(0, "left", "go"), episode(0, "right")]
-    together, alone = predictor.surprise(twins), [predictor.surprise([one])[0] for one in twins]
+    together, alone = novelty.surprise(twins), [novelty.surprise([one])[0] for one in twins]
     for found, expected in zip(together, alone, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def test_the_bonus_is_added_to_each_turn_and_nothing_else_changes(agent: Agent):
-    predictor = predictor_of(agent)
-    judged, metrics = predictor.reward(EPISODES)
-    surprises = np.concatenate(predictor.surprise(EPISODES))
+    novelty = novelty_of(agent)
+    judged, metrics = novelty.reward(EPISODES)
+    surprises = np.concatenate(novelty.surprise(EPISODES))
     rewards = [turn.reward for trajectory in judged for turn in trajectory.turns]
     np.testing.assert_allclose(rewards, 0.5 + 0.1 * surprises, rtol=1e-5)
     assert metrics["novelty/surprise"] == pytest.approx(surprises.mean())
@@ -106,31 +106,31 @@ def test_the_bonus_is_added_to_each_turn_and_nothing_else_changes(agent: Agent):
 
 
 def test_what_it_saw_surprises_it_less_than_what_it_did_not(agent: Agent):
-    predictor = predictor_of(agent)
+    novelty = novelty_of(agent)
     rng = np.random.default_rng(0)
-    first = predictor.learn(EPISODES, rng)["novelty/loss"]
-    losses = [predictor.learn(EPISODES, rng)["novelty/loss"] for _ in range(25)]
+    first = novelty.learn(EPISODES, rng)["novelty/loss"]
+    losses = [novelty.learn(EPISODES, rng)["novelty/loss"] for _ in range(25)]
     assert losses[-1] < 0.3 * first
-    usual, other = predictor.surprise([EPISODES[0], episode(0, "right", "right", "go")])
+    usual, other = novelty.surprise([EPISODES[0], episode(0, "right", "right", "go")])
     assert usual.sum() < 1 < other.sum() - 2
 
 
 def test_the_policy_does_not_notice(agent: Agent):
-    predictor = predictor_of(agent)
+    novelty = novelty_of(agent)
     trained = {name for name, parameter in agent.named_parameters() if parameter.requires_grad}
     before = {name: parameter.clone() for name, parameter in agent.named_parameters()}
-    predictor.learn(EPISODES, np.random.default_rng(0))
+    novelty.learn(EPISODES, np.random.default_rng(0))
     moved = {name for name, parameter in agent.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved
     assert all(".temporal." in name for name in moved)
     assert {name for name, parameter in agent.named_parameters() if parameter.requires_grad} == trained
     assert not any(".temporal." in name or ".visual." in name for name in trained)
-    assert len(predictor.parameters) == sum(".temporal." in name for name in before)
+    assert len(novelty.parameters) == sum(".temporal." in name for name in before)
 
 
 def test_it_is_saved_with_the_agent(agent: Agent, tiny_model: Path, tmp_path: Path):
-    predictor = predictor_of(agent)
-    predictor.learn(EPISODES, np.random.default_rng(0))
+    novelty = novelty_of(agent)
+    novelty.learn(EPISODES, np.random.default_rng(0))
     agent.save(tmp_path)
     cfg = ModelConfig(
         name="tiny",
@@ -139,7 +139,7 @@ def test_it_is_saved_with_the_agent(agent: Agent, tiny_model: Path, tmp_path: Pa
         lora=LoraConfig(rank=8, alpha=16),
     )
     again = load_agent(cfg, HardwareConfig(name="cpu"), str(tmp_path))
-    for one, other in zip(predictor_of(again, tmp_path).surprise(EPISODES), predictor.surprise(EPISODES), strict=True):
+    for one, other in zip(novelty_of(again, tmp_path).surprise(EPISODES), novelty.surprise(EPISODES), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
@@ -153,7 +153,7 @@ def test_it_adapts_the_language_part_alone(tiny_model: Path, tmp_path: Path):
         train=train,
     )
     agent = load_agent(cfg, HardwareConfig(name="cpu"))
-    predictor_of(agent)
+    novelty_of(agent)
     names = [name for name, _ in agent.model.named_parameters() if ".temporal." in name]
     assert len(names) == 2 * 28  # two matrices for each linear layer: 4 layers of 7
     assert {agent.family.part_of(name) for name in names} == {"language"}
@@ -163,11 +163,11 @@ def test_it_adapts_the_language_part_alone(tiny_model: Path, tmp_path: Path):
     assert saved["target_modules"] == sorted(saved["target_modules"])
     path.write_text(json.dumps(saved | {"bias": "all"}))
     with pytest.raises(ModelError, match=r"temporal/adapter_config\.json has bias=\"all\", which isn't read here"):
-        predictor_of(load_agent(cfg, HardwareConfig(name="cpu"), str(tmp_path)), tmp_path)
+        novelty_of(load_agent(cfg, HardwareConfig(name="cpu"), str(tmp_path)), tmp_path)
 
 
-def test_a_foreteller_of_another_model_is_refused(agent: Agent, tmp_path: Path):
-    predictor_of(agent)
+def test_an_action_novelty_of_another_model_is_refused(agent: Agent, tmp_path: Path):
+    novelty_of(agent)
     agent.save(tmp_path)
     weights = tmp_path / "temporal/adapter_model.safetensors"
     whole = load_file(weights)
@@ -183,11 +183,11 @@ def test_a_foreteller_of_another_model_is_refused(agent: Agent, tmp_path: Path):
     with pytest.raises(
         ModelError, match=r"adapter in .*/temporal is one of another model: it lacks 1 tensors and has 0"
     ):
-        predictor_of(again, tmp_path)
+        novelty_of(again, tmp_path)
 
 
-def test_a_foreteller_without_weights_is_not_begun_anew(agent: Agent, tmp_path: Path):
-    predictor_of(agent)
+def test_an_action_predictor_without_weights_is_not_begun_anew(agent: Agent, tmp_path: Path):
+    novelty_of(agent)
     agent.save(tmp_path)
     (tmp_path / "temporal/adapter_model.safetensors").unlink()
     cfg = ModelConfig(
@@ -198,7 +198,7 @@ def test_a_foreteller_without_weights_is_not_begun_anew(agent: Agent, tmp_path: 
     )
     again = load_agent(cfg, HardwareConfig(name="cpu"), str(tmp_path))
     with pytest.raises(ModelError, match=r"temporal/adapter_model\.safetensors is missing"):
-        predictor_of(again, tmp_path)
+        novelty_of(again, tmp_path)
 
 
 def features_of(agent: Agent) -> torch.Tensor:
@@ -209,15 +209,15 @@ def features_of(agent: Agent) -> torch.Tensor:
 
 def test_pictures_of_a_frozen_vision_part_are_the_same_to_both_and_encoded_once(agent: Agent):
     """The second adapter is on while they are encoded, and says nothing of them."""
-    predictor, encoded = predictor_of(agent), []
+    novelty, encoded = novelty_of(agent), []
     encode = agent.family.encode
     agent.family.encode = lambda mm: encoded.append(len(mm["image_grid_thw"])) or encode(mm)
     assert agent.images.frozen
     before = features_of(agent)
     agent.images.clear()
     encoded.clear()
-    predictor.surprise(EPISODES)
-    predictor.learn(EPISODES, np.random.default_rng(0))
+    novelty.surprise(EPISODES)
+    novelty.learn(EPISODES, np.random.default_rng(0))
     assert encoded == [3]  # one first picture an episode
     assert torch.equal(features_of(agent), before)
     assert encoded == [3]
@@ -227,7 +227,7 @@ def test_pictures_of_a_frozen_vision_part_are_the_same_to_both_and_encoded_once(
     assert torch.equal(features_of(agent), before)
 
 
-@pytest.mark.parametrize("others", ["foretelling", "reference"])
+@pytest.mark.parametrize("others", ["predicting", "reference"])
 def test_an_adapter_on_a_frozen_vision_part_shows_all_the_same_whoever_looks_first(
     tiny_model: Path, tmp_path: Path, others: str
 ):
@@ -242,7 +242,7 @@ def test_an_adapter_on_a_frozen_vision_part_shows_all_the_same_whoever_looks_fir
     whole.save(tmp_path)
     agent = load_agent(replace(cfg, train=LANGUAGE), HardwareConfig(name="cpu"), str(tmp_path))
     assert agent.images.frozen
-    context = predictor_of(agent).model.foretelling if others == "foretelling" else agent.reference
+    context = novelty_of(agent).model.predicting if others == "predicting" else agent.reference
     trained = {name for name, parameter in agent.named_parameters() if parameter.requires_grad}
     images = EPISODES[0].turns[0].observation.images
     prompt = agent.renderer.render((Message("user", (*images, "go?")),))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class NoveltyConfig(Part, place="algo.novelty"):
-    """The temporal predictor: a second adapter foretells an episode's actions from its first picture."""
+    """The novelty bonus: a second adapter predicts an episode's actions from its first picture."""
 
     coef: float = setting(0.0, "reward for a nat of surprise; 0: no predictor; needs model.lora", low=0)
     lr: float = setting(1e-3, "learning rate of the predictor", low=0)
@@ -61,7 +61,7 @@ class AlgoConfig(Part, place="algo"):
     target_kl: float | None = setting(
         None, "an iteration's remaining updates are skipped once approx_kl passes this; null: none are", low=0
     )
-    novelty: NoveltyConfig = setting(NoveltyConfig, "reward for what a temporal predictor doesn't foretell")
+    novelty: NoveltyConfig = setting(NoveltyConfig, "reward for actions that a second adapter doesn't predict")
     lr: float = setting(1e-4, "learning rate of the policy", low=0)
     value_lr: float = setting(1e-3, "learning rate of the critic's head", low=0)
     warmup_updates: int = setting(0, "optimizer steps in which the learning rate rises to lr", low=0)

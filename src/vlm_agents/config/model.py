@@ -93,7 +93,7 @@ class ModelConfig(Part, place="model"):
     train: TrainableConfig = setting(
         TrainableConfig, "which parts learn, with LoRA get adapters: model/train=all, or language as in stage=ppo"
     )
-    value_head: ValueHeadConfig = setting(ValueHeadConfig, "the critic, which foretells the return of a turn")
+    value_head: ValueHeadConfig = setting(ValueHeadConfig, "the critic, which predicts the return of a turn")
     temperature_head: TemperatureHeadConfig | None = setting(
         None, "the model chooses each turn's sampling temperature", bring_in="add model/temperature_head=learned"
     )

@@ -1,4 +1,4 @@
-"""The temporal predictor: a second adapter foretells an episode's actions from its first picture.
+"""The novelty bonus: a second adapter predicts an episode's actions from its first picture.
 
 Its surprise, how unlikely it found what was then done, is a bonus for the agent: episodes that go as they always go
 earn none. It learns from every iteration's episodes after they were judged. Not a value of states, and not part of the
@@ -25,25 +25,25 @@ SEPARATOR = "; "
 EPISODES_A_STEP = 8
 
 
-class Foreteller(Protocol):
+class ActionPredictor(Protocol):
     """A model with a second adapter."""
 
     def score(self, rows: Sequence[Row]) -> Scores: ...
 
-    def foretelling(self) -> AbstractContextManager[None]:
+    def predicting(self) -> AbstractContextManager[None]:
         """The second adapter instead of the policy's."""
         ...
 
-    def foretelling_parameters(self) -> list[torch.nn.Parameter]: ...
+    def parameters(self) -> list[torch.nn.Parameter]: ...
 
 
-class TemporalPredictor:
+class Novelty:
     """Judges episodes, then learns from them."""
 
-    def __init__(self, model: Foreteller, renderer: Renderer, config: NoveltyConfig, tokens_per_microbatch: int):
+    def __init__(self, model: ActionPredictor, renderer: Renderer, config: NoveltyConfig, tokens_per_microbatch: int):
         self.model, self.renderer, self.config = model, renderer, config
         self.tokens_per_microbatch = tokens_per_microbatch
-        self.parameters = model.foretelling_parameters()
+        self.parameters = model.parameters()
         self.optimizer = torch.optim.AdamW(self.parameters, config.lr, weight_decay=0.0)
 
     def reward(self, trajectories: Sequence[Trajectory]) -> tuple[list[Trajectory], dict[str, float]]:
@@ -78,7 +78,7 @@ class TemporalPredictor:
             batch = [rows[index] for index in order[start : start + EPISODES_A_STEP]]
             length = sum(sum(row.reply_lengths) for row in batch)
             for part in microbatches(batch, self.tokens_per_microbatch):
-                with self.model.foretelling():
+                with self.model.predicting():
                     loss = -self.model.score(part).logprobs.sum()
                     (loss / length).backward()
                 total += float(loss.detach())
@@ -90,7 +90,7 @@ class TemporalPredictor:
 
     def logprobs(self, rows: Sequence[Row]) -> Iterator[Tensor]:
         """[L] of the reply tokens of each row."""
-        with self.model.foretelling():
+        with self.model.predicting():
             scores = self.model.score(rows)
         yield from scores.logprobs.split([sum(row.reply_lengths) for row in rows])
 

@@ -12,7 +12,7 @@ from vlm_agents.checkpoints import Checkpoint
 from vlm_agents.config import AlgoConfig, RunConfig
 from vlm_agents.errors import DataError
 from vlm_agents.learn.learner import Learner, Shaper
-from vlm_agents.learn.novelty import TemporalPredictor
+from vlm_agents.learn.novelty import Novelty
 from vlm_agents.models import Agent
 from vlm_agents.run import Run
 from vlm_agents.weights import RUN_MODEL, init_folder
@@ -25,10 +25,10 @@ def make_learner(cfg: RunConfig, algo: AlgoConfig, agent: Agent, init: str | Non
     shapers: dict[str, Shaper] = {}
     tokens = cfg.hardware.tokens_per_microbatch
     if algo.novelty.coef:
-        from vlm_agents.models.foreteller import AdapterForeteller  # peft: seconds that a run without an adapter saves
+        from vlm_agents.models.action_predictor import AdapterPredictor  # peft: seconds saved without an adapter
 
-        model = AdapterForeteller(agent, init_folder(init) if init else None)
-        shapers["novelty"] = TemporalPredictor(model, agent.renderer, algo.novelty, tokens)
+        model = AdapterPredictor(agent, init_folder(init) if init else None)
+        shapers["novelty"] = Novelty(model, agent.renderer, algo.novelty, tokens)
     return Learner(agent, agent.renderer, algo, iterations, tokens, shapers)
 
 

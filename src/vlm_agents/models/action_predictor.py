@@ -1,4 +1,4 @@
-"""The model of the temporal predictor: a second LoRA adapter beside the policy's. `learn.novelty` trains it."""
+"""What predicts actions for the novelty bonus: a second LoRA adapter beside the policy's. `learn.novelty` trains it."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,12 +15,12 @@ from vlm_agents.models.lora import config_of, read
 from vlm_agents.tensors import Row, Scores
 
 POLICY = "default"  # peft's name of the only adapter that most models have
-FORETELLER = "temporal"  # and its folder, inside that of the model
+PREDICTOR = "temporal"  # that of this one, and its folder inside that of the model
 
 
-class AdapterForeteller:
-    """Implements novelty.Foreteller. The adapter comes out of `folder` where that has one, and is saved with the agent;
-    ModelError where it is one of another model.
+class AdapterPredictor:
+    """Implements novelty.ActionPredictor. The adapter comes out of `folder` where that has one, and is saved with the
+    agent; ModelError where it is one of another model.
 
     It has the policy's shape, on the language part alone: what pictures look like is the same for both.
     """
@@ -29,12 +29,12 @@ class AdapterForeteller:
         assert isinstance(agent.model, PeftModel)
         self.agent, self.model = agent, agent.model
         with self.agent.gradients_kept():
-            if folder is not None and (saved := folder / FORETELLER).is_dir():
+            if folder is not None and (saved := folder / PREDICTOR).is_dir():
                 with refusing(f"adapter {saved}", "Put a whole copy there, or delete that folder to begin anew", saved):
-                    self.model.add_adapter(FORETELLER, config_of(saved))
-                    read(self.model, saved, FORETELLER)
+                    self.model.add_adapter(PREDICTOR, config_of(saved))
+                    read(self.model, saved, PREDICTOR)
             else:
-                self.model.add_adapter(FORETELLER, self._shape())
+                self.model.add_adapter(PREDICTOR, self._shape())
             self.model.set_adapter(POLICY)
 
     def score(self, rows: Sequence[Row]) -> Scores:
@@ -43,10 +43,10 @@ class AdapterForeteller:
             return self.agent.score(rows)
 
     @contextmanager
-    def foretelling(self) -> Iterator[None]:
+    def predicting(self) -> Iterator[None]:
         """The second adapter alone answers, and alone learns."""
         with self.agent.gradients_kept():
-            self.model.set_adapter(FORETELLER)
+            self.model.set_adapter(PREDICTOR)
             try:
                 with self.agent.images.seen_in(self._as_policy):
                     yield
@@ -59,10 +59,10 @@ class AdapterForeteller:
         try:
             yield
         finally:
-            self.model.set_adapter(FORETELLER)
+            self.model.set_adapter(PREDICTOR)
 
-    def foretelling_parameters(self) -> list[nn.Parameter]:
-        return [parameter for name, parameter in self.model.named_parameters() if f".{FORETELLER}." in name]
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for name, parameter in self.model.named_parameters() if f".{PREDICTOR}." in name]
 
     def _shape(self) -> LoraConfig:
         policy = self.model.peft_config[POLICY]
