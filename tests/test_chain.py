@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm_agents.chain import composed, outcome, planned
+from vlm_agents.chain import composed, config_dirs, outcome, planned
 from vlm_agents.config import register
 from vlm_agents.errors import ConfigError, VlmAgentsError
 from vlm_agents.preflight import check_before_a_chain
@@ -65,6 +65,19 @@ def test_each_stage_gets_what_is_its_own_and_what_is_for_all() -> None:
 )
 def test_what_a_stage_cannot_take_is_refused_before_the_first_starts(names: list[str], word: str, said: str) -> None:
     assert said in refusal(names, [word])
+
+
+def test_experiments_of_ones_own_are_run_too(tmp_path: Path) -> None:
+    folder = Path(__file__).parents[1] / "examples/conf"
+    for words in (["--config-dir", "examples/conf"], [f"-cd={folder}"]):
+        names, folders = config_dirs([*words, "corridor"])
+        assert (names, [path.resolve() for path in folders]) == (["corridor"], [folder])
+    plan = planned(names, ["env.max_steps=20"], "a", folders)
+    assert list(plan) == ["collect"]
+    register()
+    assert composed(plan)["collect"].env.id == "Corridor"
+    with pytest.raises(ConfigError, match=r"run corridr: corridr is no experiment. Did you mean 'corridor'\?"):
+        planned(["corridr"], [], "a", folders)
 
 
 def test_it_passes_over_what_is_done_and_stops_at_the_first_failure(tmp_path: Path) -> None:

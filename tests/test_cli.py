@@ -59,7 +59,7 @@ BAD = [
     ("env.id=x", "nothing says what to run", "python -m vlm_agents stage=ppo"),
     ("-m run", "-m: a chain isn't swept", "one command for each of the values"),
     ("run --cfg job", "--cfg: run takes an experiment and key=value", "stage=ppo --cfg job"),
-    ("run name=", "name='' names a folder", "use letters"),
+    ("run name=", "name= is empty", "use letters"),
     ("stage=ppo stage.epochs=3", "stage.epochs: no such setting", "Did you mean algo.epochs?"),
     ("stage=ppo hardware.threads=100000", "hardware.threads=100000", "between 1 and 1024"),
     ("stage=collect env.tile_size=100000", "env.tile_size=100000", "between 4 and 256"),
@@ -77,7 +77,7 @@ BAD = [
     ("stage=ppo env.workers=maybe", "'maybe' is not a valid bool", "For example env.workers=False"),
     ("stage=preprocess stage.data=here", "stage.data: Invalid value", "For example stage.data=["),
     ("stage=ppo seed=null", "seed: field 'seed' is not Optional", "For example seed=0"),
-    ("stage=ppo seed=1,2", "Ambiguous value for argument 'seed=1,2'", "add --multirun"),
+    ("stage=ppo seed=1,2", "seed=1,2: -m runs each value", "is one word"),
     ("stage=ppo env=null", "env=null: no such option", "Options: blackjack, custom, echo"),
     ("stage=ppo ~env", "env has no value", "give env="),
     ("stage=sft stage.data=???", "stage.data has no value", "give stage.data="),
@@ -113,6 +113,8 @@ BAD = [
     ("stage=ppo lr=1e-3", "lr: no such setting", "algo.lr"),
     ("stage=ppo lora=adapter", "lora: no such setting", "Did you mean model/lora=...?"),
     ("ppo", "ppo: not of the form key=value", "stage=ppo?"),
+    ("help", "help: not of the form key=value", "Did you mean --help?"),
+    ("stage=ppo --help=all", "--help=all: --help takes no value", ""),
     ("stage ppo", "stage: not of the form key=value", "stage=<collect|doctor|"),
     ("stage=ppo name='a", "name='a: not of the form", "quotation mark isn't closed"),
     ("stage=ppo env.id=[a", "env.id=[a: not of the form", "[ isn't closed by a ]"),
@@ -200,6 +202,18 @@ def test_a_run_says_how_to_continue_it(cli, capsys, as_stage, tmp_path: Path) ->
     assert last.endswith(f"outputs/{folder.name}/eval")
     assert (folder / "eval/overrides").read_text() == "stage=eval\ntracking=jsonl\n"
     assert (folder / "eval/DONE").exists()
+
+
+@pytest.mark.parametrize("way", ["--config-dir={}", "hydra.searchpath=[file://{}]"])
+def test_a_command_to_give_again_has_the_folder_of_ones_own_yaml(cli, capsys, as_stage, tmp_path: Path, way) -> None:
+    as_stage(draw)
+    (tmp_path / "mine/prompt").mkdir(parents=True)
+    (tmp_path / "mine/prompt/terse.yaml").write_text("defaults: [action_only]\n")
+    assert cli("stage=eval", "tracking=jsonl", "prompt=terse", way.format(tmp_path / "mine")) == 0
+    first = capsys.readouterr().out.splitlines()[0].partition("vlm_agents ")[2]
+    assert first.startswith(f"--config-dir={tmp_path}/mine stage=eval tracking=jsonl prompt=terse name=")
+    assert cli(*first.split()) == 0
+    assert "was finished before" in capsys.readouterr().out
 
 
 def test_a_finished_run_says_so_and_is_left_alone(cli, capsys, as_stage, tmp_path: Path) -> None:

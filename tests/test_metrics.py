@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm_agents.metrics import GROUPS, Name, document, headline, parts, shortcoming
+from vlm_agents.metrics import GROUPS, Name, document, headline, parts, shortcoming, worsened
 
 
 def test_the_document_is_the_current_one():
@@ -127,3 +127,12 @@ def test_a_policy_no_better_than_chance_is_told(panels: dict[str, tuple[float, f
 def test_a_policy_that_is_mostly_illegal_is_told(rates: dict[str, float], said: str):
     assert said in shortcoming(rates)
     assert bool(said) == bool(shortcoming(rates))
+
+
+def test_a_policy_that_training_made_worse_is_told_by_the_interval_before():
+    panel = {"eval/success": 0.9, "eval/success_low": 0.85, "eval/success_high": 0.94, "eval/success_greedy": 0.875}
+    was = {f"{name}_before": value for name, value in panel.items()}
+    assert worsened(panel) == worsened(panel | was) == ""
+    was |= {"eval/success_greedy_before": 0.985, "eval/success_low_greedy_before": 0.957}
+    assert worsened(panel | was) == "greedy success 0.985 -> 0.875"
+    assert worsened(panel | was | {"eval/success": 0.849}).startswith("success 0.900 [0.850, 0.940] -> 0.849 [")

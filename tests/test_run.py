@@ -106,7 +106,7 @@ def test_other_data_at_the_same_path_refuses_once_something_was_done(compose_run
     os.utime(data / "train.parquet", (0, 0))  # copied, with the same content
     with Run.open(cfg, []):
         (data / "train.parquet").write_bytes(b"other rows")
-    with pytest.raises(ConfigError, match=r"read another .*data/train\.parquet: put that back to continue it, choose"):
+    with pytest.raises(ConfigError, match=r"read another .*train\.parquet: put that back to continue it, or delete"):
         Run.open(cfg, [])
     (data / "train.parquet").unlink()
     with Run.open(cfg, []):  # who reads it will miss it

@@ -47,7 +47,8 @@ def main(arguments: Sequence[str], debug: bool) -> int:
     words = [word for word in arguments if is_override(word)]
     given = next((word.removeprefix("name=") for word in reversed(words) if word.startswith("name=")), None)
     name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{secrets.token_hex(3)}" if given is None else given
-    plan = planned([word for word in arguments if word not in words], words, name)
+    names, folders = config_dirs([word for word in arguments if word not in words])
+    plan = planned(names, words, name, folders)
     cfgs = composed(plan)
     from vlm_agents import preflight
     from vlm_agents.run import finished_metrics
@@ -75,14 +76,29 @@ def main(arguments: Sequence[str], debug: bool) -> int:
     return 0
 
 
-def planned(names: Sequence[str], words: Sequence[str], name: str) -> dict[str, list[str]]:
-    """The overrides of each stage of the chain, in the order of its stages."""
+def config_dirs(words: Sequence[str]) -> tuple[list[str], list[Path]]:
+    """The words without `--config-dir`, and the folders that it names: looked at before, and absolute."""
+    rest, folders, left = list[str](), list[Path](), iter(words)
+    for word in left:
+        flag, equals, value = word.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            folders.append(Path(value if equals else next(left)))
+        else:
+            rest.append(word)
+    return rest, folders
+
+
+def planned(
+    names: Sequence[str], words: Sequence[str], name: str, folders: Sequence[Path] = ()
+) -> dict[str, list[str]]:
+    """The overrides of each stage of the chain, in the order of its stages; `folders` have groups beside conf/."""
     refuse_flags_and_sweeps([*names, *words])
-    experiment = experiment_of(names)
+    places = [folder / "experiment" for folder in (conf_dir(), *folders)]
+    experiment = experiment_of(names, places)
     stages = [
         stage
         for stage in ORDER
-        if experiment is None or (conf_dir() / f"experiment/{experiment}/{stage}.yaml").is_file()
+        if experiment is None or any((place / experiment / f"{stage}.yaml").is_file() for place in places)
     ]
     own: dict[str, dict[str, str]] = {stage: {} for stage in stages}
     shared: dict[str, str] = {}
@@ -100,7 +116,8 @@ def planned(names: Sequence[str], words: Sequence[str], name: str) -> dict[str, 
             raise ConfigError(f"{key}=: {OURS.get(key, 'one name is that of all stages')}")
     first = {stage: f"stage={stage}" if experiment is None else f"experiment={experiment}/{stage}" for stage in stages}
     rest = {stage: (shared | own[stage] | {"name": f"name={name}"}).values() for stage in stages}
-    return {stage: [first[stage], *rest[stage]] for stage in stages}
+    paths = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"] if folders else []
+    return {stage: [first[stage], *paths, *rest[stage]] for stage in stages}
 
 
 def refuse_flags_and_sweeps(words: Sequence[str]) -> None:
@@ -117,11 +134,11 @@ def key_of(word: str) -> str:
     return word.lstrip("+~").partition("=")[0]
 
 
-def experiment_of(names: Sequence[str]) -> str | None:
-    """The experiment named after `run`, a folder of conf/experiment; None where none is."""
+def experiment_of(names: Sequence[str], places: Iterable[Path]) -> str | None:
+    """The experiment named after `run`, a folder in one of the places; None where none is."""
     if not names:
         return None
-    known = sorted(path.name for path in (conf_dir() / "experiment").iterdir() if path.is_dir())
+    known = sorted({path.name for place in places for path in place.glob("*/")})
     if names[0] not in known or len(names) > 1:
         wrong = names[0] if names[0] not in known else names[1]
         raise ConfigError(

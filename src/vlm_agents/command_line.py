@@ -212,7 +212,9 @@ def run_stage(composed: DictConfig) -> dict[str, float]:
             cfg = parse(composed)
         except OmegaConfBaseException as error:
             raise explain(error, ()) from error
-        overrides = list(job.overrides.task)
+        # without these nobody could give the command again
+        folders = [source.path for source in job.runtime.config_sources if "command-line" in source.provider]
+        overrides = [*(f"--config-dir={folder}" for folder in folders), *job.overrides.task]
         if sweep:
             if any(word.startswith("run_dir=") for word in overrides):
                 raise ConfigError(

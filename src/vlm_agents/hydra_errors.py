@@ -54,6 +54,8 @@ NO_STAGE = (
     "'python -m vlm_agents stage=ppo env=minigrid', of stage=<{stages}>; --help lists more"
 )
 
+AMBIGUOUS = r"Ambiguous value for argument '(([^=]*)=(.*?))' 1\. .*"  # Hydra's words for key=a,b without -m
+
 
 def is_override(word: str) -> bool:
     return ("=" in word and not word.startswith("-")) or word.startswith("~")
@@ -83,6 +85,8 @@ def check_flags(arguments: Sequence[str]) -> list[str]:
         if flag not in FLAGS:
             raise ConfigError(f"{flag}: no such flag.{did_you_mean(flag, FLAGS)} Settings are written key=value")
         takes = FLAGS[flag]
+        if equals and not takes:
+            raise ConfigError(f"{word}: {flag} takes no value")
         after = arguments[place + 1] if place + 1 < len(arguments) else ""
         beside = not equals and bool(after) and not after.startswith("-") and not is_override(after)
         value = after if beside else value
@@ -105,6 +109,7 @@ def explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
     """What Hydra or OmegaConf found wrong with the overrides."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     text = " ".join(str(cause).split("\n    full_key", 1)[0].split("\nSee https", 1)[0].split())
+    text = re.sub(AMBIGUOUS, r"""\1: -m runs each value; '\2=[\3]' is a list, and '\2="\3"' is one word""", text)
     match cause:
         case ConfigKeyError() | ConfigAttributeError():
             text = f"{cause.full_key}: no such setting.{suggestion(cause)}"
@@ -207,6 +212,7 @@ def mended(word: str) -> str:
     if not equals:
         found = [f"{group}={word}" for group, options in groups().items() if word in options]
         found += [f"{word}=<{'|'.join(groups()[word])}>"] if word in groups() else []
+        found += [f"--{word}"] if f"--{word}" in FLAGS else []
         return f". Did you mean {' or '.join(found)}?" if found else ""
     if value[:1] in ("'", '"') and value.count(value[0]) % 2:
         return f". Its quotation mark isn't closed: {shlex.quote(f'{word}{value[0]}')}"

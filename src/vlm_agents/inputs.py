@@ -71,6 +71,6 @@ def refuse_other_inputs(run_dir: Path) -> None:
     for path, known in recorded.items():
         if now.get(path, known) != known:
             raise ConfigError(
-                f"{run_dir} holds a run that read another {path}: put that back to continue it, choose another name=, "
-                "or delete that directory"
+                f"{run_dir} holds a run that read another {path}: put that back to continue it, or delete {run_dir} to "
+                "run it anew"
             )

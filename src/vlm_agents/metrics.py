@@ -311,6 +311,14 @@ def shortcoming(metrics: Mapping[str, float]) -> str:
     return f"it is no better than random play, with success {chance[0]:.3f}" if best <= chance else ""
 
 
+def worsened(metrics: Mapping[str, float]) -> str:
+    """Success before and after training, where it fell below the 95 % interval of before; greedy counts too."""
+    for words, end in (("success", ""), ("greedy success", "_greedy")):
+        if metrics.get(f"eval/success{end}", 1.0) < metrics.get(f"eval/success_low{end}_before", 0.0):
+            return f"{words} {change(metrics, 'eval/success', end)}"
+    return ""
+
+
 def headline(stage: str, metrics: Mapping[str, float], where: str = "") -> str:
     """What came of a run, in a line; `where`, such as " on 200 held-out seeds", is put behind the noun."""
     name = "eval/success"

@@ -27,8 +27,10 @@ def settled(cfg: RunConfig) -> RunConfig:
     if any(begun([folder])):
         old = flat_settings(folder / "config.yaml", f"delete {folder}, or choose another name=")
     stage, hardware = cfg.stage, cfg.hardware
-    if isinstance(stage, PpoConfig | EvalConfig) and stage.init == AUTO:
+    if isinstance(stage, PpoConfig | EvalConfig | MergeConfig) and stage.init == AUTO:
         init = old["stage.init"] if "stage.init" in old else earlier_model(cfg)
+        if isinstance(stage, MergeConfig):  # without an adapter it can't be: that it isn't there is told as of any
+            init = init or f"outputs/{cfg.name}/ppo"
         cfg = dataclasses.replace(cfg, stage=dataclasses.replace(stage, init=init))
     if hardware.threads is None and has_model(cfg):
         threads = old["hardware.threads"] if "hardware.threads" in old else cores.choose()[0]

@@ -14,6 +14,7 @@ import yaml
 from vlm_agents.config import (
     EvalConfig,
     LoraConfig,
+    MergeConfig,
     ModelConfig,
     PpoConfig,
     PreprocessConfig,
@@ -152,7 +153,7 @@ def earlier_places(cfg: RunConfig) -> list[list[Path]]:
     own = Path(cfg.run_dir)
     above = [folder.parent for folder in (own, own.parent) if folder.name == cfg.stage.name]
     places = []
-    for stage in ("ppo", "sft") if isinstance(cfg.stage, EvalConfig) else ("sft",):
+    for stage in ("ppo", "sft") if isinstance(cfg.stage, EvalConfig | MergeConfig) else ("sft",):
         named: dict[Path, Path] = {}
         for root in (Path("outputs", cfg.name), Path("multirun", cfg.name), *above):
             named.setdefault((root / stage).resolve(), root / stage)

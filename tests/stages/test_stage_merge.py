@@ -234,6 +234,17 @@ def test_only_lora_is_merged(run_stage: RunStage, tmp_path: Path):
         run_stage(tmp_path / "run", "stage=merge", f"stage.init={tmp_path}", "model=tiny")
 
 
+def test_a_run_of_the_same_name_is_merged(compose_run: ComposeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    words = "stage=merge", "name=mine", "run_dir=outputs/mine/merge"
+    assert getattr(compose_run(*words).stage, "init", None) == "outputs/mine/ppo"  # which isn't there: told later
+    folder = Path("outputs/mine/sft")
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("stage: {name: sft}\n")
+    (folder / "DONE").touch()
+    assert getattr(compose_run(*words).stage, "init", None) == "outputs/mine/sft"
+
+
 def test_whole_weights_have_nothing_to_merge(merged, run_stage: RunStage, tmp_path: Path):
     with pytest.raises(ConfigError, match=r"holds whole weights and no adapter, so there is nothing to merge"):
         run_stage(tmp_path, "stage=merge", f"stage.init={merged('tiny')}", "model=tiny")

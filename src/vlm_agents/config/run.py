@@ -56,7 +56,8 @@ class RunConfig(Part, place=""):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not re.fullmatch(r"\w[\w.+-]*", self.name):
-            raise ConfigError(f"name={self.name!r} names a folder: use letters, digits and . _ + - only")
+            wrong = f"name={self.name!r} names a folder" if self.name else "name= is empty, and it names a folder"
+            raise ConfigError(f"{wrong}: use letters, digits and . _ + - only")
         for part in parts_of(self):
             part.check(self)
 

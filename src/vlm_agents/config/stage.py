@@ -150,7 +150,7 @@ class MergeConfig(StageConfig):
     """Merge an adapter into its base, as a plain HF folder."""
 
     name: str = "merge"
-    init: str = setting(MISSING, "run directory or folder of the adapter")
+    init: str = setting(AUTO, "run directory or folder of the adapter; auto: what ppo, else sft, left under this name")
     tolerance: float | None = setting(
         None, "largest difference of a logit before and after; null: 1e-3 in float32, 0.5 in bfloat16", low=0
     )

@@ -12,7 +12,7 @@ from vlm_agents.envs import make_env, modules
 from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import ConfigError, EnvError
 from vlm_agents.experts import Advising, with_expert
-from vlm_agents.lineage import cloned_in
+from vlm_agents.lineage import cloned_in, differences
 from vlm_agents.metrics import shortcoming, wilson_interval
 from vlm_agents.policies import ExpertPolicy, ModelPolicy, Policy, RandomPolicy, RemotePolicy, Sampler
 from vlm_agents.progress import say, track
@@ -128,6 +128,8 @@ def demonstrations(cfg: RunConfig) -> list[str]:
     """What a policy needs to start from, by where its weights come from."""
     if not has_model(cfg):
         return ["another model on the server", "another prompt="]
+    if told := differences(cfg):
+        return [f"settings as the weights learned them ({told[0]})"]
     if run := cloned_in(cfg):
         return [
             f"more demonstrations (stage=collect stage.episodes=) and more steps (stage.epochs=) than "

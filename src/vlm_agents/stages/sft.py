@@ -231,5 +231,6 @@ def answered(agent: Agent, chats: Chats) -> list[Example]:
     for index in np.unique(np.linspace(0, len(chats) - 1, EXAMPLES, dtype=int)).tolist():
         prompt, answer, tokens = chats.question(index)
         (reply,) = sampler.generate([prompt], [np.random.default_rng(0)], Sampling(len(tokens), greedy=True))
-        examples.append(Example(prompt, answer, reply.text))
+        cut = "" if reply.finish == "stop" else " (cut here, being longer than the answer)"
+        examples.append(Example(prompt, answer, reply.text + cut))
     return examples

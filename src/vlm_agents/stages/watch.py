@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from vlm_agents.config import RunConfig
 from vlm_agents.learn.samples import usable
 from vlm_agents.learn.signal import METRIC, all_illegal
+from vlm_agents.metrics import worsened
 from vlm_agents.progress import say
 from vlm_agents.stages.playing import demonstrations, success_remedy, tell_shortcoming
 from vlm_agents.types import Trajectory
@@ -62,6 +63,9 @@ class Watch:
 
 def conclude(cfg: RunConfig, metrics: Mapping[str, float]) -> None:
     """Say at the end of a run that it stayed so, by the metrics of its last iteration; else what its panel lacks."""
+    if worse := worsened(metrics):
+        lr = f"algo.lr={cfg.algo.lr:g}, " if cfg.algo else ""
+        say(f"training made it worse: {worse}. What helps: a rate lower than {lr}algo.target_kl=0.05, more episodes")
     if metrics.get(METRIC):
         say("to the end there was nothing to learn from, as said above: the model is no better for it")
     else:
