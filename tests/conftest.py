@@ -1,12 +1,15 @@
 """What every test runs under: no network, no display, one thread, no telemetry. Set before heavy imports."""
 
+import logging
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 
+from vlm_agents.__main__ import main
 from vlm_agents.config import RunConfig, conf_dir, parse, register
 from vlm_agents.snapshot import settled
 
@@ -38,6 +41,23 @@ def composed(*overrides: str) -> RunConfig:
     register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return settled(parse(compose("config", list(overrides))))
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+    """`cli("stage=ppo", ...)` runs a command line in this process, in an empty folder; the exit status."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+
+    def run(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["vlm-agents", *words])
+        return main()
+
+    yield run
+    root.handlers[:] = handlers  # Hydra configures logging
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")

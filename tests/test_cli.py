@@ -1,7 +1,6 @@
 """The command line: what a user can mend is one line and exit status 2; bugs keep their traceback; sweeps and names."""
 
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -13,27 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from vlm_agents.__main__ import main
 from vlm_agents.config import RunConfig, StageConfig, flat
 from vlm_agents.errors import DataError
 from vlm_agents.run import Run
-
-
-@pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """`cli("stage=ppo", ...)` runs a command line in this process, in an empty folder; the exit status."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-
-    def run(*words: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["vlm-agents", *words])
-        return main()
-
-    yield run
-    root.handlers[:] = handlers  # Hydra configures logging
-    root.setLevel(level)
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ from vlm_agents.config.__main__ import MARK, page, rows
 from vlm_agents.config.fields import Part
 from vlm_agents.config.run import SCHEMAS
 from vlm_agents.errors import ConfigError, DataError
-from vlm_agents.snapshot import settings_of
+from vlm_agents.snapshot import as_yaml
 
 GROUP_TYPES = {
     "env": EnvConfig,
@@ -240,7 +240,7 @@ def test_the_configuration_of_a_run_is_read_back(compose_run, tmp_path: Path) ->
     )
     for words in cases:
         cfg = compose_run(*words)
-        (tmp_path / "config.yaml").write_text(settings_of(cfg))
+        (tmp_path / "config.yaml").write_text(as_yaml(cfg))
         assert read(tmp_path) == cfg
 
 
@@ -254,7 +254,7 @@ def test_the_configuration_of_a_run_is_read_back(compose_run, tmp_path: Path) ->
     ],
 )
 def test_a_configuration_of_another_version_is_told_in_a_line(compose_run, tmp_path: Path, change, message) -> None:
-    tree = yaml.safe_load(settings_of(compose_run("stage=ppo")))
+    tree = yaml.safe_load(as_yaml(compose_run("stage=ppo")))
     change(tree)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     with pytest.raises(

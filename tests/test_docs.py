@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import tiny_weights
 from hydra import initialize_config_dir
 
 from vlm_agents.chain import checked, planned
@@ -105,7 +106,10 @@ def compose(command: str) -> None:
     if words[:1] == ["run"]:
         names = [word for word in words[1:] if not is_override(word)]
         for stage in planned(names, overrides, "name").values():
-            compose_stage(frozenset(stage))
+            if (
+                len(stage) > 2
+            ):  # with its name alone it is an option or an experiment, which tests/test_conf.py composes
+                compose_stage(frozenset(stage))
     else:
         own = [f"hydra.searchpath=[{ROOT / folder}]" for folder in folders]
         compose_stage(frozenset([*own, *overrides, "name=name"]))
@@ -176,6 +180,20 @@ def test_every_setting_and_option_exists(page: Path) -> None:
         for group, option in OPTION.findall(span):
             if group in options and option.split("/")[0] not in ("mine", "null"):  # mine: the reader's own
                 assert option in options[group], span
+
+
+def test_every_step_of_the_tiny_weights_takes_what_an_earlier_one_made() -> None:
+    """And has settings and options that exist."""
+    known, options = settings(), groups()
+    made = {tiny_weights.SKELETON}
+    for command in tiny_weights.commands():
+        words = {key: value for key, _, value in (word.partition("=") for word in command.split())}
+        assert set(SETTING.findall(command)) <= known
+        assert all(option in options[group] for group, option in words.items() if group in options)
+        if "stage" in words:
+            assert set(re.findall(r"outputs/[\w/-]+", command)) <= made
+            made.add(f"outputs/{words['name']}/{words['stage']}")
+    assert len(made) == 1 + 16 + 4 + 5  # the skeleton, then collect, preprocess and sft
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)

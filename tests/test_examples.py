@@ -37,10 +37,12 @@ def test_an_example_is_short_and_the_page_names_it(path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: shlex.split(command)[-1])
-def test_every_command_of_the_page_runs(command: str, tmp_path: Path) -> None:
-    words = [*shlex.split(command), f"run_dir={tmp_path / 'run'}", "name=a", "tracking=jsonl"]
-    done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_every_command_of_the_page_runs(
+    command: str, cli: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process, which has imported everything."""
+    monkeypatch.chdir(ROOT)
+    assert cli(*shlex.split(command)[1:], f"run_dir={tmp_path / 'run'}", "name=a", "tracking=jsonl") == 0
     assert len(list(read_episodes(tmp_path / "run"))) == 4
 
 
@@ -58,15 +60,15 @@ def test_own_env_expert_and_format_go_through_the_stages(
 ) -> None:
     monkeypatch.chdir(ROOT)
     played, chats, trained = (tmp_path / name for name in ("collect", "preprocess", "ppo"))
-    run_stage(played, "stage=collect", *OWN, "stage.episodes=8", "stage.noise=0", "env.workers=true")
+    few = ("stage.episodes=4", "stage.num_envs=2")
+    run_stage(played, "stage=collect", *OWN, *few, "stage.noise=0", "env.workers=true")
     episodes = list(read_episodes(played))
     assert all(episode.success and episode.env == "Corridor" for episode in episodes)
     assert re.fullmatch(r"Because: red \d, green \d, so (left|right)\nDo: \1", episodes[0].turns[0].reply.text)
     run_stage(chats, "stage=preprocess", *OWN, f"stage.data=[{played}]")
     rows = list(read_chats(chats / "train.parquet"))
     assert len(rows) == sum(len(episode.turns) for episode in episodes)
-    small = ("stage.iterations=1", "stage.episodes=4", "stage.num_envs=4", "stage.eval_episodes=2")
-    run_stage(trained, "stage=ppo", *OWN, "stage.init=null", *small)
+    run_stage(trained, "stage=ppo", *OWN, *few, "stage.init=null", "stage.iterations=1", "stage.eval_episodes=2")
     metrics = json.loads((trained / "summary.json").read_text())["metrics"]
     assert metrics["eval/success_expert"] == 1.0
     assert metrics["ppo/ratio_at_start"] == pytest.approx(1.0, abs=1e-4)
@@ -76,7 +78,7 @@ def test_what_is_imported_comes_from_the_working_directory(tmp_path: Path) -> No
     """`vlm-agents`, the script, has another folder first in its path than `python -m` has."""
     (tmp_path / "lake.py").write_text((ROOT / "examples/own_env.py").read_text())
     code = "import sys; sys.path.pop(0); from vlm_agents.command_line import run; sys.exit(run(['', *sys.argv[1:]]))"
-    words = ["stage=eval", "stage.policy=random", "stage.episodes=2", "tracking=jsonl", "name=a"]
+    words = ["stage=eval", "stage.policy=random", "stage.episodes=2", "stage.num_envs=1", "tracking=jsonl", "name=a"]
     words += ["env=custom", "env.factory=lake:make", "env.workers=true"]
     line = [sys.executable, "-c", code, *words]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False, env=dict(os.environ))

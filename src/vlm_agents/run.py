@@ -44,7 +44,7 @@ from vlm_agents.inputs import INPUTS, hashes, inputs_of, refuse_other_inputs
 from vlm_agents.lineage import differences, refuse_nonsense
 from vlm_agents.progress import say
 from vlm_agents.seeds import stable_hash
-from vlm_agents.snapshot import refuse_other_settings, settings_of
+from vlm_agents.snapshot import as_yaml, refuse_other_settings
 from vlm_agents.tracking import Tracker
 from vlm_agents.versions import versions
 from vlm_agents.weights import (
@@ -117,7 +117,7 @@ class Run:
                 raise ConfigError(f"{folder} is finished: choose another name=, or delete that directory")
             for part in (folder, *(path for path in folder.iterdir() if path.is_dir())):
                 sweep_temporaries(part)
-            settings = settings_of(cfg)
+            settings = as_yaml(cfg)
             if resumed := holds_work(folder):
                 refuse_other_settings(folder / "config.yaml", settings)
                 refuse_other_inputs(folder)
@@ -322,7 +322,7 @@ def finished_metrics(cfg: RunConfig) -> dict[str, float] | None:
     with writing(folder):  # a name that no file system takes
         if not (folder / "DONE").exists():
             return None
-    refuse_other_settings(folder / "config.yaml", settings_of(cfg))
+    refuse_other_settings(folder / "config.yaml", as_yaml(cfg))
     refuse_other_inputs(folder)
     try:
         metrics = dict(json.loads((folder / "summary.json").read_text(encoding="utf-8"))["metrics"])

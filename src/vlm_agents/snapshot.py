@@ -42,7 +42,7 @@ def settled(cfg: RunConfig) -> RunConfig:
     return cfg
 
 
-def settings_of(cfg: RunConfig) -> str:
+def as_yaml(cfg: RunConfig) -> str:
     """The configuration as it stands in config.yaml."""
     return yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False)
 

@@ -8,7 +8,22 @@ import numpy as np
 import pytest
 
 from vlm_agents.envs.gym_cards.blackjack import BlackjackGame
-from vlm_agents.experts.blackjack import CHANCES, Hand, Objective, best, dealer_totals, hand, overall, standing
+from vlm_agents.experts.blackjack import (
+    CHANCES,
+    Hand,
+    Objective,
+    Outcome,
+    best,
+    dealer_totals,
+    drawn,
+    hand,
+    standing,
+)
+
+
+def overall(objective: Objective) -> Outcome:
+    """The chances of a whole hand, before any card is dealt."""
+    return drawn(lambda up: drawn(lambda one: drawn(lambda two: best(hand((one, two)), up, objective)[1])))
 
 
 def test_the_chances_of_a_whole_hand():

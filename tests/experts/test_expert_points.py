@@ -11,10 +11,14 @@ import numpy as np
 import pytest
 
 from vlm_agents.envs.gym_cards.formula import evaluate, solvable
-from vlm_agents.experts.points import complete, solve
+from vlm_agents.experts.points import Formula, complete
 
 ALL = "+-*/()"
 HANDS = list(combinations_with_replacement(range(1, 11), 4))
+
+
+def solve(numbers: tuple[int, ...], target: int, operators: str) -> Formula | None:
+    return complete((), numbers, target, operators, max_symbols=99)
 
 
 def written(numbers: tuple[int, ...], target: int = 24, operators: str = ALL) -> str | None:

@@ -20,7 +20,7 @@ from vlm_agents.config import HardwareConfig, LoraConfig, ModelConfig
 from vlm_agents.errors import ModelError
 from vlm_agents.models import Agent, load_agent
 from vlm_agents.models.memory import blueprint
-from vlm_agents.models.probing import SIZES, TEXT, prove
+from vlm_agents.models.probing import SIZES, TEXT, verify
 from vlm_agents.pictures import Picture
 from vlm_agents.tensors import Row
 from vlm_agents.types import Message, Prompt
@@ -118,10 +118,10 @@ def test_the_proof_has_room_for_rounding_and_no_more(llava_folder: Path, dtype: 
 
     agent.model.register_forward_hook(scaled)
     if dtype == "bfloat16":
-        prove(agent)
+        verify(agent)
         scale = 1.2
     with pytest.raises(ModelError, match=r"model_type=llava .*own forward pass gives other logits than ours"):
-        prove(agent)
+        verify(agent)
 
 
 def test_a_tokenizer_needs_no_padding_token(copied: Path, chats: list[Prompt], make_row: MakeRow):

@@ -4,7 +4,7 @@ import re
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,9 @@ def parts_of(part: Part) -> Iterator[Part]:
             yield from parts_of(value)
 
 
+@cache
 def register() -> None:
-    """Tell Hydra the schemas. They live under `schema/` so that they never show up as options of a group.
+    """Tell Hydra the schemas, once. They live under `schema/` so that they never show up as options of a group.
 
     `${token:}` is new in every process: it keeps apart the runs without a name that start in one second.
     """

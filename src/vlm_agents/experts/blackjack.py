@@ -93,8 +93,3 @@ def drawn(outcome: Callable[[int], Outcome]) -> Outcome:
     outcomes = [(chance, outcome(card)) for card, chance in CHANCES.items()]
     win, lose = (sum((chance * ends[side] for chance, ends in outcomes), Fraction(0)) for side in (0, 1))
     return Outcome(win, lose)
-
-
-def overall(objective: Objective) -> Outcome:
-    """The chances of a whole hand, before any card is dealt."""
-    return drawn(lambda up: drawn(lambda one: drawn(lambda two: best(hand((one, two)), up, objective)[1])))

@@ -24,22 +24,14 @@ BRACKETS = frozenset("()")
 SYMBOLS = BRACKETS.union(WEIGHT)
 
 
-def solve(numbers: Iterable[int], target: int, operators: Iterable[str]) -> Formula | None:
-    """The canonical formula, None where there is none. `operators` name those of + - * / ( ) that may be used.
-
-    It depends on the numbers, not on their order: few brackets come first, then few fractions on the way, then few
-    / * and -, then large numbers on the left.
-    """
-    return _solve(_falling(numbers), target, SYMBOLS.intersection(operators))
-
-
 def complete(
     so_far: Iterable[str], numbers: Iterable[int], target: int, operators: Iterable[str], max_symbols: int
 ) -> Formula | None:
     """The symbols that complete `so_far` to `target` within `max_symbols` in all; () where nothing is missing.
 
-    Those of the canonical formula where it begins so, else as few as possible. None where nothing completes it but a
-    sign before an operand: signs are read, as in `- 3 + 8`, and never written.
+    `operators` name those of + - * / ( ) that may be used. The order of the numbers makes no difference. The symbols
+    are those of the canonical formula where it begins so, else as few as possible. None where nothing completes it but
+    a sign before an operand: signs are read, as in `- 3 + 8`, and never written.
     """
     so_far, numbers, allowed = tuple(so_far), _falling(numbers), SYMBOLS.intersection(operators)
     canonical = _solve(numbers, target, allowed)
@@ -56,6 +48,8 @@ def _falling(numbers: Iterable[int]) -> Numbers:
 
 @cache
 def _solve(numbers: Numbers, target: int, operators: frozenset[str]) -> Formula | None:
+    """The canonical formula: few brackets come first, then few fractions on the way, then few / * and -, then large
+    numbers on the left."""
     return _complete((), numbers, target, operators)
 
 

@@ -1,30 +1,14 @@
-"""Gradients to weights: optimizer and gradient clipping behind a Protocol, and the learning-rate schedule.
+"""Gradients to weights: the optimizer, gradient clipping, and the learning-rate schedule.
 
 Knows nothing of losses, rows, or what its parameters are for.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-
-
-class Engine(Protocol):
-    """What the learner needs of an optimizer."""
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the loss's gradient to what the next step takes."""
-        ...
-
-    def step(self, lr: float) -> float:
-        """One optimizer step; the gradient's norm before clipping. If that isn't finite, the weights stay."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class AdamW(torch.optim.AdamW):
@@ -82,6 +66,7 @@ class TorchEngine:
         loss.backward()
 
     def step(self, lr: float) -> float:
+        """One optimizer step; the gradient's norm before clipping. If that isn't finite, the weights stay."""
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
         if math.isfinite(norm):
             self.optimizer.param_groups[0]["lr"] = lr

@@ -21,7 +21,7 @@ from vlm_agents.models.damage import refusing
 from vlm_agents.models.families import Family, family_of, kind_of
 from vlm_agents.models.heads import TemperatureHead, ValueHead, load_heads
 from vlm_agents.models.machine import refuse_no_bitsandbytes, refuse_no_gpu
-from vlm_agents.models.probing import prove
+from vlm_agents.models.probing import verify
 from vlm_agents.models.processing import (
     PROCESSOR_FILE,
     adjusted,
@@ -91,7 +91,7 @@ def load_agent(cfg: ModelConfig, hardware: HardwareConfig, init: str | None = No
     if folder or not random:
         load_heads(agent.heads(), folder or Path(source))
     agent = agent.to(hardware.device).eval()
-    prove(agent)
+    verify(agent)
     return agent
 
 
@@ -132,12 +132,12 @@ def draw_weights(config: Any, cfg: ModelConfig, hardware: HardwareConfig) -> Any
     """A model with random weights, drawn where it will stay: on a CPU billions of them take minutes."""
     with torch.random.fork_rng(), torch.device(hardware.device):
         torch.manual_seed(cfg.seed)
-        model = AutoModelForImageTextToText.from_config(config, **settings_of(cfg, hardware))
+        model = AutoModelForImageTextToText.from_config(config, **hf_settings(cfg, hardware))
     # saved under the names that the hub's files have, as a model that was loaded from one: version 4 knows no others
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
     if not cfg.quantize:
         return model
-    settings = settings_of(cfg, hardware) | four_bit(config.model_type, hardware)
+    settings = hf_settings(cfg, hardware) | four_bit(config.model_type, hardware)
     quantised = type(model).from_pretrained(None, config=config, state_dict=model.state_dict(), **settings)
     quantised.name_or_path = model.name_or_path  # else an adapter on it would name "None" as its base
     return quantised
@@ -160,7 +160,7 @@ def load_parts(source: str, random: bool, hardware: HardwareConfig, cfg: ModelCo
         if random:
             model = draw_weights(config, cfg, hardware)
         else:
-            settings = settings_of(cfg, hardware)
+            settings = hf_settings(cfg, hardware)
             if cfg.quantize:
                 settings |= four_bit(config.model_type, hardware)
             model = load_whole(source, settings)
@@ -203,7 +203,7 @@ def load_whole(source: str, settings: dict[str, Any]) -> Any:
     return model
 
 
-def settings_of(cfg: ModelConfig, hardware: HardwareConfig) -> dict[str, Any]:
+def hf_settings(cfg: ModelConfig, hardware: HardwareConfig) -> dict[str, Any]:
     # without trust_remote_code=False transformers asks whether to run the code of a model, and takes a y on stdin
     dtype = getattr(torch, hardware.dtype)
     return {"dtype": dtype, "attn_implementation": cfg.attention, "trust_remote_code": False}

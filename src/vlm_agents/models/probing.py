@@ -20,7 +20,7 @@ TEXT = "What do you see?"
 
 
 @torch.no_grad()
-def prove(agent: Agent) -> None:
+def verify(agent: Agent) -> None:
     """ModelError where prompt ids or logits of an unlisted model differ from those of transformers.
 
     Its folder's processor is asked where there is one. Logits may differ by rounding: by the root of the dtype's

@@ -69,7 +69,7 @@ class Album:
             self.episodes.append(trajectory)
 
 
-def called(policy: str) -> str:
+def display_name(policy: str) -> str:
     """A policy's name in the record, for a person: `expert+noise0.3` is no expert."""
     name, _, noise = policy.partition(NOISE)
     return with_noise(POLICIES.get(name, name), float(noise or 0))
@@ -80,7 +80,7 @@ def with_noise(player: str, noise: float) -> str:
 
 
 def shown(episodes: Iterable[Trajectory], when: str = "") -> list[Shown]:
-    return [Shown(trajectory, called(trajectory.policy), when) for trajectory in episodes]
+    return [Shown(trajectory, display_name(trajectory.policy), when) for trajectory in episodes]
 
 
 def remember(run: Run, album: Album) -> None:
@@ -162,7 +162,7 @@ def results(cfg: RunConfig, metrics: Mapping[str, float]) -> list[Result]:
         share, episodes = metrics["collect/success"], metrics["collect/episodes"] - metrics["collect/env_errors"]
         interval = share, *wilson_interval(share * episodes, episodes)
         others = {words: metrics[f"collect/{name}"] for words, name in COLUMNS.items()}
-        policy = with_noise(called(stage.policy), stage.noise)
+        policy = with_noise(display_name(stage.policy), stage.noise)
         return [Result(policy, interval, others, ends(metrics, "collect", stage.episodes))]
     episodes = getattr(stage, "eval_episodes", 0) or getattr(stage, "episodes", 0)
     found = []

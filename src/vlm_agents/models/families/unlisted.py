@@ -22,7 +22,7 @@ from vlm_agents.pictures import as_shown
 
 class Unlisted(LanguageParts):
     """Any other model on LLaVA's plan, such as LLaVA-1.5: one row of pixels and as many features for every picture, one
-    rotary axis, causal attention over everything. `probing.prove` tests all of it against transformers when one loads.
+    rotary axis, causal attention over everything. `probing.verify` tests all of it against transformers when one loads.
     """
 
     def __init__(self, model: Any, image_processor: Any) -> None:
