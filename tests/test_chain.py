@@ -80,6 +80,26 @@ def test_experiments_of_ones_own_are_run_too(tmp_path: Path) -> None:
         planned(["corridr"], [], "a", folders)
 
 
+def test_folders_and_stage_files_of_ones_own_are_as_a_single_stage_takes_them(tmp_path: Path) -> None:
+    folder = tmp_path / "it's,[ü]/{b}"
+    for name, stage in (("mini", "eval"), ("wrong", "eval")):
+        (folder / "experiment" / name).mkdir(parents=True)
+        text = f"# @package _global_\ndefaults: [override /env: echo, override /stage: {stage}]\n"
+        (folder / "experiment" / name / ("eval.yaml" if name == "mini" else "ppo.yaml")).write_text(text)
+    (folder / "experiment/broken").mkdir()
+    (folder / "experiment/broken/eval.yaml").write_text("stage: [")
+    (folder / "experiment/empty").mkdir()
+    register()
+    assert composed(planned(["mini"], [], "a", [folder]))["eval"].env.family == "echo"
+    for name, said in (
+        ("wrong", "experiment=wrong/ppo is a stage=eval"),
+        ("broken", "broken/eval.yaml"),
+        ("empty", "empty is no experiment"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            composed(planned([name], [], "a", [folder]))
+
+
 def test_it_passes_over_what_is_done_and_stops_at_the_first_failure(tmp_path: Path) -> None:
     """sft has nothing to learn from: the one episode is held out."""
     words = [*FAST, "collect.stage.episodes=1", "collect.stage.noise=0", "preprocess.stage.val_fraction=1"]

@@ -205,7 +205,8 @@ def test_a_finished_run_says_so_and_is_left_alone(cli, capsys, as_stage, tmp_pat
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "outputs").rglob("*")}
     assert cli("stage=eval", "tracking=jsonl", "name=a") == 0
     said = capsys.readouterr()
-    assert said.out == "eval was finished before: outputs/a/eval. Nothing was done; another name= runs it again\n"
+    start = "eval was finished before: outputs/a/eval, with the weights the model's own: the shipped tiny ones. "
+    assert said.out == f"{start}Nothing was done; another name= runs it again\n"
     assert said.err == ""
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "outputs").rglob("*")} == before
     assert cli("stage=eval", "tracking=jsonl", "name=a", "seed=1") == 2

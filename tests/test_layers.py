@@ -15,13 +15,13 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # From the top down. A part may import what lies below it, and what shares its line and its bar-separated cell.
 LAYERS = """
-__main__ worker
+__main__
 command_line chain completion hydra_errors
 preflight
 stages run
 rollout
 policies episodes summary llava_data env_pool report frames chats inputs judge
-envs experts | prompting | models | learn | tracking backends stores | checkpoints | remote endpoint answers | sandbox
+envs experts | prompting | models | learn | tracking backends stores | checkpoints | remote endpoint answers
 lineage weights snapshot
 config tensors
 types upgrades errors imports files marks pictures progress versions metrics cores seeds
@@ -87,6 +87,11 @@ def test_imports_go_down_only(path: Path) -> None:
         if name.startswith("vlm_agents."):
             other_level, other_column = place(part_of(name))
             assert other_level > level or (other_level, other_column) == (level, column), f"{own} imports {name}"
+
+
+def test_every_place_is_taken() -> None:
+    parts = {part for cells in CELLS for cell in cells for part in cell}
+    assert parts == {relative(path).removesuffix(".py").split("/")[0] for path in MODULES} - {"__init__"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)

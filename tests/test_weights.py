@@ -229,6 +229,10 @@ def test_it_is_traced_back_to_the_data(monkeypatch: pytest.MonkeyPatch, tmp_path
     ]
 
 
+def test_a_run_that_was_renamed_to_its_own_source_s_name_has_no_teacher() -> None:
+    assert taught(run("merge", "stage.init=outputs/x/merge", folder="outputs/x/merge")) == {}
+
+
 def test_what_changes_nothing_in_a_prompt_is_not_told() -> None:
     ppo = run("ppo", "model.temperature=0.5")
     words = ("stage=eval", "env.max_steps=9", "env.workers=true", "prompt.max_reply_tokens=7", "model.temperature=0.5")

@@ -116,7 +116,8 @@ def planned(
             raise ConfigError(f"{key}=: {OURS.get(key, 'one name is that of all stages')}")
     first = {stage: f"stage={stage}" if experiment is None else f"experiment={experiment}/{stage}" for stage in stages}
     rest = {stage: (shared | own[stage] | {"name": f"name={name}"}).values() for stage in stages}
-    paths = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"] if folders else []
+    quoted = ["'file://{}'".format(str(folder).replace("'", r"\'")) for folder in folders]
+    paths = [f"hydra.searchpath=[{','.join(quoted)}]"] if folders else []
     return {stage: [first[stage], *paths, *rest[stage]] for stage in stages}
 
 
@@ -138,7 +139,7 @@ def experiment_of(names: Sequence[str], places: Iterable[Path]) -> str | None:
     """The experiment named after `run`, a folder in one of the places; None where none is."""
     if not names:
         return None
-    known = sorted({path.name for place in places for path in place.glob("*/")})
+    known = sorted({path.parent.name for place in places for stage in ORDER for path in place.glob(f"*/{stage}.yaml")})
     if names[0] not in known or len(names) > 1:
         wrong = names[0] if names[0] not in known else names[1]
         raise ConfigError(
@@ -156,6 +157,8 @@ def composed(plan: Mapping[str, Sequence[str]]) -> dict[str, RunConfig]:
             try:
                 with in_words_of_a_chain(stage):
                     cfgs[stage] = checked(overrides)
+                    if (other := cfgs[stage].stage.name) != stage:
+                        raise ConfigError(f"{overrides[0]} is a stage={other}: its file must choose stage={stage}")
             except ConfigError as error:
                 for word in (word for word in overrides[1:] if key_of(word).split(".")[0] in OF_A_STAGE):
                     fits = [other for other, (first, *rest) in plan.items() if word in rest and takes([first, word])]

@@ -228,15 +228,16 @@ def run_stage(composed: DictConfig) -> dict[str, float]:
         from vlm_agents.metrics import headline
         from vlm_agents.run import Run, finished_metrics
         from vlm_agents.snapshot import settled
+        from vlm_agents.weights import init_of, weights_of
 
         open_threads = cfg.hardware.threads is None
         cfg = settled(cfg)
         if (metrics := finished_metrics(cfg)) is not None:
             where = os.path.relpath(cfg.run_dir)
-            print(
-                f"{cfg.stage.name} was finished before: {where}. Nothing was done; another name= runs it again",
-                flush=True,
-            )
+            whose = f", with the weights {weights_of(cfg)}" if weights_of(cfg) else ""
+            init = f" with stage.init={init_of(cfg)}" if init_of(cfg) else ""
+            again = f"Nothing was done; another name={init} runs it again"
+            print(f"{cfg.stage.name} was finished before: {where}{whose}. {again}", flush=True)
             return metrics
         preflight.check(cfg)
         if open_threads and cfg.hardware.threads == (choice := cores.choose())[0] and choice[1]:

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ValueType
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -25,7 +26,7 @@ from vlm_agents.config import conf_dir, env_of_id, flat, groups, off_by_default
 from vlm_agents.errors import ConfigError, did_you_mean
 
 # What Hydra and OmegaConf raise for overrides that they can't compose.
-REFUSALS = (HydraException, OmegaConfBaseException, AssertionError, AttributeError, ValueError)
+REFUSALS = (HydraException, OmegaConfBaseException, AssertionError, AttributeError, ValueError, yaml.YAMLError)
 # Each way of writing a flag, and what it takes. Hydra's --experimental-rerun is left out: it reads a pickle.
 FLAGS = {
     **dict.fromkeys(("--help", "-h", "--version", "--hydra-help", "--debug", "--resolve"), ""),
@@ -37,6 +38,7 @@ FLAGS = {
     **dict.fromkeys(("--config-path", "-cp"), "a folder that stands for conf/, with a config.yaml"),
     **dict.fromkeys(("--config-name", "-cn"), "a file of conf/ that stands for config.yaml"),
 }
+FOLDERS = ("--config-dir", "-cd", "--config-path", "-cp")
 # What people write for an option, and what it is called here.
 OTHER_WORDS = {
     "stage=train": "stage=sft trains on data, stage=ppo on the env's reward",
@@ -78,6 +80,8 @@ def first_of_sweep(word: str) -> str | None:
 def check_flags(arguments: Sequence[str]) -> list[str]:
     """The arguments, paths in them made absolute; ConfigError in one line for a flag where Hydra prints a page."""
     checked = list(arguments)
+    if len([word for word in arguments if word.partition("=")[0] in FOLDERS]) > 1:
+        raise ConfigError("one folder may be given; 'hydra.searchpath=[file://a,file://b]' takes several")
     for place, word in enumerate(arguments):
         flag, equals, value = word.partition("=")
         if not flag.startswith("-"):
@@ -95,14 +99,22 @@ def check_flags(arguments: Sequence[str]) -> list[str]:
             raise ConfigError(f"{word}{f' {after}' if beside else ''}: {flag} takes {takes.strip('[]')}")
         if flag in ("--config-name", "-cn") and "/" in value:
             raise ConfigError(f"{flag} {value}: an option of a group is chosen by {'='.join(value.rsplit('/', 1))}")
-        if flag in ("--config-dir", "-cd", "--config-path", "-cp") and "://" not in value:
-            folder = Path(value).absolute()
-            if not folder.is_dir():
-                raise ConfigError(f"{flag} {value}: no such folder; {flag} takes {takes}")
-            if flag in ("--config-path", "-cp") and not any(folder.glob("*.yaml")):
-                raise ConfigError(f"{flag} {value}: there is no config.yaml in it; {flag} takes {takes}")
+        if flag in FOLDERS and "://" not in value:
+            folder = folder_of(flag, value)
             checked[place + beside] = str(folder) if beside else f"{flag}={folder}"
     return checked
+
+
+def folder_of(flag: str, value: str) -> Path:
+    """The folder that a flag names, as an absolute path."""
+    folder = Path(value).absolute()
+    if not folder.is_dir():
+        raise ConfigError(f"{flag} {value}: no such folder; {flag} takes {FLAGS[flag]}")
+    if "${" in value:
+        raise ConfigError(f"{flag} {value}: Hydra would read a setting in it; give the folder another name")
+    if flag in ("--config-path", "-cp") and not any(folder.glob("*.yaml")):
+        raise ConfigError(f"{flag} {value}: there is no config.yaml in it; {flag} takes {FLAGS[flag]}")
+    return folder
 
 
 def explain(error: Exception, overrides: Sequence[str]) -> ConfigError:

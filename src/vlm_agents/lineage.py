@@ -55,17 +55,17 @@ def taught(folder: Path) -> Taught:
     return union
 
 
-def teachers(folder: Path) -> Iterator[Path]:
+def teachers(folder: Path, met: frozenset[Path] = frozenset()) -> Iterator[Path]:
     """The runs of collect, or of ppo, that asked what the model, or the data, in a run directory was taught.
 
     A stage that asks nothing itself passes on what its data did: sft -> preprocess -> collect.
     """
-    stage = told_by(folder).get("stage.name")
+    stage = None if folder.resolve() in met else told_by(folder).get("stage.name")  # one renamed to its own source's
     if stage in ("collect", "ppo"):
         yield folder
     elif origin := {"sft": "data", "preprocess": "data", "merge": "init"}.get(stage or ""):
         for source in sources_of(folder, f"stage.{origin}"):
-            yield from teachers(source)
+            yield from teachers(source, met | {folder.resolve()})
 
 
 def sources_of(folder: Path, key: str) -> list[Path]:

@@ -27,7 +27,11 @@ class Group(NamedTuple):
 
 EPISODES = {
     "success": Metric("share of episodes", "episodes that ended in success", "rises"),
-    "return": Metric("reward", "sum of an episode's rewards, penalties for illegal replies included", "rises"),
+    "return": Metric(
+        "reward",
+        "sum of an episode's rewards, less penalties for illegal replies; no bonus",
+        "rises",
+    ),
     "positive_return": Metric("share of episodes", "episodes whose return is above 0", "rises"),
     "episode_length": Metric("turns", "turns of an episode", "falls where being quick is what is learned"),
     "steps_over_expert": Metric(

@@ -9,7 +9,7 @@ import yaml
 
 from vlm_agents import cores
 from vlm_agents.config import AUTO, EvalConfig, MergeConfig, PpoConfig, RunConfig, flat, may_change
-from vlm_agents.errors import ConfigError
+from vlm_agents.errors import ConfigError, DataError
 from vlm_agents.lineage import as_taught
 from vlm_agents.weights import as_saved, begun, earlier_model, flat_settings, has_model, init_of
 
@@ -52,6 +52,8 @@ def refuse_other_settings(snapshot: Path, settings: str) -> None:
     folder = snapshot.parent
     old = flat_settings(snapshot, f"delete {folder}, or choose another name=")
     new = dict(flat(yaml.safe_load(settings)))
+    if lacking := {key.split(".")[0] for key in new} - {key.split(".")[0] for key in old}:
+        raise DataError(f"{snapshot} says nothing of {min(lacking)}: delete {folder}, or choose another name=")
     allowed = may_change()
     for key in sorted(old.keys() | new.keys(), key=lambda key: (key not in CHOSEN, key)):
         if not {key, key.split(".")[0]} & allowed and old.get(key) != new.get(key):

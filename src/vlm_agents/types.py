@@ -185,6 +185,11 @@ class Trajectory:
     tags: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def ident(self) -> str:
+        """Which play of which start, for records and errors."""
+        return f"{self.env}/seed {self.seed}" + (f"/member {self.member}" if self.member else "")
+
+    @property
     def total_reward(self) -> float:
         return float(sum(turn.reward for turn in self.turns))
 

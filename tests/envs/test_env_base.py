@@ -140,6 +140,42 @@ class Muddles(EchoEnv):
         return replace(step, truncated=step.terminated)
 
 
+class Favours(EchoEnv):
+    """Its first instance counts what no other does."""
+
+    made = 0
+
+    def __init__(self, cfg: EchoConfig) -> None:
+        super().__init__(cfg)
+        self.first = Favours.made % 2 == 0
+        Favours.made += 1
+
+    def step(self, action: str | None) -> Step:
+        step = super().step(action)
+        return replace(step, metrics={"first": float(self.first)})
+
+
+class Repeats(EchoEnv):
+    """Two words that no reply can tell apart."""
+
+    def reset(self, seed: int) -> Observation:
+        return replace(super().reset(seed), legal_actions=("red", "Red"))
+
+
+class Silent(EchoEnv):
+    """Nothing may be said, and it isn't over."""
+
+    def reset(self, seed: int) -> Observation:
+        return replace(super().reset(seed), legal_actions=())
+
+
+class Guesses(EchoEnv):
+    """A distance that is no number."""
+
+    def reset(self, seed: int) -> Observation:
+        return replace(super().reset(seed), advice=Advice("", "red", distance="2"))  # pyright: ignore
+
+
 @pytest.mark.parametrize(
     ("broken", "fault"),
     [
@@ -148,6 +184,10 @@ class Muddles(EchoEnv):
         (Flatters, "being legal"),
         (Stands, "changed"),
         (Muddles, "both terminates and truncates"),
+        (Repeats, r"can't be told by words which of \('red', 'Red'\) is meant"),
+        (Silent, r"can't be told by words which of \(\) is meant"),
+        (Guesses, "the advised distance is '2', neither None nor a number of turns"),
+        (Favours, "ends, succeeds or counts differently for seed"),
         (Advises, "^vlm_agents/Echo-v0: the advised action is 'wait', none of the legal ones: red, "),
     ],
 )

@@ -65,6 +65,9 @@ def test_it_is_said_once_after_two_iterations_with_what_to_do(
     assert [bool(text) for text in said] == [False, False, False, True, False, False]
     assert said[3].startswith("nothing to learn from: every reply is illegal, such as 'xyz' (no action).")
     assert "stage=sft first" in said[3]
+    resumed = Watch(watch.cfg, 9, watch.lacked, watch.told)  # as a checkpoint has it
+    resumed.look(6, {METRIC: 1.0}, bad)
+    assert capsys.readouterr().err == ""
     conclude(watch.cfg, {METRIC: 1.0})
     assert "nothing to learn from" in capsys.readouterr().err
     conclude(watch.cfg, {METRIC: 0.0, "eval/invalid_rate": 0.8})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlm_agents.errors import TrainingError
-from vlm_agents.learn.averages import over_budget, over_rows, over_tokens, over_turns
+from vlm_agents.learn.averages import Average, over_budget, over_rows, over_tokens, over_turns
 from vlm_agents.learn.batches import microbatches
 from vlm_agents.learn.credit import gae_by_turn, normalised
 from vlm_agents.learn.critic import Critic
@@ -186,6 +186,19 @@ def test_terms_times_weights_are_the_textbooks_form(
     assert 0 < passed.seen["clip_fraction"].mean() < 1
 
 
+@pytest.mark.parametrize("average", [over_rows, over_tokens, over_budget(64)])
+def test_what_is_told_is_a_mean_over_turns_whatever_the_loss_is(tiny_agent: Any, average: Average):
+    """Else a KL would be compared with `target_kl` in another unit for each algorithm."""
+    agent = tiny_agent()
+    samples = chats(agent, RAGGED, by_turn=True)
+    move(agent, by=0.3)
+    found = [
+        go_through(agent, samples, Objective([(1.0, clipped(0.2, 0.2))], one), None, WHOLE, None).mean("approx_kl")
+        for one in (average, over_turns)
+    ]
+    assert found[0] == found[1] > 0
+
+
 # ---- exact accumulation ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("lengths", "budget", "sizes"),
@@ -290,7 +303,7 @@ def test_references_are_those_of_the_policy_that_training_started_from(tiny_agen
     samples = make_samples(agent, [5, 9, 4, 7, 8])
     move(agent)
     now = {name: tensor.clone() for name, tensor in agent.state_dict().items()}
-    found = with_references(agent, samples, 20)
+    found = with_references(agent, [samples], 20)
     for sample in samples:  # they were sampled when the agent was born
         reference = found[sample].reference
         assert reference is not None

@@ -2,11 +2,13 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from vlm_agents.config import PromptConfig
+from vlm_agents.errors import ConfigError
 from vlm_agents.prompting import PromptFormat, drawn, make_format
 from vlm_agents.types import Parsed, Span
 
@@ -447,3 +449,18 @@ def test_only_a_draw_moves_the_generator() -> None:
         rng = np.random.default_rng(3)
         drawn(prompt_format(name).parse(text, LEGAL), rng)
         assert rng.random() == np.random.default_rng(3).random()
+
+
+def test_what_a_format_of_ones_own_raises_later_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The few replies that it is tried on when it loads can't show everything."""
+    (tmp_path / "frail.py").write_text(
+        "from vlm_agents.prompting.action_only import ActionOnly\n\n\n"
+        "class Frail(ActionOnly):\n"
+        "    def parse(self, text, legal_actions):\n"
+        "        return super().parse(text, legal_actions) if text != 'odd' else {}['odd']\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    frail = make_format(PromptConfig("custom", factory="frail:Frail"))
+    assert frail.parse(frail.write("", "left", ("left",)), ("left",)).action == "left"
+    with pytest.raises(ConfigError, match=r"^prompt\.factory=frail:Frail: KeyError: 'odd' \(.*frail\.py, line 6\)$"):
+        frail.parse("odd", ("left",))

@@ -64,7 +64,7 @@ class AlgoConfig(Part, place="algo"):
     novelty: NoveltyConfig = setting(NoveltyConfig, "reward for actions that a second adapter doesn't predict")
     lr: float = setting(1e-4, "learning rate of the policy", low=0)
     value_lr: float = setting(1e-3, "learning rate of the critic's head", low=0)
-    warmup_updates: int = setting(0, "optimizer steps in which the learning rate rises to lr", low=0)
+    warmup_updates: int = setting(0, "iterations in which the learning rate rises to lr", low=0)
     min_lr_ratio: float = setting(0.1, "the cosine schedule ends at this share of the learning rate", low=0, high=1)
     weight_decay: float = setting(0.0, "AdamW's weight decay", low=0)
     max_grad_norm: float = setting(1.0, "longer gradients are scaled down to this norm", positive=True, infinite=True)

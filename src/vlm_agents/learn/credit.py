@@ -25,7 +25,7 @@ def gae_by_turn(episodes: Sequence[Trajectory], gamma: float, lam: float) -> lis
         values = [turn.reply.value for turn in episode.turns if turn.reply.value is not None]
         if len(values) < len(episode.turns):
             raise TrainingError(
-                f"{episode.env}/seed {episode.seed}: replies of policy {episode.policy} carry no value: "
+                f"{episode.ident}: replies of policy {episode.policy} carry no value: "
                 "this algorithm trains on what its own model sampled (policy=model)"
             )
         rewards = [turn.reward for turn in episode.turns]

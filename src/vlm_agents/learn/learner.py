@@ -125,7 +125,7 @@ class Learner:
             mismatch = mismatch_kl(samples, own)
             samples, epochs = _exchanged(samples, epochs, {one: replace(one, old=own[one]) for one in samples})
         if algo.kl_coef:
-            samples, epochs = _exchanged(samples, epochs, with_references(model, samples, self.tokens_per_microbatch))
+            samples, epochs = _exchanged(samples, epochs, with_references(model, epochs[0], self.tokens_per_microbatch))
         through = partial(
             go_through,
             model,

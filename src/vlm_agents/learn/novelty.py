@@ -100,7 +100,7 @@ class Novelty:
         rendered = self.renderer.render(prompt)
         reply = self.renderer.encode_reply(SEPARATOR.join(actions_of(trajectory)))
         room = self.renderer.context - len(rendered.ids)
-        return reply_row(f"{trajectory.env}/seed {trajectory.seed}", rendered.ids, reply[:room], rendered.images)
+        return reply_row(trajectory.ident, rendered.ids, reply[: max(0, room)], rendered.images)
 
     def turns_of(self, row: Row, trajectory: Trajectory) -> np.ndarray:
         """[L] which turn's action each reply token writes; a separator belongs to the action before it."""

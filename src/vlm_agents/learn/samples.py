@@ -71,7 +71,7 @@ def build(
         merged: list[Sample] = []
         for index, turn in enumerate(episode.turns):
             emphasis = token_emphasis(turn.reply, turn.parsed, renderer, thought_coef)
-            ident = f"{episode.env}/seed {episode.seed}/turn {index}"
+            ident = f"{episode.ident}/turn {index}"
             sample = _turn_sample(ident, turn, emphasis, its.advantages[index], its.returns[index])
             if merged and _extends(sample.row, merged[-1].row):
                 merged[-1] = _merge(merged[-1], sample)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlm_agents.errors import TrainingError
-from vlm_agents.learn.averages import Average
+from vlm_agents.learn.averages import Average, over_turns
 from vlm_agents.learn.batches import microbatches
 from vlm_agents.learn.critic import Critic, Read
 from vlm_agents.learn.losses import Loss, k3
@@ -35,7 +35,7 @@ class Pass:
     """What is left of a mini-batch that went through the model."""
 
     seen: dict[str, Tensor]  # [K] each, on the host
-    weight: Tensor  # [K] of each token in the mean
+    weight: Tensor  # [K] of each token in a mean over turns, whatever the loss is the mean of
     turns: int
     read: list[Read]  # by the critic; empty without one
 
@@ -55,7 +55,9 @@ def go_through(
 
     TrainingError where a number of a term isn't finite.
     """
-    weights = dict(zip(minibatch, objective.average([sample.row for sample in minibatch]), strict=True))
+    rows = [sample.row for sample in minibatch]
+    weights = dict(zip(minibatch, objective.average(rows), strict=True))
+    by_turn = dict(zip(minibatch, over_turns(rows), strict=True))
     found: list[dict[str, Tensor]] = []
     weight: list[Tensor] = []
     read: list[Read] = []
@@ -66,7 +68,7 @@ def go_through(
             terms = [(coef, loss(scores, targets)) for coef, loss in objective.terms]
         seen = {name: values for _, term in terms for name, values in term.seen.items()}
         found.append(dict(zip(seen, torch.stack(list(seen.values())).detach().cpu(), strict=True)))
-        weight.append(targets.weight.cpu())
+        weight += [torch.from_numpy(by_turn[sample]) for sample in part]
         _refuse_not_finite(found[-1], part)
         if critic is not None:
             read.append(critic.read(scores, targets))
@@ -102,11 +104,11 @@ def mismatch_kl(samples: Sequence[Sample], own: dict[Sample, np.ndarray]) -> flo
     return float(k3(torch.from_numpy(np.concatenate(drifts))).mean())
 
 
-def with_references(model: ActorCritic, samples: Sequence[Sample], tokens: int) -> dict[Sample, Sample]:
-    """Each sample with the log-probs under the reference policy, which no update changes."""
+def with_references(model: ActorCritic, minibatches: Iterable[Sequence[Sample]], tokens: int) -> dict[Sample, Sample]:
+    """Each sample with the log-probs under the reference policy, which no update changes; as `rescored` has them."""
     with model.reference():
-        found = rescored(model, [samples], tokens)
-    return {sample: replace(sample, reference=found[sample]) for sample in samples}
+        found = rescored(model, minibatches, tokens)
+    return {sample: replace(sample, reference=reference) for sample, reference in found.items()}
 
 
 def _refuse_not_finite(seen: dict[str, Tensor], part: Sequence[Sample]) -> None:

@@ -17,9 +17,13 @@ __all__ = [
 ]
 
 from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
 
 from vlm_agents.config import PromptConfig
-from vlm_agents.imports import made
+from vlm_agents.errors import ConfigError, VlmAgentsError
+from vlm_agents.imports import made, told
 from vlm_agents.prompting.action_only import ActionOnly
 from vlm_agents.prompting.action_scores import ActionScores
 from vlm_agents.prompting.base import (
@@ -44,10 +48,21 @@ FORMATS: dict[str, Callable[[PromptConfig], PromptFormat]] = {
 
 
 def custom(cfg: PromptConfig) -> PromptFormat:
-    """The user's own format; ConfigError where that isn't one."""
-    found = made("prompt.factory", str(cfg.factory), cfg, needs=("prompt", "parse", "write"))
-    check_format(found, f"prompt.factory={cfg.factory}")
-    return found
+    """The user's own format; ConfigError where that isn't one, and for what it raises whenever it is called."""
+    name, methods = f"prompt.factory={cfg.factory}", ("prompt", "parse", "write")
+    found = made("prompt.factory", str(cfg.factory), cfg, needs=methods)
+    check_format(found, name)
+    guards = {method: partial(_guarded, name, getattr(found, method)) for method in methods}
+    return cast(PromptFormat, SimpleNamespace(**guards))
+
+
+def _guarded(name: str, method: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return method(*arguments)
+    except VlmAgentsError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{name}: {told(error)}") from error
 
 
 FORMATS["custom"] = custom

@@ -50,7 +50,7 @@ def load(checkpoint: Checkpoint, learner: Learner) -> None:
             f"{checkpoint.path} has no {LEARNER}: an older version wrote it. Finish the run with that version, or "
             f"choose another name= and take its weights along by stage.init={checkpoint.path}"
         )
-    learner.load_state_dict(torch.load(path, weights_only=True))
+    learner.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
 
 
 class Clock:

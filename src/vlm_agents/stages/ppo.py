@@ -37,12 +37,13 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
     sampler = HFSampler(agent)
     policy = make_policy(cfg, "model", sampler)
     learner = make_learner(cfg, algo, agent, init, stage.iterations)
-    state: dict[str, Any] = {"before": {}, "last": {}, "training_seconds": 0.0}
+    state: dict[str, Any] = {"before": {}, "last": {}, "training_seconds": 0.0, "watch": (0, False)}
     if checkpoint:
         load(checkpoint, learner)
         state |= checkpoint.state
         say(checkpoint.told("iteration", stage.iterations))
-    writer, watch, panel = EpisodeWriter(run.dir), Watch(cfg, stage.iterations), Panel(cfg, stage, run, sampler)
+    watch = Watch(cfg, stage.iterations, *state["watch"])
+    writer, panel = EpisodeWriter(run.dir), Panel(cfg, stage, run, sampler)
     with open_envs(cfg.env, stage.num_envs, "always") as envs:
         check_first_prompt(cfg, envs, sampler)
         run.begin()
@@ -62,6 +63,7 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
             state["training_seconds"] += sum(clock.seconds.values())
             tell(run, iteration, stage.iterations, state["last"], trajectories[0])
             watch.look(iteration, state["last"], trajectories)
+            state["watch"] = watch.lacked, watch.told
             writer.append(*shaped[:RECORDED])
             panel.now_and_then(envs, iteration + 1)
             if (iteration + 1) % stage.checkpoint_every == 0 or iteration + 1 == stage.iterations:

@@ -18,10 +18,9 @@ QUOTED = 60  # characters of a reply
 class Watch:
     """Looks at every iteration of a run, and says once, in a line, that there is nothing to learn from."""
 
-    def __init__(self, cfg: RunConfig, iterations: int) -> None:
+    def __init__(self, cfg: RunConfig, iterations: int, lacked: int = 0, told: bool = False) -> None:
         self.cfg, self.iterations = cfg, iterations
-        self.lacked = 0  # iterations in a row
-        self.told = False
+        self.lacked, self.told = lacked, told  # iterations in a row; both go on with the run
 
     def look(self, iteration: int, metrics: Mapping[str, float], trajectories: Sequence[Trajectory]) -> None:
         """To be called after each iteration, counted from 0.
