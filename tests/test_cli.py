@@ -14,6 +14,7 @@ import pytest
 
 from vlm_agents.config import RunConfig, StageConfig, flat
 from vlm_agents.errors import DataError
+from vlm_agents.hydra_errors import check_flags
 from vlm_agents.run import Run
 
 
@@ -106,6 +107,7 @@ BAD = [
     ("stage=ppo -cp .", "-cp .: there is no config.yaml", "stands for conf/"),
     ("stage=ppo --config-path=/dev/null", "--config-path /dev/null: no such folder", "with a config.yaml"),
     ("stage=ppo -cd nope", "-cd nope: no such folder", "groups of your own"),
+    ("stage=ppo -cd . --config-dir=.", "--config-dir: one may be given", "takes several"),
     ("stage=ppo --cfg jbo", "--cfg jbo", "job, hydra or all"),
     ("stage=ppo --experimental-rerun x", "--experimental-rerun: no such flag", "key=value"),  # it reads a pickle
     ("-sc install=tcsh", "completion is for bash", "-sc install=bash"),
@@ -183,6 +185,12 @@ def test_a_run_says_how_to_continue_it(cli, capsys, as_stage, tmp_path: Path) ->
     assert last.endswith(f"outputs/{folder.name}/eval")
     assert (folder / "eval/overrides").read_text() == "stage=eval\ntracking=jsonl\n"
     assert (folder / "eval/DONE").exists()
+
+
+def test_a_folder_for_conf_and_one_beside_it_go_together(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    words = [f"--config-path={tmp_path}", f"--config-dir={tmp_path}", "stage=ppo"]
+    assert check_flags(words) == words
 
 
 @pytest.mark.parametrize("way", ["--config-dir={}", "hydra.searchpath=[file://{}]"])

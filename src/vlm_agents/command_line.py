@@ -234,9 +234,9 @@ def run_stage(composed: DictConfig) -> dict[str, float]:
         cfg = settled(cfg)
         if (metrics := finished_metrics(cfg)) is not None:
             where = os.path.relpath(cfg.run_dir)
-            whose = f", with the weights {weights_of(cfg)}" if weights_of(cfg) else ""
-            init = f" with stage.init={init_of(cfg)}" if init_of(cfg) else ""
-            again = f"Nothing was done; another name={init} runs it again"
+            whose = f", with the weights {weights}" if (weights := weights_of(cfg)) else ""
+            start = f" with stage.init={init}" if (init := init_of(cfg)) else ""
+            again = f"Nothing was done; another name={start} runs it again"
             print(f"{cfg.stage.name} was finished before: {where}{whose}. {again}", flush=True)
             return metrics
         preflight.check(cfg)

@@ -38,7 +38,7 @@ FLAGS = {
     **dict.fromkeys(("--config-path", "-cp"), "a folder that stands for conf/, with a config.yaml"),
     **dict.fromkeys(("--config-name", "-cn"), "a file of conf/ that stands for config.yaml"),
 }
-FOLDERS = ("--config-dir", "-cd", "--config-path", "-cp")
+FOLDERS = ("--config-dir", "-cd", "--config-path", "-cp")  # the first two are one flag, and so are the others
 # What people write for an option, and what it is called here.
 OTHER_WORDS = {
     "stage=train": "stage=sft trains on data, stage=ppo on the env's reward",
@@ -80,8 +80,8 @@ def first_of_sweep(word: str) -> str | None:
 def check_flags(arguments: Sequence[str]) -> list[str]:
     """The arguments, paths in them made absolute; ConfigError in one line for a flag where Hydra prints a page."""
     checked = list(arguments)
-    if len([word for word in arguments if word.partition("=")[0] in FOLDERS]) > 1:
-        raise ConfigError("one folder may be given; 'hydra.searchpath=[file://a,file://b]' takes several")
+    if len([word for word in arguments if word.partition("=")[0] in FOLDERS[:2]]) > 1:
+        raise ConfigError("--config-dir: one may be given; 'hydra.searchpath=[file://a,file://b]' takes several")
     for place, word in enumerate(arguments):
         flag, equals, value = word.partition("=")
         if not flag.startswith("-"):

@@ -223,7 +223,7 @@ def _groups(metrics: Mapping[str, float]) -> list[dict[str, object]]:
                 "rows": [
                     [
                         base,
-                        *(names.Name(key, base).metric or names.Metric("", "")),
+                        *(names.Name(key, base).metric or BLANK),
                         [row.get(column) for column in columns],
                     ]
                     for base, row in found[key].items()

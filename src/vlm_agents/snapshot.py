@@ -59,7 +59,7 @@ def refuse_other_settings(snapshot: Path, settings: str) -> None:
         if not {key, key.split(".")[0]} & allowed and old.get(key) != new.get(key):
             longer = key in ("stage.iterations", "stage.epochs") and (folder / "DONE").exists()
             # under another name nobody would find it
-            init = os.path.relpath(folder) if longer else old.get("stage.init")
+            init = os.path.relpath(folder) if longer else new.get("stage.init")
             start = f" with stage.init={init}" if init else ""
             aim = " to train its model further" if longer else ""
             name = CHOSEN.get(key, key)

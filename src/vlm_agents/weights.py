@@ -136,9 +136,9 @@ def earlier_model(cfg: RunConfig) -> str | None:
                 f"name one, as in stage.init={runs[0]}"
             )
         if found and not (found[0] / "DONE").exists():
+            own = "" if isinstance(cfg.stage, MergeConfig) else ", stage.init=null for the model's own weights"
             raise ConfigError(
-                f"{found[0]} isn't finished: give its command again first, or set stage.init to another model, "
-                "stage.init=null for the model's own weights"
+                f"{found[0]} isn't finished: give its command again first, or set stage.init to another model{own}"
             )
         if found:
             return str(found[0])
