@@ -202,6 +202,7 @@ def test_the_way_to_go_on_under_another_name_is_told() -> None:
     for word, said in (
         ("stage.iterations=9", "another name= with stage.init=outputs/x/ppo to train its model further, or"),
         ("prompt=action_only", "choose another name= with stage.init=outputs/x/sft, or delete"),
+        ("stage.init=there", "not there: give stage.init=outputs/x/sft to .* another name= with stage.init=there, or"),
     ):
         with pytest.raises(ConfigError, match=said):
             finished_metrics(chosen("stage=ppo", "stage.episodes=8", "run_dir=outputs/x/ppo", word))
