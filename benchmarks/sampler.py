@@ -69,7 +69,7 @@ def rollout_prompts(envs: int, turns: int) -> list[list[Prompt]]:
     """The first turns of games in which an expert plays with 30 % random moves: a batch a turn, a prompt an env."""
     policy = NoisyPolicy(ExpertPolicy(make_format(PromptConfig("cot_json"))), 0.3)
     with open_envs(MiniGridConfig(), envs, "always") as pool:
-        games = list(collect(pool, policy, list(map(Deal, range(envs))), invalid_penalty=0.0, run_seed=0))
+        games = list(collect(pool, policy, list(map(Deal, range(envs))), run_seed=0))
     return [[game.turns[turn].prompt for game in games if turn < len(game.turns)] for turn in range(turns)]
 
 

@@ -77,7 +77,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
             prompt_format = make_format(PromptConfig(name))
             with open_envs(cfg, 4, "always") as envs:
                 policy = ExpertPolicy(prompt_format)
-                for episode in collect(envs, policy, list(map(Deal, range(12))), invalid_penalty=0.0, run_seed=0):
+                for episode in collect(envs, policy, list(map(Deal, range(12))), run_seed=0):
                     for turn in episode.turns:
                         said += [*(message.text for message in turn.prompt), turn.reply.text]
     folder = tmp_path_factory.mktemp("tiny")

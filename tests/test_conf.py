@@ -60,6 +60,7 @@ EXACT_TYPES = {
 GIVEN = {
     "env=gymnasium": ["env.id=CartPole-v1", "env.actions=[left,right]", "env.instructions=Balance."],
     "env=custom": ["env.factory=a:b"],
+    "algo=gspo": ["prompt.history=full"],
     "prompt=custom": ["prompt.factory=a:b"],
 }
 FILES = sorted(path for path in conf_dir().rglob("*.yaml") if "local" not in path.parts)

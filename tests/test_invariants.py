@@ -19,10 +19,11 @@ from kill_drill import differences
 from vlm_agents.config import AlgoConfig, RunConfig
 from vlm_agents.env_pool import EnvPool
 from vlm_agents.envs import make_env
+from vlm_agents.learn.algorithm import make_algorithm
 from vlm_agents.learn.batches import microbatches
-from vlm_agents.learn.credit import gae_by_turn, normalised
+from vlm_agents.learn.credit import Gae, normalised, sampled_values
 from vlm_agents.learn.learner import Learner
-from vlm_agents.learn.samples import Sample, build, to_targets
+from vlm_agents.learn.samples import Sample, build, credited, to_targets
 from vlm_agents.models import Agent, HFSampler, load_agent
 from vlm_agents.policies import ModelPolicy
 from vlm_agents.prompting import make_format
@@ -45,7 +46,7 @@ def play(
 ) -> list[Trajectory]:
     policy = ModelPolicy(HFSampler(agent), make_format(cfg.prompt), Sampling(cfg.prompt.max_reply_tokens))
     with EnvPool(partial(make_env, cfg.env), num_envs, workers) as envs:
-        return list(collect(envs, policy, [Deal(seed) for seed in seeds], invalid_penalty=0.1, run_seed=0))
+        return list(collect(envs, policy, [Deal(seed) for seed in seeds], run_seed=0))
 
 
 # ---- what is trained is what was sampled -----------------------------------------------------------------------------
@@ -95,9 +96,13 @@ def test_in_bfloat16_the_ratio_is_one_by_the_updates_own_passes(run_stage: RunSt
         assert 1e-7 < line["ppo/mismatch_kl"] < 0.1
 
 
+def learner_of(agent: Agent, algo: AlgoConfig, tokens: int) -> Learner:
+    return Learner(agent, agent.renderer, make_algorithm(algo, 96, tempered=False), algo, 1, tokens)
+
+
 def samples_of(episodes: Sequence[Trajectory], agent: Agent) -> list[Sample]:
-    credit = normalised(gae_by_turn(episodes, ALGO.gamma, ALGO.gae_lambda))
-    return build(episodes, credit, agent.renderer, ALGO.thought_coef)
+    credit = normalised(Gae(ALGO.gamma, ALGO.gae_lambda)(episodes, sampled_values(episodes), 0.0))
+    return credited(build(episodes, agent.renderer, ALGO.thought_coef), episodes, credit)
 
 
 def alone(sample: Sample) -> Iterator[Sample]:
@@ -109,6 +114,7 @@ def alone(sample: Sample) -> Iterator[Sample]:
         yield replace(
             sample,
             row=replace(row, input_ids=row.input_ids[:end], images=row.images[: turn + 1], spans=((start, end),)),
+            behaviour=sample.behaviour[tokens],
             old=sample.old[tokens],
             emphasis=sample.emphasis[tokens],
             advantages=sample.advantages[tokens],
@@ -122,7 +128,7 @@ def test_merged_rows_have_the_loss_and_gradients_of_single_ones(echo_run: Compos
     merged = samples_of(play(cfg, agent, range(4)), agent)
     assert [len(sample.row.spans) for sample in merged] == [3, 3, 3, 3]
     single = [part for sample in merged for part in alone(sample)]
-    objective = Learner(agent, agent.renderer, ALGO, 1, 10_000).objective
+    objective = learner_of(agent, ALGO, 10_000).objective
     with torch.no_grad():  # away from where it was sampled: ratios differ from 1, some are clipped
         for parameter in agent.parameters():
             parameter += 0.003 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
@@ -158,9 +164,10 @@ def test_four_micro_batches_of_two_are_one_of_eight(echo_run: ComposeRun, tmp_pa
         tokens = in_one * max(map(len, samples))
         sizes = [len(part) for part in microbatches(samples, tokens)]
         assert sizes == {8: [8], 2: [2, 2, 2, 2], 3: [3, 3, 2]}[in_one]
-        learner = Learner(agent, agent.renderer, replace(ALGO, lr=0.1, value_lr=0.1), 1, tokens)
+        learner = learner_of(agent, replace(ALGO, lr=0.1, value_lr=0.1), tokens)
         # plain descent: where a gradient is nothing but rounding, Adam would make a whole step of it all the same
-        for engine in learner.engines.values():
+        assert learner.critic is not None
+        for engine in (*learner.engines.values(), learner.critic.engine):
             engine.optimizer = torch.optim.SGD(engine.parameters)  # type: ignore[assignment]
         metrics = learner._update(samples, np.random.default_rng(0))
         found.append((metrics, torch.cat([parameter.detach().flatten() for parameter in agent.parameters()])))

@@ -24,7 +24,7 @@ policies episodes summary llava_data env_pool report frames chats inputs judge
 envs experts | prompting | models | learn | tracking backends stores | checkpoints | remote endpoint answers
 lineage weights snapshot
 config tensors
-types upgrades errors imports files marks pictures progress versions metrics cores seeds
+types upgrades errors imports files marks pictures progress versions metrics cores seeds ratings
 """
 CELLS = [[cell.split() for cell in line.split("|")] for line in LAYERS.strip().splitlines()]
 

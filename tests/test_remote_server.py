@@ -102,7 +102,7 @@ def test_it_says_what_the_same_model_says_here(settings: Callable[..., RunConfig
     prompt_format = make_format(cfg.prompt)
     with open_envs(cfg.env, 2, "always") as envs:
         expert = ExpertPolicy(prompt_format)
-        played = list(collect(envs, expert, [Deal(0), Deal(1)], invalid_penalty=0, run_seed=0))
+        played = list(collect(envs, expert, [Deal(0), Deal(1)], run_seed=0))
     prompts = [turn.prompt for episode in played for turn in episode.turns][:8]
     rngs = [np.random.default_rng(0) for _ in prompts]
     sampler = HFSampler(load_agent(cfg.model, cfg.hardware))

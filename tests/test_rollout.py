@@ -24,6 +24,7 @@ from vlm_agents.env_pool import EnvPool
 from vlm_agents.envs import make_env
 from vlm_agents.envs.base import Env, check_contract, out_of_turn
 from vlm_agents.errors import EnvError, TooLongError, TrainingError
+from vlm_agents.learn.shaping import penalised
 from vlm_agents.pictures import Picture
 from vlm_agents.policies import NoisyPolicy, RandomPolicy
 from vlm_agents.prompting import PromptFormat, make_format
@@ -151,7 +152,7 @@ def playing(
     timeout_s: float = 30.0,
 ) -> Iterator[Trajectory]:
     with EnvPool(make, num_envs, workers, timeout_s) as envs:
-        yield from collect(envs, policy, [Deal(seed) for seed in seeds], invalid_penalty=PENALTY, run_seed=7)
+        yield from penalised(collect(envs, policy, [Deal(seed) for seed in seeds], run_seed=7), PENALTY)
 
 
 def minigrid() -> Env:
@@ -240,8 +241,7 @@ def test_outcomes_depend_neither_on_the_number_of_slots_nor_on_the_company():
 def test_the_run_seed_decides_what_chance_does():
     with EnvPool(minigrid, 2) as envs:
         runs = [
-            list(collect(envs, RandomPolicy(FORMAT), [Deal(5), Deal(6)], invalid_penalty=0.1, run_seed=run_seed))
-            for run_seed in (0, 0, 1)
+            list(collect(envs, RandomPolicy(FORMAT), [Deal(5), Deal(6)], run_seed=run_seed)) for run_seed in (0, 0, 1)
         ]
     assert runs[0] == runs[1] != runs[2]
 
@@ -249,7 +249,7 @@ def test_the_run_seed_decides_what_chance_does():
 def test_members_of_a_seed_are_different_plays_of_the_same_start():
     deals = [Deal(5, member) for member in range(4)] + [Deal(5)]
     with EnvPool(minigrid, 2) as envs:
-        group = list(collect(envs, RandomPolicy(FORMAT), deals, invalid_penalty=0.1, run_seed=0))
+        group = list(collect(envs, RandomPolicy(FORMAT), deals, run_seed=0))
     assert [(episode.seed, episode.member) for episode in group] == deals
     assert len({episode.turns[0].observation.state_key for episode in group}) == 1
     assert len({tuple(turn.parsed.action for turn in episode.turns) for episode in group}) == 4
@@ -278,7 +278,7 @@ class Values(Says):
 def test_a_prompt_that_is_too_long_ends_its_own_episode_only(caplog: pytest.LogCaptureFixture):
     with EnvPool(Walk, 2) as envs:
         deals = [Deal(9), Deal(1), Deal(2)]
-        long, *others = collect(envs, Values(RIGHT, Short(1)), deals, invalid_penalty=0.0, run_seed=0)
+        long, *others = collect(envs, Values(RIGHT, Short(1)), deals, run_seed=0)
     assert [episode.stop for episode in others] == ["success", "success"]
     assert (long.stop, len(long.turns), long.success) == ("too_long", 2, False)
     assert long.error == "seed 9, turn 2: too many turns"
@@ -291,14 +291,14 @@ def test_a_prompt_that_is_too_long_ends_its_own_episode_only(caplog: pytest.LogC
 
 def test_where_even_the_first_prompt_is_too_long_nothing_is_played():
     with EnvPool(Walk, 2) as envs:
-        (episode,) = collect(envs, Says(RIGHT, Short(-1)), [Deal(9)], invalid_penalty=0.0, run_seed=0)
+        (episode,) = collect(envs, Says(RIGHT, Short(-1)), [Deal(9)], run_seed=0)
     assert (episode.stop, episode.turns, episode.bootstrap) == ("too_long", (), 0.0)
     assert summarise([episode])["rollout/too_long_rate"] == 1.0
 
 
 def test_a_time_limit_is_one_though_its_value_can_t_be_asked():
     with EnvPool(Walk, 1) as envs:
-        (episode,) = collect(envs, Values(RIGHT, Short(3)), [Deal(9)], invalid_penalty=0.0, run_seed=0)
+        (episode,) = collect(envs, Values(RIGHT, Short(3)), [Deal(9)], run_seed=0)
     assert (episode.stop, len(episode.turns), episode.bootstrap, episode.error) == ("time_limit", 4, 0.5, None)
 
 
@@ -316,8 +316,8 @@ def test_what_a_reply_leaves_to_chance_is_drawn_from_the_episode_s_own_randomnes
     says = Says('{"scores": {"left": 3, "right": 4}}', scores)
     with EnvPool(Walk, 2) as envs:
         deals = [Deal(9, member) for member in range(20)]
-        group = list(collect(envs, says, deals, invalid_penalty=0.0, run_seed=0))
-        (alone,) = collect(envs, says, deals[7:8], invalid_penalty=0.0, run_seed=0)
+        group = list(collect(envs, says, deals, run_seed=0))
+        (alone,) = collect(envs, says, deals[7:8], run_seed=0)
     drawn = [turn.parsed for episode in group for turn in episode.turns]
     assert {parsed.action for parsed in drawn} == {"left", "right"}
     # softmax(3/4, 4/4): 1 / (1 + e^(1/4)) = 0.4378
@@ -381,6 +381,7 @@ def test_the_summary_worked_by_hand():
             "eval/random_rate": 1 / 8,
             "eval/truncated_rate": 1 / 8,
             "eval/reply_tokens": 3,
+            "eval/repeated_token_rate": 0.0,  # three tokens have no run of four
             "eval/entropy": 0.5,
         },
         rel=1e-12,

@@ -50,6 +50,9 @@ EPISODES = {
     "random_rate": Metric("share of turns", "turns that were drawn at random instead of asking the policy"),
     "truncated_rate": Metric("share of turns", "replies cut off at prompt.max_reply_tokens", "near 0"),
     "reply_tokens": Metric("tokens", "length of a reply", "steady: one that grows to the limit is cut off"),
+    "repeated_token_rate": Metric(
+        "share of a reply", "runs of four tokens that the reply had before", "steady: one that rises is a loop of words"
+    ),
     "entropy": Metric("nats a token", "how spread the policy's choice of a token is", "falls slowly, not to 0 at once"),
     "env_errors": Metric("episodes", "episodes that an error of the env ended; they are in no mean", "0"),
 }
@@ -83,13 +86,15 @@ GROUPS = {
         EPISODES | BOUNDS | BY_TAG | SERVER,
     ),
     "rollout": Group(
-        "Rollout", "Over the episodes that an iteration of stage=ppo collects, before it learns from them.", EPISODES
+        "Rollout",
+        "Over the episodes that an iteration of stage=ppo collects, before it learns from them.",
+        EPISODES | {"env_steps": Metric("turns", "turns played in training so far, this iteration's too")},
     ),
     "ppo": Group(
-        "PPO update",
-        "Means over all turns of an iteration's passes, unless said otherwise.",
+        "Update",
+        "Of every algorithm. Means over all turns of an iteration's passes, unless said otherwise.",
         {
-            "policy_loss": Metric("", "clipped surrogate loss of the policy", "near 0; its sign says little"),
+            "policy_loss": Metric("", "surrogate loss of the policy", "near 0; its sign says little"),
             "value_loss": Metric("reward²", "squared error of the critic's values, halved", "falls"),
             "entropy": Metric("nats a token", "entropy of the policy's tokens in the update", "falls slowly"),
             "approx_kl": Metric(
@@ -98,7 +103,10 @@ GROUPS = {
                 "below 0.05",
             ),
             "clip_fraction": Metric("share of turns", "turns whose ratio has left [1 - clip, 1 + clip]", "below 0.3"),
-            "kl_reference": Metric("nats a token", "k3 estimate of the KL to the policy that training started from"),
+            "kl_reference": Metric(
+                "nats a token", "estimate, by algo.kl, of the KL to the policy that training started from"
+            ),
+            "correction": Metric("ratio", "weight of algo.correction: old over sampled probability", "near 1"),
             "temperature": Metric("", "learned sampling temperature"),
             "turn_entropy_loss": Metric("nats²", "how far a turn's entropy is from algo.turn_entropy", "falls"),
             "ratio_at_start": Metric(
@@ -124,6 +132,9 @@ GROUPS = {
                 "0 or 1", "every reply was illegal, or no episode's rewards differed from another's", "0"
             ),
             "zero_advantage": Metric("share of turns", "turns that teach nothing: advantage 0", "below 0.9"),
+            "kept": Metric("episodes", "episodes that algo.filters let through", "stage.episodes"),
+            "group_std": Metric("reward", "standard deviation of returns within a group, a mean", "above 0"),
+            "varied_groups": Metric("share of groups", "groups whose members differ in their return", "above 0.2"),
         },
     ),
     "novelty": Group(

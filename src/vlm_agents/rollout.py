@@ -66,7 +66,6 @@ def collect(
     policy: Policy,
     deals: Sequence[Deal],
     *,
-    invalid_penalty: float,
     run_seed: int,
     advice: Advising | None = None,
 ) -> Iterator[Trajectory]:
@@ -75,15 +74,15 @@ def collect(
     All active slots take each turn together; a slot whose episode ends takes the next deal. An episode's start hangs
     on its seed alone, its randomness on (run_seed, seed, member), so neither the number of slots nor the other episodes
     decide its outcome (but for the rounding of a model that sees other batches). Equal deals give equal episodes.
-    A reply without a legal action costs `invalid_penalty`, as the bonus `invalid`. A prompt that a model can't take
-    ends its episode. `advice`: where less of the expert's is wanted than `envs` was opened for.
+    A prompt that a model can't take ends its episode. `advice`: where less of the expert's is wanted than `envs` was
+    opened for.
     """
     waiting = deque(_Episode(deal, np.random.default_rng([run_seed, *deal])) for deal in deals)
     unyielded = waiting.copy()
     active: dict[int, _Episode] = {}
     while unyielded:
         _refill(envs, active, waiting, advice)
-        _play_turn(envs, active, policy, invalid_penalty)
+        _play_turn(envs, active, policy)
         _settle(envs, active, policy)
         while unyielded and (result := unyielded[0].result) is not None:
             unyielded.popleft()
@@ -103,7 +102,7 @@ def _refill(envs: EnvPool, active: dict[int, _Episode], waiting: deque[_Episode]
     active |= starting
 
 
-def _play_turn(envs: EnvPool, active: dict[int, _Episode], policy: Policy, invalid_penalty: float) -> None:
+def _play_turn(envs: EnvPool, active: dict[int, _Episode], policy: Policy) -> None:
     """Ask, read and play one turn of every episode that could be started."""
     queries = _queries(active, [slot for slot in active if not active[slot].over], envs.instructions, policy.format)
     if not queries:
@@ -119,8 +118,7 @@ def _play_turn(envs: EnvPool, active: dict[int, _Episode], policy: Policy, inval
         if isinstance(step, EnvError):
             episode.fail(envs.name, step)
             continue
-        bonuses = {"invalid": -invalid_penalty} if parsed.action is None and invalid_penalty else {}
-        episode.turns.append(Turn(query.observation, query.prompt, reply, parsed, step, bonuses=bonuses))
+        episode.turns.append(Turn(query.observation, query.prompt, reply, parsed, step))
         episode.now = step.observation
 
 

@@ -13,6 +13,7 @@ from vlm_agents.errors import TrainingError
 from vlm_agents.metrics import EPISODES
 from vlm_agents.types import Trajectory, Turn
 
+GRAM = 4  # tokens: a shorter run comes back in sound text too
 TAG_VALUES = 16  # of a tag; one with more of them names each episode rather than kinds of them
 
 
@@ -60,6 +61,7 @@ def _figures(trajectory: Trajectory) -> dict[str, list[float]]:
         "random_rate": [turn.reply.source == "random" for turn in turns],
         "truncated_rate": [turn.reply.finish == "length" for turn in turns],
         "reply_tokens": [len(reply.token_ids) for reply in sampled],
+        "repeated_token_rate": [repeated(reply.token_ids) for reply in sampled],
         "entropy": [reply.entropy for reply in sampled if reply.entropy is not None],
     }
 
@@ -73,6 +75,12 @@ def _repeats(turns: Sequence[Turn]) -> list[float]:
         repeats.append(deed in done)
         done.add(deed)
     return repeats
+
+
+def repeated(token_ids: Sequence[int]) -> float:
+    """Share of a reply's runs of GRAM tokens that it had before."""
+    runs = [tuple(token_ids[start : start + GRAM]) for start in range(len(token_ids) - GRAM + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 class Tags:

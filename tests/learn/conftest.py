@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vlm_agents.learn.credit import gae_by_turn, normalised
-from vlm_agents.learn.samples import Sample, build
+from vlm_agents.learn.credit import Gae, normalised, sampled_values
+from vlm_agents.learn.samples import Sample, build, credited
 from vlm_agents.pictures import Picture
 from vlm_agents.tensors import Row, Scores
 from vlm_agents.types import Message, Observation, Parsed, Reply, Step, Stop, Trajectory, Turn
@@ -128,11 +128,12 @@ def make_samples(renderer: Any, make_turn: Callable[..., Turn], make_episode: Ca
         for seed, length in enumerate(lengths):
             ids = rng.integers(2, 12, length).tolist()
             episodes.append(make_episode(make_turn(ids[:2], ids[2:], reward=rng.normal()), seed=seed))
-        credit = normalised(gae_by_turn(episodes, gamma=0.99, lam=0.95))
+        credit = normalised(Gae(gamma=0.99, lam=0.95)(episodes, sampled_values(episodes), 0.0))
         with torch.no_grad():
             return [
-                replace(sample, old=agent.score([sample.row]).logprobs.numpy())
-                for sample in build(episodes, credit, renderer, thought_coef=0.5)
+                replace(sample, old=logprobs, behaviour=logprobs)
+                for sample in credited(build(episodes, renderer, thought_coef=0.5), episodes, credit)
+                for logprobs in [agent.score([sample.row]).logprobs.numpy()]
             ]
 
     return make

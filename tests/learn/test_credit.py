@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vlm_agents.errors import TrainingError
-from vlm_agents.learn.credit import Credit, explained_variance, figures, gae, gae_by_turn, normalise, normalised
+from vlm_agents.learn.credit import Credit, Gae, explained_variance, figures, gae, normalise, normalised, sampled_values
 from vlm_agents.types import Trajectory, Turn
 
 MakeTurn = Callable[..., Turn]
@@ -59,22 +59,21 @@ def test_explained_variance():
 def test_advantages_are_normalised_over_all_turns_and_returns_are_not(make_turn: MakeTurn, make_episode: MakeEpisode):
     ended = make_episode(make_turn([2], [9], 0.0, 0.5), make_turn([3], [9], 1.0, 0.6))
     cut = make_episode(make_turn([4], [9], 0.0, 0.7), stop="time_limit", bootstrap=0.5)
-    credit = normalised(gae_by_turn([ended, cut], gamma=0.9, lam=0.8))
+    credit = normalised(Gae(gamma=0.9, lam=0.8)([ended, cut], sampled_values([ended, cut]), 0.0))
     # A: 0.9*0.6 - 0.5 + 0.72*0.4 = 0.328;  1 - 0.6 = 0.4;  0.9*0.5 - 0.7 = -0.25
     # mean 0.159333, deviations 0.168667, 0.240667, -0.409333, standard deviation sqrt(0.2539227 / 3) = 0.290931
     np.testing.assert_allclose(credit[0].advantages, [0.579748, 0.827229], rtol=1e-5)
     np.testing.assert_allclose(credit[1].advantages, [-1.406977], rtol=1e-5)
-    np.testing.assert_allclose(credit[0].returns, [0.828, 1.0], rtol=1e-6)
-    np.testing.assert_allclose(credit[1].returns, [0.45], rtol=1e-6)
-    np.testing.assert_allclose(np.concatenate([one.values for one in credit]), [0.5, 0.6, 0.7])
-    arrays = [array for one in credit for array in (one.advantages, one.returns, one.values)]
-    assert {array.dtype for array in arrays} == {np.dtype(np.float32)}
+    returns, values = ([getattr(one, name) for one in credit] for name in ("returns", "values"))
+    np.testing.assert_allclose(np.concatenate(returns), [0.828, 1.0, 0.45], rtol=1e-6)
+    np.testing.assert_allclose(np.concatenate(values), [0.5, 0.6, 0.7])
+    assert {array.dtype for array in [credit[0].advantages, *returns, *values]} == {np.dtype(np.float32)}
 
 
 def test_replies_that_no_model_of_ours_sampled_are_refused(make_turn: MakeTurn, make_episode: MakeEpisode):
     episode = make_episode(make_turn([2], [9]), make_turn([2], [9], value=None), seed=3)
     with pytest.raises(TrainingError, match=r"words/seed 3: .* no value"):
-        gae_by_turn([episode], gamma=0.9, lam=0.8)
+        sampled_values([episode])
 
 
 def test_figures_of_the_rollout():
@@ -82,7 +81,7 @@ def test_figures_of_the_rollout():
     credit = [Credit(np.full(2, 9.0), returns[part], values[part]) for part in (slice(2), slice(2, 4))]
     # raw advantages 0, 2, 0, 0 have variance 0.75; returns 0, 2, 1, 5 have variance 3.5; the normalised don't count
     assert figures(credit) == {
-        "ppo/explained_variance": pytest.approx(1 - 0.75 / 3.5),
-        "ppo/advantage_std": pytest.approx(0.75**0.5),
-        "ppo/zero_advantage": 0.75,
+        "explained_variance": pytest.approx(1 - 0.75 / 3.5),
+        "advantage_std": pytest.approx(0.75**0.5),
+        "zero_advantage": 0.75,
     }

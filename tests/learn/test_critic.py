@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vlm_agents.learn.critic import Critic
+from vlm_agents.learn.engine import TorchEngine
 from vlm_agents.learn.samples import Sample, Targets, to_targets
 from vlm_agents.tensors import Scores
 
@@ -19,7 +20,26 @@ RETURNS = torch.tensor([1.0, 1.0, 5.0, 9.0, 9.0, 9.0])
 def targets() -> Targets:
     turn, nothing = torch.tensor([0, 0, 1, 2, 2, 2]), torch.zeros(6)
     first = torch.tensor([0, 2, 3])
-    return Targets(nothing, nothing, nothing, RETURNS, None, nothing, turn, torch.zeros_like(turn), first)
+    return Targets(nothing, nothing, nothing, nothing, RETURNS, None, nothing, turn, torch.zeros_like(turn), first)
+
+
+class Steps:
+    """An engine that keeps the losses that it is given, and moves nothing."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def backward(self, loss: Tensor) -> None:
+        self.losses.append(loss.item())
+
+    def step(self, lr: float) -> float:
+        return lr
+
+
+def critic_of(
+    value: Callable[[Tensor], Tensor], epochs: int = 1, turns: int = 8, warmup: int = 0, by_token: bool = False
+) -> Critic:
+    return Critic(value, cast(TorchEngine, Steps()), lambda _: 0.5, 1.0, epochs, turns, warmup, by_token)
 
 
 def scores(states: Tensor = STATES) -> Scores:
@@ -31,7 +51,7 @@ def twice(states: Tensor) -> Tensor:
 
 
 def test_it_reads_the_state_before_each_turn(targets: Targets):
-    read = Critic(twice, epochs=1, minibatch_turns=8, warmup=0).read(scores(STATES.clone().requires_grad_()), targets)
+    read = critic_of(twice).read(scores(STATES.clone().requires_grad_()), targets)
     assert read.states.tolist() == [[0.0], [2.0], [3.0]]
     assert read.returns.tolist() == [1.0, 5.0, 9.0]
     assert not read.states.requires_grad
@@ -39,7 +59,7 @@ def test_it_reads_the_state_before_each_turn(targets: Targets):
 
 def test_its_term_is_a_turns_squared_error_and_reaches_whom_the_head_lets_it(targets: Targets):
     states = STATES.clone().requires_grad_()
-    term = Critic(twice, epochs=1, minibatch_turns=8, warmup=0).term(scores(states), targets)
+    term = critic_of(twice).term(scores(states), targets)
     # values 0, 4, 6: 0.5 * 1^2, 0.5 * 1^2, 0.5 * 3^2, for each token of the turn
     assert term.loss.tolist() == [0.5, 0.5, 0.5, 4.5, 4.5, 4.5]
     assert list(term.seen) == ["value_loss"]
@@ -51,7 +71,7 @@ def test_its_term_is_a_turns_squared_error_and_reaches_whom_the_head_lets_it(tar
 
 
 def test_it_warms_up_in_its_first_iterations():
-    critic = Critic(twice, epochs=1, minibatch_turns=8, warmup=2)
+    critic = critic_of(twice, warmup=2)
     assert [critic.warming(iteration) for iteration in range(4)] == [True, True, False, False]
 
 
@@ -62,19 +82,21 @@ def test_each_epoch_goes_over_each_turn_once_in_even_parts(
     turns: int,
     sizes: list[int],
 ):
-    agent, seen, losses = tiny_agent(), [], []
+    agent, seen = tiny_agent(), []
 
     def value(states: Tensor) -> Tensor:
         seen.append(states.tolist())
         return agent.value(states)
 
-    critic = Critic(value, epochs=2, minibatch_turns=turns, warmup=0)
+    critic = critic_of(value, 2, turns)
     read = []
     for part in (make_samples(agent, range(4, 10)), make_samples(agent, range(10, 14))):
         rows = [sample.row for sample in part]
         targets = to_targets(part, [sample.old for sample in part], torch.device("cpu"))
         read.append(critic.read(agent.score(rows), targets))
-    critic.fit(read, lambda loss: losses.append(loss.item()), np.random.default_rng(0))
+    norms = list(critic.fit(read, 3, np.random.default_rng(0)))
+    losses = cast(Steps, critic.engine).losses
+    assert norms == [0.5] * len(losses)
     everything = sorted(state for part in read for state in part.states.tolist())
     assert [len(part) for part in seen] == 2 * sizes
     epochs = [[state for part in seen[start : start + len(sizes)] for state in part] for start in (0, len(sizes))]
@@ -87,6 +109,15 @@ def test_each_epoch_goes_over_each_turn_once_in_even_parts(
 
 
 def test_without_epochs_it_takes_no_step(targets: Targets):
-    critic, steps = Critic(twice, epochs=0, minibatch_turns=8, warmup=0), []
-    critic.fit([critic.read(scores(), targets)], steps.append, np.random.default_rng(0))
-    assert steps == []
+    critic = critic_of(twice, epochs=0)
+    assert list(critic.fit([critic.read(scores(), targets)], 0, np.random.default_rng(0))) == []
+
+
+def test_by_token_it_reads_the_state_before_each_token(targets: Targets):
+    critic = critic_of(twice, by_token=True)
+    read = critic.read(scores(), targets)
+    assert read.states.squeeze(-1).tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    assert read.returns.tolist() == RETURNS.tolist()
+    assert read.turns == 3
+    # 0.5 * (0 - 1)^2, (2 - 1)^2, (4 - 5)^2, (6 - 9)^2, (8 - 9)^2, (10 - 9)^2
+    assert critic.term(scores(), targets).loss.tolist() == [0.5, 0.5, 0.5, 4.5, 0.5, 0.5]

@@ -11,8 +11,11 @@ import torch
 
 from vlm_agents.config import AlgoConfig
 from vlm_agents.errors import TrainingError
+from vlm_agents.learn.algorithm import make_algorithm
+from vlm_agents.learn.critic import Critic
 from vlm_agents.learn.learner import Learner
 from vlm_agents.learn.samples import Sample
+from vlm_agents.learn.update import PREFIX
 from vlm_agents.tensors import Renderer, reply_row
 from vlm_agents.types import Trajectory, Turn
 
@@ -32,12 +35,15 @@ def make_learner(
     **changes: Any,
 ) -> Learner:
     plain = {"lr": 1e-2, "epochs": 1, "minibatch_turns": 1000, "value_warmup": 0, "value_epochs": 0}
-    return Learner(agent, renderer, AlgoConfig(name="ppo", **plain | changes), iterations, tokens, shapers)
+    plain["max_mismatch_kl"] = None  # what episodes by hand say of log-probs is made up
+    algo = AlgoConfig(name="ppo", **plain | changes)
+    return Learner(agent, renderer, make_algorithm(algo, 64, tempered=False), algo, iterations, tokens, shapers)
 
 
 def update(learner: Learner, samples: Sequence[Sample]) -> dict[str, float]:
     """What `learn` does with the samples that it made."""
-    return learner._update(samples, np.random.default_rng(0))
+    metrics = learner._update(samples, np.random.default_rng(0))
+    return {f"{PREFIX}{name}": value for name, value in metrics.items()}
 
 
 def run(
@@ -48,7 +54,7 @@ def run(
 
 def learn(learner: Learner, episodes: Sequence[Trajectory], seed: int = 0) -> dict[str, float]:
     shaped, told = learner.shape(episodes)
-    return told | learner.learn(shaped, np.random.default_rng(seed))
+    return told | learner.learn(shaped, len(shaped), np.random.default_rng(seed))
 
 
 def state_of(agent: Any) -> dict[str, torch.Tensor]:
@@ -113,7 +119,7 @@ def test_what_an_inexact_model_scores_takes_the_place_of_what_was_sampled(
     samples = make_samples(agent, [6] * 8)
     for index, off in ((2, 0.1), (5, 0.3)):  # as if sampled with a probability e^off times too large
         shift = np.array([off, 0, 0, 0], dtype=np.float32)
-        samples[index] = replace(samples[index], old=samples[index].old + shift)
+        samples[index] = replace(samples[index], behaviour=samples[index].behaviour + shift)
     metrics = run(agent, renderer, samples, tokens=40, epochs=2, minibatch_turns=4, kl_coef=0.1)
     assert metrics["ppo/ratio_at_start"] == pytest.approx(1.0, abs=1e-6)
     # k3(-0.1) = e^-0.1 - 1 + 0.1 = 0.0048374, k3(-0.3) = 0.0408182, and six turns of 0
@@ -203,12 +209,26 @@ def test_each_turn_is_gone_over_as_often_as_value_epochs_says(
 ):
     agent = tiny_agent()
     learner = make_learner(agent, renderer, epochs=3, minibatch_turns=4, value_epochs=5)
-    steps = {role: spied(engine) for role, engine in learner.engines.items()}
+    steps = {role: spied(engine) for role, engine in engines_of(learner).items()}
     update(learner, make_samples(agent, [6] * 8))
     # 3 epochs of 2 mini-batches, then 5 of the head alone
     assert {role: len(norms) for role, norms in steps.items()} == {"policy": 6, "value": 6 + 10}
     assert all(norm > 0 for norm in steps["value"])
     assert steps["policy"][0] > 0
+
+
+def critic_of(learner: Learner) -> Critic:
+    assert learner.critic is not None
+    return learner.critic
+
+
+def engines_of(learner: Learner) -> dict[str, Any]:
+    return {**learner.engines, "value": critic_of(learner).engine}
+
+
+def rates_of(learner: Learner) -> list[float]:
+    """Of policy and critic, in this iteration."""
+    return [learner.rate("policy"), critic_of(learner).rate(learner.iteration)]
 
 
 def spied(engine: Any) -> list[float]:
@@ -287,13 +307,13 @@ def test_each_role_has_its_learning_rate_and_iterations_move_both(tiny_agent: An
     )
     episodes = play(agent, [6] * 8)
     by_step = []
-    for engine in learner.engines.values():
+    for engine in engines_of(learner).values():
         step = engine.step
         engine.step = lambda lr, step=step: by_step.append(lr) or step(lr)  # type: ignore[method-assign]
     assert learn(learner, episodes)["ppo/lr"] == 0.1
     assert sorted(set(by_step)) == [0.01, 0.1]  # whatever the number of steps
     assert learn(learner, episodes)["ppo/lr"] == pytest.approx(0.01)
-    assert [learner.rate(role) for role in ("policy", "value")] == pytest.approx([0.01, 0.001])
+    assert rates_of(learner) == pytest.approx([0.01, 0.001])
 
 
 def test_the_first_step_of_a_role_is_its_learning_rate(tiny_agent: Any, renderer: Renderer, play: Play):
@@ -314,7 +334,7 @@ def test_each_role_is_clipped_apart(tiny_agent: Any, renderer: Renderer, make_sa
     norms = {role: metrics[f"ppo/{role}_grad_norm"] for role in ("policy", "value")}
     assert norms["value"] > 20
     assert 0.1 < norms["policy"] < 2
-    for role, engine in learner.engines.items():
+    for role, engine in engines_of(learner).items():
         means = [engine.optimizer.state[parameter]["exp_avg"].flatten() for parameter in engine.parameters]
         # Adam's mean takes a tenth of the gradient
         assert torch.cat(means).norm().item() == pytest.approx(0.1 * min(norms[role], 2.0), rel=1e-5)
@@ -325,8 +345,8 @@ def test_the_schedule_of_the_policy_begins_after_the_critics_warm_up(tiny_agent:
     rates, alone = [], []
     for iteration in range(4):
         learner.iteration = iteration
-        rates.append([learner.rate(role) for role in ("policy", "value")])
-        alone.append(learner.critic.warming(iteration))
+        rates.append(rates_of(learner))
+        alone.append(learner.warming)
     assert alone == [True, False, False, False]
     # 0.1 + 0.45 * (1 + cos(pi * progress)), the policy's of 0, 1/2, 1 in iterations 2 to 4, the critic's of 0 to 3/3
     assert rates == [pytest.approx(both) for both in ([0.0, 1.0], [0.1, 0.775], [0.055, 0.325], [0.01, 0.1])]
@@ -334,7 +354,7 @@ def test_the_schedule_of_the_policy_begins_after_the_critics_warm_up(tiny_agent:
 
 def test_the_only_iteration_is_no_warm_up(tiny_agent: Any, renderer: Renderer):
     learner = make_learner(tiny_agent(), renderer, iterations=1, lr=0.1, value_warmup=1, value_epochs=1)
-    assert not learner.critic.warming(0)
+    assert not learner.warming
     assert learner.rate("policy") == 0.1
 
 
@@ -493,7 +513,7 @@ def test_ppo_solves_a_two_armed_bandit(
             make_episode(make_turn([0], [arm], reward, value, [logprobs[arm]]), seed=64 * iteration + index)
             for index, (arm, reward) in enumerate(zip(arms.tolist(), pays.tolist(), strict=True))
         ]
-        metrics = learner.learn(episodes, rng)
+        metrics = learner.learn(episodes, len(episodes), rng)
         assert metrics["ppo/ratio_at_start"] == pytest.approx(1.0, abs=1e-6)
     logprobs, value = look()
     assert np.exp(logprobs[1]) > 0.95

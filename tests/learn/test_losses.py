@@ -45,6 +45,7 @@ def make_targets(
     """In one row; `advantages` of each token."""
     nothing = torch.zeros(len(old))
     return Targets(
+        behaviour=old,
         old=old,
         emphasis=nothing + 1 if emphasis is None else torch.tensor(emphasis),
         advantages=nothing if advantages is None else torch.tensor(advantages),
@@ -162,7 +163,7 @@ def test_the_entropy_bonus_raises_entropy():
 def test_reference_kl_pulls_the_policy_to_the_reference():
     logprobs = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
     reference = torch.tensor([-1.5, -1.5, -0.5])
-    term = reference_kl(scores(logprobs), make_targets(logprobs.detach(), reference=reference))
+    term = reference_kl(k3)(scores(logprobs), make_targets(logprobs.detach(), reference=reference))
     # exp(-0.5) - 1 + 0.5 = 0.106531 and exp(0.5) - 1 - 0.5 = 0.148721; token 2 agrees with the reference
     torch.testing.assert_close(term.loss, torch.tensor([0.106531, 0.148721, 0.0]), rtol=1e-5, atol=1e-7)
     assert term.seen["kl_reference"].tolist() == term.loss.tolist()

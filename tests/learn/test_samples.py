@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from vlm_agents.errors import TrainingError
-from vlm_agents.learn.credit import gae_by_turn, normalised
-from vlm_agents.learn.samples import Sample, build, to_targets, token_emphasis, usable
+from vlm_agents.learn.credit import Gae, normalised, sampled_values
+from vlm_agents.learn.samples import Sample, build, credited, to_targets, token_emphasis, usable
 from vlm_agents.pictures import Picture
 from vlm_agents.tensors import Renderer
 from vlm_agents.types import Message, Parsed, Reply, Trajectory, Turn
@@ -19,8 +19,8 @@ RED, BLUE = (Picture(Image.new("RGB", (2, 2), colour)) for colour in ("red", "bl
 
 
 def samples_of(episodes: Sequence[Trajectory], renderer: Renderer) -> list[Sample]:
-    credit = normalised(gae_by_turn(episodes, gamma=0.9, lam=0.8))
-    return build(episodes, credit, renderer, thought_coef=0.5)
+    credit = normalised(Gae(gamma=0.9, lam=0.8)(episodes, sampled_values(episodes), 0.0))
+    return credited(build(episodes, renderer, thought_coef=0.5), episodes, credit)
 
 
 # ---- emphasis --------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from vlm_agents.config import RunConfig
 from vlm_agents.learn.signal import METRIC, figures
 from vlm_agents.pictures import Picture
 from vlm_agents.stages import collect
-from vlm_agents.stages.watch import Watch, conclude
+from vlm_agents.stages.watch import NOTHING, Watch, conclude
 from vlm_agents.types import Observation, Parsed, Reply, Step, Trajectory, Turn
 
 SEEN = Observation("", (Picture(Image.fromarray(np.zeros((2, 2, 3), dtype=np.uint8))),))
@@ -60,19 +60,19 @@ def test_it_is_said_once_after_two_iterations_with_what_to_do(
     bad = [episode([-0.1, -0.1], [False] * 2)]
     said = []
     for iteration, lacks in enumerate([1.0, 0.0, 1.0, 1.0, 1.0, 1.0]):
-        watch.look(iteration, {METRIC: lacks}, bad)
+        watch.look(iteration, {NOTHING: lacks}, bad)
         said.append(capsys.readouterr().err)
     assert [bool(text) for text in said] == [False, False, False, True, False, False]
     assert said[3].startswith("nothing to learn from: every reply is illegal, such as 'xyz' (no action).")
     assert "stage=sft first" in said[3]
     resumed = Watch(watch.cfg, 9, watch.lacked, watch.told)  # as a checkpoint has it
-    resumed.look(6, {METRIC: 1.0}, bad)
+    resumed.look(6, {NOTHING: 1.0}, bad)
     assert capsys.readouterr().err == ""
-    conclude(watch.cfg, {METRIC: 1.0})
+    conclude(watch.cfg, {NOTHING: 1.0})
     assert "nothing to learn from" in capsys.readouterr().err
-    conclude(watch.cfg, {METRIC: 0.0, "eval/invalid_rate": 0.8})
+    conclude(watch.cfg, {NOTHING: 0.0, "eval/invalid_rate": 0.8})
     assert "no agent yet: 80% of its replies hold no legal action. What helps: train with" in capsys.readouterr().err
-    conclude(watch.cfg, {METRIC: 0.0})
+    conclude(watch.cfg, {NOTHING: 0.0})
     assert capsys.readouterr().err == ""
 
 
@@ -84,7 +84,7 @@ def test_the_remedy_is_that_of_the_lack(compose_run: Callable[..., RunConfig], c
         ([episode([1], success=True), episode([1], success=True)], 0.1, "a harder env"),
     ):
         watch = Watch(replace(cfg, env=replace(cfg.env, invalid_penalty=penalty)), iterations=1)
-        watch.look(0, figures(episodes, gamma=0.9), episodes)
+        watch.look(0, {NOTHING: figures(episodes, gamma=0.9)[METRIC]}, episodes)
         assert words in capsys.readouterr().err
 
 
@@ -102,13 +102,13 @@ def test_settings_that_say_what_success_is_may_be_why_there_is_none(
     ):
         cfg = compose_run("stage=ppo", *env, *words)
         tell = f"another env.success or env.success_return, for success is now a game that terminates with {rule}"
-        Watch(cfg, iterations=1).look(0, {METRIC: 1.0}, [episode([-1]), episode([-1])])
+        Watch(cfg, iterations=1).look(0, {NOTHING: 1.0}, [episode([-1]), episode([-1])])
         assert tell in capsys.readouterr().err
         conclude(cfg, panel)
         assert tell in capsys.readouterr().err
         collect.tell(cfg, played, 4, tmp_path)
         assert f"an easier env, or {tell}" in capsys.readouterr().err
-        Watch(cfg, iterations=1).look(0, {METRIC: 1.0}, [episode([1], success=True), episode([-1])])
+        Watch(cfg, iterations=1).look(0, {NOTHING: 1.0}, [episode([1], success=True), episode([-1])])
         assert "env.success" not in capsys.readouterr().err
 
 
@@ -120,7 +120,7 @@ def test_weights_that_were_cloned_need_more_of_that(
     (tmp_path / "sft/config.yaml").write_text("stage: {name: sft}")
     cfg = compose_run("stage=ppo", f"stage.init={tmp_path / 'sft/model'}")
     for episodes in ([episode([-0.1], [False])], [episode([0, 0]), episode([0, 0])]):
-        Watch(cfg, iterations=1).look(0, {METRIC: 1.0}, episodes)
+        Watch(cfg, iterations=1).look(0, {NOTHING: 1.0}, episodes)
         said = capsys.readouterr().err
         assert "more demonstrations (stage=collect stage.episodes=) and more steps (stage.epochs=) than " in said
         assert "sft first" not in said

@@ -11,6 +11,7 @@ from bitsandbytes.nn.modules import Linear4bit
 from torch.profiler import ProfilerActivity, profile
 
 from vlm_agents.config import AlgoConfig, HardwareConfig, LoraConfig, ModelConfig, RunConfig, TrainableConfig
+from vlm_agents.learn.algorithm import make_algorithm
 from vlm_agents.learn.learner import Learner
 from vlm_agents.learn.samples import Sample
 from vlm_agents.learn.update import go_through
@@ -89,7 +90,9 @@ def test_the_optimizer_holds_what_was_said(tiny_folder: Any, lora: LoraConfig | 
     )
     said = estimate(blueprint(cfg, hardware), WORK, "cpu")
     agent = load_agent(cfg, hardware)
-    engines = Learner(agent, agent.renderer, AlgoConfig("ppo"), 1, WORK.microbatch).engines.values()
+    learner = learner_of(agent, WORK.microbatch)
+    assert learner.critic is not None
+    engines = [*learner.engines.values(), learner.critic.engine]
     parameters = [parameter for role in agent.parameters_by_role().values() for parameter in role]
     torch.stack([parameter.sum() for parameter in parameters]).sum().backward()
     assert said.gradients == sum(p.grad.nbytes for p in parameters if p.grad is not None)
@@ -120,7 +123,7 @@ def test_the_measured_peak_of_an_update(
     agent = load_agent(cfg, CPU)
     samples = [ready(make_row(agent, chats[3], list(range(30, 62))), first) for first in range(10, 34)]
     length = len(samples[0])
-    learner = Learner(agent, agent.renderer, AlgoConfig("ppo"), 1, len(samples) * length)
+    learner = learner_of(agent, len(samples) * length)
 
     def learn() -> None:
         tokens = learner.tokens_per_microbatch
@@ -134,12 +137,17 @@ def test_the_measured_peak_of_an_update(
     assert measured < said.activations + said.logits < 1.5 * measured
 
 
+def learner_of(agent: Agent, tokens: int) -> Learner:
+    algo = AlgoConfig("ppo")
+    return Learner(agent, agent.renderer, make_algorithm(algo, 32, tempered=False), algo, 1, tokens)
+
+
 def ready(row: Row, first: int) -> Sample:
     """A row to learn from. The first token is its own, so that it shares no prefix with the others."""
     ids = row.input_ids.copy()
     ids[0] = first
     ones = np.ones(sum(row.reply_lengths), dtype=np.float32)
-    return Sample(replace(row, input_ids=ids), -ones, emphasis=ones, advantages=ones, returns=ones)
+    return Sample(replace(row, input_ids=ids), -ones, emphasis=ones, advantages=ones, returns=ones, old=-ones)
 
 
 def peak_of(work: Callable[[], None]) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vlm_agents.config import AlgoConfig, HardwareConfig, LoraConfig, ModelConfig, TrainableConfig, conf_dir
 from vlm_agents.errors import ModelError
+from vlm_agents.learn.algorithm import make_algorithm
 from vlm_agents.learn.learner import Learner
 from vlm_agents.learn.samples import Sample
 from vlm_agents.models import Agent, HFSampler, load_agent
@@ -59,7 +60,7 @@ def to_learn_from(row: Row, logprobs: Sequence[float] | None = None, return_: fl
     """A row whose replies were good, and were as likely as `logprobs` says."""
     ones = np.ones(sum(row.reply_lengths), np.float32)
     old = -6 * ones if logprobs is None else np.array(logprobs, np.float32)
-    return Sample(row, old, emphasis=ones, advantages=ones, returns=return_ * ones)
+    return Sample(row, old, emphasis=ones, advantages=ones, returns=return_ * ones, old=old)
 
 
 def score(agent: Agent, rows: list[Row]) -> Scores:
@@ -69,7 +70,8 @@ def score(agent: Agent, rows: list[Row]) -> Scores:
 
 def learn(agent: Agent, samples: list[Sample], tokens: int = 10_000) -> dict[str, float]:
     """One update of PPO."""
-    return Learner(agent, agent.renderer, ALGO, 1, tokens)._update(samples, np.random.default_rng(0))
+    learner = Learner(agent, agent.renderer, make_algorithm(ALGO, 96, tempered=False), ALGO, 1, tokens)
+    return learner._update(samples, np.random.default_rng(0))
 
 
 # ---- what is trained is what was sampled -----------------------------------------------------------------------------

@@ -125,7 +125,7 @@ def test_the_policy_does_not_notice(agent: Agent):
     assert all(".temporal." in name for name in moved)
     assert {name for name, parameter in agent.named_parameters() if parameter.requires_grad} == trained
     assert not any(".temporal." in name or ".visual." in name for name in trained)
-    assert len(novelty.parameters) == sum(".temporal." in name for name in before)
+    assert len(novelty.engine.parameters) == sum(".temporal." in name for name in before)
 
 
 def test_it_is_saved_with_the_agent(agent: Agent, tiny_model: Path, tmp_path: Path):

@@ -39,6 +39,11 @@ class EnvConfig(Part, place="env"):
     )
 
     @property
+    def one_turn(self) -> bool:
+        """Does every episode end with its first turn?"""
+        return self.max_steps == 1
+
+    @property
     def success_remedy(self) -> str:
         """What of the settings may help where no episode succeeds, because they say what success is; empty: none."""
         return ""
@@ -55,6 +60,10 @@ class EchoConfig(EnvConfig):
     id: str = "vlm_agents/Echo-v0"
     colors: int = setting(4, "how many colours there are", low=2, high=8)
     turns: int = setting(3, "colours that make an episode", low=1)
+
+    @property
+    def one_turn(self) -> bool:
+        return self.turns == 1 or super().one_turn
 
 
 @dataclass

@@ -49,6 +49,7 @@ class Setting:
     reason: str = ""  # added to what a refused value is told
     bring_in: str = ""  # of a part that is off by default: how to have it
     may_change: bool = False  # a resumed run may have it different, as it changes nothing in what the run does
+    only: tuple[str, tuple[str, ...]] | None = None  # (another setting of the part, what that is where this is read)
 
     def check(self, name: str, value: Any) -> None:
         """ConfigError, which calls the setting `name`, for a value that the rules don't allow."""
@@ -95,6 +96,18 @@ class Part:
             value = getattr(self, name)
             if value is not None and value != MISSING:
                 rules.check(dotted(type(self), name), value)
+        for name, (declared, rules) in settings_of(type(self)).items():
+            if rules.only and getattr(self, name) != declared.default:
+                self._refuse_unread(name, *rules.only)
+
+    def _refuse_unread(self, name: str, other: str, readers: tuple[str, ...]) -> None:
+        """ConfigError where the `other` setting is none of the `readers`: what was set would change nothing."""
+        chosen = getattr(self, other)
+        if not set(readers) & set(chosen if isinstance(chosen, list) else [chosen]):
+            raise ConfigError(
+                f"{dotted(type(self), name)}={getattr(self, name)} is read with {dotted(type(self), other)}="
+                f"{' or '.join(readers)} alone, and that is {chosen}: leave the one out, or change the other"
+            )
 
     def check(self, run: "RunConfig") -> None:
         """ConfigError where the rest of the run doesn't go with this part. Called once the run is whole."""

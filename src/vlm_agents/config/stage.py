@@ -112,7 +112,13 @@ class PpoConfig(StageConfig):
     name: str = "ppo"
     init: str | None = setting(AUTO, WEIGHTS)
     iterations: int = setting(16, "rounds of playing and learning", low=1)
-    episodes: int = setting(64, "whole episodes collected per iteration", low=1)
+    episodes: int = setting(64, "whole episodes learned from per iteration", low=1)
+    env_steps: int | None = setting(
+        None, "turns played in training after which it ends, though iterations are left; null: no such bound", low=1
+    )
+    stop_on_collapse: bool = setting(
+        False, "end a training that collapses, and keep the last checkpoint from before that; else it is told alone"
+    )
     num_envs: int = setting(64, "episodes played at the same time", low=1)
     eval_episodes: int = setting(200, "size of the held-out panel played before and after; 0: no evaluation", low=0)
     eval_every: int = setting(0, "iterations between evaluations on the panel; 0: only before and after", low=0)
@@ -122,7 +128,12 @@ class PpoConfig(StageConfig):
     def check(self, run: "RunConfig") -> None:
         if run.algo is None:
             raise ConfigError("stage=ppo needs an algo: add algo=ppo")
-        if run.algo.value_warmup >= self.iterations > 1:
+        if self.episodes % run.algo.group_size:
+            raise ConfigError(
+                f"stage.episodes={self.episodes} are no whole groups of algo.group_size={run.algo.group_size}: have a "
+                "multiple of it"
+            )
+        if run.algo.valued and run.algo.value_warmup >= self.iterations > 1:
             raise ConfigError(
                 f"algo.value_warmup={run.algo.value_warmup} leaves the policy none of "
                 f"stage.iterations={self.iterations}: have fewer of the one or more of the other"

@@ -5,22 +5,21 @@ from typing import TypeVar
 
 import numpy as np
 
-from vlm_agents.learn.samples import Sample
-
 Part = TypeVar("Part", bound=Sized)
 
 
-def minibatches(samples: Sequence[Sample], turns: int, rng: np.random.Generator) -> list[list[Sample]]:
-    """Shuffled samples in mini-batches of about `turns` turns, as even as rows allow.
+def minibatches(lengths: Sequence[int], turns: int, rng: np.random.Generator) -> list[list[int]]:
+    """Which samples go together: the shuffled indices of rows of these lengths, in turns, in mini-batches of about
+    `turns` turns, as even as rows allow.
 
     Even, because a left-over of two turns would move the weights as far as a full mini-batch does.
     """
-    shuffled = [samples[index] for index in rng.permutation(len(samples))]
-    lengths = np.array([len(sample.row.spans) for sample in shuffled])
-    number = max(1, round(lengths.sum() / turns))
-    middles = lengths.cumsum() - lengths / 2  # a sample goes where the middle of its turns falls
-    places = (middles * number / lengths.sum()).astype(int)
-    return [[one for one, at in zip(shuffled, places, strict=True) if at == place] for place in np.unique(places)]
+    order = rng.permutation(len(lengths))
+    shuffled = np.asarray(lengths)[order]
+    number = max(1, round(shuffled.sum() / turns))
+    middles = shuffled.cumsum() - shuffled / 2  # a sample goes where the middle of its turns falls
+    places = (middles * number / shuffled.sum()).astype(int)
+    return [order[places == place].tolist() for place in np.unique(places)]
 
 
 def microbatches(parts: Sequence[Part], max_tokens: int) -> list[list[Part]]:

@@ -1,62 +1,89 @@
-"""Credit: how much better or worse than expected what came after a turn was. Plain numpy; knows no model, no torch."""
+"""Credit: how much better or worse than expected what came after a turn, or a token, was.
 
-from collections.abc import Sequence
+Plain numpy; knows no model, no torch. The estimators are functions of arrays; a rule applies one to episodes.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 import numpy as np
 
 from vlm_agents.errors import TrainingError
+from vlm_agents.learn.groups import TOLERANCE
+from vlm_agents.ratings import quality
 from vlm_agents.types import Trajectory
+
+Reads = Literal["nothing", "turns", "tokens"]
 
 
 @dataclass(frozen=True, slots=True)
 class Credit:
-    """Of one episode of L turns, [L] each: what its turns are worth to the policy, and what a critic should expect."""
+    """Of one episode, [n] each: n is its number of turns, or of its reply tokens where a rule tells those apart."""
 
     advantages: np.ndarray
-    returns: np.ndarray
-    values: np.ndarray  # what the critic did expect
+    returns: np.ndarray | None = None  # what a critic should expect
+    values: np.ndarray | None = None  # what it did expect
 
 
-def gae_by_turn(episodes: Sequence[Trajectory], gamma: float, lam: float) -> list[Credit]:
-    """Generalised advantage estimation over the turns of each episode. TrainingError where a reply has no value."""
-    credit = []
-    for episode in episodes:
-        values = [turn.reply.value for turn in episode.turns if turn.reply.value is not None]
-        if len(values) < len(episode.turns):
-            raise TrainingError(
-                f"{episode.ident}: replies of policy {episode.policy} carry no value: "
-                "this algorithm trains on what its own model sampled (policy=model)"
-            )
-        rewards = [turn.reward for turn in episode.turns]
-        advantages, returns = gae(rewards, values, episode.bootstrap, gamma, lam)
-        credit.append(Credit(advantages, returns, np.asarray(values, dtype=np.float32)))
-    return credit
+class Rule(Protocol):
+    """Credit for the episodes of an iteration."""
+
+    @property
+    def reads(self) -> Reads:
+        """Where it wants a critic's values: nowhere, before each turn, or before each reply token."""
+        ...
+
+    def __call__(self, episodes: Sequence[Trajectory], values: Sequence[np.ndarray], done: float) -> list[Credit]:
+        """`values`: [n] of each episode, where the rule reads any. `done`: the share of training that lies behind."""
+        ...
 
 
+# ---- estimators ------------------------------------------------------------------------------------------------------
 def gae(
-    rewards: Sequence[float], values: Sequence[float], bootstrap: float, gamma: float, lam: float
+    rewards: Sequence[float] | np.ndarray,
+    values: Sequence[float] | np.ndarray,
+    bootstrap: float,
+    gamma: float,
+    lam: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Advantages and returns [L] of one episode of L turns (Schulman et al. 2016, arXiv 1506.02438).
 
     `values[i]` is the critic's estimate before turn i. `bootstrap` is its estimate after the last turn if the episode
     was truncated there, and 0 if it terminated: a time-out is no failure.
     """
+    rewards, values = (np.asarray(numbers, dtype=np.float64) for numbers in (rewards, values))
     advantages = np.zeros(len(rewards))
     following_advantage, following_value = 0.0, bootstrap
     for turn in reversed(range(len(rewards))):
         surprise = rewards[turn] + gamma * following_value - values[turn]
         advantages[turn] = following_advantage = surprise + gamma * lam * following_advantage
         following_value = values[turn]
-    returns = advantages + np.asarray(values, dtype=np.float64)
-    return advantages.astype(np.float32), returns.astype(np.float32)
+    return advantages.astype(np.float32), (advantages + values).astype(np.float32)
 
 
-def normalised(credit: Sequence[Credit]) -> list[Credit]:
-    """The same with advantages of mean 0 and standard deviation 1 over all turns."""
-    advantages = normalise(np.concatenate([one.advantages for one in credit]))
-    parts = np.split(advantages, np.cumsum([len(one.advantages) for one in credit])[:-1])
-    return [replace(one, advantages=part) for one, part in zip(credit, parts, strict=True)]
+def rewards_to_go(rewards: Sequence[float], gamma: float, bootstrap: float = 0.0) -> np.ndarray:
+    """[L] discounted sum of the rewards from each turn on."""
+    found, following = np.zeros(len(rewards)), bootstrap
+    for turn in reversed(range(len(rewards))):
+        found[turn] = following = rewards[turn] + gamma * following
+    return found
+
+
+def relative(scores: Sequence[float] | np.ndarray, std: bool) -> np.ndarray:
+    """[n] each score minus their mean and, with `std`, over their standard deviation; 0 where none differs."""
+    centred = np.asarray(scores, dtype=np.float64) - np.mean(scores)
+    spread = centred.std()
+    if spread <= TOLERANCE:
+        return np.zeros(len(centred))
+    return centred / spread if std else centred
+
+
+def leave_one_out(scores: Sequence[float] | np.ndarray) -> np.ndarray:
+    """[n] each score minus the mean of the others (RLOO, arXiv 2402.14740); 0 for one alone."""
+    scores = np.asarray(scores, dtype=np.float64)
+    n = len(scores)
+    return relative(scores, std=False) * n / (n - 1) if n > 1 else np.zeros(n)
 
 
 def normalise(advantages: np.ndarray) -> np.ndarray:
@@ -66,6 +93,205 @@ def normalise(advantages: np.ndarray) -> np.ndarray:
     return (centred / spread if spread > 1e-6 else centred).astype(np.float32)
 
 
+# ---- rules -----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Gae:
+    """GAE over turns; with `lam` 1 what really came, minus the critic's value."""
+
+    gamma: float
+    lam: float
+    reads: Reads = "turns"
+
+    def __call__(self, episodes: Sequence[Trajectory], values: Sequence[np.ndarray], done: float) -> list[Credit]:
+        return [
+            Credit(
+                *gae(rewards_of(episode), its, episode.bootstrap, self.gamma, self.lam), values=its.astype(np.float32)
+            )
+            for episode, its in zip(episodes, values, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class TokenGae:
+    """GAE over all reply tokens of an episode, one after another; a turn's reward comes with its last token."""
+
+    gamma: float
+    lam: float
+    reads: Reads = "tokens"
+
+    def __call__(self, episodes: Sequence[Trajectory], values: Sequence[np.ndarray], done: float) -> list[Credit]:
+        credit = []
+        for episode, its in zip(episodes, values, strict=True):
+            rewards = np.zeros(len(its))
+            rewards[np.cumsum(lengths_of(episode)) - 1] = rewards_of(episode)
+            credit.append(Credit(*gae(rewards, its, episode.bootstrap, self.gamma, self.lam), its))
+        return credit
+
+
+@dataclass(frozen=True)
+class BilevelGae:
+    """GAE over turns, then over the tokens within each (VAGEN, arXiv 2510.16907).
+
+    A turn's return, by the values before its first token, is paid with its last token, after which nothing comes: as
+    VAGEN's code has it.
+    """
+
+    gamma: float
+    lam: float
+    token_gamma: float
+    token_lam: float
+    reads: Reads = "tokens"
+
+    def __call__(self, episodes: Sequence[Trajectory], values: Sequence[np.ndarray], done: float) -> list[Credit]:
+        credit = []
+        for episode, its in zip(episodes, values, strict=True):
+            turns = np.split(its, np.cumsum(lengths_of(episode))[:-1])
+            first = [turn[0] for turn in turns]
+            _, returns = gae(rewards_of(episode), first, episode.bootstrap, self.gamma, self.lam)
+            parts = []
+            for turn, worth in zip(turns, returns, strict=True):
+                paid = np.zeros(len(turn))
+                paid[-1] = worth
+                parts.append(gae(paid, turn, 0.0, self.token_gamma, self.token_lam))
+            advantages, targets = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+            credit.append(Credit(advantages, targets, its))
+        return credit
+
+
+@dataclass(frozen=True)
+class Returns:
+    """The discounted rewards from each turn on (REINFORCE). No critic: what a truncated episode lacks isn't guessed."""
+
+    gamma: float
+    reads: Reads = "nothing"
+
+    def __call__(self, episodes: Sequence[Trajectory], values: Sequence[np.ndarray], done: float) -> list[Credit]:
+        return [Credit(rewards_to_go(rewards_of(one), self.gamma).astype(np.float32)) for one in episodes]
+
+
+@dataclass(frozen=True)
+class OfGroup:
+    """An episode's discounted return beside those of its group, for each of its turns alike: by `leave_one_out`, or by
+    `relative` (GRPO, arXiv 2402.03300, divides by the standard deviation; Dr. GRPO, arXiv 2503.20783, doesn't)."""
+
+    gamma: float
+    compare: Callable[[np.ndarray], np.ndarray]
+    reads: Reads = "nothing"
+
+    def __call__(self, episodes: Sequence[Trajectory], values: Sequence[np.ndarray], done: float) -> list[Credit]:
+        earned = np.array([rewards_to_go(rewards_of(episode), self.gamma)[0] for episode in episodes])
+        advantages = compared(earned, [episode.seed for episode in episodes], self.compare)
+        return [
+            Credit(np.full(len(episode.turns), advantage, dtype=np.float32))
+            for episode, advantage in zip(episodes, advantages, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class AnchorState:
+    """GiGPO (arXiv 2505.10978): the episode's advantage within its group, plus `step_coef` times the step's among all
+    steps of the group that were taken in the same state, by `state_key`. A state that was met once adds nothing.
+
+    TrainingError where an env names no states.
+    """
+
+    gamma: float
+    std: bool
+    step_coef: float
+    reads: Reads = "nothing"
+
+    def __call__(self, episodes: Sequence[Trajectory], values: Sequence[np.ndarray], done: float) -> list[Credit]:
+        def beside(scores: np.ndarray) -> np.ndarray:
+            return relative(scores, self.std)
+
+        whole = OfGroup(self.gamma, beside)(episodes, values, done)
+        anchors = [(one.seed, turn.observation.state_key) for one in episodes for turn in one.turns]
+        if not all(key for _, key in anchors):
+            raise TrainingError(
+                f"{episodes[0].env} names no states (state_key is empty), and algo.credit=gigpo compares the turns "
+                "taken in one: choose another algo="
+            )
+        later = np.concatenate([rewards_to_go(rewards_of(one), self.gamma) for one in episodes])
+        steps = np.split(compared(later, anchors, beside), np.cumsum([len(one.turns) for one in episodes])[:-1])
+        return [
+            Credit((one.advantages + self.step_coef * its).astype(np.float32))
+            for one, its in zip(whole, steps, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class WithUtility:
+    """Another rule's advantages, mixed over the first `share` of training with the return weighted by utility.
+
+    Utility is a turn's rating, or how useful the expert finds it, from 0 to 1; the mix falls from all to nothing.
+    """
+
+    rule: Rule
+    gamma: float
+    share: float
+
+    @property
+    def reads(self) -> Reads:
+        return self.rule.reads
+
+    def __call__(self, episodes: Sequence[Trajectory], values: Sequence[np.ndarray], done: float) -> list[Credit]:
+        mix = max(0.0, 1 - done / self.share)
+        mixed = []
+        for episode, credit in zip(episodes, self.rule(episodes, values, done), strict=True):
+            rated = [quality(turn) if turn.rating is None else turn.rating for turn in episode.turns]
+            useful = np.array(rated) / 10 * rewards_to_go(rewards_of(episode), self.gamma, episode.bootstrap)
+            advantages = mix * spread(useful, episode, len(credit.advantages)) + (1 - mix) * credit.advantages
+            mixed.append(replace(credit, advantages=advantages.astype(np.float32)))
+        return mixed
+
+
+# ---- from episodes, and over them ------------------------------------------------------------------------------------
+def rewards_of(episode: Trajectory) -> list[float]:
+    return [turn.reward for turn in episode.turns]
+
+
+def lengths_of(episode: Trajectory) -> list[int]:
+    """Tokens of each reply."""
+    return [len(turn.reply.token_ids) for turn in episode.turns]
+
+
+def sampled_values(episodes: Sequence[Trajectory]) -> list[np.ndarray]:
+    """[L] of each: the critic's values before its turns, as the sampler has them. TrainingError where it has none."""
+    found = []
+    for episode in episodes:
+        values = [turn.reply.value for turn in episode.turns if turn.reply.value is not None]
+        if len(values) < len(episode.turns):
+            raise TrainingError(
+                f"{episode.ident}: replies of policy {episode.policy} carry no value: "
+                "this algorithm trains on what its own model sampled (policy=model)"
+            )
+        found.append(np.array(values))
+    return found
+
+
+def spread(numbers: np.ndarray, episode: Trajectory, n: int) -> np.ndarray:
+    """[n] where `numbers` are the turns' or already the tokens': each turn's for every token of its reply."""
+    return numbers if len(numbers) == n else np.repeat(numbers, lengths_of(episode))
+
+
+def compared(scores: np.ndarray, keys: Sequence[object], compare: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """[n] what `compare` makes of the scores that share a key."""
+    places: dict[object, list[int]] = {}
+    for place, key in enumerate(keys):
+        places.setdefault(key, []).append(place)
+    found = np.zeros(len(scores))
+    for its in places.values():
+        found[its] = compare(scores[its])
+    return found
+
+
+def normalised(credit: Sequence[Credit]) -> list[Credit]:
+    """The same with advantages of mean 0 and standard deviation 1 over all turns, or tokens."""
+    advantages = normalise(np.concatenate([one.advantages for one in credit]))
+    parts = np.split(advantages, np.cumsum([len(one.advantages) for one in credit])[:-1])
+    return [replace(one, advantages=part) for one, part in zip(credit, parts, strict=True)]
+
+
 def explained_variance(values: np.ndarray, returns: np.ndarray) -> float:
     """Share of the returns' variance that the critic foresaw: 1 all of it, 0 none; 0 too where returns don't vary."""
     variance = returns.var(dtype=np.float64)
@@ -73,10 +299,15 @@ def explained_variance(values: np.ndarray, returns: np.ndarray) -> float:
 
 
 def figures(credit: Sequence[Credit]) -> dict[str, float]:
-    """What values and returns say, before any update. Raw advantages: normalised ones hide their size."""
-    values, returns = (np.concatenate([getattr(one, name) for one in credit]) for name in ("values", "returns"))
-    return {
-        "ppo/explained_variance": explained_variance(values, returns),
-        "ppo/advantage_std": float((returns - values).std()),
-        "ppo/zero_advantage": float(np.isclose(returns, values, atol=1e-6).mean()),  # share of turns that teach nothing
+    """What credit says, before any update. Raw advantages: normalised ones hide their size."""
+    with_critic = [(one.values, one.returns) for one in credit if one.values is not None and one.returns is not None]
+    if with_critic:
+        values, returns = (np.concatenate(arrays) for arrays in zip(*with_critic, strict=True))
+        foreseen = {"explained_variance": explained_variance(values, returns)}
+    else:
+        returns, foreseen = np.concatenate([one.advantages for one in credit]), {}
+        values = np.zeros_like(returns)
+    return foreseen | {
+        "advantage_std": float((returns - values).std()),
+        "zero_advantage": float(np.isclose(returns, values, atol=1e-6).mean()),  # share of turns that teach nothing
     }

@@ -1,49 +1,87 @@
-"""The critic: what return to expect before a turn. Learns from what came, in its own passes over what it has read."""
+"""The critic: what return to expect before a turn, or a token. It learns from what came, with an optimizer of its own,
+beside the policy and in its own passes over what it has read.
+"""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vlm_agents.learn.engine import TorchEngine
 from vlm_agents.learn.losses import Term, value_loss
 from vlm_agents.learn.samples import Targets
 from vlm_agents.tensors import Scores
 
 
 class Read(NamedTuple):
-    """What a critic read, and should have expected there."""
+    """What a critic read in a micro-batch, and should have expected there."""
 
-    states: Tensor  # [M H] detached
-    returns: Tensor  # [M]
+    states: Tensor  # [n H] detached
+    returns: Tensor  # [n]
+    turns: int
 
 
 class Critic:
-    """Over the state before each turn's reply; `value` maps [M H] states to [M] expected returns."""
+    """`value` maps [n H] states to [n] expected returns, and `engine` trains it at `rate`, of each iteration.
 
-    def __init__(self, value: Callable[[Tensor], Tensor], epochs: int, minibatch_turns: int, warmup: int) -> None:
-        self.value, self.epochs, self.minibatch_turns = value, epochs, minibatch_turns
-        self.warmup = warmup
+    It reads the state before each turn's reply or, with `by_token`, before each of its tokens. `coef` is the weight of
+    its loss. In the first `warmup` iterations it learns alone: by what a critic that knows nothing expects, normalised
+    advantages would punish the first turns of every episode.
+    """
+
+    def __init__(
+        self,
+        value: Callable[[Tensor], Tensor],
+        engine: TorchEngine,
+        rate: Callable[[int], float],
+        coef: float,
+        epochs: int,
+        minibatch_turns: int,
+        warmup: int,
+        by_token: bool = False,
+    ) -> None:
+        self.value, self.engine, self.rate, self.coef = value, engine, rate, coef
+        self.epochs, self.minibatch_turns, self.warmup, self.by_token = epochs, minibatch_turns, warmup, by_token
 
     def warming(self, iteration: int) -> bool:
-        """Does it learn alone in this iteration? Without a critic, normalised advantages would punish the first turns
-        of every episode."""
+        """Does it learn alone in this iteration?"""
         return iteration < self.warmup
 
     def term(self, scores: Scores, targets: Targets) -> Term:
         """The squared error as a term of the objective: through it a critic may move the policy's backbone too."""
-        loss = value_loss(self.value(scores.states[targets.first]), targets.returns[targets.first])[targets.turn]
+        states, returns = self._read_at(scores, targets)
+        loss = value_loss(self.value(states), returns)
+        loss = loss if self.by_token else loss[targets.turn]
         return Term(loss, {"value_loss": loss})
 
     def read(self, scores: Scores, targets: Targets) -> Read:
-        return Read(scores.states[targets.first].detach(), targets.returns[targets.first])
+        states, returns = self._read_at(scores, targets)
+        return Read(states.detach(), returns, len(targets.first))
 
-    def fit(self, read: Sequence[Read], step: Callable[[Tensor], None], rng: np.random.Generator) -> None:
-        """Epochs of the head alone. The model isn't run; `step` minimises a loss."""
-        states, returns = (torch.cat(parts) for parts in zip(*read, strict=True))
-        number = max(1, round(len(returns) / self.minibatch_turns))
+    def fit(self, read: Sequence[Read], iteration: int, rng: np.random.Generator) -> Iterator[float]:
+        """Epochs of the head alone, and the gradient norm of each step. The model isn't run."""
+        states, returns = (torch.cat(parts) for parts in ([one.states for one in read], [one.returns for one in read]))
+        number = max(1, round(sum(one.turns for one in read) / self.minibatch_turns))
         for _ in range(self.epochs):
             order = torch.from_numpy(rng.permutation(len(returns))).to(returns.device)
             for part in order.tensor_split(number):
-                step(value_loss(self.value(states[part]), returns[part]).mean())
+                loss = value_loss(self.value(states[part]), returns[part]).mean()
+                self.engine.backward(self.coef * loss)
+                yield self.step(iteration)
+
+    def step(self, iteration: int) -> float:
+        """One step along the gradient that has come so far; its norm, before which nothing was moved if not finite."""
+        return self.engine.step(self.rate(iteration))
+
+    def _read_at(self, scores: Scores, targets: Targets) -> tuple[Tensor, Tensor]:
+        if self.by_token:
+            return scores.states, targets.returns
+        return scores.states[targets.first], targets.returns[targets.first]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.engine.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.engine.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""The learner: episodes in, a changed model out. One iteration of PPO by turn.
+"""The learner: episodes in, a changed model out, by whatever algorithm it is given.
 
 Holds everything that a checkpoint keeps beside the model's own folder: optimizers, iteration, and what shapes rewards.
 """
@@ -8,41 +8,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from vlm_agents.config import AlgoConfig
-from vlm_agents.learn import averages, credit, losses, signal
+from vlm_agents.errors import TrainingError
+from vlm_agents.learn import credit, groups, signal
+from vlm_agents.learn.algorithm import Algorithm
 from vlm_agents.learn.batches import minibatches
+from vlm_agents.learn.credit import Credit
 from vlm_agents.learn.critic import Critic
 from vlm_agents.learn.engine import TorchEngine, lr_share
-from vlm_agents.learn.samples import Sample, build, usable
-from vlm_agents.learn.update import Objective, Pass, go_through, mismatch_kl, not_finite, rescored, with_references
+from vlm_agents.learn.samples import Sample, build, credited, usable
+from vlm_agents.learn.shaping import Metrics, Shaper
+from vlm_agents.learn.update import PREFIX, Objective, Pass, go_through, mismatch_kl, not_finite, read_once
 from vlm_agents.progress import track
 from vlm_agents.tensors import ActorCritic, Renderer
 from vlm_agents.types import Trajectory
 
-Metrics = dict[str, float]
-
-
-class Shaper(Protocol):
-    """Adds to the rewards of an iteration's episodes before they are learned from."""
-
-    def reward(self, trajectories: Sequence[Trajectory]) -> tuple[list[Trajectory], Metrics]: ...
-
-    def learn(self, trajectories: Sequence[Trajectory], rng: np.random.Generator) -> Metrics:
-        """From the same episodes, after the policy has."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+Plan = list[list[list[int]]]  # epochs of mini-batches of indices of samples
 
 
 class Learner:
-    """Trains `model` for a run of this many iterations.
+    """Trains `model` for a run of this many iterations; `settings` are those of the optimizers and passes.
 
     A role's parameters (policy, learned temperature, critic) have an engine of their own, so that their gradients are
     clipped apart. Clipped together, the critic's, which may be a hundred times larger until it has learned the size of
@@ -54,36 +44,42 @@ class Learner:
         self,
         model: ActorCritic,
         renderer: Renderer,
-        algo: AlgoConfig,
+        algorithm: Algorithm,
+        settings: AlgoConfig,
         iterations: int,
         tokens_per_microbatch: int,
         shapers: Mapping[str, Shaper] | None = None,
     ) -> None:
-        self.model, self.renderer, self.algo = model, renderer, algo
+        self.model, self.renderer, self.algorithm, self.settings = model, renderer, algorithm, settings
         self.iterations, self.tokens_per_microbatch, self.shapers = iterations, tokens_per_microbatch, shapers or {}
         self.iteration = 0
         self.engines = {
-            role: TorchEngine(parameters, algo.weight_decay, algo.max_grad_norm)
+            role: TorchEngine(parameters, settings.weight_decay, settings.max_grad_norm)
             for role, parameters in model.parameters_by_role().items()
             if parameters
         }
-        warmup = min(algo.value_warmup, iterations - 1)  # never the last, which would leave the policy none
-        self.critic = Critic(model.value, algo.value_epochs, algo.minibatch_turns, warmup)
-        self.objective = Objective(self._terms(), averages.over_turns)
+        self.critic = self._critic(self.engines.pop("value", None))
+        first, *others = algorithm.terms
+        of_critic = [(settings.value_coef, self.critic.term)] if self.critic else []
+        self.objective = Objective([first, *of_critic, *others], algorithm.average)
 
-    def _terms(self) -> list[tuple[float, losses.Loss]]:
-        algo = self.algo
-        terms = [
-            (1.0, losses.clipped(algo.clip, algo.clip)),
-            (algo.value_coef, self.critic.term),
-            (algo.entropy_coef, losses.entropy_bonus),
-        ]
-        if "temperature" in self.engines:
-            terms.append((algo.turn_entropy_coef, losses.turn_entropy(algo.turn_entropy)))
-        if algo.kl_coef:
-            terms.append((algo.kl_coef, losses.reference_kl))
-        return terms
+    def _critic(self, engine: TorchEngine | None) -> Critic | None:
+        """Where credit asks for one, and there is something to train."""
+        settings, reads = self.settings, self.algorithm.credit.reads
+        if reads == "nothing" or engine is None:
+            return None
+        return Critic(
+            self.model.value,
+            engine,
+            rate=partial(self._rate, settings.value_lr, first=0),
+            coef=settings.value_coef,
+            epochs=settings.value_epochs,
+            minibatch_turns=settings.minibatch_turns,
+            warmup=min(settings.value_warmup, self.iterations - 1),  # never the last, which would leave the policy none
+            by_token=reads == "tokens",
+        )
 
+    # ---- an iteration ------------------------------------------------------------------------------------------------
     def shape(self, trajectories: Sequence[Trajectory]) -> tuple[list[Trajectory], Metrics]:
         """The episodes with what the shapers add to their rewards: those to learn from, and to record."""
         shaped, metrics = list(trajectories), Metrics()
@@ -92,114 +88,186 @@ class Learner:
             metrics |= told
         return shaped, metrics
 
-    def learn(self, trajectories: Sequence[Trajectory], rng: np.random.Generator) -> Metrics:
-        """One iteration, of episodes that `shape` gave.
+    def kept(self, episodes: Sequence[Trajectory], wanted: int) -> list[int]:
+        """Which usable episodes the algorithm's filters let through: whole groups, until there are as many as `wanted`.
+
+        TrainingError where none is usable.
+        """
+        places = {id(episode): place for place, episode in enumerate(episodes)}
+        found, filters = groups.grouped(usable(episodes)), self.algorithm.filters
+        for choose in filters:
+            found = choose(found)
+        before = np.cumsum([0, *map(len, found)])  # without filters nothing is left out
+        chosen = [group for group, there in zip(found, before, strict=False) if there < wanted or not filters]
+        return [places[id(episode)] for episode in chain.from_iterable(chosen)]
+
+    def learn(self, trajectories: Sequence[Trajectory], wanted: int, rng: np.random.Generator) -> Metrics:
+        """One iteration, of episodes that `shape` gave, of which as many as `wanted` are kept.
 
         TrainingError where nothing can be trained on, or at the first number that isn't finite.
         """
-        episodes = usable(trajectories)
-        # a critic that knows nothing yet first learns what really came: else its own guesses would be mixed in
-        lam = 1.0 if self.critic.warming(self.iteration) else self.algo.gae_lambda
-        earned = credit.gae_by_turn(episodes, self.algo.gamma, lam)
-        samples = build(episodes, credit.normalised(earned), self.renderer, self.algo.thought_coef)
-        metrics = self._update(samples, rng) | credit.figures(earned) | signal.figures(episodes, self.algo.gamma)
+        kept = self.kept(trajectories, wanted)
+        episodes = [trajectories[place] for place in kept]
+        found = {"kept": float(len(kept)), "updates": 0.0} if self.algorithm.filters else {}
+        if kept:
+            earned, normal = self._credit(trajectories, kept)
+            samples = credited(build(episodes, self.renderer, self.settings.thought_coef), episodes, normal)
+            found |= self._update(samples, rng) | credit.figures(earned)
+        found |= signal.figures(episodes, self.settings.gamma) | groups.figures(usable(trajectories))
+        metrics = {f"{PREFIX}{name}": value for name, value in found.items()}
         for shaper in self.shapers.values():
             metrics |= shaper.learn(trajectories, rng)
         self.iteration += 1
         return metrics
 
+    def _credit(self, trajectories: Sequence[Trajectory], kept: Sequence[int]) -> tuple[list[Credit], list[Credit]]:
+        """What the kept episodes earned: as the rule has it, and as it is trained on."""
+        played = [place for place, one in enumerate(trajectories) if one.turns and one.stop != "env_error"]
+        judged = played if self.settings.credit_over == "played" else kept
+        episodes, rule = [trajectories[place] for place in judged], self.algorithm.credit
+        if self.algorithm.warming and self.warming:
+            rule = self.algorithm.warming
+        values = {"nothing": lambda _: [], "turns": credit.sampled_values, "tokens": self._token_values}[rule.reads]
+        earned = rule(episodes, values(episodes), self.iteration / self.iterations)
+        normal = credit.normalised(earned) if self.settings.normalise else earned
+        at = [judged.index(place) for place in kept]
+        return [earned[index] for index in at], [normal[index] for index in at]
+
+    def _token_values(self, episodes: Sequence[Trajectory]) -> list[np.ndarray]:
+        """[k] of each: what the critic says before each of its reply tokens."""
+        samples = build(episodes, self.renderer, 1.0)
+        plan = [range(len(samples))]
+        tokens = self.tokens_per_microbatch
+        found = read_once(self.model, samples, plan, tokens, lambda scores: self.model.value(scores.states))
+        ends = np.cumsum([sum(credit.lengths_of(episode)) for episode in episodes])
+        return np.split(np.concatenate(found), ends[:-1])
+
+    # ---- the update --------------------------------------------------------------------------------------------------
+    @property
+    def warming(self) -> bool:
+        """Does the critic learn alone in this iteration?"""
+        return self.critic is not None and self.critic.warming(self.iteration)
+
     def _update(self, samples: Sequence[Sample], rng: np.random.Generator) -> Metrics:
         """Metrics are means over all turns of all passes.
 
-        `ppo/ratio_at_start` is the ratio furthest from 1 in the first mini-batch, before any step: what is trained is
-        what was sampled only where it is 1. A model that isn't `exact` reads the rows once more for that, and the old
-        log-probs are then its own instead of the sampler's. `ppo/mismatch_kl` says how far the two are apart, over the
+        `ratio_at_start` is the ratio furthest from 1 in the first mini-batch, before any step: what is trained is what
+        was sampled only where it is 1. A model that isn't `exact` reads the rows once more for that, and the old
+        log-probs are then its own instead of the sampler's. `mismatch_kl` says how far the two are apart, over the
         first mini-batch, or over all turns of a model that isn't exact. Once a mini-batch's KL passes `target_kl` the
         remaining updates are skipped. While the critic warms up the model reads the rows once, without a step.
         """
-        algo, model, warming = self.algo, self.model, self.critic.warming(self.iteration)
-        epochs = [minibatches(samples, algo.minibatch_turns, rng) for _ in range(1 if warming else algo.epochs)]
-        mismatch = None
-        if not model.exact:
-            own = rescored(model, epochs[0], self.tokens_per_microbatch)
-            mismatch = mismatch_kl(samples, own)
-            samples, epochs = _exchanged(samples, epochs, {one: replace(one, old=own[one]) for one in samples})
-        if algo.kl_coef:
-            samples, epochs = _exchanged(samples, epochs, with_references(model, epochs[0], self.tokens_per_microbatch))
-        through = partial(
-            go_through,
-            model,
-            objective=self.objective,
-            critic=self.critic,
-            tokens_per_microbatch=self.tokens_per_microbatch,
-            backward=None if warming else self._backward,
-        )
-        passes: list[Pass] = []
-        norms: list[dict[str, float]] = []
-        for minibatch in track(chain.from_iterable(epochs), "update", sum(map(len, epochs)), "mini-batches"):
-            passes.append(through(minibatch))
-            if warming:
-                continue
-            norms.append(self._step(tuple(self.engines), minibatch))
-            if algo.target_kl is not None and passes[-1].mean("approx_kl") > algo.target_kl:
-                break
-        # of the first epoch: it has each turn once, wherever a later one was cut short
-        read = chain.from_iterable(one.read for one in passes[: len(epochs[0])])
-        self.critic.fit(list(read), partial(self._fit_critic, samples), rng)
-        ratios = passes[0].seen["ratio"]
-        turns = [one.turns for one in passes]
+        settings, lengths = self.settings, [len(sample.row.spans) for sample in samples]
+        epochs = 1 if self.warming else settings.epochs
+        plan = [minibatches(lengths, settings.minibatch_turns, rng) for _ in range(epochs)]
+        samples = self._annotated(samples, plan[0])
+        mismatch = None if self.model.exact else mismatch_kl(samples)
+        self._refuse_mismatch(mismatch or 0.0)
+        passes, norms = self._passes([[samples[index] for index in part] for part in chain.from_iterable(plan)])
+        if self.critic:
+            # of the first epoch: it has each turn once, wherever a later one was cut short
+            read = list(chain.from_iterable(one.read for one in passes[: len(plan[0])]))
+            for norm in self.critic.fit(read, self.iteration, rng):
+                _refuse_norm("value", norm, samples)
+        ratios, turns = passes[0].seen["ratio"], [one.turns for one in passes]
+        mismatch = passes[0].mean("approx_kl") if mismatch is None else mismatch
+        self._refuse_mismatch(mismatch)
         return {
-            "ppo/ratio_at_start": float(ratios[(ratios - 1).abs().argmax()]),
-            "ppo/mismatch_kl": passes[0].mean("approx_kl") if mismatch is None else mismatch,
-            "ppo/updates": float(len(norms)),
-            "ppo/lr": self.rate("policy"),
-            **{f"ppo/{role}_grad_norm": float(np.mean([norm[role] for norm in norms])) for role in (norms or [{}])[0]},
+            "ratio_at_start": float(ratios[(ratios - 1).abs().argmax()]),
+            "mismatch_kl": mismatch,
+            "updates": float(len(norms)),
+            "lr": self.rate("policy"),
+            **{f"{role}_grad_norm": float(np.mean([norm[role] for norm in norms])) for role in (norms or [{}])[0]},
             **{
-                f"ppo/{name}": float(np.average([one.mean(name) for one in passes], weights=turns))
+                name: float(np.average([one.mean(name) for one in passes], weights=turns))
                 for name in passes[0].seen
                 if name != "ratio"
             },
         }
 
-    def rate(self, role: str) -> float:
-        """Learning rate in this iteration. The schedule of all but the critic begins once it has warmed up."""
-        algo, first = self.algo, 0 if role == "value" else self.critic.warmup
-        full = algo.lr if role == "policy" else algo.value_lr
-        share = lr_share(self.iteration - first, self.iterations - first, algo.warmup_updates, algo.min_lr_ratio)
-        return full * share
+    def _annotated(self, samples: Sequence[Sample], plan: Sequence[Sequence[int]]) -> list[Sample]:
+        """The samples with what only passes of the update can tell, each where it is asked for."""
+        read = partial(read_once, self.model, samples, plan, self.tokens_per_microbatch)
+        if not self.model.exact:
+            samples = [replace(sample, old=own) for sample, own in zip(samples, read(), strict=True)]
+        if self.settings.kl_coef:
+            with self.model.reference():
+                found = read()
+            samples = [replace(sample, reference=its) for sample, its in zip(samples, found, strict=True)]
+        return list(samples)
+
+    def _passes(self, parts: Sequence[Sequence[Sample]]) -> tuple[list[Pass], list[Metrics]]:
+        """One pass and, but where the critic learns alone, one step a mini-batch; and the steps' gradient norms."""
+        through = partial(
+            go_through,
+            self.model,
+            objective=self.objective,
+            critic=self.critic,
+            tokens_per_microbatch=self.tokens_per_microbatch,
+            backward=None if self.warming else self._backward,
+        )
+        passes: list[Pass] = []
+        norms: list[Metrics] = []
+        for part in track(parts, "update", len(parts), "mini-batches"):
+            passes.append(through(part))
+            if self.warming:
+                continue
+            norms.append(self._step(part))
+            if self.settings.target_kl is not None and passes[-1].mean("approx_kl") > self.settings.target_kl:
+                break
+        return passes, norms
 
     def _backward(self, loss: Tensor) -> None:
-        next(iter(self.engines.values())).backward(loss)  # through the whole graph, whoever's parameters are in it
+        loss.backward()  # through the whole graph, whoever's parameters are in it
 
-    def _fit_critic(self, samples: Sequence[Sample], loss: Tensor) -> None:
-        self.engines["value"].backward(self.algo.value_coef * loss)
-        self._step(("value",), samples)
-
-    def _step(self, roles: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
+    def _step(self, samples: Sequence[Sample]) -> Metrics:
+        """One step of every role; the heads first: where one of them fails, the policy hasn't moved."""
+        steps = {role: partial(engine.step, self.rate(role)) for role, engine in self.engines.items()}
+        if self.critic:
+            steps["value"] = partial(self.critic.step, self.iteration)
         norms = {}
-        for role in reversed(roles):  # the heads first: where one of them fails, the policy hasn't moved
-            norms[role] = self.engines[role].step(self.rate(role))
-            if not math.isfinite(norms[role]):
-                raise not_finite(f"ppo/{role}_grad_norm", [sample.row.ident for sample in samples])
+        for role in reversed(steps):
+            norms[role] = steps[role]()
+            _refuse_norm(role, norms[role], samples)
         return norms
 
+    def rate(self, role: str) -> float:
+        """Learning rate in this iteration. The schedule of all but the critic begins once it has warmed up."""
+        full = self.settings.lr if role == "policy" else self.settings.value_lr
+        return self._rate(full, self.iteration, self.critic.warmup if self.critic else 0)
+
+    def _rate(self, full: float, iteration: int, first: int) -> float:
+        settings = self.settings
+        share = lr_share(iteration - first, self.iterations - first, settings.warmup_updates, settings.min_lr_ratio)
+        return full * share
+
+    def _refuse_mismatch(self, kl: float) -> None:
+        bound = self.settings.max_mismatch_kl
+        if bound is not None and kl > bound:
+            raise TrainingError(
+                f"{PREFIX}mismatch_kl={kl:.3g} nats a turn passes algo.max_mismatch_kl={bound:g}: the policy that is "
+                "trained isn't the one that sampled. Set hardware.dtype=float32, or algo.correction=truncate and a "
+                "higher bound"
+            )
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
+        critic = {"value": self.critic} if self.critic else {}
         return {
             "iteration": self.iteration,
-            "engines": {role: engine.state_dict() for role, engine in self.engines.items()},
+            "engines": {role: one.state_dict() for role, one in {**self.engines, **critic}.items()},
             "shapers": {name: shaper.state_dict() for name, shaper in self.shapers.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.iteration = state["iteration"]
-        for role, engine in self.engines.items():
-            engine.load_state_dict(state["engines"][role])
+        critic = {"value": self.critic} if self.critic else {}
+        for role, one in {**self.engines, **critic}.items():
+            one.load_state_dict(state["engines"][role])
         for name, shaper in self.shapers.items():
             shaper.load_state_dict(state["shapers"][name])
 
 
-def _exchanged(
-    samples: Sequence[Sample], epochs: Sequence[Sequence[Sequence[Sample]]], other: Mapping[Sample, Sample]
-) -> tuple[list[Sample], list[list[list[Sample]]]]:
-    """The same plan with another sample for each."""
-    return [other[one] for one in samples], [[[other[one] for one in part] for part in epoch] for epoch in epochs]
+def _refuse_norm(role: str, norm: float, samples: Sequence[Sample]) -> None:
+    if not math.isfinite(norm):
+        raise not_finite(f"{role}_grad_norm", [sample.row.ident for sample in samples])

@@ -5,9 +5,9 @@ earn none. It learns from every iteration's episodes after they were judged. Not
 policy: its adapter is off while the agent samples and learns.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 
 from vlm_agents.config import NoveltyConfig
+from vlm_agents.errors import TrainingError
 from vlm_agents.learn.batches import microbatches
+from vlm_agents.learn.engine import TorchEngine
 from vlm_agents.learn.samples import usable
+from vlm_agents.learn.shaping import Shaper, with_bonuses
 from vlm_agents.tensors import Renderer, Row, Scores, reply_row
 from vlm_agents.types import Message, Trajectory
 
@@ -37,25 +40,21 @@ class ActionPredictor(Protocol):
     def parameters(self) -> list[torch.nn.Parameter]: ...
 
 
-class Novelty:
+class Novelty(Shaper):
     """Judges episodes, then learns from them."""
 
     def __init__(self, model: ActionPredictor, renderer: Renderer, config: NoveltyConfig, tokens_per_microbatch: int):
         self.model, self.renderer, self.config = model, renderer, config
         self.tokens_per_microbatch = tokens_per_microbatch
-        self.parameters = model.parameters()
-        self.optimizer = torch.optim.AdamW(self.parameters, config.lr, weight_decay=0.0)
+        self.engine = TorchEngine(model.parameters(), weight_decay=0.0, max_grad_norm=1.0)
 
     def reward(self, trajectories: Sequence[Trajectory]) -> tuple[list[Trajectory], dict[str, float]]:
         """The episodes with `coef` times the surprise, in nats, added to each turn's reward; and its mean."""
-        judged, surprises = [], []
-        for trajectory, surprise in zip(trajectories, self.surprise(trajectories), strict=True):
-            turns = tuple(
-                replace(turn, bonuses={**turn.bonuses, "novelty": self.config.coef * float(bonus)})
-                for turn, bonus in zip(trajectory.turns, surprise, strict=True)
-            )
-            judged.append(replace(trajectory, turns=turns))
-            surprises.append(surprise)
+        surprises = self.surprise(trajectories)
+        judged = [
+            with_bonuses(one, "novelty", (self.config.coef * surprise).tolist())
+            for one, surprise in zip(trajectories, surprises, strict=True)
+        ]
         return judged, {"novelty/surprise": float(np.concatenate(surprises).mean())}
 
     @torch.no_grad()
@@ -80,11 +79,10 @@ class Novelty:
             for part in microbatches(batch, self.tokens_per_microbatch):
                 with self.model.predicting():
                     loss = -self.model.score(part).logprobs.sum()
-                    (loss / length).backward()
+                    self.engine.backward(loss / length)
                 total += float(loss.detach())
-            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            if not math.isfinite(norm := self.engine.step(self.config.lr)):
+                raise TrainingError(f"the gradient of algo.novelty's predictor is {norm}: lower algo.novelty.lr")
             count += length
         return {"novelty/loss": total / count}
 
@@ -110,10 +108,10 @@ class Novelty:
         return np.minimum(np.searchsorted(ends, begins, side="right"), len(trajectory.turns) - 1)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
+        return self.engine.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.optimizer.load_state_dict(dict(state))
+        self.engine.load_state_dict(state)
 
 
 def actions_of(trajectory: Trajectory) -> list[str]:

@@ -5,14 +5,14 @@ and become tensors late, one micro-batch at a time.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vlm_agents.errors import TrainingError
-from vlm_agents.learn.credit import Credit
+from vlm_agents.learn.credit import Credit, lengths_of, spread
 from vlm_agents.tensors import Renderer, Row, reply_row
 from vlm_agents.types import Parsed, Reply, Trajectory, Turn
 
@@ -25,10 +25,11 @@ class Sample:
     """
 
     row: Row
-    old: np.ndarray  # log-probs that ratios are taken to: the sampler's, or the update's own
+    behaviour: np.ndarray  # log-probs under which the tokens were sampled
     emphasis: np.ndarray  # weight of a token's log-prob in its turn's
     advantages: np.ndarray
-    returns: np.ndarray
+    returns: np.ndarray  # what a critic should expect before the token; 0 where there is no critic
+    old: np.ndarray  # log-probs that ratios are taken to: the sampler's, or the update's own
     reference: np.ndarray | None = None  # log-probs of the policy that training started from, where a loss needs them
 
     def __len__(self) -> int:
@@ -39,6 +40,7 @@ class Sample:
 class Targets:
     """What losses need of a micro-batch beside the model's scores. [K] each but `first`."""
 
+    behaviour: Tensor
     old: Tensor
     emphasis: Tensor
     advantages: Tensor
@@ -62,23 +64,37 @@ def usable(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
     return found
 
 
-def build(
-    episodes: Sequence[Trajectory], credit: Sequence[Credit], renderer: Renderer, thought_coef: float
-) -> list[Sample]:
-    """Consecutive turns of an episode whose token ids extend each other share a row."""
+def build(episodes: Sequence[Trajectory], renderer: Renderer, thought_coef: float) -> list[Sample]:
+    """Samples without credit: advantages and returns are 0 until they are `credited`.
+
+    Consecutive turns of an episode whose token ids extend each other share a row.
+    """
     built: list[Sample] = []
-    for episode, its in zip(episodes, credit, strict=True):
+    for episode in episodes:
         merged: list[Sample] = []
         for index, turn in enumerate(episode.turns):
             emphasis = token_emphasis(turn.reply, turn.parsed, renderer, thought_coef)
-            ident = f"{episode.ident}/turn {index}"
-            sample = _turn_sample(ident, turn, emphasis, its.advantages[index], its.returns[index])
+            sample = _turn_sample(f"{episode.ident}/turn {index}", turn, emphasis)
             if merged and _extends(sample.row, merged[-1].row):
                 merged[-1] = _merge(merged[-1], sample)
             else:
                 merged.append(sample)
         built.extend(merged)
     return built
+
+
+def credited(samples: Sequence[Sample], episodes: Sequence[Trajectory], credit: Sequence[Credit]) -> list[Sample]:
+    """The samples of these episodes, in their order, with the credit of each."""
+
+    def by_sample(name: str) -> list[np.ndarray]:
+        pairs = zip(episodes, credit, strict=True)
+        found = [spread(getattr(its, name), episode, sum(lengths_of(episode))) for episode, its in pairs]
+        return np.split(np.concatenate(found), np.cumsum([len(sample.old) for sample in samples])[:-1])
+
+    earned = [replace(one, advantages=its) for one, its in zip(samples, by_sample("advantages"), strict=True)]
+    if any(its.returns is None for its in credit):
+        return earned
+    return [replace(one, returns=its) for one, its in zip(earned, by_sample("returns"), strict=True)]
 
 
 def token_emphasis(reply: Reply, parsed: Parsed, renderer: Renderer, thought_coef: float) -> np.ndarray:
@@ -107,6 +123,7 @@ def to_targets(samples: Sequence[Sample], weights: Sequence[np.ndarray], device:
     tokens = torch.tensor([len(sample.old) for sample in samples])
     references = [sample.reference for sample in samples if sample.reference is not None]
     return Targets(
+        behaviour=_tensor((sample.behaviour for sample in samples), device),
         old=_tensor((sample.old for sample in samples), device),
         emphasis=_tensor((sample.emphasis for sample in samples), device),
         advantages=_tensor((sample.advantages for sample in samples), device),
@@ -119,15 +136,11 @@ def to_targets(samples: Sequence[Sample], weights: Sequence[np.ndarray], device:
     )
 
 
-def _turn_sample(ident: str, turn: Turn, emphasis: np.ndarray, advantage: float, return_: float) -> Sample:
+def _turn_sample(ident: str, turn: Turn, emphasis: np.ndarray) -> Sample:
     reply, images = turn.reply, tuple(image for message in turn.prompt for image in message.images)
-    return Sample(
-        row=reply_row(ident, reply.prompt_token_ids, reply.token_ids, images),
-        old=np.array(reply.logprobs, dtype=np.float32),
-        emphasis=emphasis,
-        advantages=np.full(len(reply.token_ids), advantage, dtype=np.float32),
-        returns=np.full(len(reply.token_ids), return_, dtype=np.float32),
-    )
+    row = reply_row(ident, reply.prompt_token_ids, reply.token_ids, images)
+    logprobs, none = np.array(reply.logprobs, dtype=np.float32), np.zeros(len(reply.token_ids), dtype=np.float32)
+    return Sample(row, logprobs, emphasis, advantages=none, returns=none, old=logprobs)
 
 
 def _extends(later: Row, earlier: Row) -> bool:
@@ -142,7 +155,7 @@ def _extends(later: Row, earlier: Row) -> bool:
 
 def _merge(earlier: Sample, later: Sample) -> Sample:
     row = Row(earlier.row.ident, later.row.input_ids, later.row.images, earlier.row.spans + later.row.spans)
-    names = ("old", "emphasis", "advantages", "returns")
+    names = ("behaviour", "emphasis", "advantages", "returns", "old")
     return Sample(row, *(np.concatenate([getattr(earlier, name), getattr(later, name)]) for name in names))
 
 

@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from vlm_agents.types import Trajectory
 
 TOLERANCE = 1e-6  # of rewards and returns
-METRIC = "ppo/nothing_to_learn"
+METRIC = "nothing_to_learn"
 
 
 def figures(episodes: Sequence[Trajectory], gamma: float) -> dict[str, float]:
-    """`ppo/nothing_to_learn`, 1 or 0, of an iteration's usable episodes with the rewards that are trained on."""
+    """METRIC, 1 or 0, of an iteration's usable episodes with the rewards that are trained on."""
     return {METRIC: float(all_illegal(episodes) or all_alike(episodes, gamma))}
 
 

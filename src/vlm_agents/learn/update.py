@@ -4,8 +4,7 @@ Blind to the algorithm: that is the `Objective`. It collects nothing, logs nothi
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -18,9 +17,10 @@ from vlm_agents.learn.batches import microbatches
 from vlm_agents.learn.critic import Critic, Read
 from vlm_agents.learn.losses import Loss, k3
 from vlm_agents.learn.samples import Sample, to_targets
-from vlm_agents.tensors import ActorCritic
+from vlm_agents.tensors import ActorCritic, Scores
 
 Backward = Callable[[Tensor], None]
+PREFIX = "ppo/"  # of the metrics of an update, whatever the algorithm
 
 
 class Objective(NamedTuple):
@@ -57,7 +57,7 @@ def go_through(
     """
     rows = [sample.row for sample in minibatch]
     weights = dict(zip(minibatch, objective.average(rows), strict=True))
-    by_turn = dict(zip(minibatch, over_turns(rows), strict=True))
+    by_turn = weights if objective.average is over_turns else dict(zip(minibatch, over_turns(rows), strict=True))
     found: list[dict[str, Tensor]] = []
     weight: list[Tensor] = []
     read: list[Read] = []
@@ -83,45 +83,46 @@ def go_through(
 
 
 @torch.no_grad()
-def rescored(model: ActorCritic, minibatches: Iterable[Sequence[Sample]], tokens: int) -> dict[Sample, np.ndarray]:
-    """[k] log-probs of each sample's reply tokens that passes of the update give now.
+def read_once(
+    model: ActorCritic,
+    samples: Sequence[Sample],
+    plan: Iterable[Sequence[int]],
+    tokens_per_microbatch: int,
+    of: Callable[[Scores], Tensor] = lambda scores: scores.logprobs,
+) -> list[np.ndarray]:
+    """[k ...] what a pass of the update says now `of` each sample's reply tokens.
 
-    In the micro-batches of these mini-batches: a row's numbers depend on those that it is padded and summed with.
+    In the micro-batches of the planned mini-batches of samples: a row's numbers depend on those that it is padded and
+    summed with.
     """
     found: dict[Sample, np.ndarray] = {}
-    for part in chain.from_iterable(microbatches(minibatch, tokens) for minibatch in minibatches):
-        pieces = model.score([sample.row for sample in part]).logprobs.split([len(sample.old) for sample in part])
-        found.update((sample, piece.cpu().numpy()) for sample, piece in zip(part, pieces, strict=True))
-    return found
+    for minibatch in plan:
+        for part in microbatches([samples[index] for index in minibatch], tokens_per_microbatch):
+            pieces = of(model.score([sample.row for sample in part])).split([len(sample.old) for sample in part])
+            found.update((sample, piece.cpu().numpy()) for sample, piece in zip(part, pieces, strict=True))
+    return [found[sample] for sample in samples]
 
 
-def mismatch_kl(samples: Sequence[Sample], own: dict[Sample, np.ndarray]) -> float:
-    """Mean over all turns of the k3 estimate of KL(sampler || update)."""
+def mismatch_kl(samples: Sequence[Sample]) -> float:
+    """Mean over all turns of the k3 estimate of KL(behaviour || old)."""
     drifts = []
     for sample in samples:
         starts = np.cumsum([0, *sample.row.reply_lengths[:-1]])
-        drifts.append(np.add.reduceat(own[sample].astype(np.float64) - sample.old, starts))
+        drifts.append(np.add.reduceat(sample.old.astype(np.float64) - sample.behaviour, starts))
     return float(k3(torch.from_numpy(np.concatenate(drifts))).mean())
-
-
-def with_references(model: ActorCritic, minibatches: Iterable[Sequence[Sample]], tokens: int) -> dict[Sample, Sample]:
-    """Each sample with the log-probs under the reference policy, which no update changes; as `rescored` has them."""
-    with model.reference():
-        found = rescored(model, minibatches, tokens)
-    return {sample: replace(sample, reference=reference) for sample, reference in found.items()}
 
 
 def _refuse_not_finite(seen: dict[str, Tensor], part: Sequence[Sample]) -> None:
     for name, values in seen.items():
         if not values.isfinite().all():
             pieces = zip(part, values.split([len(sample.old) for sample in part]), strict=True)
-            raise not_finite(f"ppo/{name}", [one.row.ident for one, piece in pieces if not piece.isfinite().all()])
+            raise not_finite(name, [one.row.ident for one, piece in pieces if not piece.isfinite().all()])
 
 
-def not_finite(what: str, idents: Sequence[str]) -> TrainingError:
-    """The refusal to go on; `idents` of the rows."""
+def not_finite(name: str, idents: Sequence[str]) -> TrainingError:
+    """The refusal to go on, by the metric's name; `idents` of the rows."""
     shown = ", ".join(idents[:3]) + (", ..." if len(idents) > 3 else "")
     return TrainingError(
-        f"{what} isn't finite over {len(idents)} rows ({shown}): lower algo.lr and algo.value_lr, or set "
+        f"{PREFIX}{name} isn't finite over {len(idents)} rows ({shown}): lower algo.lr and algo.value_lr, or set "
         "hardware.dtype=float32"
     )

@@ -17,8 +17,8 @@ from vlm_agents.episodes import EpisodeWriter, read_episodes
 from vlm_agents.judge import Judge
 from vlm_agents.policies import NoisyPolicy
 from vlm_agents.progress import say, track
+from vlm_agents.ratings import quality
 from vlm_agents.remote import ChatClient
-from vlm_agents.rollout import collect
 from vlm_agents.run import Run
 from vlm_agents.seeds import Deal, training_seed
 from vlm_agents.stages.playing import (
@@ -26,9 +26,9 @@ from vlm_agents.stages.playing import (
     load_sampler,
     make_policy,
     open_envs,
-    success_remedy,
-    tell_unread,
+    play,
 )
+from vlm_agents.stages.remedies import success_remedy, tell_unread
 from vlm_agents.stages.reporting import Album, report, shown
 from vlm_agents.summary import summarise
 from vlm_agents.types import Trajectory, Turn
@@ -54,7 +54,7 @@ def main(cfg: RunConfig, stage: CollectConfig, run: Run) -> dict[str, float]:
             if sampler:
                 sampler.sync()
             deals = [Deal(seed) for seed, _ in block]
-            together = collect(envs, policy, deals, invalid_penalty=cfg.env.invalid_penalty, run_seed=cfg.seed)
+            together = play(cfg, envs, policy, deals, cfg.seed)
             yield from (trajectory for trajectory, (_, lacks) in zip(together, block, strict=True) if lacks)
 
     there = already(blocks, stage.episodes)
@@ -145,19 +145,3 @@ def rated(trajectory: Trajectory, ratings: Sequence[float | None]) -> Trajectory
     """The episode with the ratings of its turns."""
     pairs = zip(trajectory.turns, ratings, strict=True)
     return replace(trajectory, turns=tuple(replace(turn, rating=rating) for turn, rating in pairs))
-
-
-def quality(turn: Turn) -> float:
-    """0-10 by what the step did to the expert's distance to success: 10 a step nearer, 5 as far, 0 farther or lost.
-
-    Where the expert counts no steps: 10 for doing what it advises, else 0.
-    """
-    before = turn.observation.advice
-    after = None if turn.step.terminated else turn.step.observation.advice
-    if turn.step.success:
-        return 10.0
-    if before is None or before.distance is None:
-        return 10.0 if before is not None and before.action == turn.parsed.action else 0.0
-    if after is None or after.distance is None:
-        return 0.0
-    return min(10.0, max(0.0, 5.0 - 5.0 * (after.distance - before.distance)))

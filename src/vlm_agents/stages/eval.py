@@ -18,9 +18,8 @@ from vlm_agents.stages.playing import (
     play_baselines,
     play_model,
     play_panel,
-    tell_shortcoming,
-    tell_unread,
 )
+from vlm_agents.stages.remedies import tell_shortcoming, tell_unread
 from vlm_agents.stages.reporting import Album, report, results, shown
 from vlm_agents.summary import by_tag
 from vlm_agents.types import Trajectory

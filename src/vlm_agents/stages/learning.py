@@ -1,7 +1,7 @@
 """What stage=ppo trains with, what its checkpoints hold of that, and how long it takes."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,15 @@ import torch
 from vlm_agents.checkpoints import Checkpoint
 from vlm_agents.config import AlgoConfig, RunConfig
 from vlm_agents.errors import DataError
-from vlm_agents.learn.learner import Learner, Shaper
+from vlm_agents.learn.algorithm import make_algorithm
+from vlm_agents.learn.kl_reward import KlReward
+from vlm_agents.learn.learner import Learner
+from vlm_agents.learn.losses import ESTIMATORS
 from vlm_agents.learn.novelty import Novelty
+from vlm_agents.learn.shaping import CountBonus, Shaper, TurnShaper, overlong, progress
 from vlm_agents.models import Agent
 from vlm_agents.run import Run
+from vlm_agents.types import Trajectory
 from vlm_agents.weights import RUN_MODEL, init_folder
 
 LEARNER = "learner.pt"
@@ -22,14 +27,23 @@ LEARNER = "learner.pt"
 
 def make_learner(cfg: RunConfig, algo: AlgoConfig, agent: Agent, init: str | None, iterations: int) -> Learner:
     """The learner of `algo`; a run that goes on from another's model, `init`, takes its action predictor along."""
+    tokens, reply_tokens = cfg.hardware.tokens_per_microbatch, cfg.prompt.max_reply_tokens
+    algorithm = make_algorithm(algo, reply_tokens, cfg.model.temperature_head is not None)
     shapers: dict[str, Shaper] = {}
-    tokens = cfg.hardware.tokens_per_microbatch
+    if algo.count_coef:
+        shapers["count"] = CountBonus(algo.count_coef)
+    if algo.progress_coef:
+        shapers["progress"] = TurnShaper("progress", progress(algo.progress_coef, algo.gamma))
+    if algo.overlong_coef:
+        shapers["overlong"] = TurnShaper("overlong", overlong(algo.overlong_coef, reply_tokens, algo.overlong_share))
+    if algo.kl_reward_coef:
+        shapers["kl"] = KlReward(agent, agent.renderer, algo.kl_reward_coef, ESTIMATORS[algo.kl], tokens)
     if algo.novelty.coef:
         from vlm_agents.models.action_predictor import AdapterPredictor  # peft: seconds saved without an adapter
 
         model = AdapterPredictor(agent, init_folder(init) if init else None)
         shapers["novelty"] = Novelty(model, agent.renderer, algo.novelty, tokens)
-    return Learner(agent, agent.renderer, algo, iterations, tokens, shapers)
+    return Learner(agent, agent.renderer, algorithm, algo, iterations, tokens, shapers)
 
 
 def save(run: Run, agent: Agent, learner: Learner, step: int, state: Mapping[str, Any], keep: int) -> None:
@@ -73,3 +87,9 @@ class Clock:
     def figures(self) -> dict[str, float]:
         times = {f"time/{name}": seconds for name, seconds in self.seconds.items()}
         return times | {f"memory/{name}_bytes": peak for name, peak in self.bytes.items()}
+
+
+def speeds(trajectories: Sequence[Trajectory], seconds: float) -> dict[str, float]:
+    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+    tokens = sum(len(turn.reply.token_ids) for turn in turns)
+    return {"speed/env_steps_per_s": len(turns) / seconds, "speed/reply_tokens_per_s": tokens / seconds}

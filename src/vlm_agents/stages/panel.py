@@ -38,14 +38,14 @@ class Panel:
         if stage.eval_episodes and stage.eval_every and done % stage.eval_every == 0 and done < stage.iterations:
             self._play(envs, done, Album(first=0))
 
-    def after(self, envs: EnvPool) -> tuple[dict[str, float], Album]:
-        """After training, beside chance and the expert."""
+    def after(self, envs: EnvPool, done: int) -> tuple[dict[str, float], Album]:
+        """After training, of `done` iterations, beside chance and the expert."""
         album = Album()
-        return self._play(envs, self.stage.iterations, album) if self.stage.eval_episodes else {}, album
+        return self._play(envs, done, album, last=True) if self.stage.eval_episodes else {}, album
 
-    def _play(self, envs: EnvPool, step: int, album: Album) -> dict[str, float]:
+    def _play(self, envs: EnvPool, step: int, album: Album, last: bool = False) -> dict[str, float]:
         metrics = play_model(self.cfg, envs, self.sampler, self.stage.eval_episodes, album.keep, album.keep)
-        if step == self.stage.iterations:
+        if last:
             metrics |= play_baselines(self.cfg, envs, self.stage.eval_episodes)
         self.run.log(step, metrics)
         say(f"eval after {step} iterations: {headline('eval', metrics)}")

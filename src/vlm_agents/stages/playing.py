@@ -1,28 +1,24 @@
 """What the stages that play have in common: the envs and policies of a configuration, and the held-out panel."""
 
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm_agents.config import EnvConfig, RunConfig
 from vlm_agents.env_pool import EnvPool
 from vlm_agents.envs import make_env, modules
-from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import ConfigError, EnvError
 from vlm_agents.experts import Advising, with_expert
-from vlm_agents.lineage import cloned_in, differences
-from vlm_agents.metrics import shortcoming, wilson_interval
+from vlm_agents.learn.shaping import penalised
+from vlm_agents.metrics import wilson_interval
 from vlm_agents.policies import ExpertPolicy, ModelPolicy, Policy, RandomPolicy, RemotePolicy, Sampler
-from vlm_agents.progress import say, track
+from vlm_agents.progress import track
 from vlm_agents.prompting import Fitted, PromptFormat, make_format
 from vlm_agents.remote import ChatClient
 from vlm_agents.rollout import collect
 from vlm_agents.seeds import Deal, panel_seeds
 from vlm_agents.summary import Tags, summarise
 from vlm_agents.types import Prompt, Sampling, Trajectory
-from vlm_agents.weights import has_model
 
 if TYPE_CHECKING:  # scripted and remote policies need no torch
     from vlm_agents.models.rendering import HFRenderer
@@ -93,52 +89,6 @@ def refuse_too_long(context: int, setting: str, prompt_tokens: int | None, reply
         )
 
 
-def tell_unread(folder: Path, client: ChatClient, policy: bool, rater: bool) -> int:
-    """Say how much of what a server was asked for the episodes in `folder` came to nothing, as `policy` or as `rater`.
-
-    Returns how many steps have no rating.
-    """
-    turns = played = illegal = unrated = 0
-    for trajectory in read_episodes(folder, pictures=False):
-        for turn in trajectory.turns:
-            turns += 1
-            played += turn.reply.source != "random"
-            illegal += turn.parsed.action is None
-            unrated += turn.rating is None
-    missing = [f"{illegal} of {played} replies hold no legal action"] if policy and illegal else []
-    missing += [f"{unrated} of {turns} steps have no rating"] if rater and unrated else []
-    if missing:
-        say(f"{' and '.join(missing)}: {client.why_unread()}")
-    return unrated
-
-
-def tell_shortcoming(cfg: RunConfig, metrics: Mapping[str, float]) -> None:
-    """Say, by its held-out panel, that what played is no agent yet, and what may help; nothing where it is one."""
-    if lack := shortcoming(metrics):
-        remedies = [*demonstrations(cfg), *success_remedy(cfg, metrics.get("eval/success", 1.0))]
-        say(f"no agent yet: {lack}. What helps: {'; '.join(remedies)}")
-
-
-def success_remedy(cfg: RunConfig, success: float) -> list[str]:
-    """What the env's settings may have to do with it, where `success`, of episodes, is 0; else nothing."""
-    return [cfg.env.success_remedy] if cfg.env.success_remedy and not success else []
-
-
-def demonstrations(cfg: RunConfig) -> list[str]:
-    """What a policy needs to start from, by where its weights come from."""
-    if not has_model(cfg):
-        return ["another model on the server", "another prompt="]
-    if told := differences(cfg):
-        return [f"settings as the weights learned them ({told[0]})"]
-    if run := cloned_in(cfg):
-        return [
-            f"more demonstrations (stage=collect stage.episodes=) and more steps (stage.epochs=) than "
-            f"{os.path.relpath(run)} had",
-            "a look at report.html: where failures first left the expert's way",
-        ]
-    return ["train with stage=sft first, and give its run as stage.init", "another prompt="]
-
-
 def first_prompts(cfg: RunConfig, envs: EnvPool, episodes: int) -> list[Prompt]:
     """What a policy is asked first in each of the first `episodes` held-out seeds, one an env."""
     answers = envs.reset(dict(enumerate(panel_seeds(envs.name, episodes))), "never")
@@ -148,6 +98,18 @@ def first_prompts(cfg: RunConfig, envs: EnvPool, episodes: int) -> list[Prompt]:
             raise answer
         prompts.append(prompt_format.prompt(envs.instructions, (), answer))
     return prompts
+
+
+def play(
+    cfg: RunConfig,
+    envs: EnvPool,
+    policy: Policy,
+    deals: Sequence[Deal],
+    run_seed: int,
+    advice: Advising | None = None,
+) -> Iterator[Trajectory]:
+    """`rollout.collect` under the configured penalty for a reply without a legal action."""
+    return penalised(collect(envs, policy, deals, run_seed=run_seed, advice=advice), cfg.env.invalid_penalty)
 
 
 def play_panel(
@@ -164,7 +126,7 @@ def play_panel(
     `on_episode` sees each episode, in the order of seeds; nobody else keeps it.
     """
     deals = [Deal(seed) for seed in panel_seeds(envs.name, episodes)]
-    playing = collect(envs, policy, deals, invalid_penalty=cfg.env.invalid_penalty, run_seed=EVAL_SEED)
+    playing = play(cfg, envs, policy, deals, EVAL_SEED)
     tags = Tags()
 
     def shown() -> Iterator[Trajectory]:

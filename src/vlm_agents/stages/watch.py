@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from vlm_agents.config import RunConfig
 from vlm_agents.learn.samples import usable
 from vlm_agents.learn.signal import METRIC, all_illegal
+from vlm_agents.learn.update import PREFIX
 from vlm_agents.metrics import worsened
 from vlm_agents.progress import say
-from vlm_agents.stages.playing import demonstrations, success_remedy, tell_shortcoming
+from vlm_agents.stages.remedies import demonstrations, success_remedy, tell_shortcoming
 from vlm_agents.types import Trajectory
 
+NOTHING = f"{PREFIX}{METRIC}"
 QUOTED = 60  # characters of a reply
 
 
@@ -27,7 +29,7 @@ class Watch:
 
         It takes two in a row, or the run's last, until it is said: a rare success may just not have come yet.
         """
-        self.lacked = self.lacked + 1 if metrics[METRIC] else 0
+        self.lacked = self.lacked + 1 if metrics[NOTHING] else 0
         if self.told or not self.lacked or (self.lacked < 2 and iteration + 1 < self.iterations):
             return
         self.told = True
@@ -65,7 +67,7 @@ def conclude(cfg: RunConfig, metrics: Mapping[str, float]) -> None:
     if worse := worsened(metrics):
         lr = f"algo.lr={cfg.algo.lr:g}, " if cfg.algo else ""
         say(f"training made it worse: {worse}. What helps: a rate lower than {lr}algo.target_kl=0.05, more episodes")
-    if metrics.get(METRIC):
+    if metrics.get(NOTHING):
         say("to the end there was nothing to learn from, as said above: the model is no better for it")
     else:
         tell_shortcoming(cfg, metrics)
