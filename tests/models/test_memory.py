@@ -137,7 +137,7 @@ def test_the_measured_peak_of_an_update(
     assert measured < said.activations + said.logits < 1.5 * measured
 
 
-def learner_of(agent: Agent, tokens: int) -> Learner:
+def learner_of(agent: Any, tokens: int) -> Learner:
     algo = AlgoConfig("ppo")
     return Learner(agent, agent.renderer, make_algorithm(algo, 32, tempered=False), algo, 1, tokens)
 
