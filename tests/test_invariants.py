@@ -24,6 +24,7 @@ from vlm_agents.learn.batches import microbatches
 from vlm_agents.learn.credit import Gae, normalised, sampled_values
 from vlm_agents.learn.learner import Learner
 from vlm_agents.learn.samples import Sample, build, credited, to_targets
+from vlm_agents.learn.shaping import penalised
 from vlm_agents.models import Agent, HFSampler, load_agent
 from vlm_agents.policies import ModelPolicy
 from vlm_agents.prompting import make_format
@@ -46,7 +47,7 @@ def play(
 ) -> list[Trajectory]:
     policy = ModelPolicy(HFSampler(agent), make_format(cfg.prompt), Sampling(cfg.prompt.max_reply_tokens))
     with EnvPool(partial(make_env, cfg.env), num_envs, workers) as envs:
-        return list(collect(envs, policy, [Deal(seed) for seed in seeds], run_seed=0))
+        return list(penalised(collect(envs, policy, [Deal(seed) for seed in seeds], run_seed=0), 0.1))
 
 
 # ---- what is trained is what was sampled -----------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def targets_of(rows: list[Row], advantage: float = 1.0, old: torch.Tensor | None
     for row in rows:
         ones = np.ones(sum(row.reply_lengths), np.float32)
         before = ones if old is None else old.numpy()
-        samples.append(Sample(row, before, emphasis=ones, advantages=advantage * ones, returns=ones))
+        samples.append(Sample(row, before, emphasis=ones, advantages=advantage * ones, returns=ones, old=before))
     return to_targets(samples, over_turns(rows), torch.device("cpu"))
 
 

@@ -25,7 +25,7 @@ TWINS = ["tiny", "tiny_qwen2_vl", "tiny_qwen3_vl", "tiny_llava"]
 LORA = LoraConfig(rank=4, alpha=8, dropout=0.5)
 MODES: dict[str, dict[str, Any]] = {"full": {}, "lora": {"lora": LORA}, "qlora": {"lora": LORA, "quantize": "nf4"}}
 PARTS = ["vision", "projector", "language"]
-ALGO = AlgoConfig("ppo", lr=1e-3, value_lr=1e-2)
+ALGO = AlgoConfig("ppo", lr=1e-3, value_lr=1e-2, max_mismatch_kl=None)
 ROOM = 12  # tokens a reply
 
 RowOf = Callable[[Prompt, Reply], Row]
@@ -103,7 +103,7 @@ def test_the_ratio_is_one_and_a_batch_of_one_is_a_batch_of_many(name: str, mode:
     together = score(agent, rows)
     alone = [score(agent, [row]).logprobs for row in rows]
     torch.testing.assert_close(torch.cat(alone), together.logprobs, rtol=0, atol=1e-4)
-    assert learn(agent, samples, tokens=300)["ppo/ratio_at_start"] == pytest.approx(1.0, abs=1e-4)
+    assert learn(agent, samples, tokens=300)["ratio_at_start"] == pytest.approx(1.0, abs=1e-4)
     assert not torch.equal(score(agent, rows).logprobs, together.logprobs)
 
 
@@ -125,8 +125,8 @@ def test_bfloat16_has_its_own_tolerance(name: str, mode: str, play: Play, values
     assert difference.mean() < 0.02
     assert difference.max() < 0.2
     metrics = learn(agent, samples)
-    assert metrics["ppo/ratio_at_start"] == pytest.approx(1.0, abs=1e-4)  # between the update's own passes
-    assert 0 < metrics["ppo/mismatch_kl"] < 0.05
+    assert metrics["ratio_at_start"] == pytest.approx(1.0, abs=1e-4)  # between the update's own passes
+    assert 0 < metrics["mismatch_kl"] < 0.05
 
 
 @twins
