@@ -47,7 +47,7 @@ BAD = [
     ("stage=collect env.tile_size=100000", "env.tile_size=100000", "between 4 and 256"),
     ("stage=pop", "stage=pop: no such option", "Did you mean 'ppo'?"),
     ("stage=ppo env=minigird", "env=minigird: no such option", "Did you mean 'minigrid'?"),
-    ("stage=ppo algo=dpo", "algo=dpo: no such option", "Did you mean 'ppo'?"),
+    ("stage=ppo algo=pppo", "algo=pppo: no such option", "Did you mean 'ppo'?"),
     ("stage=ppo hydra/launcher=slrum", "hydra/launcher=slrum: no such option", "Did you mean 'slurm'?"),
     ("stage=ppo experiment=nope", "experiment=nope: no such option", "Options:"),
     ("stage=ppo modle=tiny", "modle: no such setting", "Did you mean 'model'?"),
