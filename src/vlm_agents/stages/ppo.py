@@ -12,6 +12,7 @@ from vlm_agents.config import PpoConfig, RunConfig
 from vlm_agents.env_pool import EnvPool
 from vlm_agents.episodes import LINES, EpisodeWriter
 from vlm_agents.models import HFSampler, load_agent
+from vlm_agents.outcomes import PANEL
 from vlm_agents.policies import Policy
 from vlm_agents.progress import say, track
 from vlm_agents.rollout import collect
@@ -30,6 +31,7 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
     algo = cfg.algo
     assert algo is not None
     run.append_only(LINES)
+    run.append_only(PANEL)
     checkpoint = run.restore()
     seed_everything(cfg.seed)
     init = str(checkpoint.path) if checkpoint else stage.init
