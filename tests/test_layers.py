@@ -16,7 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # From the top down. A part may import what lies below it, and what shares its line and its bar-separated cell.
 LAYERS = """
 __main__
-command_line chain completion hydra_errors | compare standings sweeps charts
+command_line chain completion hydra_errors | compare tables charts standings sweeps
 preflight
 stages run
 rollout

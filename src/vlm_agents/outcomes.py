@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import DataError
-from vlm_agents.episodes import LINES, read_episodes
 from vlm_agents.files import append_line
 from vlm_agents.types import Trajectory
 

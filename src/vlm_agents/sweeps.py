@@ -75,11 +75,10 @@ def found(arguments: Iterable[str]) -> tuple[list[Played], list[str]]:
     left_out: list[str] = []
     for argument in arguments:
         name, _, folders = argument.rpartition("=") if not Path(argument).exists() else ("", "", argument)
+        label = name.replace("_", " ")
         for place in map(Path, folders.split(",") if name else [folders]):
             if not place.is_dir():
-                raise ConfigError(
-                    f"{place} is no folder: name run directories, folders of them, or NAME=FOLDER,FOLDER"
-                )
+                raise ConfigError(f"{place} is no folder: name run directories, folders of them, or NAME=FOLDER,FOLDER")
             for folder in directories(place):
                 try:
                     run = read(folder)
@@ -89,9 +88,10 @@ def found(arguments: Iterable[str]) -> tuple[list[Played], list[str]]:
                 if run is None and folder == place:
                     raise ConfigError(f"{folder} is no run of stage=ppo or stage=eval, which play held-out seeds")
                 if run is not None:
-                    if runs.setdefault(folder.resolve(), run).label not in ("", name.replace("_", " ")):
-                        raise ConfigError(f"{folder} is named twice: a line of the table each, so a name each")
-                    run.label = name.replace("_", " ")
+                    known = runs.setdefault(folder.resolve(), run)
+                    if known is not run and known.label != label:
+                        raise ConfigError(f"{folder} is given under two names: a run has one line in the table")
+                    known.label = label
     if not runs:
         why = f", but for {'; '.join(left_out)}" if left_out else ""
         raise DataError(f"no finished run of stage=ppo or stage=eval in {' '.join(arguments)}{why}")
@@ -114,7 +114,8 @@ def read(folder: Path) -> Played | None:
     try:
         settings = flat_settings(folder / "config.yaml", "")
         stage = settings["stage.name"]
-        settings["seed"], settings["env.id"]  # noqa: B018 - a KeyError where they lack
+        if not {"seed", "env.id"} <= settings.keys():
+            raise KeyError("seed or env.id")
     except (DataError, KeyError) as error:
         raise DataError("config.yaml is damaged") from error
     if stage not in PLAYING:
@@ -190,7 +191,7 @@ def words(run: Played, keys: Sequence[str], alone: bool) -> str:
     parts = []
     for key in keys:
         value = run.settings.get(key)
-        named = key.endswith(NAMING) or alone and isinstance(value, str)
+        named = key.endswith(NAMING) or (alone and isinstance(value, str))
         parts.append(str(value) if named else f"{key.split('.', 1)[-1]}={value}")
     return " ".join(parts) or run.settings.get("algo.name") or run.settings["stage.name"]
 
@@ -213,13 +214,14 @@ def games(runs: Sequence[Played]) -> dict[str, list[Played]]:
             f"{first.folder} has {key}={first.settings.get(key)}, {second.folder} {second.settings.get(key)}: one seed "
             "isn't the same episode there, give each a comparison of its own"
         )
-    names = [game.rpartition("/")[2] for game in (run[0].settings["env.id"] for run in grouped.values())]
-    for index, (name, one) in enumerate(zip(list(names), grouped.values(), strict=True)):
-        if names.count(name) > 1 or list(names)[:index].count(name):
-            rivals = [game[0] for game in grouped.values()]
-            keys = [key for key, _ in one[0].game if any(other(key, one[0], rival) for rival in rivals)]
-            names[index] = " ".join([name, *(f"{key.removeprefix('env.')}={one[0].settings[key]}" for key in keys)])
-    return dict(zip(names, grouped.values(), strict=True))
+    rivals = [one[0] for one in grouped.values()]
+    plain = [run.settings["env.id"].rpartition("/")[2] for run in rivals]
+    named = {}
+    for run, name in zip(rivals, plain, strict=True):
+        keys = [key for key, _ in run.game if any(other(key, run, rival) for rival in rivals)]
+        told = [f"{key.removeprefix('env.')}={run.settings[key]}" for key in keys] if plain.count(name) > 1 else []
+        named[" ".join([name, *told])] = grouped[run.game]
+    return named
 
 
 def other(key: str, first: Played, second: Played) -> bool:

@@ -101,7 +101,9 @@ def test_what_came_of_each_held_out_episode_is_a_line(trained: Path):
     outcomes = read_outcomes(trained, trained=True)
     seeds = panel_seeds("vlm_agents/Echo-v0", 5)
     played = [(step, variant) for step in (0, 2, 3) for variant in ("", "_greedy")] + [(3, "_random"), (3, "_expert")]
-    assert [(one.step, one.variant, one.seed) for one in outcomes] == [(*which, seed) for which in played for seed in seeds]
+    assert [(one.step, one.variant, one.seed) for one in outcomes] == [
+        (*which, seed) for which in played for seed in seeds
+    ]
     for step, variant in played:
         line = next(line for line in lines(trained) if line["step"] == step and "eval/success" in line)
         those = [one for one in outcomes if (one.step, one.variant) == (step, variant)]
