@@ -59,9 +59,10 @@ class Standing:
     def iqm(self) -> Interval:
         return percentiles(float(iqm(self.scores)), iqm(self.replicates))
 
-    @property
-    def greedy(self) -> float | None:
-        return mean_of(self.runs, "eval/success_greedy")
+    def mean(self, metric: str) -> float | None:
+        """Of a metric of summary.json over the runs that have it."""
+        found = [run.metrics[metric] for run in self.runs if run.metrics.get(metric) is not None]
+        return float(np.mean(found)) if found else None
 
     @property
     def seconds(self) -> float | None:
@@ -93,11 +94,6 @@ class Place:
     score: Interval
     rank: Interval
     runs: int
-
-
-def mean_of(runs: Iterable[Played], name: str) -> float | None:
-    found = [run.metrics[name] for run in runs if run.metrics.get(name) is not None]
-    return float(np.mean(found)) if found else None
 
 
 # ---- one game --------------------------------------------------------------------------------------------------------

@@ -54,7 +54,10 @@ def markdown(it: Comparison) -> str:
 
 def heads(baseline: str) -> list[str]:
     against = [f"better than {baseline}", f"minus {baseline}"]
-    return ["label", "runs", "success", "IQM", "greedy", "each run", *against, "steps to 90 %", "training"]
+    return [
+        *("label", "runs", "success", "IQM", "greedy", "each run", "return", "return > 0"),
+        *(*against, "steps to 90 %", "training"),
+    ]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -78,8 +81,10 @@ def rows_of(one: Game, it: Comparison) -> Iterator[list[str]]:
             str(len(own.runs)),
             SCORE.format(*own.success),
             SCORE.format(*own.iqm),
-            "" if own.greedy is None else f"{own.greedy:.3f}",
+            figure(own.mean("eval/success_greedy")),
             " ".join(f"{score:.3f}" for score in own.scores),
+            figure(own.mean("eval/return")),
+            figure(own.mean("eval/positive_return")),
             SCORE.format(*own.better) if own.better else "",
             GAIN.format(*own.gain[:3]) if own.gain else "",
             steps_told(own),
@@ -89,6 +94,10 @@ def rows_of(one: Game, it: Comparison) -> Iterator[list[str]]:
         yield ["expert", "", SCORE.format(*one.scripted["expert"]), *[""] * empty]
     for name, value in it.references.items():
         yield [name, "", f"{value:.3f}", *[""] * empty]
+
+
+def figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def steps_told(own: Standing) -> str:
@@ -147,7 +156,8 @@ def rows_as_csv(it: Comparison) -> str:
     for one in it.games:
         for own in one.standings.values():
             row = {"game": one.name, "label": own.label, "runs": len(own.runs), "seeds": one.seeds}
-            row |= {**ends("success", own.success), **ends("iqm", own.iqm), "greedy": own.greedy}
+            row |= {**ends("success", own.success), **ends("iqm", own.iqm), "greedy": own.mean("eval/success_greedy")}
+            row |= {name: own.mean(f"eval/{name}") for name in ("return", "positive_return", "episode_length")}
             row |= ends("better", own.better) if own.better else {}
             row |= {**ends("gain", own.gain), "gain_p": own.gain.p} if own.gain else {}
             row |= {"steps": float(np.median(own.steps)), "seconds": own.seconds, "before": one.before}
