@@ -1,4 +1,4 @@
-"""Estimators against closed forms and numbers worked out by hand, and intervals against how often they hold the truth."""
+"""Estimators against closed forms and numbers worked out by hand; intervals against how often they hold the truth."""
 
 import numpy as np
 import pytest
