@@ -126,6 +126,13 @@ def test_what_is_not_finished_or_damaged_is_named_and_left_out(sweep: Path, caps
         assert f"left out: {sweep / job}: {why}" in page.replace("summary.json or metrics.jsonl ", "")
 
 
+def test_a_sweep_that_is_compared_whole_is_told_to_its_tracker(sweep: Path, capsys: pytest.CaptureFixture[str]):
+    (sweep / "multirun.yaml").write_text("")
+    for words, told in ([str(sweep)], True), ([str(sweep / "0"), str(sweep / "1")], False):
+        assert compare.main([*words, "--out", str(sweep / "o")]) == 0
+        assert (f"not in MLflow: {sweep} has no run there" in capsys.readouterr().out) == told
+
+
 def test_one_run_is_said_to_be_one(sweep: Path, capsys: pytest.CaptureFixture[str]):
     assert compare.main([str(sweep / "0"), "--out", str(sweep / "o")]) == 0
     assert (

@@ -88,14 +88,15 @@ def write(it: Comparison, out: Path) -> list[Path]:
     return [out / f"comparison.{ending}" for ending in contents]
 
 
-def to_trackers(it: Comparison, files: Sequence[Path]) -> Iterator[str]:
-    """Have the MLflow runs of the sweeps that the runs are jobs of hold the ranking; a line of each."""
+def to_trackers(it: Comparison, places: Sequence[Path], files: Sequence[Path]) -> Iterator[str]:
+    """Have the MLflow run of each sweep that lies whole in one of the places hold the ranking; a line of each."""
     metrics = {}
     for place in it.places:
         label = re.sub(r"[^A-Za-z0-9.]+", "-", place.label)
         metrics |= {f"compare/rank/{label}": place.rank.mean, f"compare/score/{label}": place.score.mean}
     for sweep in dict.fromkeys(filter(None, (tracking.sweep_of(run.folder) for run in it.runs))):
-        yield tracking.tell_sweep(sweep, metrics, files)
+        if {sweep, *sweep.parents} & set(places):
+            yield tracking.tell_sweep(sweep, metrics, files)
 
 
 def main(words: Sequence[str]) -> int:
@@ -108,7 +109,7 @@ def main(words: Sequence[str]) -> int:
         out = asked.out or (only if only is not None and holds_runs else Path("comparison"))
         files = write(it, out)
         print(harmless(files[0].read_text(encoding="utf-8")))
-        for line in to_trackers(it, files):
+        for line in to_trackers(it, list(map(Path, asked.folders)), files):
             print(harmless(line))
         print(f"written: {', '.join(map(str, files))}", flush=True)
     except VlmAgentsError as error:

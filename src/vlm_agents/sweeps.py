@@ -41,7 +41,7 @@ class Played:
     def seed(self) -> int:
         return self.settings["seed"]
 
-    @property
+    @cached_property
     def game(self) -> tuple[tuple[str, Any], ...]:
         """The settings that decide what a held-out seed deals: where they are equal, runs can be paired."""
         return tuple(
@@ -74,7 +74,9 @@ def found(arguments: Iterable[str]) -> tuple[list[Played], list[str]]:
     runs: dict[Path, Played] = {}
     left_out: list[str] = []
     for argument in arguments:
-        name, _, folders = argument.rpartition("=") if not Path(argument).exists() else ("", "", argument)
+        name, _, folders = (
+            argument.partition("=") if "=" in argument and not Path(argument).exists() else ("", "", argument)
+        )
         label = name.replace("_", " ")
         for place in map(Path, folders.split(",") if name else [folders]):
             if not place.is_dir():

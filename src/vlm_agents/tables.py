@@ -38,7 +38,7 @@ def markdown(it: Comparison) -> str:
     if commits:
         facts.append(f"made by commit {', '.join(name[:12] + name[40:] for name in commits)}")
     parts = ["# Comparison", ", ".join(filter(None, facts))]
-    if it.places:
+    if len(it.places) > 1:
         rows = [
             [place.label, str(place.runs), "{:g} [{:g}, {:g}]".format(*place.rank), SCORE.format(*place.score)]
             for place in it.places
