@@ -154,12 +154,12 @@ def curve(run: Played) -> tuple[np.ndarray, np.ndarray]:
     Empty for an evaluation."""
     total, at, panel, training = 0.0, [], [], []
     for record in run.history.values():
-        if record.get("rollout/episode_length") is not None:
+        if "rollout/episode_length" in record:
             played = total + record["rollout/episode_length"] * run.settings["stage.episodes"]
             total = record.get("rollout/env_steps", played)
             at.append(total)
             training.append(record["rollout/success"])
-        if record.get("eval/success") is not None:
+        if "eval/success" in record:
             panel.append((total, record["eval/success"]))
     if run.settings["stage.name"] != "ppo":
         return np.empty(0), np.empty(0)

@@ -4,6 +4,7 @@ Reads run directories of stage=ppo and stage=eval by their files alone. Knows no
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 from vlm_agents.errors import ConfigError, DataError, did_you_mean
 from vlm_agents.outcomes import Outcome, read_outcomes
+from vlm_agents.tracking import points_in
 from vlm_agents.weights import flat_settings
 
 PLAYING = ("ppo", "eval")
@@ -126,9 +128,9 @@ def read(folder: Path) -> Played | None:
         raise DataError("not finished: its command, given again, goes on with it")
     try:
         metrics = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["metrics"]
-        history = by_step(folder / "metrics.jsonl")
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise DataError(f"summary.json or metrics.jsonl is damaged ({error})") from error
+        raise DataError(f"summary.json is damaged ({error})") from error
+    history = by_step(folder / "metrics.jsonl")
     run = Played(folder, settings, metrics, history, read_outcomes(folder, trained=stage == "ppo"))
     if not run.solved:
         raise DataError("no held-out seed was played to its end")
@@ -136,11 +138,12 @@ def read(folder: Path) -> Played | None:
 
 
 def by_step(path: Path) -> dict[int, dict[str, float]]:
-    """All that metrics.jsonl says of each step; of what a resumed run wrote again, the last."""
+    """All that metrics.jsonl says of each step; of what a resumed run wrote again, the last. A damaged line is left out
+    with a warning."""
     steps: dict[int, dict[str, float]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        steps.setdefault(record.pop("step"), {}).update(record)
+    for point in points_in(path):
+        if not math.isnan(point.value):
+            steps.setdefault(point.step, {})[point.key] = point.value
     return dict(sorted(steps.items()))
 
 
