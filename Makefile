@@ -4,11 +4,12 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 AGENTS := $(BIN)/python -m vlm_agents
+COMPARE := $(BIN)/python -m vlm_agents.compare
 NAME := demo_$(shell date +%Y-%m-%d_%H-%M-%S)
 DEMO = $(AGENTS) experiment=empty_room
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ppo demo reproduce ui tiny-weights test check format clean
+.PHONY: help setup ppo demo reproduce compare ui tiny-weights test check format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,8 +29,8 @@ demo: setup ## the whole chain from random weights: collect, preprocess, sft, pp
 	$(AGENTS) run empty_room name=$(NAME)
 	$(DEMO)/eval name=$(NAME)_sft stage.init=outputs/$(NAME)/sft stage.baselines=false
 	$(DEMO)/eval name=$(NAME)_base stage.init=null stage.episodes=40 stage.baselines=false
-	$(BIN)/python benchmarks/table.py base=outputs/$(NAME)_base/eval after_SFT=outputs/$(NAME)_sft/eval \
-		after_PPO=outputs/$(NAME)/eval
+	$(COMPARE) base=outputs/$(NAME)_base/eval after_SFT=outputs/$(NAME)_sft/eval after_PPO=outputs/$(NAME)/eval \
+		--out outputs/$(NAME)/comparison
 
 GAME ?= number_line
 SEED ?= 0
@@ -39,7 +40,11 @@ PLAY = seed=$(SEED) $(if $(MODEL),model=$(MODEL))
 reproduce: setup ## collect to eval: GAME=number_line, blackjack, ezpoints or points24; SEED=0; GAME=scratch MODEL=tiny_llava: from random weights
 	$(AGENTS) run $(GAME) $(PLAY) name=$(RUN)
 	$(AGENTS) experiment=$(GAME)/eval $(PLAY) name=$(RUN)_sft stage.init=outputs/$(RUN)/sft stage.baselines=false
-	$(BIN)/python benchmarks/table.py after_SFT=outputs/$(RUN)_sft/eval after_PPO=outputs/$(RUN)/eval
+	$(COMPARE) after_SFT=outputs/$(RUN)_sft/eval after_PPO=outputs/$(RUN)/eval --out outputs/$(RUN)/comparison
+
+RUNS ?=
+compare: setup ## finished runs held against each other: RUNS=multirun/<name>/ppo, or any words of the command
+	$(COMPARE) $(if $(RUNS),$(RUNS),--help)
 
 ui: setup ## MLflow in the browser, on this machine only
 	@$(BIN)/python -m vlm_agents.tracking

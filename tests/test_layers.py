@@ -16,15 +16,15 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # From the top down. A part may import what lies below it, and what shares its line and its bar-separated cell.
 LAYERS = """
 __main__
-command_line chain completion hydra_errors
+command_line chain completion hydra_errors | compare tables charts standings sweeps
 preflight
 stages run
 rollout
-policies episodes summary llava_data env_pool report frames chats inputs judge
+policies episodes outcomes summary llava_data env_pool report frames chats inputs judge
 envs experts | prompting | models | learn | tracking backends stores | checkpoints | remote endpoint answers
 lineage weights snapshot
 config tensors
-types upgrades errors imports files marks pictures progress versions metrics cores seeds ratings
+types upgrades errors imports files marks pictures progress versions metrics cores seeds ratings intervals
 """
 CELLS = [[cell.split() for cell in line.split("|")] for line in LAYERS.strip().splitlines()]
 
@@ -45,6 +45,8 @@ DOORS = {
     "gymnasium": ["envs", "env_pool.py"],
     "httpx2": ["endpoint.py"],
     "huggingface_hub": ["models/sources.py"],
+    "scipy": ["intervals.py"],
+    "matplotlib": ["charts.py"],
 }
 
 

@@ -136,6 +136,30 @@ def test_jobs_of_a_sweep_have_one_parent(compose_run, store: str, look, tmp_path
     assert look().get_run(parents[0]).info.run_name == "test/ppo"
 
 
+def test_what_came_of_comparing_a_sweep_is_in_its_run(
+    compose_run, store: str, look, ailing: "Answers", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "PATIENCE", 0.5)
+    sweep, page = tmp_path / "multirun/test/ppo", tmp_path / "comparison.md"
+    page.write_text("# Comparison")
+    cfg = compose_run("stage=ppo", "tracking=mlflow", f"tracking.uri={store}", f"run_dir={sweep / '0'}")
+    with Run.open(cfg, [], sweep=sweep) as run:
+        assert "has no run there" in tracking.tell_sweep(sweep, {"compare/rank/ppo": 1.0}, [page])
+        run.begin()
+    assert tracking.tell_sweep(sweep, {"compare/rank/ppo": 1.0}, [page]).startswith("in MLflow: ")
+    parent = (sweep / "mlflow_run_id").read_text()
+    assert look().get_run(parent).data.metrics == {"compare/rank/ppo": 1.0}
+    assert [file.path for file in look().list_artifacts(parent)] == ["comparison.md"]
+    assert look().get_run(parent).info.status == "FINISHED"  # as it was
+    (sweep / "0/config.yaml").write_text(f"tracking: {{uri: '{ailing('500')}'}}")
+    assert tracking.tell_sweep(sweep, {"compare/rank/ppo": 2.0}, [page]).startswith(f"not in MLflow: {sweep}: ")
+    (sweep / "mlflow_run_id").write_text("gone")
+    (sweep / "0/config.yaml").write_text(f"tracking: {{uri: '{store}'}}")
+    told = tracking.tell_sweep(sweep, {"compare/rank/ppo": 2.0}, [page])
+    assert told.startswith(f"not in MLflow: {sweep}: ")
+    assert "\n" not in told
+
+
 def test_a_sweeps_run_ends_as_its_jobs_do(compose_run, store: str, look, tmp_path: Path) -> None:
     sweep = tmp_path / "multirun/test/ppo"
 

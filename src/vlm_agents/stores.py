@@ -12,7 +12,7 @@ import secrets
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,16 @@ def end_run(uri: str, run_id: str, status: str) -> None:
     with opened(uri, None) as client:
         if client.get_run(run_id).info.status != status:
             client.set_terminated(run_id, status)
+
+
+def add_to_run(uri: str, run_id: str, metrics: Mapping[str, float], files: Sequence[Path]) -> None:
+    """Add metrics and files to a run, ended or not."""
+    with opened(uri, None) as client:
+        client.get_run(run_id)  # gone: nothing is sent
+        for name, value in metrics.items():
+            client.log_metric(run_id, name, value)
+        for path in files:
+            client.log_artifact(run_id, str(path))
 
 
 def end_parent(client: Any, uri: str, run_id: str, sweep: Path) -> None:

@@ -252,6 +252,20 @@ def end_sweep(sweep: Path, status: str) -> None:
         log.warning("%s", harmless(masked(f"MLflow doesn't know that {sweep} is {status}: {error}")))
 
 
+def tell_sweep(sweep: Path, metrics: Mapping[str, float], files: Sequence[Path]) -> str:
+    """Add what came of a sweep's comparison to its MLflow run. Says, in a line, whether it is there now."""
+    note = sweep / "mlflow_run_id"
+    if not note.exists():
+        return f"not in MLflow: {sweep} has no run there (tracking=mlflow makes one)"
+    try:
+        settings = yaml.safe_load(next(sweep.rglob("config.yaml")).read_text())
+        stores.quieten()
+        stores.add_to_run(stores.address(settings["tracking"]), note.read_text(), metrics, files)
+    except Exception as error:  # noqa: BLE001 - whatever ails the tracker must not stop the comparison
+        return masked(f"not in MLflow: {sweep}: {str(error).strip().splitlines()[0] if str(error) else error!r}")
+    return f"in MLflow: the ranking and the files are in the run of {sweep}"
+
+
 def sweep_of(folder: Path) -> Path | None:
     """The folder of the sweep that the run is a job of."""
     return folder.parent if (folder.parent / "multirun.yaml").exists() else None

@@ -15,6 +15,7 @@ from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import ConfigError, DataError
 from vlm_agents.metrics import parts
 from vlm_agents.models import load_agent
+from vlm_agents.outcomes import read_outcomes
 from vlm_agents.prompting import make_format
 from vlm_agents.seeds import panel_seeds, training_seed
 from vlm_agents.stages.playing import fitted
@@ -94,6 +95,22 @@ def test_the_run_directory_is_complete(trained: Path):
     assert summary(trained)["artifacts"] == {
         "model": "model", "report": "report.html", "episodes": "episodes.jsonl"
     }  # fmt: skip
+
+
+def test_what_came_of_each_held_out_episode_is_a_line(trained: Path):
+    outcomes = read_outcomes(trained, trained=True)
+    seeds = panel_seeds("vlm_agents/Echo-v0", 5)
+    played = [(step, variant) for step in (0, 2, 3) for variant in ("", "_greedy")] + [(3, "_random"), (3, "_expert")]
+    assert [(one.step, one.variant, one.seed) for one in outcomes] == [
+        (*which, seed) for which in played for seed in seeds
+    ]
+    for step, variant in played:
+        line = next(line for line in lines(trained) if line["step"] == step and "eval/success" in line)
+        those = [one for one in outcomes if (one.step, one.variant) == (step, variant)]
+        assert line[f"eval/success{variant}"] == np.mean([one.success for one in those])
+        assert line[f"eval/return{variant}"] == pytest.approx(np.mean([one.total_reward for one in those]))
+        assert line[f"eval/episode_length{variant}"] == np.mean([one.turns for one in those])
+        assert {one.success == (one.stop == "success") for one in those} == {True}
 
 
 def page(folder: Path) -> dict:

@@ -8,6 +8,7 @@ from vlm_agents.env_pool import EnvPool
 from vlm_agents.episodes import LINES, read_episodes
 from vlm_agents.metrics import headline
 from vlm_agents.models import Agent
+from vlm_agents.outcomes import append_outcome
 from vlm_agents.policies import Sampler
 from vlm_agents.progress import say
 from vlm_agents.run import Run
@@ -15,6 +16,7 @@ from vlm_agents.stages.cards import save_model
 from vlm_agents.stages.playing import SHARES, play_baselines, play_model
 from vlm_agents.stages.reporting import Album, remember, remembered, report, shown
 from vlm_agents.stages.watch import conclude
+from vlm_agents.types import Trajectory
 from vlm_agents.weights import RUN_MODEL
 
 RECORDED = 4  # episodes of each iteration kept in episodes.jsonl
@@ -44,9 +46,16 @@ class Panel:
         return self._play(envs, done, album, last=True) if self.stage.eval_episodes else {}, album
 
     def _play(self, envs: EnvPool, step: int, album: Album, last: bool = False) -> dict[str, float]:
-        metrics = play_model(self.cfg, envs, self.sampler, self.stage.eval_episodes, album.keep, album.keep)
+        def record(episode: Trajectory) -> None:
+            append_outcome(self.run.dir, step, episode)
+
+        def keep(episode: Trajectory) -> None:
+            record(episode)
+            album.keep(episode)
+
+        metrics = play_model(self.cfg, envs, self.sampler, self.stage.eval_episodes, keep, keep)
         if last:
-            metrics |= play_baselines(self.cfg, envs, self.stage.eval_episodes)
+            metrics |= play_baselines(self.cfg, envs, self.stage.eval_episodes, record)
         self.run.log(step, metrics)
         say(f"eval after {step} iterations: {headline('eval', metrics)}")
         return metrics

@@ -11,6 +11,7 @@ import numpy as np
 from vlm_agents.config import PpoConfig, RunConfig
 from vlm_agents.episodes import LINES, EpisodeWriter
 from vlm_agents.models import HFSampler, load_agent
+from vlm_agents.outcomes import PANEL
 from vlm_agents.progress import say
 from vlm_agents.run import Run, seed_everything
 from vlm_agents.stages.collapse import Collapse
@@ -26,6 +27,7 @@ from vlm_agents.summary import summarise
 def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
     assert cfg.algo is not None
     run.append_only(LINES)
+    run.append_only(PANEL)
     checkpoint = run.restore()
     seed_everything(cfg.seed)
     init = str(checkpoint.path) if checkpoint else stage.init

@@ -1,0 +1,215 @@
+"""Where each label stands: in each game beside the others, and over all games. Numbers alone; nothing here is written.
+
+A label is what is compared, such as an algorithm; it has runs, which differ in their seeds. All runs of a game are held
+against each other on the held-out seeds that all of them played to the end.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+
+import numpy as np
+
+from vlm_agents.errors import ConfigError, DataError, did_you_mean
+from vlm_agents.intervals import (
+    Difference,
+    Interval,
+    difference,
+    false_discoveries,
+    improvement,
+    iqm,
+    of_these_runs,
+    percentiles,
+    ranks,
+    resampled_panels,
+    resampled_scores,
+)
+from vlm_agents.sweeps import Played
+
+WINDOW = 256  # training episodes that one point of a learning curve is the mean of, at least
+SHARE = 0.9  # of the best label's success: what "steps to 90 %" reaches
+ALPHA = 0.05
+
+
+@dataclass
+class Standing:
+    """One label in one game. `outcomes` `[runs, seeds]`: was it solved; `replicates` `[replicates, runs]`: bootstrap
+    scores of as many runs."""
+
+    label: str
+    runs: list[Played]
+    outcomes: np.ndarray
+    replicates: np.ndarray
+    better: Interval | None = None  # probability that a run of it scores higher than one of the baseline
+    gain: Difference | None = None  # over the baseline
+    steps: list[float] = field(default_factory=list)  # env steps to SHARE of the best, of each run; inf: never
+    alike: list[str] = field(default_factory=list)  # labels that it can't be told apart from
+
+    @property
+    def scores(self) -> np.ndarray:
+        """Success of each run."""
+        return self.outcomes.mean(axis=1)
+
+    @property
+    def success(self) -> Interval:
+        return of_these_runs(self.outcomes)
+
+    @property
+    def iqm(self) -> Interval:
+        return percentiles(float(iqm(self.scores)), iqm(self.replicates))
+
+    def mean(self, metric: str) -> float | None:
+        """Of a metric of summary.json over the runs that have it."""
+        found = [run.metrics[metric] for run in self.runs if run.metrics.get(metric) is not None]
+        return float(np.mean(found)) if found else None
+
+    @property
+    def seconds(self) -> float | None:
+        """Median wall time of training."""
+        times = [run.metrics["time/training"] for run in self.runs if run.metrics.get("time/training") is not None]
+        return float(np.median(times)) if times else None
+
+
+@dataclass
+class Game:
+    """One game's labels, in the order in which they were given."""
+
+    name: str
+    seeds: int
+    standings: dict[str, Standing]
+    before: float | None  # success before training, mean over the runs that know theirs
+    scripted: dict[str, Interval]  # success of random play and of the expert
+
+    @property
+    def target(self) -> float:
+        return SHARE * max(standing.success.mean for standing in self.standings.values())
+
+
+@dataclass
+class Place:
+    """One label over all games: its success, 0 as before training and 1 at best, and its rank by that."""
+
+    label: str
+    score: Interval
+    rank: Interval
+    runs: int
+
+
+# ---- one game --------------------------------------------------------------------------------------------------------
+def game(name: str, runs: Sequence[Played], baseline: str, rng: np.random.Generator) -> Game:
+    """Hold the runs of one game against each other; DataError where no held-out seed was played by all of them."""
+    seeds = sorted(set.intersection(*(set(run.solved) for run in runs)))
+    if not seeds:
+        raise DataError(f"{name}: no held-out seed was played to its end by all runs. Leave out those without")
+    panels = resampled_panels(len(seeds), rng)
+    standings = {}
+    for label in dict.fromkeys(run.label for run in runs):
+        own = sorted((run for run in runs if run.label == label), key=lambda run: run.seed)
+        outcomes = np.array([[run.solved[seed] for seed in seeds] for run in own], dtype=float)
+        standings[label] = Standing(label, own, outcomes, resampled_scores(outcomes, panels, rng))
+    if baseline in standings:
+        hold_against(standings[baseline], standings.values())
+    tell_apart(standings)
+    before = [np.mean(list(run.solved_before.values())) for run in runs if run.solved_before]
+    one = Game(name, len(seeds), standings, float(np.mean(before)) if before else None, scripted(runs))
+    for standing in standings.values():
+        standing.steps = [steps_to(one.target, run) for run in standing.runs]
+    return one
+
+
+def hold_against(baseline: Standing, standings: Iterable[Standing]) -> None:
+    for standing in standings:
+        if standing is not baseline:
+            chance = float(improvement(baseline.scores, standing.scores))
+            standing.better = percentiles(chance, improvement(baseline.replicates, standing.replicates))
+            standing.gain = difference(baseline.outcomes, standing.outcomes)
+
+
+def tell_apart(standings: Mapping[str, Standing]) -> None:
+    """Note for each label those that it can't be told apart from, all pairs of the game being looked at."""
+    pairs = list(combinations(standings.values(), 2))
+    chances = false_discoveries([difference(first.outcomes, second.outcomes).p for first, second in pairs])
+    for (first, second), chance in zip(pairs, chances, strict=True):
+        if chance >= ALPHA:
+            first.alike.append(second.label)
+            second.alike.append(first.label)
+
+
+def scripted(runs: Iterable[Played]) -> dict[str, Interval]:
+    """Success of random play and of the expert, by the last run that played them."""
+    found = {}
+    for run in runs:
+        for policy in ("random", "expert"):
+            names = [f"eval/success{end}_{policy}" for end in ("", "_low", "_high")]
+            if all(run.metrics.get(name) is not None for name in names):
+                found[policy] = Interval(*(run.metrics[name] for name in names))
+    return found
+
+
+# ---- learning curves -------------------------------------------------------------------------------------------------
+def curve(run: Played) -> tuple[np.ndarray, np.ndarray]:
+    """Env steps played in training, and success: on the panel where it was played in between, else of the training
+    episodes behind the panel before training, each point the mean over the last iterations that hold WINDOW of them.
+    Empty for an evaluation."""
+    total, at, panel, training = 0.0, [], [], []
+    for record in run.history.values():
+        if "rollout/episode_length" in record:
+            played = total + record["rollout/episode_length"] * run.settings["stage.episodes"]
+            total = record.get("rollout/env_steps", played)
+            at.append(total)
+            training.append(record["rollout/success"])
+        if "eval/success" in record:
+            panel.append((total, record["eval/success"]))
+    if run.settings["stage.name"] != "ppo":
+        return np.empty(0), np.empty(0)
+    if len(panel) > 2:  # more than before and after
+        return np.array([step for step, _ in panel]), np.array([success for _, success in panel])
+    width = min(math.ceil(WINDOW / run.settings["stage.episodes"]), len(training))
+    means = np.convolve(training, np.full(width, 1 / width), "valid") if width else np.empty(0)
+    start = [point for point in panel if point[0] == 0]
+    steps, success = ([point[side] for point in start] for side in (0, 1))
+    return np.array([*steps, *at[max(0, width - 1) :]]), np.array([*success, *means])
+
+
+def steps_to(target: float, run: Played) -> float:
+    """Env steps until the run's curve reaches `target`; inf where it never does."""
+    steps, success = curve(run)
+    reached = np.flatnonzero(success >= target - 1e-9) if target > 0 else []
+    return float(steps[reached[0]]) if len(reached) else math.inf
+
+
+# ---- over all games --------------------------------------------------------------------------------------------------
+def ranking(games: Sequence[Game]) -> list[Place]:
+    """The labels that played every game, the best first. Each game's success counts from what it was before training (0
+    where nobody knows) to 1; a game that was solved before tells nothing."""
+    games = [one for one in games if one.before is None or one.before < 1]
+    labels = [label for label in (games[0].standings if games else ()) if all(label in one.standings for one in games)]
+    if not labels:
+        return []
+    scores, replicates = [], []
+    for label in labels:
+        pooled = [(one.standings[label], one.before or 0.0) for one in games]
+        scores.append(iqm(np.concatenate([(own.scores - start) / (1 - start) for own, start in pooled])))
+        drawn = [(own.replicates - start) / (1 - start) for own, start in pooled]
+        replicates.append(iqm(np.concatenate(drawn, axis=1)))
+    drawn, places = np.stack(replicates, axis=1), ranks(np.array(scores))
+    drawn_ranks = ranks(drawn)
+    found = [
+        Place(
+            label,
+            percentiles(scores[index], drawn[:, index]),
+            percentiles(places[index], drawn_ranks[:, index]),
+            min(len(one.standings[label].runs) for one in games),
+        )
+        for index, label in enumerate(labels)
+    ]
+    return sorted(found, key=lambda place: place.rank.mean)
+
+
+def chosen_baseline(asked: str | None, runs: Sequence[Played]) -> str:
+    """What the others are held against: the label asked for, else the first one."""
+    labels = list(dict.fromkeys(run.label for run in runs))
+    if asked is not None and asked not in labels:
+        raise ConfigError(f"--baseline {asked}: the labels are {', '.join(labels)}.{did_you_mean(asked, labels)}")
+    return asked if asked is not None else labels[0]

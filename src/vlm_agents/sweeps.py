@@ -1,0 +1,233 @@
+"""The finished runs in folders: which there are, which game each played, under which label it is compared.
+
+Reads run directories of stage=ppo and stage=eval by their files alone. Knows no statistics.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from vlm_agents.errors import ConfigError, DataError, did_you_mean
+from vlm_agents.outcomes import Outcome, read_outcomes
+from vlm_agents.tracking import points_in
+from vlm_agents.weights import flat_settings
+
+PLAYING = ("ppo", "eval")
+# Settings of an env that change nothing about what is dealt under a seed.
+SHOWN_ONLY = {"invalid_penalty", "workers", "timeout_s", "observation", "size", "view", "tile_size", "describe"}
+SHOWN_ONLY |= {"expert"}
+# Settings, and groups of them, that are no part of what is compared: who and where, and what only is kept.
+APART = {"seed", "name", "run_dir", "hardware", "tracking", "env.workers", "env.timeout_s"}
+APART |= {f"stage.{it}" for it in ("checkpoint_every", "keep_checkpoints", "report_episodes", "baselines", "num_envs")}
+NAMING = (".name", ".format", ".family")  # settings that choose a part: they name it better than what is in it
+
+
+@dataclass
+class Played:
+    """A finished run that played held-out seeds."""
+
+    folder: Path
+    settings: Mapping[str, Any]  # by dotted names
+    metrics: Mapping[str, float]  # of summary.json
+    history: Mapping[int, Mapping[str, float]]  # of metrics.jsonl, by step
+    outcomes: Sequence[Outcome]
+    label: str = field(default="", compare=False)
+
+    @property
+    def seed(self) -> int:
+        return self.settings["seed"]
+
+    @cached_property
+    def game(self) -> tuple[tuple[str, Any], ...]:
+        """The settings that decide what a held-out seed deals: where they are equal, runs can be paired."""
+        return tuple(
+            (key, str(value))
+            for key, value in sorted(self.settings.items())
+            if key.startswith("env.") and key.removeprefix("env.") not in SHOWN_ONLY
+        )
+
+    @cached_property
+    def solved(self) -> dict[int, bool]:
+        """In the end, as sampled: was it, by held-out seed? Without those that an error of the env ended."""
+        last = max((one.step for one in self.outcomes), default=0)
+        return self._successes(last, "")
+
+    @cached_property
+    def solved_before(self) -> dict[int, bool]:
+        """The same before training; empty for an evaluation."""
+        return self._successes(0, "") if self.settings["stage.name"] == "ppo" else {}
+
+    def _successes(self, step: int, variant: str) -> dict[int, bool]:
+        those = (one for one in self.outcomes if (one.step, one.variant) == (step, variant))
+        return {one.seed: one.success for one in those if one.stop != "env_error"}
+
+
+def found(arguments: Iterable[str]) -> tuple[list[Played], list[str]]:
+    """The runs that the arguments name, FOLDER or NAME=FOLDER,FOLDER, and a line for each that is left out.
+
+    ConfigError for a folder that isn't there, or a run that is no such run; DataError where nothing can be compared.
+    """
+    runs: dict[Path, Played] = {}
+    left_out: list[str] = []
+    for argument in arguments:
+        name, _, folders = (
+            argument.partition("=") if "=" in argument and not Path(argument).exists() else ("", "", argument)
+        )
+        label = name.replace("_", " ")
+        for place in map(Path, folders.split(",") if name else [folders]):
+            if not place.is_dir():
+                raise ConfigError(f"{place} is no folder: name run directories, folders of them, or NAME=FOLDER,FOLDER")
+            for folder in directories(place):
+                try:
+                    run = read(folder)
+                except DataError as error:
+                    left_out.append(f"{folder}: {error}")
+                    continue
+                if run is None and folder == place:
+                    raise ConfigError(f"{folder} is no run of stage=ppo or stage=eval, which play held-out seeds")
+                if run is not None:
+                    known = runs.setdefault(folder.resolve(), run)
+                    if known is not run and known.label != label:
+                        raise ConfigError(f"{folder} is given under two names: a run has one line in the table")
+                    known.label = label
+    if not runs:
+        why = f", but for {'; '.join(left_out)}" if left_out else ""
+        raise DataError(f"no finished run of stage=ppo or stage=eval in {' '.join(arguments)}{why}")
+    return list(runs.values()), left_out
+
+
+def directories(place: Path) -> Iterator[Path]:
+    """The run directories in a folder, itself included, in the order of their names; 10 comes behind 9."""
+    for here, folders, files in os.walk(place):
+        folders.sort(key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+        if "config.yaml" in files:
+            yield Path(here)
+            folders.clear()
+        folders[:] = [name for name in folders if not name.startswith(".")]
+
+
+def read(folder: Path) -> Played | None:
+    """One run; None where it is of a stage that plays no panel. DataError, without its name, where it isn't finished or
+    is damaged."""
+    try:
+        settings = flat_settings(folder / "config.yaml", "")
+        stage = settings["stage.name"]
+        if not {"seed", "env.id"} <= settings.keys():
+            raise KeyError("seed or env.id")
+    except (DataError, KeyError) as error:
+        raise DataError("config.yaml is damaged") from error
+    if stage not in PLAYING:
+        return None
+    if not (folder / "DONE").exists():
+        raise DataError("not finished: its command, given again, goes on with it")
+    try:
+        metrics = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["metrics"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(f"summary.json is damaged ({error})") from error
+    history = by_step(folder / "metrics.jsonl")
+    run = Played(folder, settings, metrics, history, read_outcomes(folder, trained=stage == "ppo"))
+    if not run.solved:
+        raise DataError("no held-out seed was played to its end")
+    return run
+
+
+def by_step(path: Path) -> dict[int, dict[str, float]]:
+    """All that metrics.jsonl says of each step; of what a resumed run wrote again, the last. A damaged line is left out
+    with a warning."""
+    steps: dict[int, dict[str, float]] = {}
+    for point in points_in(path):
+        if not math.isnan(point.value):
+            steps.setdefault(point.step, {})[point.key] = point.value
+    return dict(sorted(steps.items()))
+
+
+# ---- labels ----------------------------------------------------------------------------------------------------------
+def give_labels(runs: Sequence[Played], by: Sequence[str]) -> list[str]:
+    """Label the runs that have no name, by the settings `by`, or else by those that tell them apart. Returns the
+    settings in which runs of one label differ.
+
+    A setting that goes with the game (where each has its own), or with those before it, tells nothing more, nor does
+    stage.init where each seed goes on from its own.
+    """
+    unnamed = [run for run in runs if not run.label]
+    differing = [key for key in settings_of(runs) if len({str(run.settings.get(key)) for run in runs}) > 1]
+    if wrong := next((key for key in by if not any(key in run.settings for run in runs)), None):
+        raise ConfigError(f"--by {wrong}: no such setting.{did_you_mean(wrong, settings_of(runs))}")
+    keys = list(by)
+    for key in () if by else sorted(differing, key=prominence):
+        if key == "algo.name" or tells(key, keys, unnamed):
+            keys.append(key)
+    for run in unnamed:
+        run.label = words(run, keys, alone=len(keys) == 1)
+    cells = {(run.label, run.game) for run in runs}
+    return [key for key in differing if any(len(values(key, runs, *cell)) > 1 for cell in cells)]
+
+
+def settings_of(runs: Iterable[Played]) -> list[str]:
+    """The settings that may tell what is compared."""
+    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    games = {key for run in runs for key, _ in run.game}
+    return [key for key in keys if key not in APART | games and key.split(".")[0] not in APART]
+
+
+def prominence(key: str) -> tuple[bool, bool, str]:
+    """The algorithm first, then what chooses a part."""
+    return key != "algo.name", not key.endswith(NAMING), key
+
+
+def tells(key: str, others: Sequence[str], runs: Iterable[Played]) -> bool:
+    """Do runs of one game differ in `key` that don't in `others`?"""
+    cells: dict[tuple, set[str]] = {}
+    for run in runs:
+        own = [run.seed] if key == "stage.init" else []
+        cell = (run.game, *own, *(str(run.settings.get(other)) for other in others))
+        cells.setdefault(cell, set()).add(str(run.settings.get(key)))
+    return any(len(values) > 1 for values in cells.values())
+
+
+def words(run: Played, keys: Sequence[str], alone: bool) -> str:
+    """`grpo`, or `grpo lr=0.0001`; of a run among its like the name of its stage."""
+    parts = []
+    for key in keys:
+        value = run.settings.get(key)
+        named = key.endswith(NAMING) or (alone and isinstance(value, str))
+        parts.append(str(value) if named else f"{key.split('.', 1)[-1]}={value}")
+    return " ".join(parts) or run.settings.get("algo.name") or run.settings["stage.name"]
+
+
+def values(key: str, runs: Iterable[Played], label: str, game: tuple) -> set[str]:
+    return {str(run.settings.get(key)) for run in runs if (run.label, run.game) == (label, game)}
+
+
+# ---- games -----------------------------------------------------------------------------------------------------------
+def games(runs: Sequence[Played]) -> dict[str, list[Played]]:
+    """The runs by game, under a name that tells the games apart. DataError where there are several labels, and none of
+    the games has two of them: one seed isn't the same episode there, so nothing could be held against anything."""
+    grouped: dict[tuple, list[Played]] = {}
+    for run in runs:
+        grouped.setdefault(run.game, []).append(run)
+    if len({run.label for run in runs}) > 1 and all(len({run.label for run in one}) == 1 for one in grouped.values()):
+        first, second = (one[0] for one in list(grouped.values())[:2])
+        key = next(key for key, _ in {**dict(first.game), **dict(second.game)}.items() if other(key, first, second))
+        raise DataError(
+            f"{first.folder} has {key}={first.settings.get(key)}, {second.folder} {second.settings.get(key)}: one seed "
+            "isn't the same episode there, give each a comparison of its own"
+        )
+    rivals = [one[0] for one in grouped.values()]
+    plain = [run.settings["env.id"].rpartition("/")[2] for run in rivals]
+    named = {}
+    for run, name in zip(rivals, plain, strict=True):
+        keys = [key for key, _ in run.game if any(other(key, run, rival) for rival in rivals)]
+        told = [f"{key.removeprefix('env.')}={run.settings[key]}" for key in keys] if plain.count(name) > 1 else []
+        named[" ".join([name, *told])] = grouped[run.game]
+    return named
+
+
+def other(key: str, first: Played, second: Played) -> bool:
+    return str(first.settings.get(key)) != str(second.settings.get(key))

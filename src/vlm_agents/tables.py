@@ -1,0 +1,176 @@
+"""A comparison as text: Markdown for people, CSV for programs."""
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vlm_agents.run import commit
+from vlm_agents.standings import Game, Place, Standing
+from vlm_agents.sweeps import Played
+
+SCORE = "{:.3f} [{:.3f}, {:.3f}]"
+GAIN = "{:+.3f} [{:+.3f}, {:+.3f}]"
+
+
+@dataclass
+class Comparison:
+    """All that there is to tell."""
+
+    command: str
+    baseline: str
+    runs: Sequence[Played]
+    games: Sequence[Game]
+    places: Sequence[Place]
+    left_out: Sequence[str]  # runs, a line each
+    pooled: Sequence[str]  # settings in which runs of one label differ
+    references: Mapping[str, float]
+
+
+# ---- as Markdown -----------------------------------------------------------------------------------------------------
+def markdown(it: Comparison) -> str:
+    commits = sorted({name for run in it.runs if (name := read_commit(run.folder))})
+    facts = [f"`{it.command}`", f"commit {commit()[:12] + commit()[40:]}" if commit() else "", f"{len(it.runs)} runs"]
+    if commits:
+        facts.append(f"made by commit {', '.join(name[:12] + name[40:] for name in commits)}")
+    parts = ["# Comparison", ", ".join(filter(None, facts))]
+    if len(it.places) > 1:
+        rows = [
+            [place.label, str(place.runs), "{:g} [{:g}, {:g}]".format(*place.rank), SCORE.format(*place.score)]
+            for place in it.places
+        ]
+        where = f"over {len(it.games)} games" if len(it.games) > 1 else "in one game"
+        parts += [f"## Ranking {where}", table(["label", "runs", "rank", "score"], rows)]
+    for one in it.games:
+        parts += [f"## {one.name}", told_of(one), table(heads(it.baseline), rows_of(one, it)), apart(one)]
+    if notes := list(notes_of(it)):
+        parts += ["## Notes", "\n".join(f"* {note}" for note in notes)]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def heads(baseline: str) -> list[str]:
+    against = [f"better than {baseline}", f"minus {baseline}"]
+    return [
+        *("label", "runs", "success", "IQM", "greedy", "each run", "return", "return > 0"),
+        *(*against, "steps to 90 %", "training"),
+    ]
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def told_of(one: Game) -> str:
+    was = f"; before training {one.before:.3f}" if one.before is not None else ""
+    return f"{one.seeds} held-out seeds{was}; steps are those to a success of {one.target:.3f}"
+
+
+def rows_of(one: Game, it: Comparison) -> Iterator[list[str]]:
+    """A line for each label; random play stands before them, and the expert and other people's figures behind."""
+    empty = len(heads("")) - 3
+    if "random" in one.scripted:
+        yield ["random", "", SCORE.format(*one.scripted["random"]), *[""] * empty]
+    for own in one.standings.values():
+        yield [
+            own.label,
+            str(len(own.runs)),
+            SCORE.format(*own.success),
+            SCORE.format(*own.iqm),
+            figure(own.mean("eval/success_greedy")),
+            " ".join(f"{score:.3f}" for score in own.scores),
+            figure(own.mean("eval/return")),
+            figure(own.mean("eval/positive_return")),
+            SCORE.format(*own.better) if own.better else "",
+            GAIN.format(*own.gain[:3]) if own.gain else "",
+            steps_told(own),
+            "" if own.seconds is None else f"{own.seconds / 60:.1f} min",
+        ]
+    if "expert" in one.scripted:
+        yield ["expert", "", SCORE.format(*one.scripted["expert"]), *[""] * empty]
+    for name, value in it.references.items():
+        yield [name, "", f"{value:.3f}", *[""] * empty]
+
+
+def figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def steps_told(own: Standing) -> str:
+    reached, median = sum(map(math.isfinite, own.steps)), float(np.median(own.steps))
+    shown = f"{median:,.0f}" if math.isfinite(median) else "-"
+    return f"{shown} ({reached} of {len(own.steps)})" if 0 < reached < len(own.steps) else shown
+
+
+def apart(one: Game) -> str:
+    """Which labels can't be told apart, each pair once."""
+    lines, labels = [], list(one.standings)
+    for index, (label, own) in enumerate(one.standings.items()):
+        if later := [other for other in own.alike if other in labels[index:]]:
+            lines.append(f"* {label} and {', '.join(later)}")
+    return "\n".join(["Can't be told apart:", "", *lines]) if lines else ""
+
+
+def notes_of(it: Comparison) -> Iterator[str]:
+    single = sorted({own.label for one in it.games for own in one.standings.values() if len(own.runs) == 1})
+    if single:
+        yield f"one run, so that its intervals are over held-out seeds alone, of these weights: {', '.join(single)}"
+    for one in it.games:
+        for own in one.standings.values():
+            if len({run.seed for run in own.runs}) < len(own.runs):
+                yield f"{one.name}, {own.label}: runs of one seed are counted as several. Are they independent?"
+        if one.before == 1:
+            yield f"{one.name} was solved before training: it is in no ranking"
+    ranked = {place.label for place in it.places}
+    absent = sorted({own for one in it.games for own in one.standings} - ranked)
+    if ranked and absent:
+        yield f"not ranked, as they didn't play every game: {', '.join(absent)}"
+    if it.pooled:
+        yield f"runs of one label differ in {', '.join(it.pooled)}"
+    yield from (f"left out: {line}" for line in it.left_out)
+
+
+def read_commit(folder: Path) -> str:
+    try:
+        return (folder / "commit").read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+# ---- as CSV ----------------------------------------------------------------------------------------------------------
+def rows_as_csv(it: Comparison) -> str:
+    rows = [
+        {
+            "game": "all",
+            "label": place.label,
+            "runs": place.runs,
+            **ends("rank", place.rank),
+            **ends("iqm", place.score),
+        }
+        for place in it.places
+    ]
+    for one in it.games:
+        for own in one.standings.values():
+            row = {"game": one.name, "label": own.label, "runs": len(own.runs), "seeds": one.seeds}
+            row |= {**ends("success", own.success), **ends("iqm", own.iqm), "greedy": own.mean("eval/success_greedy")}
+            row |= {name: own.mean(f"eval/{name}") for name in ("return", "positive_return", "episode_length")}
+            row |= ends("better", own.better) if own.better else {}
+            row |= {**ends("gain", own.gain), "gain_p": own.gain.p} if own.gain else {}
+            row |= {"steps": float(np.median(own.steps)), "seconds": own.seconds, "before": one.before}
+            row |= {"each_run": " ".join(f"{score:.6g}" for score in own.scores), "alike": "; ".join(own.alike)}
+            rows.append(row)
+        for policy, success in one.scripted.items():
+            rows.append({"game": one.name, "label": policy, "seeds": one.seeds, **ends("success", success)})
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def ends(name: str, value: Sequence[float]) -> dict[str, float]:
+    return {name: value[0], f"{name}_low": value[1], f"{name}_high": value[2]}
