@@ -89,7 +89,7 @@ BAD = [
     ("stage=ppo model=Qwen/Qwen2.5-VL-3B-Instruct", "a path or a hub's id", "write model.path=Qwen/Qwen2.5-VL-3B"),
     ("stage=train", "stage=train: no such option", "stage=sft trains on data"),
     ("stage=ppo hardware=2", "hardware=2: no such option", "hardware.threads=2"),
-    ("stage=ppo algo=grpo", "algo=grpo: no such option", "Options: ppo"),
+    ("stage=ppo algo=qqq", "algo=qqq: no such option", "Options: bilevel_ppo"),
     ("stage=ppo experiment=empty_room", "no such option", "Options: empty_room/base, empty_room/collect"),
     ("stage=ppo model.lora=adapter", "model.lora: ", "Write model/lora=adapter"),
     ("stage=ppo lr=1e-3", "lr: no such setting", "algo.lr"),

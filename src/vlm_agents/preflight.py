@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from vlm_agents import imports
 from vlm_agents.checkpoints import newest_first
 from vlm_agents.config import (
     AUTO,
@@ -40,7 +41,7 @@ def check(cfg: RunConfig) -> None:
     refuse_other_name(cfg)
     check_data(cfg.stage)
     check_env_and_machine(cfg)
-    check_format(cfg)
+    check_own_parts(cfg)
     if has_model(cfg):
         refuse_nonsense(cfg)  # what a run says of its model is told before what its files look like
         source = check_weights(cfg)
@@ -56,7 +57,7 @@ def check_before_a_chain(cfg: RunConfig, made: Sequence[Path]) -> None:
     elif init:
         refuse_nonsense(cfg)
     check_env_and_machine(cfg)
-    check_format(cfg)
+    check_own_parts(cfg)
     if has_model(cfg):
         check_prompt(cfg, check_weights(cfg))
 
@@ -145,8 +146,10 @@ def check_env(cfg: RunConfig) -> None:
             envs.check_contract()
 
 
-def check_format(cfg: RunConfig) -> None:
-    """That a prompt format of the user's own can be loaded, and reads what it writes."""
+def check_own_parts(cfg: RunConfig) -> None:
+    """That a prompt format of the user's own can be loaded and reads what it writes, and that an algorithm is there."""
+    if cfg.algo is not None and cfg.algo.factory is not None:
+        imports.attribute("algo.factory", cfg.algo.factory)
     if cfg.prompt.factory is not None:
         from vlm_agents.prompting import make_format
 
