@@ -28,8 +28,6 @@ from vlm_agents.progress import track
 from vlm_agents.tensors import ActorCritic, Renderer
 from vlm_agents.types import Trajectory
 
-Plan = list[list[list[int]]]  # epochs of mini-batches of indices of samples
-
 
 class Learner:
     """Trains `model` for a run of this many iterations; `settings` are those of the optimizers and passes.
