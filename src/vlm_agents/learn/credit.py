@@ -132,8 +132,8 @@ class TokenGae:
 class BilevelGae:
     """GAE over turns, then over the tokens within each (VAGEN, arXiv 2510.16907).
 
-    A turn's return, by the values before its first token, is paid with its last token, after which nothing comes: as
-    VAGEN's code has it.
+    A turn's return is paid with its last token, after which nothing comes, as VAGEN's code has it. That takes a turn's
+    value before its last token; here it is before the first, as in GAE over turns, which this is for one-token turns.
     """
 
     gamma: float
