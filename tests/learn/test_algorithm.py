@@ -1,6 +1,6 @@
 """Every conf/algo/*.yaml, from episodes to its first gradient, against its paper's loss in plain loops.
 
-A textbook here reads what was played and what the model says of one reply at a time. It uses nothing of `learn`.
+A textbook here reads what was played, and what the model says of one reply at a time. It uses nothing of `learn`.
 """
 
 import math
@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlm_agents.config import RunConfig, conf_dir
+from vlm_agents.config import AlgoConfig, RunConfig, conf_dir
+from vlm_agents.learn.algorithm import make_algorithm
+from vlm_agents.learn.learner import Learner
 from vlm_agents.stages.learning import make_learner
 from vlm_agents.tensors import Renderer, reply_row
 from vlm_agents.types import Parsed, Stop, Trajectory, Turn
@@ -38,6 +40,7 @@ class Said:
     old: Tensor = field(default_factory=lambda: torch.zeros(0))  # [L] log-probs when it was sampled
     new: Tensor = field(default_factory=lambda: torch.zeros(0))  # [L] log-probs now
     values: Tensor = field(default_factory=lambda: torch.zeros(0))  # [L] of the critic now, before each token
+    entropy: Tensor = field(default_factory=lambda: torch.zeros(0))  # [L] now
 
     @property
     def emphasis(self) -> Tensor:
@@ -90,7 +93,10 @@ def play_out(agent: Any, chained: bool) -> list[Play]:
             scores = agent.score([reply_row("now", said.prompt, said.reply, ())])
             said.new, said.values = scores.logprobs, agent.value(scores.states)
             off = 1e-4 if number % 4 == 0 else 0.4
+            said.entropy = scores.entropy
             said.old = said.new.detach() + torch.from_numpy(off * rng.normal(size=len(said.reply)))
+            if play.stop == "failure":
+                said.old[2] -= 1.5  # a ratio of more than 3, of a bad reply
     return played
 
 
@@ -410,10 +416,53 @@ def test_from_episodes_to_the_first_gradient(
     episodes, _ = learner.shape(recorded(play_out(agent, chained), make_turn, make_episode))
     metrics = learner.learn(episodes, WANTED.get(name, len(episodes)), np.random.default_rng(0))
     assert metrics["ppo/updates"] == 1
-    # Adam's first mean is a tenth of the gradient
+    assert_moved_along(expected, agent, learner)
+
+
+@pytest.mark.parametrize(("correction", "kl"), [("truncate", "k2"), ("mask", "k3")])
+def test_the_terms_beside_the_surrogate_and_the_correction_of_it(
+    tiny_agent: Any, renderer: Renderer, make_turn: MakeTurn, make_episode: MakeEpisode, correction: Any, kl: str
+):
+    """REINFORCE, the turn's ratio of old to behaviour probability before it, the KL to a reference, and entropy."""
+
+    def moved() -> Any:
+        agent = tiny_agent().double()
+        torch.manual_seed(1)
+        with torch.no_grad():
+            agent.policy.bias.add_(0.5 * torch.randn(12).double())
+        return agent
+
+    book, born, found = moved(), tiny_agent().double(), []
+    for play in play_out(book, chained=False):
+        for t, said in enumerate(play.turns):
+            now = said.new.detach()  # the model's own are old, of a model that isn't exact
+            off = math.exp((now - said.old).sum().item())
+            weight = min(off, 1.5) if correction == "truncate" else off * (1 / 1.5 <= off <= 1.5)
+            loss = -weight * discounted(play.rewards[t:], 0.9) * said.new.sum()
+            reference = born.score([reply_row("born", said.prompt, said.reply, ())]).logprobs.detach()
+            ratio = reference - said.new
+            penalty = ratio**2 / 2 if kl == "k2" else torch.exp(ratio) - 1 - ratio
+            found.append(loss + 0.3 * penalty.mean() - 0.2 * said.entropy.mean())
+    mean(found).backward()
+
+    settings = {"credit": "returns", "surrogate": "reinforce", "gamma": 0.9, "normalise": False, "thought_coef": 1.0}
+    settings |= {"correction": correction, "correction_bound": 1.5, "kl": kl, "kl_coef": 0.3, "entropy_coef": 0.2}
+    settings |= {"minibatch_turns": 1000, "max_grad_norm": math.inf, "max_mismatch_kl": None}
+    algo, agent = AlgoConfig(name="test", **settings), moved()
+    agent.exact = False
+    learner = Learner(agent, renderer, make_algorithm(algo, LIMIT, tempered=False), algo, 10, 1000)
+    episodes = recorded(play_out(agent, chained=False), make_turn, make_episode)
+    metrics = learner.learn(episodes, len(episodes), np.random.default_rng(0))
+    assert metrics["ppo/ratio_at_start"] == pytest.approx(1.0, abs=1e-6)
+    assert metrics["ppo/mismatch_kl"] > 0.01
+    assert_moved_along(gradients(book), agent, learner)
+
+
+def assert_moved_along(expected: dict[str, Tensor], agent: Any, learner: Learner) -> None:
+    """Adam's first mean is a tenth of the gradient."""
     engines = [*learner.engines.values(), *([learner.critic.engine] if learner.critic else [])]
     moved = {one: state["exp_avg"] * 10 for engine in engines for one, state in engine.optimizer.state.items()}
-    for parameter_name, parameter in agent.named_parameters():
+    for name, parameter in agent.named_parameters():
         found = moved.get(parameter, torch.zeros_like(parameter))
         # log-probs, advantages and weights are fp32 on their way
-        torch.testing.assert_close(found, expected[parameter_name], rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(found, expected[name], rtol=1e-5, atol=2e-6)
