@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from hydra import compose, initialize_config_dir
 
@@ -25,6 +26,10 @@ os.environ.update(
     OMP_NUM_THREADS="1",
     CUDA_VISIBLE_DEVICES="",
 )
+
+# The same examples every time, and none kept: a test fails where it is run, or nowhere.
+hypothesis.settings.register_profile("steady", derandomize=True, database=None, deadline=None, max_examples=40)
+hypothesis.settings.load_profile("steady")
 
 ComposeRun = Callable[..., RunConfig]
 RunStage = Callable[..., Path]

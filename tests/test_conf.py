@@ -198,6 +198,95 @@ def test_checks_across_fields(compose_run, overrides: list[str], message: str) -
         compose_run("stage=ppo", *overrides)
 
 
+UNREAD = "leave the one out, or change the other"
+COMPARED = "set algo.group_size=8, or another algo="
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        # what compares the members of a group
+        (["algo=grpo", "algo.group_size=1"], f"algo.credit=group compares .*{COMPARED}"),
+        (["algo=rloo", "algo.group_size=1"], f"algo.credit=rloo compares .*{COMPARED}"),
+        (["algo=gigpo", "algo.group_size=1"], f"algo.credit=gigpo compares .*{COMPARED}"),
+        (["algo.filters=[outcome]"], rf"algo.filters=\[outcome\] compares .*{COMPARED}"),
+        (["algo.filters=[reward]"], rf"algo.filters=\[reward\] compares .*{COMPARED}"),
+        (["algo.filters=[variance]"], rf"algo.filters=\[variance\] compares .*{COMPARED}"),
+        (["algo.filters=[broken,rank]"], rf"algo.filters=\[rank\] compares .*{COMPARED}"),
+        (["algo=grpo", "stage.episodes=60"], r"stage.episodes=60 .* algo.group_size=8: have a multiple of it"),
+        (["algo.group_size=3"], r"stage.episodes=64 .* algo.group_size=3: have a multiple of it"),
+        # filters
+        (["algo.filters=[outcom]"], "algo.filters=outcom is not one of outcome, reward, .*Did you mean 'outcome'"),
+        (["algo.oversample=2"], r"algo.oversample=2, .*: set algo.filters=\[reward\], or oversample=1 and waves=1"),
+        (["algo.waves=2"], r"algo.waves=2 play more .*: set algo.filters=\[reward\], or oversample=1 and waves=1"),
+        (["algo.oversample=0.5"], "algo.oversample=0.5 must be at least 1"),
+        # the reference
+        (["algo.kl=k1", "algo.kl_coef=0.1", "model/lora=adapter"], "is no loss: .*Set algo.kl=k3, or .*kl_reward_coef"),
+        (["algo.kl_reward_coef=0.1"], "algo.kl_reward_coef > 0 needs a reference policy.*model/lora=adapter"),
+        # a row that holds all turns
+        (["algo=gspo"], "with prompt.history=.* don't share a row: set prompt.history=full, or algo.ratio=turn"),
+        # experts
+        (
+            ["algo.progress_coef=1", *GIVEN["env=gymnasium"], "env=gymnasium"],
+            "env=gymnasium has none: give env.expert=",
+        ),
+        (
+            ["algo.utility_share=1", *GIVEN["env=gymnasium"], "env=gymnasium"],
+            "env=gymnasium has none: give env.expert=",
+        ),
+        # what the chosen parts don't read
+        (
+            ["algo=rloo", "algo.gae_lambda=0.5"],
+            f"with algo.credit=gae or bilevel_gae alone, and that is rloo: {UNREAD}",
+        ),
+        (["algo=ppo_token", "algo.gae_lambda=0.5"], f"algo.gae_lambda=0.5 .* and that is token_gae: {UNREAD}"),
+        (["algo.token_gamma=0.9"], f"algo.token_gamma=0.9 .* and that is gae: {UNREAD}"),
+        (["algo.token_lambda=0.9"], f"algo.token_lambda=0.9 .* and that is gae: {UNREAD}"),
+        (["algo=rloo", "algo.group_std=true"], f"algo.group_std=True .* and that is rloo: {UNREAD}"),
+        (["algo=grpo", "algo.step_coef=2"], f"algo.step_coef=2.0 .* and that is group: {UNREAD}"),
+        (["algo=dapo", "algo.top_p=0.5"], rf"algo.top_p=0.5 .* and that is \['outcome'\]: {UNREAD}"),
+        (["algo=grpo", "algo.credit_over=played"], rf"algo.credit_over=played .* and that is \[\]: {UNREAD}"),
+        (["algo=reinforce", "algo.clip=0.1"], f"algo.clip=0.1 .* and that is reinforce: {UNREAD}"),
+        (["algo=rlef", "algo.clip_high=0.3"], f"algo.clip_high=0.3 .* and that is awr: {UNREAD}"),
+        (["algo=cispo", "algo.dual_clip=3"], f"algo.dual_clip=3.0 .* and that is cispo: {UNREAD}"),
+        (["algo.awr_beta=2"], f"algo.awr_beta=2.0 .* and that is clip: {UNREAD}"),
+        (["algo.awr_cap=2"], f"algo.awr_cap=2.0 .* and that is clip: {UNREAD}"),
+        (["algo=grpo", "algo.pool=mean"], f"algo.pool=mean .* and that is token: {UNREAD}"),
+        (["algo.correction_bound=3"], f"algo.correction_bound=3.0 .* and that is none: {UNREAD}"),
+        (["algo=grpo", "algo.value_coef=1"], f"algo.value_coef=1.0 .* and that is group: {UNREAD}"),
+        (["algo=grpo", "algo.value_warmup=0"], f"algo.value_warmup=0 .* and that is group: {UNREAD}"),
+        (["algo=grpo", "algo.value_epochs=1"], f"algo.value_epochs=1 .* and that is group: {UNREAD}"),
+    ],
+    ids=lambda words: " ".join(words) if isinstance(words, list) else "",
+)
+def test_an_algorithm_that_cannot_work_is_refused_with_what_to_change(
+    compose_run, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compose_run("stage=ppo", *overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["algo=gspo", "prompt.history=full"],
+        ["algo=gspo", "env.max_steps=1"],  # one turn is one row
+        ["algo=gspo", "algo.ratio=turn"],
+        ["algo.kl=k1", "algo.kl_reward_coef=0.1", "model/lora=adapter"],
+        ["algo.filters=[broken,overlong]", "algo.oversample=1.5"],  # of each episode alone
+        ["algo.progress_coef=1", "algo.utility_share=0.25"],  # MiniGrid has an expert
+    ],
+    ids=" ".join,
+)
+def test_what_a_refusal_advises_is_accepted(compose_run, overrides: list[str]) -> None:
+    assert compose_run("stage=ppo", *overrides).algo is not None
+
+
+def test_whole_groups_are_played() -> None:
+    algo = AlgoConfig(name="x", group_size=8, filters=["reward"], oversample=1.4)
+    assert [algo.played(episodes) for episodes in (8, 16, 64)] == [8, 24, 88]  # 1.4, 2.8 and 11.2 groups
+
+
 def test_sft_is_told_its_gpu_by_the_environment(compose_run) -> None:
     with pytest.raises(ConfigError, match=r"takes the first GPU .*hardware.device=cuda, and CUDA_VISIBLE_DEVICES=1 "):
         compose_run("stage=sft", "hardware.device=cuda:1")

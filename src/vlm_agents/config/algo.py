@@ -5,7 +5,7 @@ changed, beside the others.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from omegaconf import MISSING
 
@@ -62,6 +62,7 @@ class AlgoConfig(Part, place="algo"):
         "kept",
         "the episodes that advantages are made over: those kept by the filters, or all played",
         choices=Literal["kept", "played"],
+        only=("filters", get_args(FilterName)),
     )
 
     # ---- rewards ----
@@ -120,7 +121,10 @@ class AlgoConfig(Part, place="algo"):
         choices=Literal["token", "turn", "row"],
     )
     pool: str = setting(
-        "sum", "a turn's or row's log-prob: of its tokens the sum, or the mean", choices=Literal["sum", "mean"]
+        "sum",
+        "a turn's or row's log-prob: of its tokens the sum, or the mean",
+        choices=Literal["sum", "mean"],
+        only=("ratio", ("turn", "row")),
     )
     clip: float = setting(
         0.2,

@@ -132,8 +132,8 @@ class TokenGae:
 class BilevelGae:
     """GAE over turns, then over the tokens within each (VAGEN, arXiv 2510.16907).
 
-    A turn's return, by the values before its first token, is paid with its last token, after which nothing comes: as
-    VAGEN's code has it.
+    A turn's return is paid with its last token, after which nothing comes, as VAGEN's code has it. That takes a turn's
+    value before its last token; here it is before the first, as in GAE over turns, which this is for one-token turns.
     """
 
     gamma: float
@@ -192,6 +192,8 @@ class AnchorState:
     """GiGPO (arXiv 2505.10978): the episode's advantage within its group, plus `step_coef` times the step's among all
     steps of the group that were taken in the same state, by `state_key`. A state that was met once adds nothing.
 
+    As in the paper episodes are compared by their whole return, and only steps by the discounted one.
+
     TrainingError where an env names no states.
     """
 
@@ -204,7 +206,7 @@ class AnchorState:
         def beside(scores: np.ndarray) -> np.ndarray:
             return relative(scores, self.std)
 
-        whole = OfGroup(self.gamma, beside)(episodes, values, done)
+        whole = OfGroup(1.0, beside)(episodes, values, done)
         anchors = [(one.seed, turn.observation.state_key) for one in episodes for turn in one.turns]
         if not all(key for _, key in anchors):
             raise TrainingError(

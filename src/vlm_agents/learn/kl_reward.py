@@ -24,6 +24,8 @@ class KlReward(Shaper):
 
     def reward(self, trajectories: Sequence[Trajectory]) -> tuple[list[Trajectory], Metrics]:
         samples = build(trajectories, self.renderer, thought_coef=1.0)
+        if not samples:  # every env broke before the first turn; the learner says so
+            return list(trajectories), {}
         with self.model.reference():
             found = read_once(self.model, samples, [range(len(samples))], self.tokens_per_microbatch)
         log_ratios = np.concatenate(found) - np.concatenate([sample.behaviour for sample in samples])
