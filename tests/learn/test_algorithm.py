@@ -278,7 +278,7 @@ def rlef(played: list[Play], chained: bool) -> Tensor:
 
 
 def rloo(played: list[Play], chained: bool) -> Tensor:
-    returns, found = [discounted(play.rewards, 0.98) for play in played], []
+    returns, found = [discounted(play.rewards, 1.0) for play in played], []
     for place, play in enumerate(played):
         others = [returns[other] for other in group_of(played, place) if other != place]
         found += [-(returns[place] - fmean(others)) * said.new.sum() for said in play.turns]
@@ -286,16 +286,16 @@ def rloo(played: list[Play], chained: bool) -> Tensor:
 
 
 def grpo(played: list[Play], chained: bool) -> Tensor:
-    return -over_sequences(of_group(played, in_group(played, 0.98, std=True)), chained, None)
+    return -over_sequences(of_group(played, in_group(played, 1.0, std=True)), chained, None)
 
 
 def dr_grpo(played: list[Play], chained: bool) -> Tensor:
-    return -over_sequences(of_group(played, in_group(played, 0.98, std=False)), chained, LIMIT)
+    return -over_sequences(of_group(played, in_group(played, 1.0, std=False)), chained, LIMIT)
 
 
 def gspo(played: list[Play], chained: bool) -> Tensor:
     """The ratio of a whole episode, the geometric mean of its tokens'."""
-    advantages, found = in_group(played, 0.98, std=True), []
+    advantages, found = in_group(played, 1.0, std=True), []
     for place, play in enumerate(played):
         drifts = [new - old for said in play.turns for new, old in zip(said.new, said.old, strict=True)]
         found.append(-clip(torch.exp(mean(drifts)), advantages[place], 3e-4, 4e-4))
@@ -304,7 +304,7 @@ def gspo(played: list[Play], chained: bool) -> Tensor:
 
 def cispo(played: list[Play], chained: bool) -> Tensor:
     """stop-gradient(min(r, 1.28)) A log p."""
-    advantages, found = in_group(played, 0.98, std=True), []
+    advantages, found = in_group(played, 1.0, std=True), []
     for place, play in enumerate(played):
         for said in play.turns:
             for new, old in zip(said.new, said.old, strict=True):
@@ -318,7 +318,7 @@ def dapo(played: list[Play], chained: bool) -> Tensor:
     for play in played:
         for said in play.turns:
             said.reward -= min(1.0, max(0.0, (len(said.reply) - 9.6) / 2.4))
-    kept = {place: one for place, one in in_group(played, 0.98, std=True).items() if played[place].seed != 1}
+    kept = {place: one for place, one in in_group(played, 1.0, std=True).items() if played[place].seed != 1}
     return -over_tokens(of_group(played, kept, 0.2, 0.28))
 
 
@@ -342,7 +342,7 @@ def oversample_rank(played: list[Play], chained: bool) -> Tensor:
     Advantages are those among all that were played; a bad token's ratio counts up to 3."""
     kept = {
         place: one
-        for place, one in in_group(played, 0.98, std=False).items()
+        for place, one in in_group(played, 1.0, std=False).items()
         if played[place].seed in (2, 0) and played[place].stop != "invalid"
     }
     found = []

@@ -4,6 +4,7 @@ conf/algo/ names the combinations that the field knows. A setting that only some
 changed, beside the others.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -202,7 +203,7 @@ class AlgoConfig(Part, place="algo"):
 
     def played(self, episodes: int) -> int:
         """Episodes that one wave plays where `episodes` are to be kept: whole groups."""
-        return round(episodes * self.oversample / self.group_size) * self.group_size
+        return math.ceil(round(episodes * self.oversample / self.group_size, 6)) * self.group_size
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -30,7 +30,8 @@ def over_tokens(rows: Sequence[Row]) -> list[np.ndarray]:
 
 
 def over_budget(tokens: int) -> Average:
-    """Each row's sum over a constant, the most tokens that it could have (Dr. GRPO, arXiv 2503.20783)."""
+    """Each row's sum over a constant, so that no length counts (Dr. GRPO, arXiv 2503.20783): the most tokens that a
+    reply may have, whatever the number of turns in a row."""
 
     def average(rows: Sequence[Row]) -> list[np.ndarray]:
         return [_weights([1 / (len(rows) * tokens)] * len(row.spans), row) for row in rows]
