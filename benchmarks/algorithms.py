@@ -18,7 +18,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,12 +36,12 @@ GAMES = {
 }
 RATES = (3e-5, 1e-4, 3e-4)
 SEARCHED, SEEDS = 100, (0, 1, 2)
-STEPS = 6000  # turns played in training
+STEPS = {"number_line": 4000, "ezpoints": 4000, "points24": 6000, "doorkey": 10_000}  # turns played in training
+DEMONSTRATIONS = 10  # episodes of the expert for the clones that `thoughts` begins from
 SHARED = (
     "stage=ppo",
     "tracking=jsonl",
     "hardware.threads=1",
-    "stage.init=null",
     "stage.iterations=1000",  # more than there can be: env steps end a run
     "algo.min_lr_ratio=1",
     "stage.checkpoint_every=10",
@@ -50,45 +52,51 @@ THOUGHTS = (0, 0.1, 0.3, 0.5, 0.7, 0.9, 1)
 CHANGES = {"gspo": ("algo.ratio=turn",)}
 
 
-class Job(tuple[Path, tuple[str, ...]]):
-    """A run directory, and the settings of the run in it."""
+class Job(NamedTuple):
+    """A run directory, and the settings of the run in it; `after` are those that it takes something from."""
+
+    folder: Path
+    words: tuple[str, ...]
+    after: tuple["Job", ...] = ()
+
+
+def training(folder: Path, game: str, algo: str, rate: float, seed: int, share: float, *words: str) -> Job:
+    chosen = (f"algo={algo}", *CHANGES.get(algo, ()), f"algo.lr={rate:g}", f"seed={seed}")
+    steps = f"stage.env_steps={STEPS[game] * share:.0f}"
+    return Job(folder, (*SHARED, *GAMES[game], *chosen, steps, *words))
 
 
 def searches() -> Iterator[Job]:
-    for algo in groups()["algo"]:
-        for game, settings in GAMES.items():
-            for rate in RATES:
-                words = (f"algo={algo}", *CHANGES.get(algo, ()), f"algo.lr={rate:g}", f"seed={SEARCHED}")
-                yield Job(
-                    (
-                        OUT / f"search/{game}/{algo}/{rate:g}",
-                        (*settings, *words, f"stage.env_steps={STEPS // 2}", "stage.eval_episodes=0"),
-                    )
-                )
+    for game, algo, rate in product(GAMES, groups()["algo"], RATES):
+        folder = OUT / f"search/{game}/{algo}/{rate:g}"
+        yield training(folder, game, algo, rate, SEARCHED, 0.5, "stage.init=null", "stage.eval_episodes=0")
 
 
 def finals() -> Iterator[Job]:
-    for seed in SEEDS:  # a whole set of one seed first
-        for game, settings in GAMES.items():
-            for algo in groups()["algo"]:
-                words = (f"algo={algo}", *CHANGES.get(algo, ()), f"algo.lr={best_rate(game, algo):g}", f"seed={seed}")
-                yield Job((OUT / f"final/{game}/{algo}/{seed}", (*settings, *words, f"stage.env_steps={STEPS}")))
+    for seed, game, algo in product(SEEDS, GAMES, groups()["algo"]):  # a whole set of one seed first
+        folder = OUT / f"final/{game}/{algo}/{seed}"
+        yield training(folder, game, algo, best_rate(game, algo), seed, 1.0, "stage.init=null")
 
 
 def thoughts() -> Iterator[Job]:
-    for seed in SEEDS:
-        for game in ("number_line", "ezpoints"):
-            for name, words in {
-                **{f"{coef:g}": (f"algo.thought_coef={coef:g}",) for coef in THOUGHTS},
-                "none": ("prompt=action_only",),
-            }.items():
-                rate = f"algo.lr={best_rate(game, 'ppo'):g}"
-                yield Job(
-                    (
-                        OUT / f"thoughts/{game}/{name}/{seed}",
-                        (*GAMES[game], *words, rate, f"seed={seed}", f"stage.env_steps={STEPS}"),
-                    )
-                )
+    """All weights from one clone; without a thought from its own, of the same episodes."""
+    for seed, game in product(SEEDS, ("number_line", "ezpoints")):
+        rate = best_rate(game, "ppo")
+        for name, prompt, coef in [*((f"{coef:g}", "cot_json", coef) for coef in THOUGHTS), ("none", "action_only", 1)]:
+            clone = cloned(game, prompt)
+            words = (f"prompt={prompt}", f"algo.thought_coef={coef:g}", f"stage.init={clone.folder}")
+            job = training(OUT / f"thoughts/{game}/{name}/{seed}", game, "ppo", rate, seed, 1.0, *words)
+            yield job._replace(after=(clone,))
+
+
+def cloned(game: str, prompt: str) -> Job:
+    """A few demonstrations, taught in this format."""
+    place = OUT / f"clones/{game}/{prompt}"
+    shared = (*GAMES[game], f"prompt={prompt}", "tracking=jsonl", "hardware.threads=1")
+    collect = Job(place / "collect", ("stage=collect", *shared, f"stage.episodes={DEMONSTRATIONS}"))
+    chats = Job(place / "preprocess", ("stage=preprocess", *shared, f"stage.data=[{collect.folder}]"), (collect,))
+    words = ("stage=sft", *shared, f"stage.data={chats.folder}", "stage.batch_size=16", "stage.lr=3e-4")
+    return Job(place / "sft", words, (chats,))
 
 
 def best_rate(game: str, algo: str) -> float:
@@ -106,15 +114,17 @@ def searched(folder: Path) -> float:
 
 
 def play(job: Job) -> None:
-    folder, words = job
-    if (folder / "DONE").exists():
+    """The run, unless it is there, and before it those that it needs."""
+    if (job.folder / "DONE").exists():
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "vlm_agents", *SHARED, *words, f"run_dir={folder}", f"name={folder.name}"]
+    for needed in job.after:
+        play(needed)
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "vlm_agents", *job.words, f"run_dir={job.folder}", f"name={job.folder.name}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with (folder.parent / f"{folder.name}.log").open("w") as log:
+    with (job.folder.parent / f"{job.folder.name}.log").open("w") as log:
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False, env=environment)
-    print(f"{folder}: {'done' if done.returncode == 0 else f'failed, see {log.name}'}", flush=True)
+    print(f"{job.folder}: {'done' if done.returncode == 0 else f'failed, see {log.name}'}", flush=True)
 
 
 def main() -> None:
@@ -124,8 +134,11 @@ def main() -> None:
     parser.add_argument("--only", choices=parts, help="that part alone")
     asked = parser.parse_args()
     for name in [asked.only] if asked.only else parts:
+        jobs = list(parts[name]())
+        for needed in dict.fromkeys(one for job in jobs for one in job.after):  # several may need it: one after another
+            play(needed)
         with ThreadPoolExecutor(asked.jobs) as pool:
-            list(pool.map(play, list(parts[name]())))
+            list(pool.map(play, jobs))
 
 
 if __name__ == "__main__":

@@ -284,7 +284,7 @@ def test_what_a_refusal_advises_is_accepted(compose_run, overrides: list[str]) -
 
 def test_whole_groups_are_played() -> None:
     algo = AlgoConfig(name="x", group_size=8, filters=["reward"], oversample=1.4)
-    assert [algo.played(episodes) for episodes in (8, 16, 64)] == [8, 24, 88]  # 1.4, 2.8 and 11.2 groups
+    assert [algo.played(episodes) for episodes in (8, 16, 64)] == [16, 24, 96]  # 1.4, 2.8 and 11.2 groups, upwards
 
 
 def test_sft_is_told_its_gpu_by_the_environment(compose_run) -> None:

@@ -202,7 +202,7 @@ class AlgoConfig(Part, place="algo"):
         return self.credit in VALUED
 
     def played(self, episodes: int) -> int:
-        """Episodes that one wave plays where `episodes` are to be kept: whole groups."""
+        """Episodes that one wave plays where `episodes` are to be kept: whole groups, upwards."""
         return math.ceil(round(episodes * self.oversample / self.group_size, 6)) * self.group_size
 
     def __post_init__(self) -> None:
