@@ -16,8 +16,8 @@ from vlm_agents.prompting import PromptFormat
 from vlm_agents.types import Prompt, Query, Reply, Sampling
 
 if TYPE_CHECKING:  # env workers import this module and need no torch
-    from vlm_agents.models.rendering import HFRenderer
     from vlm_agents.remote import ChatClient
+    from vlm_agents.tensors import Renderer
 
 NO_PLAN = "no plan"
 NOISE = "+noise"  # between a policy's name and the share of its turns that are drawn at random
@@ -39,7 +39,10 @@ class Policy(Protocol):
 class Sampler(Protocol):
     """Where a model's replies come from: the model itself, or an engine that holds a copy of its weights."""
 
-    renderer: "HFRenderer"  # its prompts as ids, and how many of them it takes
+    @property
+    def renderer(self) -> "Renderer":
+        """Its prompts as ids, and how many of them it takes."""
+        ...
 
     def generate(
         self, prompts: Sequence[Prompt], rngs: Sequence[np.random.Generator], sampling: Sampling

@@ -100,6 +100,11 @@ class Renderer(Protocol):
 
     def render(self, prompt: Prompt) -> Rendered: ...
 
+    def fit(self, prompt: Prompt, max_tokens: int | None, reply_tokens: int = 0) -> Prompt:
+        """The chat without its oldest turns, as few as make it a prompt of `max_tokens` at most and leave the reply its
+        positions. TooLongError where the last turn alone is too long."""
+        ...
+
     def encode_reply(self, text: str) -> list[int]:
         """Ids of a reply that no model sampled, ended by the end-of-turn token."""
         ...

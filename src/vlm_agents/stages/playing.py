@@ -21,7 +21,7 @@ from vlm_agents.summary import Tags, summarise
 from vlm_agents.types import Prompt, Sampling, Trajectory
 
 if TYPE_CHECKING:  # scripted and remote policies need no torch
-    from vlm_agents.models.rendering import HFRenderer
+    from vlm_agents.tensors import Renderer
 
 SHARES = ("eval/success", "eval/positive_return")  # of episodes; told with their 95 % intervals
 EVAL_SEED = 0  # of the randomness of a panel's policies: like its seeds, the same for every run
@@ -60,7 +60,7 @@ def make_policy(
     return ModelPolicy(sampler, fitted(cfg, prompt_format, sampler.renderer), sampling)
 
 
-def fitted(cfg: RunConfig, prompt_format: PromptFormat, renderer: "HFRenderer") -> PromptFormat:
+def fitted(cfg: RunConfig, prompt_format: PromptFormat, renderer: "Renderer") -> PromptFormat:
     """The format with its prompts cut to `prompt.max_prompt_tokens`, and to the positions of the renderer's model.
 
     ConfigError where the prompts and replies that the settings allow could be longer than those.
