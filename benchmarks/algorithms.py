@@ -36,7 +36,7 @@ GAMES = {
 }
 RATES = (3e-5, 1e-4, 3e-4)
 SEARCHED, SEEDS = 100, (0, 1, 2)
-STEPS = {"number_line": 4000, "ezpoints": 4000, "points24": 6000, "doorkey": 10_000}  # turns played in training
+STEPS = {"number_line": 4000, "ezpoints": 4000, "points24": 6000, "doorkey": 8000}  # turns played in training
 DEMONSTRATIONS = 10  # episodes of the expert for the clones that `thoughts` begins from
 SHARED = (
     "stage=ppo",
@@ -44,6 +44,8 @@ SHARED = (
     "hardware.threads=1",
     "stage.iterations=1000",  # more than there can be: env steps end a run
     "algo.min_lr_ratio=1",
+    "algo.minibatch_turns=32",  # few env steps: many optimizer steps
+    "stage.episodes=32",
     "stage.checkpoint_every=10",
     "stage.keep_checkpoints=1",
 )
