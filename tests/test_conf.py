@@ -198,7 +198,7 @@ def test_checks_across_fields(compose_run, overrides: list[str], message: str) -
         compose_run("stage=ppo", *overrides)
 
 
-UNREAD = "leave the one out, or change the other"
+UNREAD = "set .*, or change the other"
 COMPARED = "set algo.group_size=8, or another algo="
 
 
@@ -242,12 +242,18 @@ COMPARED = "set algo.group_size=8, or another algo="
         (["algo=ppo_token", "algo.gae_lambda=0.5"], f"algo.gae_lambda=0.5 .* and that is token_gae: {UNREAD}"),
         (["algo.token_gamma=0.9"], f"algo.token_gamma=0.9 .* and that is gae: {UNREAD}"),
         (["algo.token_lambda=0.9"], f"algo.token_lambda=0.9 .* and that is gae: {UNREAD}"),
-        (["algo=rloo", "algo.group_std=true"], f"algo.group_std=True .* and that is rloo: {UNREAD}"),
+        (
+            ["algo=rloo", "algo.group_std=true"],
+            "algo.group_std=True .* and that is rloo: set algo.group_std=False,",
+        ),
         (["algo=grpo", "algo.step_coef=2"], f"algo.step_coef=2.0 .* and that is group: {UNREAD}"),
         (["algo=dapo", "algo.top_p=0.5"], rf"algo.top_p=0.5 .* and that is \['outcome'\]: {UNREAD}"),
         (["algo=grpo", "algo.credit_over=played"], rf"algo.credit_over=played .* and that is \[\]: {UNREAD}"),
         (["algo=reinforce", "algo.clip=0.1"], f"algo.clip=0.1 .* and that is reinforce: {UNREAD}"),
-        (["algo=rlef", "algo.clip_high=0.3"], f"algo.clip_high=0.3 .* and that is awr: {UNREAD}"),
+        (
+            ["algo=rlef", "algo.clip_high=0.3"],
+            "algo.clip_high=0.3 .* and that is awr: set algo.clip_high=null,",
+        ),
         (["algo=cispo", "algo.dual_clip=3"], f"algo.dual_clip=3.0 .* and that is cispo: {UNREAD}"),
         (["algo.awr_beta=2"], f"algo.awr_beta=2.0 .* and that is clip: {UNREAD}"),
         (["algo.awr_cap=2"], f"algo.awr_cap=2.0 .* and that is clip: {UNREAD}"),
@@ -272,6 +278,7 @@ def test_an_algorithm_that_cannot_work_is_refused_with_what_to_change(
         ["algo=gspo", "prompt.history=full"],
         ["algo=gspo", "env.max_steps=1"],  # one turn is one row
         ["algo=gspo", "algo.ratio=turn"],
+        ["algo=grpo", "algo.credit=rloo", "algo.group_std=False"],  # which conf/algo/grpo.yaml sets
         ["algo.kl=k1", "algo.kl_reward_coef=0.1", "model/lora=adapter"],
         ["algo.filters=[broken,overlong]", "algo.oversample=1.5"],  # of each episode alone
         ["algo.progress_coef=1", "algo.utility_share=0.25"],  # MiniGrid has an expert

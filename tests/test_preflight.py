@@ -90,6 +90,11 @@ def test_each_choice_is_looked_at(compose_run, tmp_path: Path):
             "Dynamic-Obstacles-5x5-v0 has no expert: set stage.rater=none, or env.expert=",
             ("stage=collect", "stage.policy=random", "env.id=MiniGrid-Dynamic-Obstacles-5x5-v0"),
         ),
+        (
+            ConfigError,
+            "Dynamic-Obstacles-5x5-v0 has no expert: set algo.utility_share=0, or env.expert=",
+            ("stage=ppo", "algo.utility_share=0.5", "env.id=MiniGrid-Dynamic-Obstacles-5x5-v0"),
+        ),
     ]
     for kind, said, words in wrong:
         with pytest.raises(kind, match=said):

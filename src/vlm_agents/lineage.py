@@ -209,8 +209,11 @@ def refuse_other_labels(cfg: RunConfig) -> None:
 def refuse_moving_reference(cfg: RunConfig) -> None:
     """Switching the adapter off must give the policy that training started from."""
     init = init_of(cfg)
-    if cfg.algo and cfg.algo.kl_coef > 0 and init and (inside(init) / ADAPTER_FILE).is_file():
-        raise ConfigError(
-            f"algo.kl_coef > 0 holds the policy near the one that it starts from, and stage.init={init} is an "
-            "adapter that training would change: merge it into its model first (stage=merge), or set algo.kl_coef=0"
-        )
+    if cfg.algo and init and (inside(init) / ADAPTER_FILE).is_file():
+        for name in ("kl_coef", "kl_reward_coef"):
+            if getattr(cfg.algo, name) > 0:
+                raise ConfigError(
+                    f"algo.{name} > 0 holds the policy near the one that it starts from, and stage.init={init} is an "
+                    f"adapter that training would change: merge it into its model first (stage=merge), or set "
+                    f"algo.{name}=0"
+                )

@@ -102,7 +102,11 @@ GROUPS = {
                 "KL from the policy that sampled, k3 estimate; 0 while the critic alone learns",
                 "below 0.05",
             ),
-            "clip_fraction": Metric("share of turns", "turns whose ratio has left [1 - clip, 1 + clip]", "below 0.3"),
+            "clip_fraction": Metric(
+                "share of turns",
+                "ratios, of algo.ratio, that have left [1 - clip, 1 + clip_high]; of awr: weights at algo.awr_cap",
+                "below 0.3",
+            ),
             "kl_reference": Metric(
                 "nats a token", "estimate, by algo.kl, of the KL to the policy that training started from"
             ),
@@ -129,7 +133,9 @@ GROUPS = {
             ),
             "advantage_std": Metric("reward", "standard deviation of the advantages, before they are normalised"),
             "nothing_to_learn": Metric(
-                "0 or 1", "every reply was illegal, or no episode's rewards differed from another's", "0"
+                "0 or 1",
+                "no reply was legal, no rewards differed (with groups: within a start), or no episode was kept",
+                "0",
             ),
             "zero_advantage": Metric("share of turns", "turns that teach nothing: advantage 0", "below 0.9"),
             "kept": Metric("episodes", "episodes that algo.filters let through", "stage.episodes"),

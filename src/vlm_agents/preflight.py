@@ -130,12 +130,15 @@ def check_env(cfg: RunConfig) -> None:
     from vlm_agents.stages.playing import open_envs
 
     stage = cfg.stage
+    fix = "stage.policy=model or random"
     if isinstance(stage, CollectConfig):
         others = {"stage.policy=random": stage.policy, "stage.rater=none": stage.rater}
         needless = [setting for setting, value in others.items() if value == "expert"]
         wanted, fix = bool(needless), " ".join(needless)
+    elif isinstance(stage, PpoConfig) and cfg.algo and cfg.algo.advised:
+        wanted, fix = True, " ".join(f"algo.{name}=0" for name in cfg.algo.advised)
     else:
-        wanted, fix = isinstance(stage, EvalConfig) and stage.policy == "expert", "stage.policy=model or random"
+        wanted = isinstance(stage, EvalConfig) and stage.policy == "expert"
     wanted = wanted or cfg.env.expert is not None
     if is_known(cfg.env) and not wanted and not cfg.env.foreign:
         return

@@ -229,6 +229,14 @@ def test_utility_gives_way_to_the_other_rule(done: float, expected: list[float])
     np.testing.assert_allclose(found.returns, [3.0, 4.0])  # the critic learns what it would have
 
 
+def test_utility_guesses_nothing_where_no_critic_is_asked():
+    """By the advantage of a rule without one, 1 + 0.5*2 and 2, at first nothing; the bootstrap of 4 is nobody's."""
+    episode = played([1.0, 2.0], bootstrap=4.0, ratings=[10, 5])
+    for done, expected in ((0.0, [2.0, 1.0]), (0.5, [2.0, 2.0])):
+        (found,) = WithUtility(Returns(0.5), 0.5, 0.5)([episode], [], done)
+        np.testing.assert_allclose(found.advantages, expected)
+
+
 def test_utility_is_of_a_turn_where_the_rule_is_of_tokens():
     episode = played([1.0, 2.0], lengths=[2, 1], bootstrap=4.0, ratings=[10, 5])
     (found,) = WithUtility(TokenGae(1.0, 1.0), 0.5, 0.5)([episode], [np.zeros(3)], 0.25)

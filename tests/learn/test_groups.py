@@ -141,7 +141,8 @@ EPISODES = [
 def test_groups_are_kept_until_there_are_as_many_as_wanted(
     make_learner: Callable[..., Learner], filters: list[str], wanted: int, kept: list[int]
 ):
-    assert make_learner(*filters).kept(EPISODES, wanted) == kept
+    found = make_learner(*filters).kept(EPISODES, wanted)
+    assert list(map(id, found)) == [id(EPISODES[place]) for place in kept]  # some are equal
 
 
 def test_of_groups_that_are_all_alike_nothing_is_kept_and_nothing_is_moved(make_learner: Callable[..., Learner]):
@@ -149,9 +150,20 @@ def test_of_groups_that_are_all_alike_nothing_is_kept_and_nothing_is_moved(make_
     assert learner.kept(episodes, 4) == []
     metrics = learner.learn(episodes, 4, np.random.default_rng(0))
     assert metrics["ppo/kept"] == metrics["ppo/updates"] == metrics["ppo/varied_groups"] == 0
+    assert metrics["ppo/nothing_to_learn"] == 1
     assert learner.iteration == 1
     with pytest.raises(TrainingError, match="none of 1 episodes is usable"):
         learner.kept([member(1.0, stop="env_error")], 4)
+
+
+def test_plays_that_differ_from_those_of_other_starts_alone_teach_a_group_nothing(make_learner: Callable[..., Learner]):
+    """Without a filter, and a critic, that is told too; one play that differs within its start is something."""
+    for rewards, lacks in (((0.0, 0.0, 1.0, 1.0), 1), ((0.0, 0.5, 1.0, 1.0), 0)):
+        episodes = [member(reward, seed) for reward, seed in zip(rewards, (0, 0, 1, 1), strict=True)]
+        assert make_learner().learn(episodes, 4, np.random.default_rng(0))["ppo/nothing_to_learn"] == lacks
+    alone = [member(reward, seed) for seed, reward in enumerate((0.0, 1.0))]
+    ungrouped = make_learner(credit="returns", group_size=1)
+    assert ungrouped.learn(alone, 4, np.random.default_rng(0))["ppo/nothing_to_learn"] == 0
 
 
 # ---- before or after members are dropped -----------------------------------------------------------------------------
@@ -179,7 +191,7 @@ def test_advantages_are_over_those_kept_or_all_that_were_played(
     learner = make_learner("broken", credit_over=over, gamma=1.0, **changes)
     whole = [*group(0.0, 1.0), member(5.0, stop="invalid"), *group(2.0, 4.0, seed=1), member(9.0, stop="env_error")]
     kept = learner.kept(whole, 99)
-    assert kept == [0, 1, 3, 4]
+    assert kept == [whole[place] for place in (0, 1, 3, 4)]
     _, trained_on = learner._credit(whole, kept)
     found = [one.advantages.tolist() for one in trained_on]
     assert found == [pytest.approx([advantage] * 2, rel=1e-6) for advantage in expected]
@@ -188,7 +200,7 @@ def test_advantages_are_over_those_kept_or_all_that_were_played(
 def test_of_one_that_is_kept_alone_only_those_played_tell_something(make_learner: Callable[..., Learner]):
     whole = [member(1.0), member(0.0, stop="invalid")]
     for over, advantage in (("kept", 0.0), ("played", 0.5)):
-        (found,) = make_learner("broken", credit_over=over, gamma=1.0)._credit(whole, [0])[1]
+        (found,) = make_learner("broken", credit_over=over, gamma=1.0)._credit(whole, whole[:1])[1]
         assert found.advantages.tolist() == [advantage] * 2
 
 

@@ -56,17 +56,17 @@ def test_with_gamma_one_being_faster_earns_no_more_in_all_but_earlier():
 def test_it_is_said_once_after_two_iterations_with_what_to_do(
     compose_run: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
 ):
-    watch = Watch(compose_run("stage=ppo"), iterations=9)
+    watch = Watch(compose_run("stage=ppo"))
     bad = [episode([-0.1, -0.1], [False] * 2)]
     said = []
-    for iteration, lacks in enumerate([1.0, 0.0, 1.0, 1.0, 1.0, 1.0]):
-        watch.look(iteration, {NOTHING: lacks}, bad)
+    for lacks in (1.0, 0.0, 1.0, 1.0, 1.0, 1.0):
+        watch.look({NOTHING: lacks}, bad, last=False)
         said.append(capsys.readouterr().err)
     assert [bool(text) for text in said] == [False, False, False, True, False, False]
     assert said[3].startswith("nothing to learn from: every reply is illegal, such as 'xyz' (no action).")
     assert "stage=sft first" in said[3]
-    resumed = Watch(watch.cfg, 9, watch.lacked, watch.told)  # as a checkpoint has it
-    resumed.look(6, {NOTHING: 1.0}, bad)
+    resumed = Watch(watch.cfg, watch.lacked, watch.told)  # as a checkpoint has it
+    resumed.look({NOTHING: 1.0}, bad, last=True)
     assert capsys.readouterr().err == ""
     conclude(watch.cfg, {NOTHING: 1.0})
     assert "nothing to learn from" in capsys.readouterr().err
@@ -83,9 +83,25 @@ def test_the_remedy_is_that_of_the_lack(compose_run: Callable[..., RunConfig], c
         ([episode([0, 0]), episode([0, 0])], 0.1, "a temperature higher than"),
         ([episode([1], success=True), episode([1], success=True)], 0.1, "a harder env"),
     ):
-        watch = Watch(replace(cfg, env=replace(cfg.env, invalid_penalty=penalty)), iterations=1)
-        watch.look(0, {NOTHING: figures(episodes, gamma=0.9)[METRIC]}, episodes)
+        watch = Watch(replace(cfg, env=replace(cfg.env, invalid_penalty=penalty)))
+        watch.look({NOTHING: figures(episodes, gamma=0.9)[METRIC]}, episodes, last=True)
         assert words in capsys.readouterr().err
+
+
+def test_it_is_said_by_what_an_algorithm_compares(
+    compose_run: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
+):
+    """Two starts that differ, and plays of each that don't: filtered, or kept; more are played than stage.episodes."""
+    cfg = compose_run("stage=ppo", "algo=dapo", "algo.oversample=2", "stage.episodes=8")
+    played = [episode([0.0])] * 8 + [episode([1.0], success=True)] * 8
+    for metrics, words in (
+        ({"ppo/kept": 0.0, "ppo/varied_groups": 0.0}, "algo.filters keep none of an iteration's 16 episodes; 8 succ"),
+        ({"ppo/varied_groups": 0.0}, "none of an iteration's 16 episodes differs from another of its start in its rew"),
+    ):
+        Watch(cfg).look({NOTHING: 1.0, **metrics}, played, last=True)
+        said = capsys.readouterr().err
+        assert words in said
+        assert "more episodes than stage.episodes=8, more plays of a start than algo.group_size=8; a temp" in said
 
 
 def test_settings_that_say_what_success_is_may_be_why_there_is_none(
@@ -102,13 +118,13 @@ def test_settings_that_say_what_success_is_may_be_why_there_is_none(
     ):
         cfg = compose_run("stage=ppo", *env, *words)
         tell = f"another env.success or env.success_return, for success is now a game that terminates with {rule}"
-        Watch(cfg, iterations=1).look(0, {NOTHING: 1.0}, [episode([-1]), episode([-1])])
+        Watch(cfg).look({NOTHING: 1.0}, [episode([-1]), episode([-1])], last=True)
         assert tell in capsys.readouterr().err
         conclude(cfg, panel)
         assert tell in capsys.readouterr().err
         collect.tell(cfg, played, 4, tmp_path)
         assert f"an easier env, or {tell}" in capsys.readouterr().err
-        Watch(cfg, iterations=1).look(0, {NOTHING: 1.0}, [episode([1], success=True), episode([-1])])
+        Watch(cfg).look({NOTHING: 1.0}, [episode([1], success=True), episode([-1])], last=True)
         assert "env.success" not in capsys.readouterr().err
 
 
@@ -120,7 +136,7 @@ def test_weights_that_were_cloned_need_more_of_that(
     (tmp_path / "sft/config.yaml").write_text("stage: {name: sft}")
     cfg = compose_run("stage=ppo", f"stage.init={tmp_path / 'sft/model'}")
     for episodes in ([episode([-0.1], [False])], [episode([0, 0]), episode([0, 0])]):
-        Watch(cfg, iterations=1).look(0, {NOTHING: 1.0}, episodes)
+        Watch(cfg).look({NOTHING: 1.0}, episodes, last=True)
         said = capsys.readouterr().err
         assert "more demonstrations (stage=collect stage.episodes=) and more steps (stage.epochs=) than " in said
         assert "sft first" not in said

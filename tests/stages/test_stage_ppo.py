@@ -197,8 +197,9 @@ def test_a_reference_that_is_not_the_start_is_refused(run_stage: RunStage, tmp_p
     """An adapter to go on from: switched off, it leaves a policy from before it."""
     words = ("stage=ppo", "stage.iterations=1", "stage.episodes=2", "stage.eval_episodes=0", "model/lora=adapter")
     first = run_stage(tmp_path / "first", *words)
-    with pytest.raises(ConfigError, match=r"stage.init=.*first is an adapter that training would change: merge it"):
-        run_stage(tmp_path / "second", *words, f"stage.init={first}", "algo.kl_coef=0.1")
+    for coef in ("algo.kl_coef", "algo.kl_reward_coef"):
+        with pytest.raises(ConfigError, match=rf"stage.init=.*first is an adapter .*: merge it .*, or set {coef}=0"):
+            run_stage(tmp_path / "second", *words, f"stage.init={first}", f"{coef}=0.1")
 
 
 def test_the_next_stage_starts_from_the_weights_that_are_left(trained: Path, run_stage: RunStage, tmp_path: Path):

@@ -201,6 +201,11 @@ class AlgoConfig(Part, place="algo"):
         """Does it ask a critic?"""
         return self.credit in VALUED
 
+    @property
+    def advised(self) -> list[str]:
+        """The settings by which it asks the expert."""
+        return [name for name in ("progress_coef", "utility_share") if getattr(self, name) > 0]
+
     def played(self, episodes: int) -> int:
         """Episodes that one wave plays where `episodes` are to be kept: whole groups, upwards."""
         return math.ceil(round(episodes * self.oversample / self.group_size, 6)) * self.group_size
@@ -249,9 +254,9 @@ class AlgoConfig(Part, place="algo"):
                 f"algo.ratio=row is the ratio of a whole episode, and with prompt.history={run.prompt.history} an "
                 "episode's turns don't share a row: set prompt.history=full, or algo.ratio=turn for one ratio a reply"
             )
-        for name in ("progress_coef", "utility_share"):
-            if getattr(self, name) > 0 and not (run.env.expert or run.env.advises):
-                raise ConfigError(
-                    f"algo.{name} > 0 asks the expert, and env={run.env.family} has none: give env.expert=, or set "
-                    f"algo.{name}=0"
-                )
+        if self.advised and not (run.env.expert or run.env.advises):
+            name = self.advised[0]
+            raise ConfigError(
+                f"algo.{name} > 0 asks the expert, and env={run.env.family} has none: give env.expert=, or set "
+                f"algo.{name}=0"
+            )

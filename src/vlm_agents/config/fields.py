@@ -98,15 +98,19 @@ class Part:
                 rules.check(dotted(type(self), name), value)
         for name, (declared, rules) in settings_of(type(self)).items():
             if rules.only and getattr(self, name) != declared.default:
-                self._refuse_unread(name, *rules.only)
+                self._refuse_unread(name, declared.default, *rules.only)
 
-    def _refuse_unread(self, name: str, other: str, readers: tuple[str, ...]) -> None:
-        """ConfigError where the `other` setting is none of the `readers`: what was set would change nothing."""
+    def _refuse_unread(self, name: str, default: Any, other: str, readers: tuple[str, ...]) -> None:
+        """ConfigError where the `other` setting is none of the `readers`: what was set would change nothing.
+
+        It may have been set by the YAML that was chosen, so that leaving it out wouldn't do.
+        """
         chosen = getattr(self, other)
         if not set(readers) & set(chosen if isinstance(chosen, list) else [chosen]):
             raise ConfigError(
                 f"{dotted(type(self), name)}={getattr(self, name)} is read with {dotted(type(self), other)}="
-                f"{' or '.join(readers)} alone, and that is {chosen}: leave the one out, or change the other"
+                f"{' or '.join(readers)} alone, and that is {chosen}: set {dotted(type(self), name)}="
+                f"{'null' if default is None else default}, or change the other"
             )
 
     def check(self, run: "RunConfig") -> None:

@@ -241,7 +241,8 @@ class WithUtility:
         mixed = []
         for episode, credit in zip(episodes, self.rule(episodes, values, done), strict=True):
             rated = [quality(turn) if turn.rating is None else turn.rating for turn in episode.turns]
-            useful = np.array(rated) / 10 * rewards_to_go(rewards_of(episode), self.gamma, episode.bootstrap)
+            ahead = 0.0 if self.reads == "nothing" else episode.bootstrap  # nobody trains what it is a guess of
+            useful = np.array(rated) / 10 * rewards_to_go(rewards_of(episode), self.gamma, ahead)
             advantages = mix * spread(useful, episode, len(credit.advantages)) + (1 - mix) * credit.advantages
             mixed.append(replace(credit, advantages=advantages.astype(np.float32)))
         return mixed

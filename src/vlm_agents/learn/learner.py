@@ -86,18 +86,18 @@ class Learner:
             metrics |= told
         return shaped, metrics
 
-    def kept(self, episodes: Sequence[Trajectory], wanted: int) -> list[int]:
-        """Which usable episodes the algorithm's filters let through: whole groups, until there are as many as `wanted`.
+    def kept(self, episodes: Sequence[Trajectory], wanted: int) -> list[Trajectory]:
+        """The usable episodes that the algorithm's filters let through: whole groups, until there are as many as
+        `wanted`; without filters all of them.
 
         TrainingError where none is usable.
         """
-        places = {id(episode): place for place, episode in enumerate(episodes)}
         found, filters = groups.grouped(usable(episodes)), self.algorithm.filters
         for choose in filters:
             found = choose(found)
-        before = np.cumsum([0, *map(len, found)])  # without filters nothing is left out
+        before = np.cumsum([0, *map(len, found)])
         chosen = [group for group, there in zip(found, before, strict=False) if there < wanted or not filters]
-        return [places[id(episode)] for episode in chain.from_iterable(chosen)]
+        return list(chain.from_iterable(chosen))
 
     def learn(self, trajectories: Sequence[Trajectory], wanted: int, rng: np.random.Generator) -> Metrics:
         """One iteration, of episodes that `shape` gave, of which as many as `wanted` are kept.
@@ -105,31 +105,33 @@ class Learner:
         TrainingError where nothing can be trained on, or at the first number that isn't finite.
         """
         kept = self.kept(trajectories, wanted)
-        episodes = [trajectories[place] for place in kept]
         found = {"kept": float(len(kept)), "updates": 0.0} if self.algorithm.filters else {}
         if kept:
             earned, normal = self._credit(trajectories, kept)
-            samples = credited(build(episodes, self.renderer, self.settings.thought_coef), episodes, normal)
+            samples = credited(build(kept, self.renderer, self.settings.thought_coef), kept, normal)
             found |= self._update(samples, rng) | credit.figures(earned)
-        found |= signal.figures(episodes, self.settings.gamma) | groups.figures(usable(trajectories))
+        no_advantage = self.algorithm.credit.reads == "nothing" and found.get("zero_advantage") == 1
+        found |= signal.figures(kept, self.settings.gamma, no_advantage) | groups.figures(usable(trajectories))
         metrics = {f"{PREFIX}{name}": value for name, value in found.items()}
         for shaper in self.shapers.values():
             metrics |= shaper.learn(trajectories, rng)
         self.iteration += 1
         return metrics
 
-    def _credit(self, trajectories: Sequence[Trajectory], kept: Sequence[int]) -> tuple[list[Credit], list[Credit]]:
-        """What the kept episodes earned: as the rule has it, and as it is trained on."""
-        played = [place for place, one in enumerate(trajectories) if one.turns and one.stop != "env_error"]
-        judged = played if self.settings.credit_over == "played" else kept
-        episodes, rule = [trajectories[place] for place in judged], self.algorithm.credit
+    def _credit(
+        self, trajectories: Sequence[Trajectory], kept: Sequence[Trajectory]
+    ) -> tuple[list[Credit], list[Credit]]:
+        """What the kept ones of these episodes earned: as the rule has it, and as it is trained on."""
+        episodes = usable(trajectories) if self.settings.credit_over == "played" else kept
+        rule = self.algorithm.credit
         if self.algorithm.warming and self.warming:
             rule = self.algorithm.warming
         values = {"nothing": lambda _: [], "turns": credit.sampled_values, "tokens": self._token_values}[rule.reads]
         earned = rule(episodes, values(episodes), self.iteration / self.iterations)
         normal = credit.normalised(earned) if self.settings.normalise else earned
-        at = [judged.index(place) for place in kept]
-        return [earned[index] for index in at], [normal[index] for index in at]
+        places = {id(episode): place for place, episode in enumerate(episodes)}
+        at = [places[id(episode)] for episode in kept]
+        return [earned[place] for place in at], [normal[place] for place in at]
 
     def _token_values(self, episodes: Sequence[Trajectory]) -> list[np.ndarray]:
         """[k] of each: what the critic says before each of its reply tokens."""

@@ -1,5 +1,7 @@
 """The episodes of an iteration: groups of plays of its own starts, in waves, until enough of them are kept."""
 
+import numpy as np
+
 from vlm_agents.config import PpoConfig, RunConfig
 from vlm_agents.env_pool import EnvPool
 from vlm_agents.learn.learner import Learner
@@ -15,21 +17,22 @@ def gather(
     cfg: RunConfig, stage: PpoConfig, run: Run, envs: EnvPool, policy: Policy, learner: Learner
 ) -> tuple[list[Trajectory], list[Trajectory], dict[str, float]]:
     """Whole episodes for the learner's next iteration: as they were played, as they are learned from, and what the
-    shapers tell of them.
+    shapers tell of them, a mean over waves.
 
     A further wave is played while fewer than `stage.episodes` are kept, `algo.waves` in all at most.
     """
     assert cfg.algo is not None
     played: list[Trajectory] = []
     shaped: list[Trajectory] = []
-    told: dict[str, float] = {}
+    told: list[dict[str, float]] = []
     for wave in range(cfg.algo.waves):
         trajectories = play_wave(cfg, stage, run, envs, policy, learner.iteration, wave)
-        bonused, told = learner.shape(trajectories)
-        played, shaped = played + trajectories, shaped + bonused
+        bonused, figures = learner.shape(trajectories)
+        played, shaped, told = played + trajectories, shaped + bonused, [*told, figures]
         if len(learner.kept(shaped, stage.episodes)) >= stage.episodes:
             break
-    return played, shaped, told
+    names = dict.fromkeys(name for figures in told for name in figures)
+    return played, shaped, {name: float(np.mean([one[name] for one in told if name in one])) for name in names}
 
 
 def play_wave(
@@ -42,6 +45,6 @@ def play_wave(
     seeds = (training_seed(cfg.seed, iteration, start) for start in range(wave * starts, (wave + 1) * starts))
     deals = [Deal(seed, member) for seed in seeds for member in range(algo.group_size)]
     # the expert is asked at every turn only where that is learned from; else for rollout/steps_over_expert alone
-    advice = "always" if algo.progress_coef or algo.utility_share else "first"
+    advice = "always" if algo.advised else "first"
     playing = play(cfg, envs, policy, deals, run.seed_for("rollout", iteration), advice)
     return list(track(playing, f"rollout {iteration + 1}:", len(deals), "episodes"))

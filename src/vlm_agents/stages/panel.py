@@ -35,9 +35,9 @@ class Panel:
         return metrics
 
     def now_and_then(self, envs: EnvPool, done: int) -> None:
-        """After `done` iterations, if it is time for it."""
+        """After `done` iterations, which aren't all, if it is time for it."""
         stage = self.stage
-        if stage.eval_episodes and stage.eval_every and done % stage.eval_every == 0 and done < stage.iterations:
+        if stage.eval_episodes and stage.eval_every and done % stage.eval_every == 0:
             self._play(envs, done, Album(first=0))
 
     def after(self, envs: EnvPool, done: int) -> tuple[dict[str, float], Album]:

@@ -40,7 +40,11 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
         load(checkpoint, learner)
         state |= checkpoint.state
         say(checkpoint.told("iteration", stage.iterations))
-    watch = Watch(cfg, stage.iterations, *state["watch"])
+
+    def over() -> bool:
+        return learner.iteration >= stage.iterations or state["env_steps"] >= (stage.env_steps or np.inf)
+
+    watch = Watch(cfg, *state["watch"])
     collapse = Collapse(stage.stop_on_collapse, state.get("collapse"))
     writer, panel = EpisodeWriter(run.dir), Panel(cfg, stage, run, sampler)
     with open_envs(cfg.env, stage.num_envs, "always") as envs:
@@ -49,7 +53,7 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
         if stage.eval_episodes and not checkpoint:
             state["before"] = panel.before(envs)
             save(run, agent, learner, 0, state, stage.keep_checkpoints)
-        while learner.iteration < stage.iterations and state["env_steps"] < (stage.env_steps or np.inf):
+        while not over():
             iteration, clock = learner.iteration, Clock(agent.device)
             with clock.phase("rollout"):
                 sampler.sync()
@@ -62,12 +66,13 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
             state["last"] = last | speeds(played, clock.seconds["rollout"])
             state["training_seconds"] += sum(clock.seconds.values())
             tell(run, iteration, stage.iterations, state["last"], played[0])
-            watch.look(iteration, state["last"], played)
+            watch.look(state["last"], played, over())
             collapse.look(iteration, state["last"], run.latest_checkpoint)
             state |= {"watch": (watch.lacked, watch.told), "collapse": collapse.state}
             writer.append(*shaped[:RECORDED])
-            panel.now_and_then(envs, iteration + 1)
-            due = (iteration + 1) % stage.checkpoint_every == 0 or iteration + 1 == stage.iterations
+            if not over():
+                panel.now_and_then(envs, iteration + 1)
+            due = over() or (iteration + 1) % stage.checkpoint_every == 0
             if due and not collapse.suspected:
                 writer.sync()
                 save(run, agent, learner, iteration + 1, state, stage.keep_checkpoints)

@@ -4,7 +4,7 @@ is `learn.signal`.
 
 from collections.abc import Mapping, Sequence
 
-from vlm_agents.config import RunConfig
+from vlm_agents.config import PpoConfig, RunConfig
 from vlm_agents.learn.samples import usable
 from vlm_agents.learn.signal import METRIC, all_illegal
 from vlm_agents.learn.update import PREFIX
@@ -20,17 +20,17 @@ QUOTED = 60  # characters of a reply
 class Watch:
     """Looks at every iteration of a run, and says once, in a line, that there is nothing to learn from."""
 
-    def __init__(self, cfg: RunConfig, iterations: int, lacked: int = 0, told: bool = False) -> None:
-        self.cfg, self.iterations = cfg, iterations
+    def __init__(self, cfg: RunConfig, lacked: int = 0, told: bool = False) -> None:
+        self.cfg = cfg
         self.lacked, self.told = lacked, told  # iterations in a row; both go on with the run
 
-    def look(self, iteration: int, metrics: Mapping[str, float], trajectories: Sequence[Trajectory]) -> None:
-        """To be called after each iteration, counted from 0.
+    def look(self, metrics: Mapping[str, float], trajectories: Sequence[Trajectory], last: bool) -> None:
+        """To be called after each iteration.
 
         It takes two in a row, or the run's last, until it is said: a rare success may just not have come yet.
         """
         self.lacked = self.lacked + 1 if metrics[NOTHING] else 0
-        if self.told or not self.lacked or (self.lacked < 2 and iteration + 1 < self.iterations):
+        if self.told or not self.lacked or (self.lacked < 2 and not last):
             return
         self.told = True
         episodes = usable(trajectories)
@@ -41,10 +41,13 @@ class Watch:
             lack = f"every reply is illegal, such as {shown!r} ({turn.parsed.error})"
         else:
             solved = sum(episode.success for episode in episodes)
+            among = "another of its start" if f"{PREFIX}varied_groups" in metrics else "another"
             lack = (
-                f"none of an iteration's {len(episodes)} episodes differs from another in its rewards; {solved} "
-                f"succeeded, with return {episodes[0].total_reward:.2f}"
+                f"algo.filters keep none of an iteration's {len(episodes)} episodes"
+                if metrics.get(f"{PREFIX}kept") == 0
+                else f"none of an iteration's {len(episodes)} episodes differs from {among} in its rewards"
             )
+            lack += f"; {solved} succeeded, the first came to a return of {episodes[0].total_reward:.2f}"
         say(f"nothing to learn from: {lack}. What helps: {'; '.join(self.remedies(episodes))}. Training goes on")
 
     def remedies(self, episodes: Sequence[Trajectory]) -> list[str]:
@@ -57,7 +60,14 @@ class Watch:
             return ["a harder env: this one is solved"]
         illegal = any(turn.parsed.action is None for episode in episodes for turn in episode.turns)
         penalty = ["env.invalid_penalty=0.1, for some replies are illegal"]
-        more = [f"more episodes than stage.episodes={len(episodes)}", f"a temperature higher than {temperature}"]
+        stage, algo = self.cfg.stage, self.cfg.algo
+        assert isinstance(stage, PpoConfig)
+        assert algo is not None
+        plays = f", more plays of a start than algo.group_size={algo.group_size}" if algo.group_size > 1 else ""
+        more = [
+            f"more episodes than stage.episodes={stage.episodes}{plays}",
+            f"a temperature higher than {temperature}",
+        ]
         more += success_remedy(self.cfg, sum(episode.success for episode in episodes))
         return [*(penalty if illegal and not self.cfg.env.invalid_penalty else []), *first, *more, "an easier env"]
 
