@@ -38,7 +38,8 @@ def rows(part: type[Part]) -> Iterator[Row]:
     for name, (one, rules) in settings_of(part).items():
         inside = part_in(hints[name])
         if inside is None or rules.bring_in:
-            yield Row(dotted(part, name), None if one.default is MISSING else one.default, rules)
+            made = None if one.default_factory is MISSING else one.default_factory()
+            yield Row(dotted(part, name), made if one.default is MISSING else one.default, rules)
         if inside is not None:
             yield from rows(inside)
 

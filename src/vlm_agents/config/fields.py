@@ -64,7 +64,12 @@ class Setting:
 
     @property
     def allowed(self) -> str:
-        """The rules in a few characters: `>= 0`, `full, agent`; empty where there are none."""
+        """The rules in a few characters: `>= 0`, `full, agent`, `with credit=gae`; empty where there are none."""
+        readers = f"with {self.only[0]}={' or '.join(self.only[1])}" if self.only else ""
+        return "; ".join(filter(None, (self._values, readers)))
+
+    @property
+    def _values(self) -> str:
         if self.choices is not None:
             return ", ".join(get_args(self.choices))
         if self.high is not None:
