@@ -88,7 +88,13 @@ GROUPS = {
     "rollout": Group(
         "Rollout",
         "Over the episodes that an iteration of stage=ppo collects, before it learns from them.",
-        EPISODES | {"env_steps": Metric("turns", "turns played in training so far, this iteration's too")},
+        EPISODES
+        | {
+            "env_steps": Metric("turns", "turns played in training so far, this iteration's too"),
+            "bonus/<name>": Metric(
+                "reward", "sum of a bonus or penalty beside the env's reward over an episode", "small beside the return"
+            ),
+        },
     ),
     "ppo": Group(
         "Update",
@@ -281,7 +287,7 @@ class Name(NamedTuple):
     def metric(self) -> Metric | None:
         metrics = GROUPS[self.group].metrics if self.group in GROUPS else {}
         word, *tag = self.base.split("/")
-        return metrics.get(f"{word}/<tag>/<value>" if len(tag) == 2 else self.base)
+        return metrics.get({1: f"{word}/<name>", 2: f"{word}/<tag>/<value>"}.get(len(tag), self.base))
 
 
 def parts(name: str) -> Name:

@@ -150,8 +150,7 @@ def scripted(runs: Iterable[Played]) -> dict[str, Interval]:
 # ---- learning curves -------------------------------------------------------------------------------------------------
 def curve(run: Played) -> tuple[np.ndarray, np.ndarray]:
     """Env steps played in training, and success: on the panel where it was played in between, else of the training
-    episodes behind the panel before training, each point the mean over the last iterations that hold WINDOW of them.
-    Empty for an evaluation."""
+    episodes, each point the mean over the last iterations that hold WINDOW of them. Empty for an evaluation."""
     total, at, panel, training = 0.0, [], [], []
     for record in run.history.values():
         if "rollout/episode_length" in record:
@@ -167,9 +166,7 @@ def curve(run: Played) -> tuple[np.ndarray, np.ndarray]:
         return np.array([step for step, _ in panel]), np.array([success for _, success in panel])
     width = min(math.ceil(WINDOW / run.settings["stage.episodes"]), len(training))
     means = np.convolve(training, np.full(width, 1 / width), "valid") if width else np.empty(0)
-    start = [point for point in panel if point[0] == 0]
-    steps, success = ([point[side] for point in start] for side in (0, 1))
-    return np.array([*steps, *at[max(0, width - 1) :]]), np.array([*success, *means])
+    return np.array(at[max(0, width - 1) :]), means
 
 
 def steps_to(target: float, run: Played) -> float:

@@ -4,7 +4,7 @@ Plays nothing, and keeps no episode: they may be more than fit into memory.
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -75,6 +75,15 @@ def _repeats(turns: Sequence[Turn]) -> list[float]:
         repeats.append(deed in done)
         done.add(deed)
     return repeats
+
+
+def bonuses(trajectories: Iterable[Trajectory], prefix: str = "rollout") -> dict[str, float]:
+    """`<prefix>/bonus/<name>`: the sum of each bonus over an episode, a mean over episodes."""
+    sums: Counter[str] = Counter()
+    episodes = [one for one in trajectories if one.stop != "env_error"]
+    for turn in (turn for one in episodes for turn in one.turns):
+        sums.update(turn.bonuses)
+    return {f"{prefix}/bonus/{name}": float(total / len(episodes)) for name, total in sorted(sums.items())}
 
 
 def repeated(token_ids: Sequence[int]) -> float:

@@ -6,11 +6,11 @@ changed, beside the others.
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from omegaconf import MISSING
 
-from vlm_agents.config.fields import Part, one_of, setting
+from vlm_agents.config.fields import Part, check_kwargs, one_of, setting
 from vlm_agents.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class AlgoConfig(Part, place="algo"):
     factory: str | None = setting(
         None, "package.module:attribute that is called with the algorithm made of these settings and gives another"
     )
+    kwargs: Any = setting(None, "what that is given besides, by name", wanted="settings or null")
 
     # ---- episodes ----
     group_size: int = setting(1, "plays of each start: a group; stage.episodes counts plays", low=1)
@@ -212,6 +213,11 @@ class AlgoConfig(Part, place="algo"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_kwargs("algo.kwargs", self.kwargs)
+        if self.kwargs and self.factory is None:
+            raise ConfigError(
+                "algo.kwargs are what algo.factory is given, and there is none: give one, or leave out kwargs"
+            )
         for name in self.filters:
             one_of("algo.filters", name, FilterName)
         if self.valued and self.value_warmup and not self.value_epochs:

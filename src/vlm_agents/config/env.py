@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from omegaconf import MISSING
 
-from vlm_agents.config.fields import Part, setting
+from vlm_agents.config.fields import Part, check_kwargs, setting
 from vlm_agents.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ class GymnasiumConfig(EnvConfig):
         super().__post_init__()
         if self.module is None and ":" in self.id:  # as Gymnasium has it
             self.module, _, self.id = self.id.partition(":")
-        check_kwargs(self.kwargs)
+        check_kwargs("env.kwargs", self.kwargs)
         if self.actions != MISSING and (not all(self.actions) or len(set(self.actions)) < len(self.actions)):
             raise ConfigError(f"env.actions={self.actions}: each action needs a word of its own")
         if self.success is not None and self.success_return is not None:
@@ -223,17 +223,12 @@ class CustomConfig(EnvConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_kwargs(self.kwargs)
+        check_kwargs("env.kwargs", self.kwargs)
         self.id = self.id or self.factory
 
     @property
     def success_remedy(self) -> str:
         return "a look at what the steps of env.factory's env call a success"
-
-
-def check_kwargs(kwargs: Any) -> None:
-    if not (kwargs is None or (isinstance(kwargs, dict) and all(isinstance(name, str) for name in kwargs))):
-        raise ConfigError("env.kwargs must be settings: 'env.kwargs={size: 8}'")
 
 
 def families(part: type[EnvConfig]) -> Iterator[type[EnvConfig]]:

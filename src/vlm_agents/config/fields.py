@@ -35,6 +35,11 @@ def between(what: str, value: float, low: float, high: float) -> None:
         raise ConfigError(f"{what}={value} must lie between {low} and {high}")
 
 
+def check_kwargs(what: str, kwargs: Any) -> None:
+    if not (kwargs is None or (isinstance(kwargs, dict) and all(isinstance(name, str) for name in kwargs))):
+        raise ConfigError(f"{what} must be settings: '{what}={{size: 8}}'")
+
+
 @dataclass(frozen=True)
 class Setting:
     """Meaning and rules of one setting. Its type and default are the dataclass field's; null is the type's business."""

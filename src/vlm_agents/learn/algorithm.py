@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 from vlm_agents import imports
 from vlm_agents.config import AlgoConfig
@@ -77,13 +77,23 @@ def make_algorithm(algo: AlgoConfig, reply_tokens: int, tempered: bool) -> Algor
     )
     if algo.factory is None:
         return made
-    other = imports.made("algo.factory", algo.factory, made, algo)
-    if not isinstance(other, Algorithm):
-        raise ConfigError(
-            f"algo.factory={algo.factory} gives {imports.named_type(other)} and no Algorithm: change the one that it "
-            "is called with by dataclasses.replace"
-        )
+    other = imports.made("algo.factory", algo.factory, made, algo, **(algo.kwargs or {}))
+    if wrong := _lack(other):
+        raise ConfigError(f"algo.factory={algo.factory} gives {wrong}: see docs/extending.md, An algorithm")
     return other
+
+
+def _lack(made: object) -> str:
+    """What is wrong with an algorithm of somebody's own, in words; empty where nothing is seen to be."""
+    if not isinstance(made, Algorithm):
+        return f"{imports.named_type(made)} and no Algorithm: change the one it is called with by dataclasses.replace"
+    for name, rule in (("credit", made.credit), ("warming", made.warming or made.credit)):
+        reads = getattr(rule, "reads", None)
+        if not callable(rule) or reads not in get_args(credit.Reads):
+            words = ", ".join(get_args(credit.Reads))
+            return f"a {name} that can't be called, or whose `reads` is {reads!r} and none of {words}"
+    pairs = [term for term in made.terms if isinstance(term, tuple) and len(term) == 2 and callable(term[1])]
+    return "" if pairs and len(pairs) == len(made.terms) else "`terms` that aren't pairs of a coefficient and a loss"
 
 
 def _terms(algo: AlgoConfig, tempered: bool) -> Iterator[tuple[float, Loss]]:

@@ -27,7 +27,11 @@ class Credit:
 
 
 class Rule(Protocol):
-    """Credit for the episodes of an iteration."""
+    """Credit for the episodes of an iteration.
+
+    One that keeps something between iterations has `state_dict` and `load_state_dict` too, as torch's modules do: what
+    a checkpoint then holds.
+    """
 
     @property
     def reads(self) -> Reads:

@@ -257,6 +257,7 @@ class Learner:
             "iteration": self.iteration,
             "engines": {role: one.state_dict() for role, one in {**self.engines, **critic}.items()},
             "shapers": {name: shaper.state_dict() for name, shaper in self.shapers.items()},
+            "credit": getattr(self.algorithm.credit, "state_dict", dict)(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -266,6 +267,7 @@ class Learner:
             one.load_state_dict(state["engines"][role])
         for name, shaper in self.shapers.items():
             shaper.load_state_dict(state["shapers"][name])
+        getattr(self.algorithm.credit, "load_state_dict", dict)(state.get("credit", {}))
 
 
 def _refuse_norm(role: str, norm: float, samples: Sequence[Sample]) -> None:

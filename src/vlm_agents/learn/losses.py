@@ -159,13 +159,19 @@ def _weighted(
 
 
 def _seen(loss: Tensor, ratio: Tensor, outside: Tensor, scores: Scores, targets: Targets) -> dict[str, Tensor]:
-    drift = scores.logprobs.detach() - targets.old
     return {
         "policy_loss": loss,
+        **drift(scores, targets),
         "ratio": ratio,
-        "approx_kl": k3(pooled_sum(drift, targets.turn)),
         "clip_fraction": outside.to(ratio.dtype),
     }
+
+
+def drift(scores: Scores, targets: Targets) -> dict[str, Tensor]:
+    """How far the policy is from where ratios are taken to, whatever the loss: `ratio`, of each turn, and `approx_kl`,
+    the k3 estimate of KL(old || new) over all tokens of a turn."""
+    log_ratio = pooled_sum(scores.logprobs.detach() - targets.old, targets.turn)
+    return {"ratio": log_ratio.exp(), "approx_kl": k3(log_ratio)}
 
 
 def entropy_bonus(scores: Scores, targets: Targets) -> Term:

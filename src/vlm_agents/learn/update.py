@@ -15,7 +15,7 @@ from vlm_agents.errors import TrainingError
 from vlm_agents.learn.averages import Average, over_turns
 from vlm_agents.learn.batches import microbatches
 from vlm_agents.learn.critic import Critic, Read
-from vlm_agents.learn.losses import Loss, k3
+from vlm_agents.learn.losses import Loss, Term, drift, k3
 from vlm_agents.learn.samples import Sample, to_targets
 from vlm_agents.tensors import ActorCritic, Scores
 
@@ -66,7 +66,9 @@ def go_through(
             scores = model.score([sample.row for sample in part])
             targets = to_targets(part, [weights[sample] for sample in part], scores.logprobs.device)
             terms = [(coef, loss(scores, targets)) for coef, loss in objective.terms]
+        _refuse_misshapen(terms, scores)
         seen = {name: values for _, term in terms for name, values in term.seen.items()}
+        seen = seen if "ratio" in seen and "approx_kl" in seen else drift(scores, targets) | seen
         found.append(dict(zip(seen, torch.stack(list(seen.values())).detach().cpu(), strict=True)))
         weight += [torch.from_numpy(by_turn[sample]) for sample in part]
         _refuse_not_finite(found[-1], part)
@@ -110,6 +112,18 @@ def mismatch_kl(samples: Sequence[Sample]) -> float:
         starts = np.cumsum([0, *sample.row.reply_lengths[:-1]])
         drifts.append(np.add.reduceat(sample.old.astype(np.float64) - sample.behaviour, starts))
     return float(k3(torch.from_numpy(np.concatenate(drifts))).mean())
+
+
+def _refuse_misshapen(terms: Sequence[tuple[float, Term]], scores: Scores) -> None:
+    """TrainingError where a term of somebody's own isn't one number per reply token."""
+    for _, term in terms:
+        given = [term.loss, *term.seen.values()] if isinstance(term, Term) else []
+        if not given or any(one.shape != scores.logprobs.shape for one in given):
+            shapes = [tuple(one.shape) for one in given]
+            raise TrainingError(
+                f"a loss gives {f'shapes {shapes}' if given else type(term).__name__} for {len(scores.logprobs)} reply "
+                "tokens: it must give Term(loss, seen) with one number for each of them, neither summed nor averaged"
+            )
 
 
 def _refuse_not_finite(seen: dict[str, Tensor], part: Sequence[Sample]) -> None:

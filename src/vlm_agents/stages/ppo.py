@@ -21,7 +21,7 @@ from vlm_agents.stages.panel import RECORDED, Panel, finish
 from vlm_agents.stages.playing import check_first_prompt, make_policy, open_envs
 from vlm_agents.stages.reporting import tell
 from vlm_agents.stages.watch import Watch
-from vlm_agents.summary import summarise
+from vlm_agents.summary import bonuses, summarise
 
 
 def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
@@ -60,7 +60,7 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
                 played, shaped, told = gather(cfg, stage, run, envs, policy, learner)
             with clock.phase("update"):
                 rng = np.random.default_rng(run.seed_for("update", iteration))
-                learned = told | learner.learn(shaped, stage.episodes, rng)
+                learned = bonuses(shaped) | told | learner.learn(shaped, stage.episodes, rng)
             state["env_steps"] += sum(len(one.turns) for one in played)
             last = {**summarise(played), "rollout/env_steps": float(state["env_steps"]), **learned, **clock.figures()}
             state["last"] = last | speeds(played, clock.seconds["rollout"])
