@@ -219,6 +219,7 @@ COMPARED = "set algo.group_size=8, or another algo="
         (["algo.filters=[outcom]"], "algo.filters=outcom is not one of outcome, reward, .*Did you mean 'outcome'"),
         (["algo.oversample=2"], r"algo.oversample=2, .*: set algo.filters=\[reward\], or oversample=1 and waves=1"),
         (["algo.waves=2"], r"algo.waves=2 play more .*: set algo.filters=\[reward\], or oversample=1 and waves=1"),
+        (["algo=grpo", "algo.filters=[variance]", "algo.top_p=0"], "algo.top_p=0.0 must lie between 0.01 and 1"),
         (["algo.oversample=0.5"], "algo.oversample=0.5 must be at least 1"),
         # the reference
         (["algo.kl=k1", "algo.kl_coef=0.1", "model/lora=adapter"], "is no loss: .*Set algo.kl=k3, or .*kl_reward_coef"),

@@ -127,6 +127,7 @@ class Learner:
             rule = self.algorithm.warming
         values = {"nothing": lambda _: [], "turns": credit.sampled_values, "tokens": self._token_values}[rule.reads]
         earned = rule(episodes, values(episodes), self.iteration / self.iterations)
+        credit.check(earned, episodes, rule.reads)
         normal = credit.normalised(earned) if self.settings.normalise else earned
         at = [judged.index(place) for place in kept]
         return [earned[index] for index in at], [normal[index] for index in at]

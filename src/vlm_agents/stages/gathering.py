@@ -1,5 +1,6 @@
 """The episodes of an iteration: groups of plays of its own starts, in waves, until enough of them are kept."""
 
+from vlm_agents import imports
 from vlm_agents.config import PpoConfig, RunConfig
 from vlm_agents.env_pool import EnvPool
 from vlm_agents.learn.learner import Learner
@@ -27,7 +28,9 @@ def gather(
         trajectories = play_wave(cfg, stage, run, envs, policy, learner.iteration, wave)
         bonused, told = learner.shape(trajectories)
         played, shaped = played + trajectories, shaped + bonused
-        if len(learner.kept(shaped, stage.episodes)) >= stage.episodes:
+        with imports.blamed("algo.factory", cfg.algo.factory):
+            kept = learner.kept(shaped, stage.episodes)
+        if len(kept) >= stage.episodes:
             break
     return played, shaped, told
 

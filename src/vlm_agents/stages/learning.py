@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vlm_agents import imports
 from vlm_agents.checkpoints import Checkpoint
 from vlm_agents.config import AlgoConfig, RunConfig
 from vlm_agents.errors import DataError
@@ -43,7 +44,8 @@ def make_learner(cfg: RunConfig, algo: AlgoConfig, agent: Agent, init: str | Non
 
         model = AdapterPredictor(agent, init_folder(init) if init else None)
         shapers["novelty"] = Novelty(model, agent.renderer, algo.novelty, tokens)
-    return Learner(agent, agent.renderer, algorithm, algo, iterations, tokens, shapers)
+    with imports.blamed("algo.factory", algo.factory):
+        return Learner(agent, agent.renderer, algorithm, algo, iterations, tokens, shapers)
 
 
 def save(run: Run, agent: Agent, learner: Learner, step: int, state: Mapping[str, Any], keep: int) -> None:

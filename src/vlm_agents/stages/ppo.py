@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm_agents import imports
 from vlm_agents.config import PpoConfig, RunConfig
 from vlm_agents.episodes import LINES, EpisodeWriter
 from vlm_agents.models import HFSampler, load_agent
@@ -54,7 +55,7 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
             with clock.phase("rollout"):
                 sampler.sync()
                 played, shaped, told = gather(cfg, stage, run, envs, policy, learner)
-            with clock.phase("update"):
+            with clock.phase("update"), imports.blamed("algo.factory", cfg.algo.factory):
                 rng = np.random.default_rng(run.seed_for("update", iteration))
                 learned = told | learner.learn(shaped, stage.episodes, rng)
             state["env_steps"] += sum(len(one.turns) for one in played)
@@ -71,6 +72,11 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
             if due and not collapse.suspected:
                 writer.sync()
                 save(run, agent, learner, iteration + 1, state, stage.keep_checkpoints)
+        if learner.critic and 0 < learner.iteration <= learner.critic.warmup:
+            say(
+                f"stage.env_steps={stage.env_steps} were played while the critic learned alone: the policy is what it "
+                "was. Have more of them, or algo.value_warmup=0"
+            )
         after, album = panel.after(envs, learner.iteration)
     last = state["last"] | {"time/training": state["training_seconds"]}
     return finish(run, agent, last, state["before"], after, album)
