@@ -175,6 +175,7 @@ def test_lora_is_an_option_of_its_own(compose_run) -> None:
         (["algo.value_epochs=-1"], "algo.value_epochs=-1 must be at least 0"),
         (["algo.value_epochs=0"], "algo.value_warmup=1 has the critic learn in algo.value_epochs, and there are none"),
         (["algo.value_warmup=9", "stage.iterations=9"], "leaves the policy none of stage.iterations=9"),
+        (["algo.count_coef=inf"], "algo.count_coef=inf must be a finite number"),
         (["algo.lr=nan"], "algo.lr=nan must be at least 0"),
         (["model.temperature=nan"], "model.temperature=nan must be a positive number"),
         (["model.temperature=inf"], "model.temperature=inf must be a positive number"),
