@@ -220,6 +220,7 @@ COMPARED = "set algo.group_size=8, or another algo="
         (["algo.filters=[outcom]"], "algo.filters=outcom is not one of outcome, reward, .*Did you mean 'outcome'"),
         (["algo.oversample=2"], r"algo.oversample=2, .*: set algo.filters=\[reward\], or oversample=1 and waves=1"),
         (["algo.waves=2"], r"algo.waves=2 play more .*: set algo.filters=\[reward\], or oversample=1 and waves=1"),
+        (["stage.stop_on_collapse=true", "stage.keep_checkpoints=1"], "set stage.keep_checkpoints=2"),
         (["algo=grpo", "algo.filters=[variance]", "algo.top_p=0"], "algo.top_p=0.0 must lie between 0.01 and 1"),
         (["algo.oversample=0.5"], "algo.oversample=0.5 must be at least 1"),
         # the reference
