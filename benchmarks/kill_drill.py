@@ -56,6 +56,10 @@ VARIANTS = {
     "ppo-temperature": f"{PPO} model/temperature_head=learned algo.turn_entropy_coef=0.1 stage.eval_every=2",
     "ppo-whole-chat": f"{PPO} prompt.history=full stage.checkpoint_every=2 stage.keep_checkpoints=1",
     "ppo-budget": f"{PPO} prompt.history=full prompt.max_prompt_tokens=150",
+    "ppo-groups": f"{PPO} algo=dapo algo.group_size=2 algo.count_coef=0.1 env.turns=1 stage.eval_every=2",
+    "ppo-shaped": f"{PPO} algo=gigpo algo.group_size=4 algo.filters=[reward,rank] algo.oversample=2 model/lora=adapter "
+    "algo.progress_coef=0.3 algo.utility_share=0.5 algo.kl_reward_coef=0.05 stage.checkpoint_every=2",
+    "ppo-steps": f"{PPO} algo=bilevel_ppo stage.env_steps=40 stage.stop_on_collapse=true stage.checkpoint_every=3",
     "ppo-mlflow": f"{PPO} tracking=mlflow",
     "workers": f"{PPO} env.workers=true",
 }
@@ -208,6 +212,8 @@ def content(path: Path) -> Any:
             }
         case "overrides":
             return [line for line in path.read_text().splitlines() if not line.startswith("name=")]
+        case "README.md":
+            return re.sub(r" name=\S+`", "`", path.read_text())
         case "metrics.jsonl":
             return [timeless(json.loads(line)) for line in path.read_text().splitlines()]
         case "summary.json" | "state.json":

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -124,6 +125,51 @@ def test_what_is_not_finished_or_damaged_is_named_and_left_out(sweep: Path, caps
         assert f"left out: {sweep / job}: {why}" in page
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "why"),
+    [
+        ("summary.json", '{"metrics": []}', "summary.json is damaged"),
+        ("summary.json", '{"metrics": {"eval/return": "x"}}', "summary.json is damaged"),
+        ("summary.json", None, "summary.json can't be read (Is a directory)"),
+        ("metrics.jsonl", None, "metrics.jsonl can't be read (Is a directory)"),
+        ("config.yaml", "stage: {name: [ppo], episodes: 4}\nseed: x\nenv: {id: a}", "damaged (stage.name, seed)"),
+        ("panel.jsonl", '{"step": Infinity, "variant": "", "seed": 1, "success": true}', "no held-out seed was played"),
+    ],
+)
+def test_whatever_ails_a_run_is_told_and_the_others_are_compared(sweep: Path, file: str, content: str | None, why: str):
+    path = sweep / "1" / file
+    path.unlink()
+    path.mkdir() if content is None else path.write_text(content)
+    runs, (line,) = sweeps.found([str(sweep)])
+    assert [run.folder.name for run in runs] == ["0"]
+    assert line.startswith(f"{sweep / '1'}: ")
+    assert why in line
+
+
+def test_a_run_is_compared_without_what_is_damaged_in_its_curve_and_commit(sweep: Path):
+    (sweep / "1/commit").write_bytes(b"\xff")
+    (sweep / "1/metrics.jsonl").write_text('{"step": Infinity}\n{"step": 1, "rollout/episode_length": 2}\n')
+    assert compare.main([str(sweep)]) == 0
+    assert rows(sweep)["Echo-v0", "ppo"]["runs"] == "2"
+
+
+def test_what_can_not_be_looked_into_is_told(tmp_path: Path):
+    left_out: list[str] = []
+    assert not list(sweeps.directories(tmp_path / "gone", left_out))
+    assert left_out == [f"{tmp_path / 'gone'}: can't be read (No such file or directory)"]
+
+
+def test_any_name_may_be_given(sweep: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder):
+    """Formulas of TeX, bytes that are no UTF-8 in the path of a folder, line ends, and a blank or comma in it."""
+    odd = os.fsdecode(b"caf\xe9 a=b,c")
+    (sweep / "1").rename(sweep / odd)
+    words = ["$x^$\n_y=" + str(sweep / "0"), str(sweep / odd), "--reference", "_\ud800$^$=0.5"]
+    assert compare.main([*words, "--out", str(sweep / "o")]) == 0
+    assert ("Echo-v0", "$x^$ y") in rows(sweep / "o")
+    assert "| \\ud800$^$ |  | 0.500 |" in capsys.readouterr().out
+    assert not recwarn.list  # of a legend without that name
+
+
 def test_a_sweep_that_is_compared_whole_is_told_to_its_tracker(sweep: Path, capsys: pytest.CaptureFixture[str]):
     (sweep / "multirun.yaml").write_text("")
     for words, told in ([str(sweep)], True), ([str(sweep / "0"), str(sweep / "1")], False):
@@ -177,7 +223,7 @@ def test_what_goes_with_the_seed_or_the_game_is_no_label(sweep: Path):
 
 def test_names_count_like_numbers(sweep: Path):
     another(sweep / "0", "10")
-    assert [folder.name for folder in sweeps.directories(sweep)] == ["0", "1", "10"]
+    assert [folder.name for folder in sweeps.directories(sweep, [])] == ["0", "1", "10"]
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -192,11 +238,17 @@ def test_runs_in_which_one_seed_deals_something_else_are_not_held_against_each_o
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["nowhere"], "nowhere is no folder: name run directories"),
+        (["nowhere"], "'nowhere' is no folder: name run directories"),
+        (["x" * 5000], "xxx' is no folder: name run directories"),
+        (["a={sweep}/0,"], "'' is no folder: name run directories"),
         (["{sweep}/0", "a={sweep}/0"], "is given under two names"),
         (["{sweep}", "--by", "algo.lrr"], "--by algo.lrr: no such setting. Did you mean 'algo.lr'?"),
         (["{sweep}", "--baseline", "pop"], "--baseline pop: the labels are ppo. Did you mean 'ppo'?"),
-        (["{sweep}", "--reference", "7B"], "--reference takes NAME=VALUE"),
+        (["{sweep}", "--reference", "7B"], "--reference '7B' is no NAME=VALUE"),
+        (["{sweep}", "--reference", "7B=89.4"], "'7B=89.4' is no NAME=VALUE with a success from 0 to 1"),
+        (["{sweep}", "--reference", "7B=nan"], "is no NAME=VALUE"),
+        (["{sweep}", "--reference", "0.5"], "is no NAME=VALUE"),
+        (["{sweep}", "--reference", "7B=0.5", "--reference", "7B=0.6"], "gives 7B two values, 0.5 and 0.6"),
         (["{sweep}", "--to", "x"], "--help shows the usage"),
         (["{sweep}/0/model"], "no finished run of stage=ppo or stage=eval in"),
         ([], "the following arguments are required: FOLDER. --help shows the usage"),

@@ -175,6 +175,7 @@ def test_lora_is_an_option_of_its_own(compose_run) -> None:
         (["algo.value_epochs=-1"], "algo.value_epochs=-1 must be at least 0"),
         (["algo.value_epochs=0"], "algo.value_warmup=1 has the critic learn in algo.value_epochs, and there are none"),
         (["algo.value_warmup=9", "stage.iterations=9"], "leaves the policy none of stage.iterations=9"),
+        (["algo.count_coef=inf"], "algo.count_coef=inf must be a finite number"),
         (["algo.lr=nan"], "algo.lr=nan must be at least 0"),
         (["model.temperature=nan"], "model.temperature=nan must be a positive number"),
         (["model.temperature=inf"], "model.temperature=inf must be a positive number"),
@@ -219,6 +220,8 @@ COMPARED = "set algo.group_size=8, or another algo="
         (["algo.filters=[outcom]"], "algo.filters=outcom is not one of outcome, reward, .*Did you mean 'outcome'"),
         (["algo.oversample=2"], r"algo.oversample=2, .*: set algo.filters=\[reward\], or oversample=1 and waves=1"),
         (["algo.waves=2"], r"algo.waves=2 play more .*: set algo.filters=\[reward\], or oversample=1 and waves=1"),
+        (["stage.stop_on_collapse=true", "stage.keep_checkpoints=1"], "set stage.keep_checkpoints=2"),
+        (["algo=grpo", "algo.filters=[variance]", "algo.top_p=0"], "algo.top_p=0.0 must lie between 0.01 and 1"),
         (["algo.oversample=0.5"], "algo.oversample=0.5 must be at least 1"),
         # the reference
         (["algo.kl=k1", "algo.kl_coef=0.1", "model/lora=adapter"], "is no loss: .*Set algo.kl=k3, or .*kl_reward_coef"),

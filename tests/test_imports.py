@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from vlm_agents.errors import ConfigError
-from vlm_agents.imports import attribute, made
+from vlm_agents.errors import ConfigError, DataError, TrainingError
+from vlm_agents.imports import attribute, blamed, made
 
 MODULE = """
 import sys
@@ -59,3 +59,15 @@ def test_what_is_wrong_is_one_line(path: str, arguments: dict, said: str, folder
     assert str(raised.value).startswith(f"env.factory={path}: ") or path.endswith(("number", "Box"))
     assert said.format(folder=folder) in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_what_fails_later_in_what_it_gave_is_one_line_too(folder: Path) -> None:
+    full = attribute("algo.factory", "boxes_of_a_test:full")
+    told = r"^algo.factory=a:b: training .* fails: ValueError: .*, line 6\)\. See docs"
+    with pytest.raises(TrainingError, match=told), blamed("algo.factory", "a:b"):
+        full()
+    with pytest.raises(ValueError, match="no room"), blamed("algo.factory", None):
+        full()  # ours
+    for error in (DataError("a full disk"), MemoryError()):
+        with pytest.raises(type(error)), blamed("algo.factory", "a:b"):
+            raise error

@@ -4,7 +4,7 @@ import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -15,6 +15,7 @@ POINTS = 200  # of a curve's mean
 STYLES = "--", ":", "-.", (0, (1, 4))
 
 
+@rc_context({"text.parse_math": False})  # a name with dollars is no formula
 def picture(games: Sequence[Game], references: Mapping[str, float]) -> bytes:
     """A PNG. Bands are 95 % bootstrap intervals over runs, bars those of the interquartile mean; `references` are
     others' figures, a dashed line each."""
@@ -29,7 +30,8 @@ def picture(games: Sequence[Game], references: Mapping[str, float]) -> bytes:
         for standing in game.standings.values():
             draw_curve(learning, standing, colours[standing.label])
         for (name, value), style in zip(references.items(), STYLES * len(references), strict=False):
-            learning.axhline(value, color="grey", linestyle=style, linewidth=1, label=name)
+            # behind a blank, for matplotlib has no label that begins with _ in a legend
+            learning.axhline(value, color="grey", linestyle=style, linewidth=1, label=f" {name}")
         if references:
             learning.legend(fontsize=7)
         learning.set(title=game.name, xlabel="env steps in training")

@@ -5,6 +5,7 @@ Each holds what its writer wrote and a state.json with the state, and the checks
 
 import json
 import logging
+import math
 import re
 import shutil
 import zlib
@@ -95,9 +96,10 @@ def write_folder(final: Path, write: Callable[[Path], None]) -> None:
         sync(final.parent)
 
 
-def latest(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint; None if there never was one, DataError if all of them are damaged."""
-    candidates = newest_first(folder)
+def latest(folder: Path, before: float = math.inf) -> Checkpoint | None:
+    """The newest whole checkpoint from before that step; None if there never was one, DataError if all of them are
+    damaged."""
+    candidates = [path for path in newest_first(folder) if step_of(path) < before]
     for candidate in candidates:
         checkpoint = read(candidate)
         if checkpoint is not None:

@@ -5,6 +5,7 @@ can't say, stands in docs/compare.md.
 """
 
 import argparse
+import math
 import re
 import shlex
 import sys
@@ -60,10 +61,19 @@ def options(words: Sequence[str]) -> argparse.Namespace:
 
 
 def references_of(words: Sequence[str]) -> dict[str, float]:
-    try:
-        return {name: float(value) for name, _, value in (word.rpartition("=") for word in words)}
-    except ValueError as error:
-        raise ConfigError(f"--reference takes NAME=VALUE, as in 'RL4VLM 7B=0.894' ({error})") from error
+    found = {}
+    for word in words:
+        name, _, value = word.rpartition("=")
+        try:
+            share = float(value)
+        except ValueError:
+            share = math.nan
+        if not name.strip() or not 0 <= share <= 1:
+            told = f"'{word}' is no NAME=VALUE with a success from 0 to 1, as in 'RL4VLM 7B=0.894'"
+            raise ConfigError(f"--reference {told}")
+        if found.setdefault(name := sweeps.name_of(name), share) != share:
+            raise ConfigError(f"--reference gives {name} two values, {found[name]:g} and {share:g}: name them apart")
+    return found
 
 
 def compared(asked: argparse.Namespace, command: str) -> Comparison:
@@ -82,7 +92,7 @@ def write(it: Comparison, out: Path) -> list[Path]:
 
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    contents = {"md": markdown(it), "csv": rows_as_csv(it), "png": picture(it.games, it.references)}
+    contents = {"md": harmless(markdown(it)), "csv": rows_as_csv(it), "png": picture(it.games, it.references)}
     for ending, content in contents.items():
         atomic_write(out / f"comparison.{ending}", content)
     return [out / f"comparison.{ending}" for ending in contents]
@@ -103,7 +113,7 @@ def main(words: Sequence[str]) -> int:
     """The exit status."""
     try:
         asked = options(words)
-        it = compared(asked, shlex.join(["python", "-m", "vlm_agents.compare", *words]))
+        it = compared(asked, harmless(shlex.join(["python", "-m", "vlm_agents.compare", *words])))
         only = Path(asked.folders[0]) if len(asked.folders) == 1 else None
         holds_runs = only is not None and only.is_dir() and not (only / "config.yaml").exists()
         out = asked.out or (only if only is not None and holds_runs else Path("comparison"))
@@ -111,7 +121,7 @@ def main(words: Sequence[str]) -> int:
         print(harmless(files[0].read_text(encoding="utf-8")))
         for line in to_trackers(it, list(map(Path, asked.folders)), files):
             print(harmless(line))
-        print(f"written: {', '.join(map(str, files))}", flush=True)
+        print(harmless(f"written: {', '.join(map(str, files))}"), flush=True)
     except VlmAgentsError as error:
         print(f"error: {harmless(' '.join(str(error).split()))}", file=sys.stderr)
         return 2

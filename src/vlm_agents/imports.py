@@ -9,12 +9,13 @@ import os
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from vlm_agents.errors import ConfigError, VlmAgentsError, did_you_mean, harmless
+from vlm_agents.errors import ConfigError, TrainingError, VlmAgentsError, did_you_mean, harmless
 
 
 def module(setting: str, name: str) -> ModuleType:
@@ -67,6 +68,22 @@ def made(setting: str, path: str, *arguments: Any, needs: tuple[str, ...] = (), 
         lacks = ", ".join(lacking)
         raise ConfigError(f"{setting}={path}: it gives {named_type(found)} without {lacks}: see docs/extending.md")
     return found
+
+
+@contextmanager
+def blamed(setting: str, path: str | None) -> Iterator[None]:
+    """Turns an error of the block, which runs what `path`, the value of `setting`, gave, into a TrainingError in one
+    line. Where `path` is null it is ours, and stays what it is."""
+    try:
+        yield
+    except (VlmAgentsError, MemoryError):
+        raise
+    except Exception as error:
+        if path is None or type(error).__name__ == "OutOfMemoryError":  # torch's
+            raise
+        raise TrainingError(
+            f"{setting}={path}: training with what it gives fails: {told(error)}. See docs/extending.md"
+        ) from error
 
 
 def check_call(what: str, factory: Callable[..., Any], call: str, *arguments: Any, **named: Any) -> None:

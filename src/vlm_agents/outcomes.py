@@ -68,5 +68,5 @@ def _panel(path: Path) -> Iterator[Outcome]:
         try:
             record = json.loads(line)
             yield Outcome(*(kind(record[name]) for name, kind in FIELDS.items()))
-        except (ValueError, TypeError, LookupError, RecursionError):
+        except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
             log.warning("%s, line %d is no episode of a panel: left out", path, number)

@@ -237,9 +237,10 @@ class Run:
         record = {"state": state, "seconds": self._seconds(), "offsets": offsets, "last_lines": marks}
         return checkpoints.save(self.path("checkpoints"), step, write, record, keep)
 
-    def latest_checkpoint(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole; None if there never was one, DataError if all of them are damaged."""
-        return checkpoints.latest(self.path("checkpoints"))
+    def latest_checkpoint(self, before: float = math.inf) -> Checkpoint | None:
+        """The newest checkpoint, from before that step, that is whole; None if there never was one, DataError if all of
+        them are damaged."""
+        return checkpoints.latest(self.path("checkpoints"), before)
 
     def restore(self) -> Checkpoint | None:
         """Put the append-only files back to where the latest checkpoint saw them, and return it; None: from the start.

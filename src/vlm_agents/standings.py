@@ -153,7 +153,7 @@ def curve(run: Played) -> tuple[np.ndarray, np.ndarray]:
     episodes, each point the mean over the last iterations that hold WINDOW of them. Empty for an evaluation."""
     total, at, panel, training = 0.0, [], [], []
     for record in run.history.values():
-        if "rollout/episode_length" in record:
+        if {"rollout/episode_length", "rollout/success"} <= record.keys():
             played = total + record["rollout/episode_length"] * run.settings["stage.episodes"]
             total = record.get("rollout/env_steps", played)
             at.append(total)

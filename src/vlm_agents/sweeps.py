@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vlm_agents.errors import ConfigError, DataError, did_you_mean
+from vlm_agents.errors import ConfigError, DataError, did_you_mean, harmless
 from vlm_agents.outcomes import Outcome, read_outcomes
 from vlm_agents.tracking import points_in
 from vlm_agents.weights import flat_settings
@@ -25,6 +25,7 @@ SHOWN_ONLY |= {"expert"}
 # Settings, and groups of them, that are no part of what is compared: who and where, and what only is kept.
 APART = {"seed", "name", "run_dir", "hardware", "tracking", "env.workers", "env.timeout_s"}
 APART |= {f"stage.{it}" for it in ("checkpoint_every", "keep_checkpoints", "report_episodes", "baselines", "num_envs")}
+NEEDED = {"stage.name": str, "stage.episodes": int, "seed": int, "env.id": str}  # settings that every run has
 NAMING = (".name", ".format", ".family")  # settings that choose a part: they name it better than what is in it
 
 
@@ -76,14 +77,14 @@ def found(arguments: Iterable[str]) -> tuple[list[Played], list[str]]:
     runs: dict[Path, Played] = {}
     left_out: list[str] = []
     for argument in arguments:
-        name, _, folders = (
-            argument.partition("=") if "=" in argument and not Path(argument).exists() else ("", "", argument)
-        )
-        label = name.replace("_", " ")
-        for place in map(Path, folders.split(",") if name else [folders]):
-            if not place.is_dir():
-                raise ConfigError(f"{place} is no folder: name run directories, folders of them, or NAME=FOLDER,FOLDER")
-            for folder in directories(place):
+        name, _, folders = argument.partition("=") if not os.path.exists(argument) else ("", "", "")
+        label = name_of(name) if folders else ""
+        for word in folders.split(",") if label else [argument]:
+            if not os.path.isdir(word):  # unlike Path's, of any word; and "" is none
+                told = f"'{word[:200]}' is no folder"
+                raise ConfigError(f"{told}: name run directories, folders of them, or NAME=FOLDER,FOLDER")
+            place = Path(word)
+            for folder in directories(place, left_out):
                 try:
                     run = read(folder)
                 except DataError as error:
@@ -102,9 +103,19 @@ def found(arguments: Iterable[str]) -> tuple[list[Played], list[str]]:
     return list(runs.values()), left_out
 
 
-def directories(place: Path) -> Iterator[Path]:
-    """The run directories in a folder, itself included, in the order of their names; 10 comes behind 9."""
-    for here, folders, files in os.walk(place):
+def name_of(word: str) -> str:
+    """A name given in the command line, as it stands in a line of a table."""
+    return " ".join(harmless(word).replace("_", " ").split())
+
+
+def directories(place: Path, left_out: list[str]) -> Iterator[Path]:
+    """The run directories in a folder, itself included, in the order of their names; 10 comes behind 9. What can't be
+    looked into is added to `left_out`."""
+
+    def closed(error: OSError) -> None:
+        left_out.append(f"{error.filename}: can't be read ({error.strerror})")
+
+    for here, folders, files in os.walk(place, onerror=closed):
         folders.sort(key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
         if "config.yaml" in files:
             yield Path(here)
@@ -117,24 +128,35 @@ def read(folder: Path) -> Played | None:
     is damaged."""
     try:
         settings = flat_settings(folder / "config.yaml", "")
-        stage = settings["stage.name"]
-        if not {"seed", "env.id"} <= settings.keys():
-            raise KeyError("seed or env.id")
-    except (DataError, KeyError) as error:
+    except DataError as error:
         raise DataError("config.yaml is damaged") from error
-    if stage not in PLAYING:
+    stage = settings.get("stage.name")
+    if isinstance(stage, str) and stage not in PLAYING:
         return None
-    if not (folder / "DONE").exists():
-        raise DataError("not finished: its command, given again, goes on with it")
+    if wrong := [key for key, kind in NEEDED.items() if not isinstance(settings.get(key), kind)]:
+        raise DataError(f"config.yaml is damaged ({', '.join(wrong)})")
     try:
-        metrics = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["metrics"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise DataError(f"summary.json is damaged ({error})") from error
-    history = by_step(folder / "metrics.jsonl")
-    run = Played(folder, settings, metrics, history, read_outcomes(folder, trained=stage == "ppo"))
+        if not (folder / "DONE").exists():
+            raise DataError("not finished: its command, given again, goes on with it")
+        metrics = figures(folder / "summary.json")
+        history = by_step(folder / "metrics.jsonl")
+        run = Played(folder, settings, metrics, history, read_outcomes(folder, trained=stage == "ppo"))
+    except OSError as error:
+        raise DataError(f"{Path(error.filename).name} can't be read ({error.strerror})") from error
     if not run.solved:
         raise DataError("no held-out seed was played to its end")
     return run
+
+
+def figures(path: Path) -> dict[str, float]:
+    """The metrics of summary.json that have a value."""
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"]
+        return {name: float(value) for name, value in metrics.items() if value is not None}
+    except FileNotFoundError as error:
+        raise DataError("summary.json is missing") from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"summary.json is damaged ({error})") from error
 
 
 def by_step(path: Path) -> dict[int, dict[str, float]]:

@@ -136,7 +136,7 @@ def notes_of(it: Comparison) -> Iterator[str]:
 
 def read_commit(folder: Path) -> str:
     try:
-        return (folder / "commit").read_text(encoding="utf-8").strip()
+        return (folder / "commit").read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return ""
 

@@ -209,7 +209,7 @@ def points_in(path: Path) -> list[Point]:
         try:
             metrics = json.loads(line)
             points += points_of(int(metrics.pop("step")), metrics)
-        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+        except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
             log.warning('%s, line %d is not {"step": ..., metrics}: left out', path, number)
     return points
 

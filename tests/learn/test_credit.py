@@ -13,10 +13,12 @@ from vlm_agents.learn.credit import (
     Credit,
     Gae,
     OfGroup,
+    Reads,
     Returns,
     Rule,
     TokenGae,
     WithUtility,
+    check,
     explained_variance,
     figures,
     gae,
@@ -210,6 +212,23 @@ def test_steps_are_compared_with_others_from_the_same_state(std: bool, coef: flo
     found = advantages_of(AnchorState(0.5, std, coef), episodes)
     for one, by_hand in zip(found, expected, strict=True):
         assert one == pytest.approx(by_hand, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("earned", "reads", "told"),
+    [
+        ([], "nothing", "gives 0 credits for 1 episodes"),
+        ([Credit(np.zeros(3))], "nothing", "gives 3 advantages for words/seed 0, of 2 turns and 5 reply tokens"),
+        ([Credit(np.zeros(2), np.zeros(1), np.zeros(2))], "turns", "gives 1 returns for words/seed 0"),
+        ([Credit(np.zeros(5))], "tokens", "reads a critic's values, by tokens, and gives no returns"),
+    ],
+)
+def test_credit_that_is_not_of_the_episodes_is_refused(earned: list[Credit], reads: Reads, told: str):
+    episodes = [played([0.0, 1.0], lengths=[2, 3])]
+    with pytest.raises(TrainingError, match=told):
+        check(earned, episodes, reads)
+    check([Credit(np.zeros(5), np.zeros(2))], episodes, "turns")
+    check([Credit(np.zeros(2))], episodes, "nothing")
 
 
 def test_states_without_a_name_cannot_be_compared():

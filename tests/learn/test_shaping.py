@@ -52,6 +52,13 @@ def test_a_state_is_worth_less_each_time_it_is_reached():
     assert [turn.step for turn in one.turns] == [turn.step for turn in walk([3, 2, 3, 2]).turns]
 
 
+def test_states_without_a_name_are_not_counted():
+    (turn,) = (episode := walk([1, 0])).turns
+    nameless = replace(turn, step=replace(turn.step, observation=Observation("now")))
+    with pytest.raises(TrainingError, match=r"^line names no states .*: set algo.count_coef=0"):
+        CountBonus(1.0).reward([replace(episode, turns=(nameless,))])
+
+
 def test_what_was_reached_survives_a_checkpoint():
     shaper, resumed = CountBonus(1.0), CountBonus(1.0)
     shaper.reward([walk([3, 2, 1])] * 3)

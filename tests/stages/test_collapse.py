@@ -1,10 +1,12 @@
 """When a training is said to fall apart, by what, and which checkpoint is left of one that is stopped for it."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from vlm_agents import checkpoints
 from vlm_agents.checkpoints import Checkpoint, latest
 from vlm_agents.errors import TrainingError
 from vlm_agents.stages.collapse import Collapse
@@ -13,7 +15,7 @@ RunStage = Callable[..., Path]
 FINE = {"rollout/success": 0.5, "rollout/invalid_rate": 0.1}
 
 
-def none() -> Checkpoint | None:
+def none(before: int | None = None) -> Checkpoint | None:
     return None
 
 
@@ -72,10 +74,40 @@ def test_a_run_that_stops_keeps_the_weights_from_before(run_stage: RunStage, tmp
     show it. A checkpoint was due after the second, and would have taken the place of the only good one."""
     words = ("stage=ppo", "env=number_line", "prompt=cot_json", "prompt.max_reply_tokens=64", "model.path=null")
     words += ("stage.episodes=4", "stage.eval_episodes=1", "stage.iterations=9", "env.max_steps=2", "algo=reinforce")
-    words += ("algo.lr=1", "stage.stop_on_collapse=true", "stage.checkpoint_every=2", "stage.keep_checkpoints=1")
+    words += ("algo.lr=1", "stage.stop_on_collapse=true", "stage.checkpoint_every=2", "stage.keep_checkpoints=2")
     with pytest.raises(TrainingError, match=r"in iteration 3\. .*stage\.init=.*step_000000 has the last good weights"):
         run_stage(tmp_path, *words)
     left = latest(tmp_path / "checkpoints")
     assert left is not None
     assert left.step == 0
     assert not (tmp_path / "DONE").exists()
+
+
+NOTHING: dict = {"state": {}, "seconds": 0.0, "offsets": {}, "last_lines": {}}
+
+
+def train(folder: Path, invalid: list[float], every: int = 1) -> list[int]:
+    """Looks at iterations of these rates, and saves as stage=ppo does. The steps of the checkpoints that are kept."""
+    collapse = Collapse(stop=True)
+    for iteration, rate in enumerate(invalid):
+        metrics = {"rollout/success": 0.0, "rollout/invalid_rate": rate}
+        collapse.look(iteration, metrics, partial(checkpoints.latest, folder))
+        if (iteration + 1) % every == 0 and not collapse.suspected:
+            checkpoints.save(folder, iteration + 1, lambda path: None, NOTHING, keep=2)
+    return [checkpoints.step_of(path) for path in checkpoints.newest_first(folder)]
+
+
+@pytest.mark.parametrize(("every", "good"), [(1, "step_000003"), (2, "step_000002")])
+def test_good_weights_are_from_before_those_that_played_the_first_bad_iteration(tmp_path: Path, every: int, good: str):
+    """The fifth iteration is bad: the weights that the fourth left played it."""
+    with pytest.raises(TrainingError, match=rf"0.000 -> 1.000 in iteration 6. .*stage.init=.*{good} has the last good"):
+        train(tmp_path, [0, 0, 0, 0.2, 1, 1], every)
+
+
+def test_where_no_good_weights_are_left_that_is_told(tmp_path: Path):
+    with pytest.raises(TrainingError, match=r"no checkpoint is left from before: have a smaller"):
+        train(tmp_path, [0, 0, 0, 0, 1, 1], every=4)
+
+
+def test_one_bad_iteration_is_no_collapse_and_leaves_no_checkpoint(tmp_path: Path):
+    assert train(tmp_path, [0, 0, 1, 0.2]) == [4, 2]

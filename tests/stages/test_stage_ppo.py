@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from vlm_agents.config import RunConfig
 from vlm_agents.episodes import read_episodes
-from vlm_agents.errors import ConfigError, DataError
+from vlm_agents.errors import ConfigError, DataError, TrainingError
 from vlm_agents.metrics import parts
 from vlm_agents.models import load_agent
 from vlm_agents.outcomes import read_outcomes
@@ -24,6 +24,16 @@ from vlm_agents.types import Observation, Parsed, Reply, Step, Turn
 ComposeRun = Callable[..., RunConfig]
 RunStage = Callable[..., Path]
 SMALL = ("stage=ppo", "algo.epochs=2", "stage.episodes=6", "stage.num_envs=6", "stage.eval_episodes=5", "algo.epochs=2")
+
+
+FAILING = """
+from dataclasses import replace
+def gae(*arguments): return 1 / 0
+gae.reads = "turns"
+def rule(algorithm, algo): return replace(algorithm, warming=None, credit=gae)
+def keep(algorithm, algo): return replace(algorithm, filters=(lambda groups: None,))
+def terms(algorithm, algo): return replace(algorithm, terms=())
+"""
 
 
 def lines(folder: Path) -> list[dict]:
@@ -180,6 +190,31 @@ def test_without_a_panel_nothing_is_evaluated(run_stage: RunStage, tmp_path: Pat
     assert not any(name.startswith("eval/") for line in lines(folder) for name in line)
     assert not any(name.startswith("eval/") for name in summary(folder)["metrics"])
     assert (folder / "report.html").is_file()
+
+
+def test_why_an_iteration_moved_nothing_is_told(run_stage: RunStage, tmp_path: Path, capsys):
+    words = ("stage=ppo", "stage.episodes=4", "stage.iterations=2", "stage.eval_episodes=0", "env.turns=1")
+    run_stage(tmp_path / "warm", *words, "stage.env_steps=1")
+    told = capsys.readouterr().err
+    assert "the critic alone learns" in told
+    assert "stage.env_steps=1 were played while the critic learned alone: the policy is what it was" in told
+    # untrained, no reply is legal, and all plays of a start come to the same
+    run_stage(tmp_path / "alike", *words, "algo=grpo", "algo.group_size=2", "algo.filters=[outcome]")
+    told = capsys.readouterr().err
+    assert told.count("algo.filters kept nothing") == 2
+    assert "the critic" not in told
+
+
+def test_a_part_of_ones_own_that_fails_is_one_line(run_stage: RunStage, tmp_path: Path, monkeypatch):
+    (tmp_path / "failing_of_a_test.py").write_text(FAILING)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ("stage=ppo", "stage.episodes=2", "stage.iterations=1", "stage.eval_episodes=0", "env.turns=1")
+    for name, place in (("rule", r" \(.*failing_of_a_test.py, line 3\)"), ("keep", ""), ("terms", "")):
+        factory = f"algo.factory=failing_of_a_test:{name}"
+        with pytest.raises(
+            TrainingError, match=rf"^{factory}: training with what it gives fails: [^()]*{place}.* See docs"
+        ):
+            run_stage(tmp_path / name, *words, factory)
 
 
 def test_an_adapter_is_trained_towards_the_reward_and_held_to_its_base(run_stage: RunStage, tmp_path: Path):

@@ -313,7 +313,7 @@ def test_chats_of_a_run_that_is_not_finished_are_refused(
 def test_weights_that_are_no_numbers_are_not_kept(run_stage: RunStage, echo_chats: Path, tmp_path: Path):
     """A last step may spoil them after its loss was seen to be finite."""
     with pytest.raises(TrainingError, match=r"trained tensors aren't finite \(.*\): lower the lr"):
-        run_stage(tmp_path, *SHORT, f"stage.data={echo_chats}", "stage.batch_size=4096", "stage.lr=inf")
+        run_stage(tmp_path, *SHORT, f"stage.data={echo_chats}", "stage.batch_size=4096", "stage.lr=1e39")
     assert not (tmp_path / "model").exists()
 
 

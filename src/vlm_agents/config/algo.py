@@ -56,7 +56,7 @@ class AlgoConfig(Part, place="algo"):
         "rank: puts the groups of largest spread first",
     )
     top_p: float = setting(
-        0.9, "share of the variance of returns that is kept", low=0, high=1, only=("filters", ("variance",))
+        0.9, "share of the variance of returns that is kept", low=0.01, high=1, only=("filters", ("variance",))
     )
     oversample: float = setting(1.0, "episodes played an iteration, over stage.episodes, which are kept", low=1)
     waves: int = setting(1, "most times that an iteration plays until stage.episodes are kept", low=1)

@@ -28,6 +28,8 @@ def one_of(what: str, value: str, allowed: Any) -> None:
 def at_least(what: str, value: float, bound: float) -> None:
     if not value >= bound:  # a value that is no number fails too
         raise ConfigError(f"{what}={value} must be at least {bound}")
+    if value == math.inf:
+        raise ConfigError(f"{what}={value} must be a finite number")
 
 
 def between(what: str, value: float, low: float, high: float) -> None:

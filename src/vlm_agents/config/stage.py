@@ -128,6 +128,11 @@ class PpoConfig(StageConfig):
     def check(self, run: "RunConfig") -> None:
         if run.algo is None:
             raise ConfigError("stage=ppo needs an algo: add algo=ppo")
+        if self.stop_on_collapse and self.keep_checkpoints < 2:
+            raise ConfigError(
+                "stage.stop_on_collapse keeps a checkpoint from before a collapse, and the newest is the one that "
+                "plays its first bad iteration: set stage.keep_checkpoints=2"
+            )
         if self.episodes % run.algo.group_size:
             raise ConfigError(
                 f"stage.episodes={self.episodes} are no whole groups of algo.group_size={run.algo.group_size}: have a "

@@ -276,6 +276,25 @@ def sampled_values(episodes: Sequence[Trajectory]) -> list[np.ndarray]:
     return found
 
 
+def check(earned: Sequence[Credit], episodes: Sequence[Trajectory], reads: Reads) -> None:
+    """TrainingError where what a rule gave isn't of every turn, or of every reply token, of these episodes."""
+    if len(earned) != len(episodes):
+        raise TrainingError(f"the credit rule gives {len(earned)} credits for {len(episodes)} episodes: give one each")
+    for episode, its in zip(episodes, earned, strict=True):
+        due = {len(episode.turns), sum(lengths_of(episode))}
+        if its.returns is None and reads != "nothing":
+            raise TrainingError(
+                f"the credit rule reads a critic's values, by {reads}, and gives no returns that a critic could learn: "
+                "give Credit.returns, or have reads='nothing'"
+            )
+        for name, numbers in (("advantages", its.advantages), ("returns", its.returns)):
+            if numbers is not None and len(numbers) not in due:
+                raise TrainingError(
+                    f"the credit rule gives {len(numbers)} {name} for {episode.ident}, of {len(episode.turns)} turns "
+                    f"and {sum(lengths_of(episode))} reply tokens: one is due for each of the ones or of the others"
+                )
+
+
 def spread(numbers: np.ndarray, episode: Trajectory, n: int) -> np.ndarray:
     """[n] where `numbers` are the turns' or already the tokens': each turn's for every token of its reply."""
     return numbers if len(numbers) == n else np.repeat(numbers, lengths_of(episode))

@@ -128,6 +128,7 @@ class Learner:
             rule = self.algorithm.warming
         values = {"nothing": lambda _: [], "turns": credit.sampled_values, "tokens": self._token_values}[rule.reads]
         earned = rule(episodes, values(episodes), self.iteration / self.iterations)
+        credit.check(earned, episodes, rule.reads)
         normal = credit.normalised(earned) if self.settings.normalise else earned
         places = {id(episode): place for place, episode in enumerate(episodes)}
         at = [places[id(episode)] for episode in kept]

@@ -57,17 +57,25 @@ class TurnShaper(Shaper):
 
 
 class CountBonus(Shaper):
-    """`coef / sqrt(n)` for reaching a state for the n-th time in this run, by `state_key`."""
+    """`coef / sqrt(n)` for reaching a state for the n-th time in this run, by `state_key`.
+
+    TrainingError where an env names no states.
+    """
 
     def __init__(self, coef: float) -> None:
         self.coef = coef
         self.counts: Counter[str] = Counter()
 
     def reward(self, trajectories: Sequence[Trajectory]) -> tuple[list[Trajectory], Metrics]:
-        return [with_bonuses(one, "count", [self._reach(turn) for turn in one.turns]) for one in trajectories], {}
+        return [with_bonuses(one, "count", [self._reach(one, turn) for turn in one.turns]) for one in trajectories], {}
 
-    def _reach(self, turn: Turn) -> float:
+    def _reach(self, episode: Trajectory, turn: Turn) -> float:
         key = turn.step.observation.state_key
+        if not key:
+            raise TrainingError(
+                f"{episode.env} names no states (state_key is empty), and algo.count_coef counts them: set "
+                "algo.count_coef=0"
+            )
         self.counts[key] += 1
         return self.coef / math.sqrt(self.counts[key])
 

@@ -40,8 +40,13 @@ class Collapse:
         """Was the last iteration bad? Then no checkpoint that training could fall back to."""
         return self.stop and self.state["bad"] > 0
 
-    def look(self, iteration: int, metrics: Mapping[str, float], last: Callable[[], Checkpoint | None]) -> None:
-        """To be called after each iteration, counted from 0. TrainingError where a collapsed run is to stop."""
+    def look(self, iteration: int, metrics: Mapping[str, float], last: Callable[[int], Checkpoint | None]) -> None:
+        """To be called after each iteration, counted from 0; `last` gives the newest checkpoint from before a step.
+        TrainingError where a collapsed run is to stop.
+
+        What plays an iteration is what the one before left: of the first bad one, in the checkpoint of that number,
+        which isn't good any more.
+        """
         state = self.state
         state["first"] = state["first"] or {name: metrics.get(name, 0.0) for name in RATES}
         state["success"].append(metrics["rollout/success"])
@@ -53,8 +58,12 @@ class Collapse:
         told = f"training collapses: {sign.metric} {sign.was:.3f} -> {sign.now:.3f} in iteration {iteration + 1}"
         if not self.stop:
             return say(f"{told}. What helps: {sign.remedy}. Training goes on; stage.stop_on_collapse=true would end it")
-        good = last()
-        kept = f"; stage.init={os.path.relpath(good.path)} has the last good weights" if good else ""
+        good = last(iteration + 1 - state["bad"])
+        kept = (
+            f"; stage.init={os.path.relpath(good.path)} has the last good weights"
+            if good
+            else "; no checkpoint is left from before: have a smaller stage.checkpoint_every"
+        )
         raise TrainingError(f"{told}. Begin anew under another name= with {sign.remedy}{kept}")
 
     def _sign(self, metrics: Mapping[str, float]) -> Sign | None:

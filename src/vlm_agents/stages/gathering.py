@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from vlm_agents import imports
 from vlm_agents.config import PpoConfig, RunConfig
 from vlm_agents.env_pool import EnvPool
 from vlm_agents.learn.learner import Learner
@@ -29,7 +30,9 @@ def gather(
         trajectories = play_wave(cfg, stage, run, envs, policy, learner.iteration, wave)
         bonused, figures = learner.shape(trajectories)
         played, shaped, told = played + trajectories, shaped + bonused, [*told, figures]
-        if len(learner.kept(shaped, stage.episodes)) >= stage.episodes:
+        with imports.blamed("algo.factory", cfg.algo.factory):
+            kept = learner.kept(shaped, stage.episodes)
+        if len(kept) >= stage.episodes:
             break
     names = dict.fromkeys(name for figures in told for name in figures)
     return played, shaped, {name: float(np.mean([one[name] for one in told if name in one])) for name in names}

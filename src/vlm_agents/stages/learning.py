@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from vlm_agents import imports
 from vlm_agents.checkpoints import Checkpoint
-from vlm_agents.config import AlgoConfig, RunConfig
+from vlm_agents.config import AlgoConfig, PpoConfig, RunConfig
 from vlm_agents.errors import DataError
 from vlm_agents.learn.algorithm import make_algorithm
 from vlm_agents.learn.kl_reward import KlReward
@@ -18,6 +19,7 @@ from vlm_agents.learn.losses import ESTIMATORS
 from vlm_agents.learn.novelty import Novelty
 from vlm_agents.learn.shaping import CountBonus, Shaper, TurnShaper, overlong, progress
 from vlm_agents.models import Agent
+from vlm_agents.progress import say
 from vlm_agents.run import Run
 from vlm_agents.types import Trajectory
 from vlm_agents.weights import RUN_MODEL, init_folder
@@ -43,7 +45,8 @@ def make_learner(cfg: RunConfig, algo: AlgoConfig, agent: Agent, init: str | Non
 
         model = AdapterPredictor(agent, init_folder(init) if init else None)
         shapers["novelty"] = Novelty(model, agent.renderer, algo.novelty, tokens)
-    return Learner(agent, agent.renderer, algorithm, algo, iterations, tokens, shapers)
+    with imports.blamed("algo.factory", algo.factory):
+        return Learner(agent, agent.renderer, algorithm, algo, iterations, tokens, shapers)
 
 
 def save(run: Run, agent: Agent, learner: Learner, step: int, state: Mapping[str, Any], keep: int) -> None:
@@ -56,8 +59,8 @@ def save(run: Run, agent: Agent, learner: Learner, step: int, state: Mapping[str
     run.save_checkpoint(step, write, state, keep)
 
 
-def load(checkpoint: Checkpoint, learner: Learner) -> None:
-    """The learner's part of a checkpoint; the agent was loaded from it."""
+def load(checkpoint: Checkpoint, learner: Learner, iterations: int) -> Mapping[str, Any]:
+    """The learner's part of a checkpoint, of which the agent was loaded; the rest of its state. Says how far it is."""
     path = checkpoint.path / LEARNER
     if not path.is_file():
         raise DataError(
@@ -65,6 +68,17 @@ def load(checkpoint: Checkpoint, learner: Learner) -> None:
             f"choose another name= and take its weights along by stage.init={checkpoint.path}"
         )
     learner.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+    say(checkpoint.told("iteration", iterations))
+    return checkpoint.state
+
+
+def tell_unmoved(learner: Learner, stage: PpoConfig) -> None:
+    """Say so where a run ended before its policy could learn."""
+    if learner.critic and 0 < learner.iteration <= learner.critic.warmup:
+        say(
+            f"stage.env_steps={stage.env_steps} were played while the critic learned alone: the policy is what it was. "
+            "Have more of them, or algo.value_warmup=0"
+        )
 
 
 class Clock:

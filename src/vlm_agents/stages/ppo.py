@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from vlm_agents import imports
 from vlm_agents.config import PpoConfig, RunConfig
 from vlm_agents.episodes import LINES, EpisodeWriter
 from vlm_agents.models import HFSampler, load_agent
 from vlm_agents.outcomes import PANEL
-from vlm_agents.progress import say
 from vlm_agents.run import Run, seed_everything
 from vlm_agents.stages.collapse import Collapse
 from vlm_agents.stages.gathering import gather
-from vlm_agents.stages.learning import Clock, load, make_learner, save, speeds
+from vlm_agents.stages.learning import Clock, load, make_learner, save, speeds, tell_unmoved
 from vlm_agents.stages.panel import RECORDED, Panel, finish
 from vlm_agents.stages.playing import check_first_prompt, make_policy, open_envs
 from vlm_agents.stages.reporting import tell
@@ -36,10 +36,7 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
     policy = make_policy(cfg, "model", sampler)
     learner = make_learner(cfg, cfg.algo, agent, init, stage.iterations)
     state: dict[str, Any] = {"before": {}, "last": {}, "training_seconds": 0.0, "env_steps": 0, "watch": (0, False)}
-    if checkpoint:
-        load(checkpoint, learner)
-        state |= checkpoint.state
-        say(checkpoint.told("iteration", stage.iterations))
+    state |= load(checkpoint, learner, stage.iterations) if checkpoint else {}
 
     def over() -> bool:
         return learner.iteration >= stage.iterations or state["env_steps"] >= (stage.env_steps or np.inf)
@@ -58,7 +55,7 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
             with clock.phase("rollout"):
                 sampler.sync()
                 played, shaped, told = gather(cfg, stage, run, envs, policy, learner)
-            with clock.phase("update"):
+            with clock.phase("update"), imports.blamed("algo.factory", cfg.algo.factory):
                 rng = np.random.default_rng(run.seed_for("update", iteration))
                 learned = bonuses(shaped) | told | learner.learn(shaped, stage.episodes, rng)
             state["env_steps"] += sum(len(one.turns) for one in played)
@@ -76,6 +73,7 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
             if due and not collapse.suspected:
                 writer.sync()
                 save(run, agent, learner, iteration + 1, state, stage.keep_checkpoints)
+        tell_unmoved(learner, stage)
         after, album = panel.after(envs, learner.iteration)
     last = state["last"] | {"time/training": state["training_seconds"]}
     return finish(run, agent, last, state["before"], after, album)

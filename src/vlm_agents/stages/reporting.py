@@ -104,7 +104,7 @@ def tell(run: Run, iteration: int, iterations: int, metrics: Mapping[str, float]
     """Log an iteration, print a line of it, and keep the last turn of one episode as a picture."""
     run.log(iteration + 1, metrics)
     seconds = metrics["time/rollout"] + metrics["time/update"]
-    still = "the critic alone learns" if metrics.get("ppo/kept", 1) else "nothing is kept to learn from"
+    still = "the critic alone learns" if metrics.get("ppo/kept", 1) else "algo.filters kept nothing"
     moved = f"kl {metrics['ppo/approx_kl']:.4f}" if metrics["ppo/updates"] else still
     say(
         f"iteration {iteration + 1:3d}/{iterations}  success {metrics['rollout/success']:.2f}  "
