@@ -32,7 +32,8 @@ def gae(*arguments): return 1 / 0
 gae.reads = "turns"
 def rule(algorithm, algo): return replace(algorithm, warming=None, credit=gae)
 def keep(algorithm, algo): return replace(algorithm, filters=(lambda groups: None,))
-def terms(algorithm, algo): return replace(algorithm, terms=())
+def loss(scores, targets): return 1 / 0
+def terms(algorithm, algo): return replace(algorithm, terms=((1.0, loss),))
 """
 
 
@@ -209,7 +210,11 @@ def test_a_part_of_ones_own_that_fails_is_one_line(run_stage: RunStage, tmp_path
     (tmp_path / "failing_of_a_test.py").write_text(FAILING)
     monkeypatch.syspath_prepend(tmp_path)
     words = ("stage=ppo", "stage.episodes=2", "stage.iterations=1", "stage.eval_episodes=0", "env.turns=1")
-    for name, place in (("rule", r" \(.*failing_of_a_test.py, line 3\)"), ("keep", ""), ("terms", "")):
+    for name, place in (
+        ("rule", r" \(.*failing_of_a_test.py, line 3\)"),
+        ("keep", ""),
+        ("terms", r" \(.*failing_of_a_test.py, line 7\)"),
+    ):
         factory = f"algo.factory=failing_of_a_test:{name}"
         with pytest.raises(
             TrainingError, match=rf"^{factory}: training with what it gives fails: [^()]*{place}.* See docs"
