@@ -9,7 +9,7 @@ NAME := demo_$(shell date +%Y-%m-%d_%H-%M-%S)
 DEMO = $(AGENTS) experiment=empty_room
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ppo demo reproduce compare ui tiny-weights test check format clean
+.PHONY: help setup ppo demo reproduce study compare ui tiny-weights test check format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,10 @@ reproduce: setup ## collect to eval: GAME=number_line, blackjack, ezpoints or po
 	$(COMPARE) after_SFT=outputs/$(RUN)_sft/eval after_PPO=outputs/$(RUN)/eval --out outputs/$(RUN)/comparison
 
 RUNS ?=
+study: setup ## every algorithm on four games, side by side (hours; goes on where it was stopped)
+	$(BIN)/python benchmarks/algorithms.py
+	$(COMPARE) outputs/algorithms/final
+
 compare: setup ## finished runs held against each other: RUNS=multirun/<name>/ppo, or any words of the command
 	$(COMPARE) $(if $(RUNS),$(RUNS),--help)
 
