@@ -252,19 +252,22 @@ class Learner:
             )
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
+    @property
+    def _by_role(self) -> Mapping[str, TorchEngine | Critic]:
+        """What is trained."""
+        return {**self.engines, "value": self.critic} if self.critic else self.engines
+
     def state_dict(self) -> dict[str, Any]:
-        critic = {"value": self.critic} if self.critic else {}
         return {
             "iteration": self.iteration,
-            "engines": {role: one.state_dict() for role, one in {**self.engines, **critic}.items()},
+            "engines": {role: one.state_dict() for role, one in self._by_role.items()},
             "shapers": {name: shaper.state_dict() for name, shaper in self.shapers.items()},
             "credit": getattr(self.algorithm.credit, "state_dict", dict)(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.iteration = state["iteration"]
-        critic = {"value": self.critic} if self.critic else {}
-        for role, one in {**self.engines, **critic}.items():
+        for role, one in self._by_role.items():
             one.load_state_dict(state["engines"][role])
         for name, shaper in self.shapers.items():
             shaper.load_state_dict(state["shapers"][name])
