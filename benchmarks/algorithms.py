@@ -2,7 +2,7 @@
 
 Every conf/algo on four games, from the weights that ship with the package, until the same number of env steps.
 
-* search: each algorithm and game at three learning rates, half the steps, with a run seed that no final run has. No
+* search: each algorithm and game at three learning rates, fewer steps, with a run seed that no final run has. No
   held-out seed is played; the rate whose last rollouts succeeded most often is taken.
 * final: at that rate, three seeds, and the held-out panel before and after. `python -m vlm_agents.compare
   outputs/algorithms/final` makes the tables and the picture.
@@ -36,7 +36,8 @@ GAMES = {
 }
 RATES = (3e-5, 1e-4, 3e-4)
 SEARCHED, SEEDS = 100, (0, 1, 2)
-STEPS = {"number_line": 4000, "ezpoints": 4000, "points24": 6000, "doorkey": 8000}  # turns played in training
+STEPS = {"number_line": 3000, "ezpoints": 3000, "points24": 4000, "doorkey": 6000}  # turns played in training
+SEARCH_STEPS = 2000
 DEMONSTRATIONS = 10  # episodes of the expert for the clones that `thoughts` begins from
 SHARED = (
     "stage=ppo",
@@ -49,6 +50,7 @@ SHARED = (
     "stage.checkpoint_every=10",
     "stage.keep_checkpoints=1",
 )
+PANEL = "stage.eval_episodes=100"  # held-out episodes, sampled and greedy, before and after
 THOUGHTS = (0, 0.1, 0.3, 0.5, 0.7, 0.9, 1)
 # Turns don't share a row here: a reply is the sequence that the ratio is of.
 CHANGES = {"gspo": ("algo.ratio=turn",)}
@@ -62,22 +64,21 @@ class Job(NamedTuple):
     after: tuple["Job", ...] = ()
 
 
-def training(folder: Path, game: str, algo: str, rate: float, seed: int, share: float, *words: str) -> Job:
+def training(folder: Path, game: str, algo: str, rate: float, seed: int, steps: int, *words: str) -> Job:
     chosen = (f"algo={algo}", *CHANGES.get(algo, ()), f"algo.lr={rate:g}", f"seed={seed}")
-    steps = f"stage.env_steps={STEPS[game] * share:.0f}"
-    return Job(folder, (*SHARED, *GAMES[game], *chosen, steps, *words))
+    return Job(folder, (*SHARED, *GAMES[game], *chosen, f"stage.env_steps={steps}", *words))
 
 
 def searches() -> Iterator[Job]:
     for game, algo, rate in product(GAMES, groups()["algo"], RATES):
         folder = OUT / f"search/{game}/{algo}/{rate:g}"
-        yield training(folder, game, algo, rate, SEARCHED, 0.5, "stage.init=null", "stage.eval_episodes=0")
+        yield training(folder, game, algo, rate, SEARCHED, SEARCH_STEPS, "stage.init=null", "stage.eval_episodes=0")
 
 
 def finals() -> Iterator[Job]:
     for seed, game, algo in product(SEEDS, GAMES, groups()["algo"]):  # a whole set of one seed first
         folder = OUT / f"final/{game}/{algo}/{seed}"
-        yield training(folder, game, algo, best_rate(game, algo), seed, 1.0, "stage.init=null")
+        yield training(folder, game, algo, best_rate(game, algo), seed, STEPS[game], "stage.init=null", PANEL)
 
 
 def thoughts() -> Iterator[Job]:
@@ -86,8 +87,8 @@ def thoughts() -> Iterator[Job]:
         rate = best_rate(game, "ppo")
         for name, prompt, coef in [*((f"{coef:g}", "cot_json", coef) for coef in THOUGHTS), ("none", "action_only", 1)]:
             clone = cloned(game, prompt)
-            words = (f"prompt={prompt}", f"algo.thought_coef={coef:g}", f"stage.init={clone.folder}")
-            job = training(OUT / f"thoughts/{game}/{name}/{seed}", game, "ppo", rate, seed, 1.0, *words)
+            words = (f"prompt={prompt}", f"algo.thought_coef={coef:g}", f"stage.init={clone.folder}", PANEL)
+            job = training(OUT / f"thoughts/{game}/{name}/{seed}", game, "ppo", rate, seed, STEPS[game], *words)
             yield job._replace(after=(clone,))
 
 
