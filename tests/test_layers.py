@@ -24,7 +24,7 @@ policies episodes outcomes summary llava_data env_pool report frames chats input
 envs experts | prompting | models | learn | tracking backends stores | checkpoints | remote endpoint answers
 lineage weights snapshot
 config tensors
-types upgrades errors imports files marks pictures progress versions metrics cores seeds ratings intervals
+types upgrades errors imports files marks pictures progress versions metrics cores seeds ratings intervals world
 """
 CELLS = [[cell.split() for cell in line.split("|")] for line in LAYERS.strip().splitlines()]
 
@@ -35,7 +35,7 @@ DOORS = {
     "mlflow": ["backends.py", "stores.py"],
     "tensorboardX": ["backends.py"],
     "wandb": ["backends.py"],
-    "deepspeed": ["learn/engine.py"],
+    "deepspeed": ["learn/zero.py"],
     "transformers": ["models", "stages/sft.py"],
     "peft": ["models"],
     "bitsandbytes": ["models"],
