@@ -20,7 +20,7 @@ from vlm_agents.config import AlgoConfig, RunConfig
 from vlm_agents.env_pool import EnvPool
 from vlm_agents.envs import make_env
 from vlm_agents.learn.algorithm import make_algorithm
-from vlm_agents.learn.batches import microbatches
+from vlm_agents.learn.batches import Shares, microbatches
 from vlm_agents.learn.credit import Gae, normalised, sampled_values
 from vlm_agents.learn.learner import Learner
 from vlm_agents.learn.samples import Sample, build, credited, to_targets
@@ -98,7 +98,7 @@ def test_in_bfloat16_the_ratio_is_one_by_the_updates_own_passes(run_stage: RunSt
 
 
 def learner_of(agent: Agent, algo: AlgoConfig, tokens: int) -> Learner:
-    return Learner(agent, agent.renderer, make_algorithm(algo, 96, tempered=False), algo, 1, tokens)
+    return Learner(agent, agent.renderer, make_algorithm(algo, 96, tempered=False), algo, 1, Shares(tokens))
 
 
 def samples_of(episodes: Sequence[Trajectory], agent: Agent) -> list[Sample]:

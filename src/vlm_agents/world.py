@@ -83,6 +83,9 @@ class World:
                 tensor.copy_(its)
 
 
+ALONE = World()  # of a run in one process
+
+
 def buckets(tensors: Sequence["Tensor"]) -> Iterator[list["Tensor"]]:
     """As many at a time as BUCKET_BYTES hold, one at least."""
     bucket: list[Tensor] = []

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vlm_agents.config import AlgoConfig, RunConfig, conf_dir
 from vlm_agents.learn.algorithm import make_algorithm
+from vlm_agents.learn.batches import Shares
 from vlm_agents.learn.learner import Learner
 from vlm_agents.stages.learning import make_learner
 from vlm_agents.tensors import Renderer, reply_row
@@ -450,7 +451,7 @@ def test_the_terms_beside_the_surrogate_and_the_correction_of_it(
     settings |= {"minibatch_turns": 1000, "max_grad_norm": math.inf, "max_mismatch_kl": None}
     algo, agent = AlgoConfig(name="test", **settings), moved()
     agent.exact = False
-    learner = Learner(agent, renderer, make_algorithm(algo, LIMIT, tempered=False), algo, 10, 1000)
+    learner = Learner(agent, renderer, make_algorithm(algo, LIMIT, tempered=False), algo, 10, Shares(1000))
     episodes = recorded(play_out(agent, chained=False), make_turn, make_episode)
     metrics = learner.learn(episodes, len(episodes), np.random.default_rng(0))
     assert metrics["ppo/ratio_at_start"] == pytest.approx(1.0, abs=1e-6)

@@ -19,8 +19,8 @@ RETURNS = torch.tensor([1.0, 1.0, 5.0, 9.0, 9.0, 9.0])
 @pytest.fixture
 def targets() -> Targets:
     turn, nothing = torch.tensor([0, 0, 1, 2, 2, 2]), torch.zeros(6)
-    first = torch.tensor([0, 2, 3])
-    return Targets(nothing, nothing, nothing, nothing, RETURNS, None, nothing, turn, torch.zeros_like(turn), first)
+    row, first = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0, 2, 3])
+    return Targets(nothing, nothing, nothing, nothing, RETURNS, None, nothing, turn, row, first)
 
 
 class Steps:
@@ -52,9 +52,11 @@ def twice(states: Tensor) -> Tensor:
 
 def test_it_reads_the_state_before_each_turn(targets: Targets):
     read = critic_of(twice).read(scores(STATES.clone().requires_grad_()), targets)
-    assert read.states.tolist() == [[0.0], [2.0], [3.0]]
-    assert read.returns.tolist() == [1.0, 5.0, 9.0]
-    assert not read.states.requires_grad
+    # the first row holds two turns, the second one
+    assert [one.states.tolist() for one in read] == [[[0.0], [2.0]], [[3.0]]]
+    assert [one.returns.tolist() for one in read] == [[1.0, 5.0], [9.0]]
+    assert [one.turns for one in read] == [2, 1]
+    assert not any(one.states.requires_grad for one in read)
 
 
 def test_its_term_is_a_turns_squared_error_and_reaches_whom_the_head_lets_it(targets: Targets):
@@ -93,7 +95,7 @@ def test_each_epoch_goes_over_each_turn_once_in_even_parts(
     for part in (make_samples(agent, range(4, 10)), make_samples(agent, range(10, 14))):
         rows = [sample.row for sample in part]
         targets = to_targets(part, [sample.old for sample in part], torch.device("cpu"))
-        read.append(critic.read(agent.score(rows), targets))
+        read += critic.read(agent.score(rows), targets)
     norms = list(critic.fit(read, 3, np.random.default_rng(0)))
     losses = cast(Steps, critic.engine).losses
     assert norms == [0.5] * len(losses)
@@ -110,14 +112,14 @@ def test_each_epoch_goes_over_each_turn_once_in_even_parts(
 
 def test_without_epochs_it_takes_no_step(targets: Targets):
     critic = critic_of(twice, epochs=0)
-    assert list(critic.fit([critic.read(scores(), targets)], 0, np.random.default_rng(0))) == []
+    assert list(critic.fit(critic.read(scores(), targets), 0, np.random.default_rng(0))) == []
 
 
 def test_by_token_it_reads_the_state_before_each_token(targets: Targets):
     critic = critic_of(twice, by_token=True)
     read = critic.read(scores(), targets)
-    assert read.states.squeeze(-1).tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
-    assert read.returns.tolist() == RETURNS.tolist()
-    assert read.turns == 3
+    assert [one.states.squeeze(-1).tolist() for one in read] == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+    assert torch.cat([one.returns for one in read]).tolist() == RETURNS.tolist()
+    assert [one.turns for one in read] == [2, 1]
     # 0.5 * (0 - 1)^2, (2 - 1)^2, (4 - 5)^2, (6 - 9)^2, (8 - 9)^2, (10 - 9)^2
     assert critic.term(scores(), targets).loss.tolist() == [0.5, 0.5, 0.5, 4.5, 0.5, 0.5]

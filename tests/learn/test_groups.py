@@ -15,6 +15,7 @@ from vlm_agents.config import AlgoConfig
 from vlm_agents.errors import TrainingError
 from vlm_agents.learn import groups
 from vlm_agents.learn.algorithm import make_algorithm
+from vlm_agents.learn.batches import Shares
 from vlm_agents.learn.groups import Group, grouped
 from vlm_agents.learn.learner import Learner
 from vlm_agents.learn.shaping import with_bonuses
@@ -109,7 +110,7 @@ def make_learner(tiny_agent: Any, renderer: Renderer) -> Callable[..., Learner]:
     def make(*filters: str, **changes: Any) -> Learner:
         settings = {"credit": "group", "group_size": 2, "normalise": False, "max_mismatch_kl": None}
         algo = AlgoConfig(name="test", filters=list(filters), **settings | changes)
-        return Learner(tiny_agent(), renderer, make_algorithm(algo, 64, tempered=False), algo, 10, 1000)
+        return Learner(tiny_agent(), renderer, make_algorithm(algo, 64, tempered=False), algo, 10, Shares(1000))
 
     return make
 

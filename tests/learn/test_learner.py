@@ -12,6 +12,7 @@ import torch
 from vlm_agents.config import AlgoConfig
 from vlm_agents.errors import TrainingError
 from vlm_agents.learn.algorithm import make_algorithm
+from vlm_agents.learn.batches import Shares
 from vlm_agents.learn.critic import Critic
 from vlm_agents.learn.learner import Learner
 from vlm_agents.learn.samples import Sample
@@ -37,7 +38,7 @@ def make_learner(
     plain = {"lr": 1e-2, "epochs": 1, "minibatch_turns": 1000, "value_warmup": 0, "value_epochs": 0}
     plain["max_mismatch_kl"] = None  # what episodes by hand say of log-probs is made up
     algo = AlgoConfig(name="ppo", **plain | changes)
-    return Learner(agent, renderer, make_algorithm(algo, 64, tempered=False), algo, iterations, tokens, shapers)
+    return Learner(agent, renderer, make_algorithm(algo, 64, tempered=False), algo, iterations, Shares(tokens), shapers)
 
 
 def update(learner: Learner, samples: Sequence[Sample]) -> dict[str, float]:

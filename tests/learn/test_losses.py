@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vlm_agents.learn.averages import over_budget, over_rows, over_tokens, over_turns
+from vlm_agents.learn.batches import Shares
 from vlm_agents.learn.losses import (
     ESTIMATORS,
     Loss,
@@ -401,7 +402,7 @@ def test_order_padding_and_micro_batches_change_no_gradient(
             losses.append(loss.item())
             loss.backward()
 
-        passed = go_through(agent, [samples[place] for place in order], objective, None, tokens, backward)
+        passed = go_through(agent, [samples[place] for place in order], objective, None, Shares(tokens), backward)
         slopes = [parameter.grad.flatten() for parameter in agent.parameters() if parameter.grad is not None]
         found.append(
             torch.cat([*slopes, torch.tensor([sum(losses), passed.mean("approx_kl"), passed.mean("entropy")])])

@@ -11,6 +11,7 @@ import pytest
 from vlm_agents.config import AlgoConfig
 from vlm_agents.errors import ConfigError, TrainingError
 from vlm_agents.learn.algorithm import Algorithm, make_algorithm
+from vlm_agents.learn.batches import Shares
 from vlm_agents.learn.credit import Credit
 from vlm_agents.learn.learner import Learner
 from vlm_agents.learn.losses import Term
@@ -79,7 +80,7 @@ def test_kwargs_are_settings_of_a_factory():
 def learner_of(agent: Any, renderer: Renderer, **parts: Any) -> Learner:
     algo = AlgoConfig("ppo", normalise=False, value_warmup=0, max_mismatch_kl=None)
     algorithm = replace(make_algorithm(algo, 8, tempered=False), **parts)
-    return Learner(agent, renderer, algorithm, algo, 10, 1000)
+    return Learner(agent, renderer, algorithm, algo, 10, Shares(1000))
 
 
 @pytest.fixture

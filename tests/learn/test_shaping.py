@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_agents.errors import TrainingError
+from vlm_agents.learn.batches import Shares
 from vlm_agents.learn.kl_reward import KlReward
 from vlm_agents.learn.losses import k1, k2, k3
 from vlm_agents.learn.shaping import CountBonus, TurnShaper, overlong, penalised, progress, with_bonuses
@@ -182,7 +183,7 @@ def test_a_turn_is_charged_for_the_log_ratio_of_its_tokens(
         episodes.append(make_episode(*turns, seed=seed, stop="success" if turns else "env_error"))
     with torch.no_grad():
         agent.policy.bias.add_(torch.randn(12))  # what the policy has become is no matter
-    shaped, told = KlReward(agent, renderer, 0.2, estimator, budget).reward(episodes)
+    shaped, told = KlReward(agent, renderer, 0.2, estimator, Shares(budget)).reward(episodes)
     assert [turn.reward for one in shaped for turn in one.turns] == pytest.approx(expected, abs=1e-4)
     tokens = 2 + 3 + 1 + 4 + 1 + 2
     assert told["ppo/kl_reference"] == pytest.approx((len(expected) - sum(expected)) / 0.2 / tokens, abs=1e-3)
@@ -191,4 +192,4 @@ def test_a_turn_is_charged_for_the_log_ratio_of_its_tokens(
 def test_nothing_is_charged_where_nothing_was_said(tiny_agent: Any, renderer: Renderer, make_episode: MakeEpisode):
     """The learner says what is wrong with such episodes."""
     episodes = [make_episode(stop="env_error")]
-    assert KlReward(tiny_agent(), renderer, 0.2, k3, 100).reward(episodes)[0] == episodes
+    assert KlReward(tiny_agent(), renderer, 0.2, k3, Shares(100)).reward(episodes)[0] == episodes

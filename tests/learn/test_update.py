@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlm_agents.errors import TrainingError
 from vlm_agents.learn.averages import Average, over_budget, over_rows, over_tokens, over_turns
-from vlm_agents.learn.batches import microbatches
+from vlm_agents.learn.batches import Shares, microbatches
 from vlm_agents.learn.credit import Gae, normalised, sampled_values
 from vlm_agents.learn.critic import Critic
 from vlm_agents.learn.engine import TorchEngine
@@ -185,7 +185,7 @@ def test_terms_times_weights_are_the_textbooks_form(
         losses.append(loss.item())
         loss.backward()
 
-    passed = go_through(agent, samples, make_objective(agent), None, budget, backward)
+    passed = go_through(agent, samples, make_objective(agent), None, Shares(budget), backward)
     assert len(losses) == {WHOLE: 1, 40: 2 if replies == EXACT else 3, 1: len(samples)}[budget]
     assert sum(losses) == pytest.approx(expected.item(), rel=tolerance, abs=tolerance)
     torch.testing.assert_close(flat_gradient(agent), slope, rtol=tolerance, atol=tolerance)
@@ -199,7 +199,9 @@ def test_what_is_told_is_a_mean_over_turns_whatever_the_loss_is(tiny_agent: Any,
     samples = chats(agent, RAGGED, by_turn=True)
     move(agent, by=0.3)
     found = [
-        go_through(agent, samples, Objective([(1.0, clipped(0.2, 0.2))], one), None, WHOLE, None).mean("approx_kl")
+        go_through(agent, samples, Objective([(1.0, clipped(0.2, 0.2))], one), None, Shares(WHOLE), None).mean(
+            "approx_kl"
+        )
         for one in (average, over_turns)
     ]
     assert found[0] == found[1] > 0
@@ -227,11 +229,11 @@ def test_micro_batches_change_nothing(
     textbook_ppo(agent, samples).backward()
     expected = flat_gradient(agent)
     assert expected.norm() > 0.1
-    whole = go_through(agent, samples, ppo(agent, kl_coef=0.1), critic_of(agent), WHOLE, None)
+    whole = go_through(agent, samples, ppo(agent, kl_coef=0.1), critic_of(agent), Shares(WHOLE), None)
     assert 0 < whole.mean("clip_fraction") < 1
     assert all(parameter.grad is None for parameter in agent.parameters())
     assert [len(part) for part in microbatches(samples, budget)] == sizes
-    cut = go_through(agent, samples, ppo(agent, kl_coef=0.1), critic_of(agent), budget, Tensor.backward)
+    cut = go_through(agent, samples, ppo(agent, kl_coef=0.1), critic_of(agent), Shares(budget), Tensor.backward)
     torch.testing.assert_close(flat_gradient(agent), expected, rtol=0, atol=1e-6)
     assert whole.turns == cut.turns == 8
     for name in whole.seen:
@@ -256,7 +258,7 @@ def test_a_chat_in_one_row_is_worth_the_same_as_a_row_per_turn(
         credit = normalised(Gae(gamma=0.0, lam=0.95)(episodes, sampled_values(episodes), 0.0))
         samples = credited(build(episodes, renderer, thought_coef=0.5), episodes, credit)
         assert [len(sample.row.spans) for sample in samples] == spans
-        passed = go_through(agent, samples, ppo(agent), None, WHOLE, Tensor.backward)
+        passed = go_through(agent, samples, ppo(agent), None, Shares(WHOLE), Tensor.backward)
         means = torch.tensor([passed.mean(name) for name in ("policy_loss", "value_loss")])
         found.append((flat_gradient(agent), means))
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
@@ -266,18 +268,18 @@ def test_a_chat_in_one_row_is_worth_the_same_as_a_row_per_turn(
 def test_a_critic_reads_each_turn_once_and_none_reads_nothing(tiny_agent: Any, make_samples: MakeSamples):
     agent = tiny_agent()
     samples = make_samples(agent, [4, 6, 9, 5])
-    passed = go_through(agent, samples, ppo(agent), critic_of(agent), 12, None)
+    passed = go_through(agent, samples, ppo(agent), critic_of(agent), Shares(12), None)
     assert sorted(torch.cat([part.returns for part in passed.read]).tolist()) == sorted(
         sample.returns[0] for sample in samples
     )
-    assert go_through(agent, samples, ppo(agent), None, 12, None).read == []
+    assert go_through(agent, samples, ppo(agent), None, Shares(12), None).read == []
 
 
 def test_a_term_of_no_weight_is_seen_and_moves_nothing(tiny_agent: Any, make_samples: MakeSamples):
     agent = tiny_agent()
     samples, found = make_samples(agent, [6] * 4), []
     for terms in ([(1.0, clipped(0.2, 0.2))], [(1.0, clipped(0.2, 0.2)), (0.0, entropy_bonus)]):
-        passed = go_through(agent, samples, Objective(terms, over_turns), None, WHOLE, Tensor.backward)
+        passed = go_through(agent, samples, Objective(terms, over_turns), None, Shares(WHOLE), Tensor.backward)
         found.append(flat_gradient(agent))
     assert torch.equal(*found)
     assert passed.mean("entropy") > 1
@@ -287,10 +289,10 @@ def test_a_term_of_no_weight_is_seen_and_moves_nothing(tiny_agent: Any, make_sam
 def test_what_is_read_once_are_the_log_probs_of_now_by_sample(tiny_agent: Any, make_samples: MakeSamples):
     agent = tiny_agent()
     samples = make_samples(agent, [5, 9, 4, 7, 8])
-    first = read_once(agent, samples, [range(5)], 20)
+    first = read_once(agent, samples, [range(5)], Shares(20))
     assert all(np.allclose(own, sample.old) for own, sample in zip(first, samples, strict=True))
     move(agent)
-    for sample, own in zip(samples, read_once(agent, samples, [[3, 1], [0, 4, 2]], 20), strict=True):
+    for sample, own in zip(samples, read_once(agent, samples, [[3, 1], [0, 4, 2]], Shares(20)), strict=True):
         now = agent.score([sample.row]).logprobs.detach().numpy()
         np.testing.assert_allclose(own, now, rtol=1e-5)
         assert not np.allclose(now, sample.old)
@@ -310,7 +312,7 @@ def test_a_number_that_is_not_finite_names_its_rows_before_any_gradient(tiny_age
     samples = make_samples(agent, [6] * 4)
     samples[2] = replace(samples[2], advantages=samples[2].advantages * np.nan)
     with pytest.raises(TrainingError, match=r"ppo/policy_loss isn't finite over 1 rows \(words/seed 2/turn 0\): lower"):
-        go_through(agent, samples, ppo(agent), None, WHOLE, losses.append)
+        go_through(agent, samples, ppo(agent), None, Shares(WHOLE), losses.append)
     assert losses == []
 
 
@@ -324,4 +326,4 @@ def test_scores_that_are_not_finite_are_refused_by_the_first_term(tiny_agent: An
 
     agent.score = broken
     with pytest.raises(TrainingError, match=r"ppo/policy_loss isn't finite over 4 rows"):
-        go_through(agent, samples, ppo(agent), None, WHOLE, Tensor.backward)
+        go_through(agent, samples, ppo(agent), None, Shares(WHOLE), Tensor.backward)

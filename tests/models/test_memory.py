@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from vlm_agents.config import AlgoConfig, HardwareConfig, LoraConfig, ModelConfig, RunConfig, TrainableConfig
 from vlm_agents.learn.algorithm import make_algorithm
+from vlm_agents.learn.batches import Shares
 from vlm_agents.learn.learner import Learner
 from vlm_agents.learn.samples import Sample
 from vlm_agents.learn.update import go_through
@@ -126,8 +127,8 @@ def test_the_measured_peak_of_an_update(
     learner = learner_of(agent, len(samples) * length)
 
     def learn() -> None:
-        tokens = learner.tokens_per_microbatch
-        go_through(agent, samples, learner.objective, learner.critic, tokens, torch.Tensor.backward)
+        tokens = learner.shares.tokens_per_microbatch
+        go_through(agent, samples, learner.objective, learner.critic, Shares(tokens), torch.Tensor.backward)
 
     learn()  # pictures are encoded, and gradients there from the start
     measured = peak_of(learn)
@@ -139,7 +140,7 @@ def test_the_measured_peak_of_an_update(
 
 def learner_of(agent: Any, tokens: int) -> Learner:
     algo = AlgoConfig("ppo")
-    return Learner(agent, agent.renderer, make_algorithm(algo, 32, tempered=False), algo, 1, tokens)
+    return Learner(agent, agent.renderer, make_algorithm(algo, 32, tempered=False), algo, 1, Shares(tokens))
 
 
 def ready(row: Row, first: int) -> Sample:

@@ -11,6 +11,7 @@ from vlm_agents.config import AlgoConfig, LoraConfig, TemperatureHeadConfig
 from vlm_agents.errors import ModelError
 from vlm_agents.learn.algorithm import make_algorithm
 from vlm_agents.learn.averages import over_turns
+from vlm_agents.learn.batches import Shares
 from vlm_agents.learn.learner import Learner
 from vlm_agents.learn.losses import clipped, turn_entropy
 from vlm_agents.learn.samples import Sample, Targets, to_targets
@@ -183,7 +184,10 @@ def test_its_learning_rate_is_that_of_the_heads(tempered: Agent):
     roles = tempered.parameters_by_role()
     assert {id(parameter) for parameter in tempered.temperature_head.parameters()} == set(map(id, roles["temperature"]))
     algo = AlgoConfig(name="ppo", lr=0.1, value_lr=0.2, value_warmup=1, min_lr_ratio=1.0)
-    learner, rates = Learner(tempered, tempered.renderer, make_algorithm(algo, 8, tempered=True), algo, 9, 1000), []
+    learner, rates = (
+        Learner(tempered, tempered.renderer, make_algorithm(algo, 8, tempered=True), algo, 9, Shares(1000)),
+        [],
+    )
     for learner.iteration in range(2):
         rates.append({role: learner.rate(role) for role in learner.engines})
     # it is part of the policy: it waits for the critic too

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vlm_agents.config import AlgoConfig, HardwareConfig, LoraConfig, ModelConfig, TrainableConfig, conf_dir
 from vlm_agents.errors import ModelError
 from vlm_agents.learn.algorithm import make_algorithm
+from vlm_agents.learn.batches import Shares
 from vlm_agents.learn.learner import Learner
 from vlm_agents.learn.samples import Sample
 from vlm_agents.models import Agent, HFSampler, load_agent
@@ -70,7 +71,7 @@ def score(agent: Agent, rows: list[Row]) -> Scores:
 
 def learn(agent: Agent, samples: list[Sample], tokens: int = 10_000) -> dict[str, float]:
     """One update of PPO."""
-    learner = Learner(agent, agent.renderer, make_algorithm(ALGO, 96, tempered=False), ALGO, 1, tokens)
+    learner = Learner(agent, agent.renderer, make_algorithm(ALGO, 96, tempered=False), ALGO, 1, Shares(tokens))
     return learner._update(samples, np.random.default_rng(0))
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from vlm_agents.config import HardwareConfig, LoraConfig, ModelConfig, NoveltyConfig, TrainableConfig
 from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import ModelError
+from vlm_agents.learn.batches import Shares
 from vlm_agents.learn.novelty import QUESTION, Novelty
 from vlm_agents.models import Agent, load_agent
 from vlm_agents.models.action_predictor import AdapterPredictor
@@ -51,7 +52,7 @@ def agent(tiny_model: Path) -> Agent:
 
 
 def novelty_of(agent: Agent, folder: Path | None = None, lr: float = 1e-2) -> Novelty:
-    return Novelty(AdapterPredictor(agent, folder), agent.renderer, NoveltyConfig(0.1, lr), 10_000)
+    return Novelty(AdapterPredictor(agent, folder), agent.renderer, NoveltyConfig(0.1, lr), Shares(10_000))
 
 
 def test_surprise_is_the_negative_log_probability_of_each_action(agent: Agent):

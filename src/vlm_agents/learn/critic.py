@@ -13,10 +13,11 @@ from vlm_agents.learn.engine import TorchEngine
 from vlm_agents.learn.losses import Term, value_loss
 from vlm_agents.learn.samples import Targets
 from vlm_agents.tensors import Scores
+from vlm_agents.world import ALONE, World
 
 
 class Read(NamedTuple):
-    """What a critic read in a micro-batch, and should have expected there."""
+    """What a critic read in a sample, and should have expected there."""
 
     states: Tensor  # [n H] detached
     returns: Tensor  # [n]
@@ -41,8 +42,9 @@ class Critic:
         minibatch_turns: int,
         warmup: int,
         by_token: bool = False,
+        world: World = ALONE,
     ) -> None:
-        self.value, self.engine, self.rate, self.coef = value, engine, rate, coef
+        self.value, self.engine, self.rate, self.coef, self.world = value, engine, rate, coef, world
         self.epochs, self.minibatch_turns, self.warmup, self.by_token = epochs, minibatch_turns, warmup, by_token
 
     def warming(self, iteration: int) -> bool:
@@ -56,18 +58,26 @@ class Critic:
         loss = loss if self.by_token else loss[targets.turn]
         return Term(loss, {"value_loss": loss})
 
-    def read(self, scores: Scores, targets: Targets) -> Read:
+    def read(self, scores: Scores, targets: Targets) -> list[Read]:
+        """What it read in each of the samples of a micro-batch; on the host where other ranks need it too."""
         states, returns = self._read_at(scores, targets)
-        return Read(states.detach(), returns, len(targets.first))
+        turns = targets.row[targets.first].bincount().tolist()
+        lengths = targets.row.bincount().tolist() if self.by_token else turns
+        states, returns = (one.detach() if self.world.ranks == 1 else one.detach().cpu() for one in (states, returns))
+        return [Read(*its) for its in zip(states.split(lengths), returns.split(lengths), turns, strict=True)]
 
     def fit(self, read: Sequence[Read], iteration: int, rng: np.random.Generator) -> Iterator[float]:
         """Epochs of the head alone, and the gradient norm of each step. The model isn't run."""
         states, returns = (torch.cat(parts) for parts in ([one.states for one in read], [one.returns for one in read]))
+        if self.world.ranks > 1:
+            device = self.engine.parameters[0].device
+            states, returns = states.to(device), returns.to(device)
         number = max(1, round(sum(one.turns for one in read) / self.minibatch_turns))
         for _ in range(self.epochs):
             order = torch.from_numpy(rng.permutation(len(returns))).to(returns.device)
             for part in order.tensor_split(number):
-                loss = value_loss(self.value(states[part]), returns[part]).mean()
+                own = part[self.world.rank :: self.world.ranks]
+                loss = value_loss(self.value(states[own]), returns[own]).sum() / len(part)
                 self.engine.backward(self.coef * loss)
                 yield self.step(iteration)
 

@@ -5,10 +5,14 @@ Knows nothing of losses, rows, or what its parameters are for.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from vlm_agents.world import ALONE, World
 
 
 class AdamW(torch.optim.AdamW):
@@ -55,11 +59,54 @@ class AdamW(torch.optim.AdamW):
             copy.copy_(saved)
 
 
-class TorchEngine:
-    """AdamW over some parameters, in one process on one device; their gradient is clipped as one."""
+class Engine(Protocol):
+    """Steps along a gradient that is the sum over all ranks of what each of them adds."""
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter], weight_decay: float, max_grad_norm: float) -> None:
-        self.parameters, self.max_grad_norm = list(parameters), max_grad_norm
+    @property
+    def even(self) -> bool:
+        """Must all ranks make as many passes with gradient between two steps?"""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of this rank's share of a loss."""
+        ...
+
+    def step(self, lr: float) -> float:
+        """One optimizer step; the gradient's norm before clipping. If that isn't finite, the weights stay."""
+        ...
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Within it all weights are there, to be read: no pass without gradient needs another rank."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What one rank keeps of it for all."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    def save(self, folder: Path) -> None:
+        """Write what is divided among the ranks, a file each; to be called by all of them."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Read it again, on any number of ranks."""
+        ...
+
+
+class TorchEngine:
+    """AdamW over some parameters, all on the device of each rank; their gradient is clipped as one."""
+
+    even = False
+
+    def __init__(
+        self,
+        parameters: Sequence[torch.nn.Parameter],
+        weight_decay: float,
+        max_grad_norm: float,
+        world: World = ALONE,
+    ) -> None:
+        self.parameters, self.max_grad_norm, self.world = list(parameters), max_grad_norm, world
         self.optimizer = AdamW([{"params": self.parameters}], weight_decay=weight_decay)
 
     def backward(self, loss: Tensor) -> None:
@@ -67,12 +114,33 @@ class TorchEngine:
 
     def step(self, lr: float) -> float:
         """One optimizer step; the gradient's norm before clipping. If that isn't finite, the weights stay."""
+        if self.world.ranks > 1:
+            self._sum()
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
         if math.isfinite(norm):
             self.optimizer.param_groups[0]["lr"] = lr
             self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
+
+    def _sum(self) -> None:
+        """Gradients over ranks. One that is missing here is zeros, but where it is missing everywhere: then AdamW
+        leaves the parameter alone."""
+        there = torch.tensor([float(parameter.grad is not None) for parameter in self.parameters])
+        self.world.add([there])
+        learning = [parameter for parameter, ranks in zip(self.parameters, there.tolist(), strict=True) if ranks]
+        for parameter in learning:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        self.world.add([parameter.grad for parameter in learning if parameter.grad is not None])
+
+    def whole(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def save(self, folder: Path) -> None:
+        """Nothing: all is in the state_dict."""
+
+    def load(self, folder: Path) -> None:
+        """As for save."""
 
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()

@@ -4,23 +4,26 @@ Holds everything that a checkpoint keeps beside the model's own folder: optimize
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch.nn import Parameter
 
 from vlm_agents.config import AlgoConfig
 from vlm_agents.errors import TrainingError
 from vlm_agents.learn import credit, groups, signal
 from vlm_agents.learn.algorithm import Algorithm
-from vlm_agents.learn.batches import minibatches
+from vlm_agents.learn.batches import Shares, minibatches
 from vlm_agents.learn.credit import Credit
 from vlm_agents.learn.critic import Critic
-from vlm_agents.learn.engine import TorchEngine, lr_share
+from vlm_agents.learn.engine import Engine, TorchEngine, lr_share
 from vlm_agents.learn.samples import Sample, build, credited, usable
 from vlm_agents.learn.shaping import Metrics, Shaper
 from vlm_agents.learn.update import PREFIX, Objective, Pass, go_through, mismatch_kl, not_finite, read_once
@@ -45,18 +48,22 @@ class Learner:
         algorithm: Algorithm,
         settings: AlgoConfig,
         iterations: int,
-        tokens_per_microbatch: int,
+        shares: Shares,
         shapers: Mapping[str, Shaper] | None = None,
+        engine: Callable[[Sequence[Parameter]], Engine] | None = None,
     ) -> None:
         self.model, self.renderer, self.algorithm, self.settings = model, renderer, algorithm, settings
-        self.iterations, self.tokens_per_microbatch, self.shapers = iterations, tokens_per_microbatch, shapers or {}
+        self.iterations, self.shares, self.shapers = iterations, shares, shapers or {}
         self.iteration = 0
-        self.engines = {
-            role: TorchEngine(parameters, settings.weight_decay, settings.max_grad_norm)
-            for role, parameters in model.parameters_by_role().items()
-            if parameters
+        alone = partial(
+            TorchEngine, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm, world=shares.world
+        )
+        roles = {role: parameters for role, parameters in model.parameters_by_role().items() if parameters}
+        value = roles.pop("value", None)
+        self.engines: dict[str, Engine] = {
+            role: (engine or alone if role == "policy" else alone)(parameters) for role, parameters in roles.items()
         }
-        self.critic = self._critic(self.engines.pop("value", None))
+        self.critic = self._critic(None if value is None else alone(value))
         first, *others = algorithm.terms
         of_critic = [(settings.value_coef, self.critic.term)] if self.critic else []
         self.objective = Objective([first, *of_critic, *others], algorithm.average)
@@ -75,6 +82,7 @@ class Learner:
             minibatch_turns=settings.minibatch_turns,
             warmup=min(settings.value_warmup, self.iterations - 1),  # never the last, which would leave the policy none
             by_token=reads == "tokens",
+            world=self.shares.world,
         )
 
     # ---- an iteration ------------------------------------------------------------------------------------------------
@@ -138,8 +146,8 @@ class Learner:
         """[k] of each: what the critic says before each of its reply tokens."""
         samples = build(episodes, self.renderer, 1.0)
         plan = [range(len(samples))]
-        tokens = self.tokens_per_microbatch
-        found = read_once(self.model, samples, plan, tokens, lambda scores: self.model.value(scores.states))
+        with self.whole():
+            found = read_once(self.model, samples, plan, self.shares, lambda scores: self.model.value(scores.states))
         ends = np.cumsum([sum(credit.lengths_of(episode)) for episode in episodes])
         return np.split(np.concatenate(found), ends[:-1])
 
@@ -188,13 +196,14 @@ class Learner:
 
     def _annotated(self, samples: Sequence[Sample], plan: Sequence[Sequence[int]]) -> list[Sample]:
         """The samples with what only passes of the update can tell, each where it is asked for."""
-        read = partial(read_once, self.model, samples, plan, self.tokens_per_microbatch)
-        if not self.model.exact:
-            samples = [replace(sample, old=own) for sample, own in zip(samples, read(), strict=True)]
-        if self.settings.kl_coef:
-            with self.model.reference():
-                found = read()
-            samples = [replace(sample, reference=its) for sample, its in zip(samples, found, strict=True)]
+        read = partial(read_once, self.model, samples, plan, self.shares)
+        with self.whole():
+            if not self.model.exact:
+                samples = [replace(sample, old=own) for sample, own in zip(samples, read(), strict=True)]
+            if self.settings.kl_coef:
+                with self.model.reference():
+                    found = read()
+                samples = [replace(sample, reference=its) for sample, its in zip(samples, found, strict=True)]
         return list(samples)
 
     def _passes(self, parts: Sequence[Sequence[Sample]]) -> tuple[list[Pass], list[Metrics]]:
@@ -204,22 +213,32 @@ class Learner:
             self.model,
             objective=self.objective,
             critic=self.critic,
-            tokens_per_microbatch=self.tokens_per_microbatch,
+            shares=self.shares,
             backward=None if self.warming else self._backward,
+            even=any(engine.even for engine in self.engines.values()),
         )
         passes: list[Pass] = []
         norms: list[Metrics] = []
         for part in track(parts, "update", len(parts), "mini-batches"):
-            passes.append(through(part))
             if self.warming:
+                with self.whole():
+                    passes.append(through(part))
                 continue
+            passes.append(through(part))
             norms.append(self._step(part))
             if self.settings.target_kl is not None and passes[-1].mean("approx_kl") > self.settings.target_kl:
                 break
         return passes, norms
 
+    def whole(self) -> AbstractContextManager[None]:
+        """Within it all weights are there, and passes without gradient need no other rank."""
+        policy = self.engines.get("policy")
+        return policy.whole() if policy else nullcontext()
+
     def _backward(self, loss: Tensor) -> None:
-        loss.backward()  # through the whole graph, whoever's parameters are in it
+        """Through the whole graph, whoever's parameters are in it."""
+        policy = self.engines.get("policy")
+        policy.backward(loss) if policy else loss.backward()
 
     def _step(self, samples: Sequence[Sample]) -> Metrics:
         """One step of every role; the heads first: where one of them fails, the policy hasn't moved."""
@@ -253,7 +272,7 @@ class Learner:
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
     @property
-    def _by_role(self) -> Mapping[str, TorchEngine | Critic]:
+    def _by_role(self) -> Mapping[str, Engine | Critic]:
         """What is trained."""
         return {**self.engines, "value": self.critic} if self.critic else self.engines
 
@@ -264,6 +283,15 @@ class Learner:
             "shapers": {name: shaper.state_dict() for name, shaper in self.shapers.items()},
             "credit": getattr(self.algorithm.credit, "state_dict", dict)(),
         }
+
+    def save(self, folder: Path) -> None:
+        """What engines keep in parts, a part a rank: to be called by all of them."""
+        for role, engine in self.engines.items():
+            engine.save(folder / role)
+
+    def load(self, folder: Path) -> None:
+        for role, engine in self.engines.items():
+            engine.load(folder / role)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.iteration = state["iteration"]

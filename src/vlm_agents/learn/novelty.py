@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlm_agents.config import NoveltyConfig
 from vlm_agents.errors import TrainingError
-from vlm_agents.learn.batches import microbatches
+from vlm_agents.learn.batches import Shares
 from vlm_agents.learn.engine import TorchEngine
 from vlm_agents.learn.samples import usable
 from vlm_agents.learn.shaping import Shaper, with_bonuses
@@ -43,10 +43,9 @@ class ActionPredictor(Protocol):
 class Novelty(Shaper):
     """Judges episodes, then learns from them."""
 
-    def __init__(self, model: ActionPredictor, renderer: Renderer, config: NoveltyConfig, tokens_per_microbatch: int):
-        self.model, self.renderer, self.config = model, renderer, config
-        self.tokens_per_microbatch = tokens_per_microbatch
-        self.engine = TorchEngine(model.parameters(), weight_decay=0.0, max_grad_norm=1.0)
+    def __init__(self, model: ActionPredictor, renderer: Renderer, config: NoveltyConfig, shares: Shares) -> None:
+        self.model, self.renderer, self.config, self.shares = model, renderer, config, shares
+        self.engine = TorchEngine(model.parameters(), weight_decay=0.0, max_grad_norm=1.0, world=shares.world)
 
     def reward(self, trajectories: Sequence[Trajectory]) -> tuple[list[Trajectory], dict[str, float]]:
         """The episodes with `coef` times the surprise, in nats, added to each turn's reward; and its mean."""
@@ -62,29 +61,30 @@ class Novelty(Shaper):
         """Per episode, per turn: minus the log-probability of its action, nats, given those before it."""
         found = [np.zeros(len(trajectory.turns)) for trajectory in trajectories]
         places = {self.row(trajectory): index for index, trajectory in enumerate(trajectories) if trajectory.turns}
-        for part in microbatches(list(places), self.tokens_per_microbatch):
-            for row, logprobs in zip(part, self.logprobs(part), strict=True):
-                index = places[row]
-                np.subtract.at(found[index], self.turns_of(row, trajectories[index]), logprobs.cpu().numpy())
+        rows = list(places)
+        own = [logprobs.cpu() for part in self.shares.own(rows) for logprobs in self.logprobs(part)]
+        for row, logprobs in zip(rows, self.shares.gathered(rows, own), strict=True):
+            index = places[row]
+            np.subtract.at(found[index], self.turns_of(row, trajectories[index]), logprobs.numpy())
         return found
 
     def learn(self, trajectories: Sequence[Trajectory], rng: np.random.Generator) -> dict[str, float]:
         """One pass over the episodes, a step of the optimizer every few; the mean loss, nats a token."""
         rows = [self.row(trajectory) for trajectory in usable(trajectories)]
         order = rng.permutation(len(rows))
-        total = count = 0.0
+        own = count = 0.0
         for start in range(0, len(rows), EPISODES_A_STEP):
             batch = [rows[index] for index in order[start : start + EPISODES_A_STEP]]
             length = sum(sum(row.reply_lengths) for row in batch)
-            for part in microbatches(batch, self.tokens_per_microbatch):
+            for part in self.shares.own(batch):
                 with self.model.predicting():
                     loss = -self.model.score(part).logprobs.sum()
                     self.engine.backward(loss / length)
-                total += float(loss.detach())
+                own += float(loss.detach())
             if not math.isfinite(norm := self.engine.step(self.config.lr)):
                 raise TrainingError(f"the gradient of algo.novelty's predictor is {norm}: lower algo.novelty.lr")
             count += length
-        return {"novelty/loss": total / count}
+        return {"novelty/loss": sum(self.shares.world.gather(own)) / count}
 
     def logprobs(self, rows: Sequence[Row]) -> Iterator[Tensor]:
         """[L] of the reply tokens of each row."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlm_agents.errors import TrainingError
 from vlm_agents.learn.averages import Average, over_turns
-from vlm_agents.learn.batches import microbatches
+from vlm_agents.learn.batches import Shares
 from vlm_agents.learn.critic import Critic, Read
 from vlm_agents.learn.losses import Loss, Term, drift, k3
 from vlm_agents.learn.samples import Sample, to_targets
@@ -32,12 +32,12 @@ class Objective(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """What is left of a mini-batch that went through the model."""
+    """What is left of a mini-batch that went through the model, on all ranks, longest sample first."""
 
     seen: dict[str, Tensor]  # [K] each, on the host
     weight: Tensor  # [K] of each token in a mean over turns, whatever the loss is the mean of
     turns: int
-    read: list[Read]  # by the critic; empty without one
+    read: list[Read]  # by the critic, one a sample; empty without one
 
     def mean(self, name: str) -> float:
         return float((self.weight * self.seen[name]).sum())
@@ -48,20 +48,22 @@ def go_through(
     minibatch: Sequence[Sample],
     objective: Objective,
     critic: Critic | None,
-    tokens_per_microbatch: int,
+    shares: Shares,
     backward: Backward | None,
+    even: bool = False,
 ) -> Pass:
-    """Forward and, where `backward` is given, backward through one mini-batch, in the order of its micro-batches.
+    """Forward and, where `backward` is given, backward through this rank's share of one mini-batch.
 
-    TrainingError where a number of a term isn't finite.
+    `even`: no rank may make fewer passes than another; it then makes some more, of no weight. TrainingError where a
+    number of a term isn't finite.
     """
+    minibatch = sorted(minibatch, key=len, reverse=True)
     rows = [sample.row for sample in minibatch]
     weights = dict(zip(minibatch, objective.average(rows), strict=True))
     by_turn = weights if objective.average is over_turns else dict(zip(minibatch, over_turns(rows), strict=True))
-    found: list[dict[str, Tensor]] = []
-    weight: list[Tensor] = []
-    read: list[Read] = []
-    for part in microbatches(minibatch, tokens_per_microbatch):
+    own = shares.own(minibatch)
+    found: list[tuple[dict[str, Tensor], Read | None]] = []
+    for part in own:
         with torch.set_grad_enabled(backward is not None):
             scores = model.score([sample.row for sample in part])
             targets = to_targets(part, [weights[sample] for sample in part], scores.logprobs.device)
@@ -69,19 +71,28 @@ def go_through(
         _refuse_misshapen(terms, scores)
         seen = {name: values for _, term in terms for name, values in term.seen.items()}
         seen = seen if "ratio" in seen and "approx_kl" in seen else drift(scores, targets) | seen
-        found.append(dict(zip(seen, torch.stack(list(seen.values())).detach().cpu(), strict=True)))
-        weight += [torch.from_numpy(by_turn[sample]) for sample in part]
-        _refuse_not_finite(found[-1], part)
-        if critic is not None:
-            read.append(critic.read(scores, targets))
+        seen = dict(zip(seen, torch.stack(list(seen.values())).detach().cpu(), strict=True))
+        _refuse_not_finite(seen, part)
+        read = [None] * len(part) if critic is None else critic.read(scores, targets)
+        found += zip(by_sample(seen, part), read, strict=True)
         if backward is not None:
             backward(torch.stack([coef * (targets.weight * term.loss).sum() for coef, term in terms if coef]).sum())
+    if even and backward is not None:
+        for _ in range(shares.most(minibatch) - len(own)):
+            backward(0.0 * model.score(rows[-1:]).logprobs.sum())
+    everywhere = shares.gathered(minibatch, found)
     return Pass(
-        seen={name: torch.cat([seen[name] for seen in found]) for name in found[0]},
-        weight=torch.cat(weight),
+        seen={name: torch.cat([seen[name] for seen, _ in everywhere]) for name in everywhere[0][0]},
+        weight=torch.cat([torch.from_numpy(by_turn[sample]) for sample in minibatch]),
         turns=sum(len(sample.row.spans) for sample in minibatch),
-        read=read,
+        read=[read for _, read in everywhere if read is not None],
     )
+
+
+def by_sample(seen: dict[str, Tensor], part: Sequence[Sample]) -> list[dict[str, Tensor]]:
+    """The [K] numbers of a micro-batch, cut into those of each sample."""
+    pieces = [values.split([len(sample.old) for sample in part]) for values in seen.values()]
+    return [dict(zip(seen, its, strict=True)) for its in zip(*pieces, strict=True)]
 
 
 @torch.no_grad()
@@ -89,7 +100,7 @@ def read_once(
     model: ActorCritic,
     samples: Sequence[Sample],
     plan: Iterable[Sequence[int]],
-    tokens_per_microbatch: int,
+    shares: Shares,
     of: Callable[[Scores], Tensor] = lambda scores: scores.logprobs,
 ) -> list[np.ndarray]:
     """[k ...] what a pass of the update says now `of` each sample's reply tokens.
@@ -98,10 +109,12 @@ def read_once(
     summed with.
     """
     found: dict[Sample, np.ndarray] = {}
-    for minibatch in plan:
-        for part in microbatches([samples[index] for index in minibatch], tokens_per_microbatch):
+    for indices in plan:
+        minibatch, own = [samples[index] for index in indices], list[np.ndarray]()
+        for part in shares.own(minibatch):
             pieces = of(model.score([sample.row for sample in part])).split([len(sample.old) for sample in part])
-            found.update((sample, piece.cpu().numpy()) for sample, piece in zip(part, pieces, strict=True))
+            own += [piece.cpu().numpy() for piece in pieces]
+        found.update(zip(minibatch, shares.gathered(minibatch, own), strict=True))
     return [found[sample] for sample in samples]
 
 

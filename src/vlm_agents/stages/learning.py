@@ -13,6 +13,7 @@ from vlm_agents.checkpoints import Checkpoint
 from vlm_agents.config import AlgoConfig, PpoConfig, RunConfig
 from vlm_agents.errors import DataError
 from vlm_agents.learn.algorithm import make_algorithm
+from vlm_agents.learn.batches import Shares
 from vlm_agents.learn.kl_reward import KlReward
 from vlm_agents.learn.learner import Learner
 from vlm_agents.learn.losses import ESTIMATORS
@@ -23,13 +24,16 @@ from vlm_agents.progress import say
 from vlm_agents.run import Run
 from vlm_agents.types import Trajectory
 from vlm_agents.weights import RUN_MODEL, init_folder
+from vlm_agents.world import ALONE, World
 
 LEARNER = "learner.pt"
 
 
-def make_learner(cfg: RunConfig, algo: AlgoConfig, agent: Agent, init: str | None, iterations: int) -> Learner:
+def make_learner(
+    cfg: RunConfig, algo: AlgoConfig, agent: Agent, init: str | None, iterations: int, world: World = ALONE
+) -> Learner:
     """The learner of `algo`; a run that goes on from another's model, `init`, takes its action predictor along."""
-    tokens, reply_tokens = cfg.hardware.tokens_per_microbatch, cfg.prompt.max_reply_tokens
+    shares, reply_tokens = Shares(cfg.hardware.tokens_per_microbatch, world), cfg.prompt.max_reply_tokens
     algorithm = make_algorithm(algo, reply_tokens, cfg.model.temperature_head is not None)
     shapers: dict[str, Shaper] = {}
     if algo.count_coef:
@@ -39,14 +43,14 @@ def make_learner(cfg: RunConfig, algo: AlgoConfig, agent: Agent, init: str | Non
     if algo.overlong_coef:
         shapers["overlong"] = TurnShaper("overlong", overlong(algo.overlong_coef, reply_tokens, algo.overlong_share))
     if algo.kl_reward_coef:
-        shapers["kl"] = KlReward(agent, agent.renderer, algo.kl_reward_coef, ESTIMATORS[algo.kl], tokens)
+        shapers["kl"] = KlReward(agent, agent.renderer, algo.kl_reward_coef, ESTIMATORS[algo.kl], shares)
     if algo.novelty.coef:
         from vlm_agents.models.action_predictor import AdapterPredictor  # peft: seconds saved without an adapter
 
         model = AdapterPredictor(agent, init_folder(init) if init else None)
-        shapers["novelty"] = Novelty(model, agent.renderer, algo.novelty, tokens)
+        shapers["novelty"] = Novelty(model, agent.renderer, algo.novelty, shares)
     with imports.blamed("algo.factory", algo.factory):
-        return Learner(agent, agent.renderer, algorithm, algo, iterations, tokens, shapers)
+        return Learner(agent, agent.renderer, algorithm, algo, iterations, shares, shapers)
 
 
 def save(run: Run, agent: Agent, learner: Learner, step: int, state: Mapping[str, Any], keep: int) -> None:
