@@ -17,7 +17,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = """
 __main__
 command_line chain completion hydra_errors | compare tables charts standings sweeps
-preflight
+worker
+preflight launch
 stages run
 rollout
 policies episodes outcomes summary llava_data env_pool report frames chats inputs judge
@@ -25,6 +26,7 @@ envs experts | prompting | models | learn | tracking backends stores | checkpoin
 lineage weights snapshot
 config tensors
 types upgrades errors imports files marks pictures progress versions metrics cores seeds ratings intervals world
+stopping
 """
 CELLS = [[cell.split() for cell in line.split("|")] for line in LAYERS.strip().splitlines()]
 

@@ -38,7 +38,11 @@ def main() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1 if closed(1) else 2)  # for what Python flushes at its end
         return 141
     except KeyboardInterrupt as stop:
+        from vlm_agents.stopping import STATUS, Stopped
+
         word, status = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+        if isinstance(stop, Stopped):
+            word, status = "stopped", STATUS
         print(f"{word}; the same command with the run's name= continues it", file=sys.stderr)
         return status
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from vlm_agents.errors import DataError
 from vlm_agents.files import sync, temporary_of, writing
+from vlm_agents.world import ALONE, World
 
 log = logging.getLogger(__name__)
 
@@ -46,20 +47,41 @@ class Checkpoint:
         return f"continues after {unit} {self.step} of {total}, from {self.path.parent.name}/{self.path.name}"
 
 
-def save(folder: Path, step: int, write: Callable[[Path], None], record: Mapping[str, Any], keep: int) -> Path:
-    """Have `write` fill a new checkpoint, and keep the newest `keep`. A crash leaves those that were there before."""
+def save(
+    folder: Path,
+    step: int,
+    write: Callable[[Path], None],
+    record: Mapping[str, Any],
+    keep: int,
+    world: World = ALONE,
+) -> Path:
+    """Have `write` fill a new checkpoint, and keep the newest `keep`. A crash leaves those that were there before.
+
+    All ranks write into it; it counts once all of them have.
+    """
+    final = folder / f"step_{step:06d}"
+    if not world.main:
+        temporary = world.of_main(lambda: final)
+        write(temporary)
+        for path in files_in(temporary):
+            sync(path)
+        world.wait()  # all is written
+        world.wait()  # and in its place
+        return final
 
     def write_all(temporary: Path) -> None:
+        world.of_main(lambda: temporary)
         write(temporary)
+        world.wait()
         checksums = {str(path.relative_to(temporary)): checksum(path) for path in files_in(temporary)}
         (temporary / STATE).write_text(json.dumps({"step": step, "keep": keep, **record, "files": checksums}))
 
-    final = folder / f"step_{step:06d}"
     write_folder(final, write_all)
     for later in newest_first(folder):
         if step_of(later) > step:  # it is damaged: we went back
             remove(later)
     prune(folder, step, keep)
+    world.wait()
     return final
 
 

@@ -224,9 +224,9 @@ def run_stage(composed: DictConfig) -> dict[str, float]:
             overrides = [word for word in overrides if word.partition("=")[0].lstrip("+") not in ("name", "sweep")]
             # what a person gives in order to have this job alone, again
             overrides += [f"name={cfg.name}", f"run_dir=outputs/{cfg.name}/{cfg.stage.name}_{job.job.num}"]
-        from vlm_agents import preflight, stages
+        from vlm_agents import launch, preflight
         from vlm_agents.metrics import headline
-        from vlm_agents.run import Run, finished_metrics
+        from vlm_agents.run import finished_metrics
         from vlm_agents.snapshot import settled
         from vlm_agents.weights import init_of, weights_of
 
@@ -245,11 +245,11 @@ def run_stage(composed: DictConfig) -> dict[str, float]:
         if not sweep and not any(word.startswith("name=") for word in overrides):
             print(f"continue with: {command([*overrides, f'name={cfg.name}'])}", flush=True)
         start = time.monotonic()
-        with Run.open(cfg, overrides, sweep=Path(job.sweep.dir) if sweep else None) as run:
-            metrics = stages.main(cfg, run)
+        metrics = launch.do(launch.Job(cfg, overrides, Path(job.sweep.dir) if sweep else None))
         came_of_it = f"{time.monotonic() - start:.0f} s: {headline(cfg.stage.name, metrics)}"
-        page = run.path("report.html") if run.path("report.html").exists() else run.dir
-        print(f"{cfg.stage.name} finished in {came_of_it}; look at {os.path.relpath(page)}", flush=True)
+        page = Path(cfg.run_dir) / "report.html"
+        where = os.path.relpath(page if page.exists() else page.parent)
+        print(f"{cfg.stage.name} finished in {came_of_it}; look at {where}", flush=True)
         return metrics
     except VlmAgentsError as error:
         if sweep:

@@ -29,6 +29,12 @@ def say(line: str) -> None:
     console.print(harmless(line), highlight=False, markup=False, soft_wrap=True)
 
 
+def keep_quiet() -> None:
+    """Say nothing from here on, in a rank that isn't the first."""
+    console.quiet = True
+    logging.getLogger("vlm_agents").setLevel(logging.CRITICAL)
+
+
 def duration(seconds: float) -> str:
     """`48 s`, `12 min`, `3 h 20 min`."""
     minutes = int(seconds / 60)

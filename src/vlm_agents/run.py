@@ -19,17 +19,18 @@ import math
 import random
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, NoReturn, Self
 
 import numpy as np
 from PIL.Image import Image
 
-from vlm_agents import checkpoints, tracking
+from vlm_agents import checkpoints, stopping, tracking
 from vlm_agents.checkpoints import Checkpoint
 from vlm_agents.config import (
     CollectConfig,
@@ -53,6 +54,7 @@ from vlm_agents.weights import (
     holds_work,
     weights_of,
 )
+from vlm_agents.world import ALONE, World
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +71,11 @@ def seed_everything(seed: int) -> None:
 
 
 class Run:
-    """One run directory, held by one process at a time. Made by `open`, a context manager."""
+    """One run directory, held by one process at a time. Made by `open`, a context manager.
+
+    Of several ranks the first holds it and is alone in writing there. To the others `dir` is a folder of their own that
+    is thrown away, so that nobody who writes has to ask who he is; checkpoints are of the one that all share.
+    """
 
     def __init__(
         self,
@@ -79,9 +85,12 @@ class Run:
         sweep: Path | None,
         undo: ExitStack,
         resumed: bool,
+        world: World,
+        folder: Path,
     ) -> None:
-        self.cfg = cfg
-        self.dir = Path(cfg.run_dir)
+        self.cfg, self.world = cfg, world
+        self.dir = folder
+        self._checkpoints = Path(cfg.run_dir) / "checkpoints"
         self.env = cfg.env.id  # of the record; a stage that plays none names that of its data
         self._overrides = overrides
         self._lock = lock
@@ -99,12 +108,15 @@ class Run:
         self._seconds_before = 0.0
 
     @classmethod
-    def open(cls, cfg: RunConfig, overrides: Sequence[str], sweep: Path | None = None) -> Self:
+    def open(cls, cfg: RunConfig, overrides: Sequence[str], sweep: Path | None = None, world: World = ALONE) -> Self:
         """Create or continue the run directory; ConfigError if it is finished, in use, or was of other settings or
         inputs."""
         refuse_nonsense(cfg)
-        folder = Path(cfg.run_dir)
         with ExitStack() as undo:
+            folder = Path(cfg.run_dir)
+            if not world.main:
+                folder = Path(tempfile.mkdtemp(prefix=f"vlm_agents_rank{world.rank}_"))
+                undo.callback(shutil.rmtree, folder, ignore_errors=True)
             with writing(folder):
                 make_folder(folder, undo)
                 if any(folder.iterdir()) and not (folder / "lock").exists():
@@ -129,7 +141,8 @@ class Run:
             atomic_write(folder / "overrides", "".join(f"{word}\n" for word in overrides))
             atomic_write(folder / "commit", commit() + "\n")
             atomic_write(folder / "versions", versions() + "\n")
-            return cls(cfg, overrides, lock, sweep, undo.pop_all(), resumed)
+            world.wait()  # nobody goes on before it is known to be free
+            return cls(cfg, overrides, lock, sweep, undo.pop_all(), resumed, world, folder)
 
     def __enter__(self) -> Self:
         return self
@@ -138,7 +151,7 @@ class Run:
         interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
         if self._tracker:
             self._tracker.close("FINISHED" if kind is None else "KILLED" if interrupted else "FAILED")
-        if kind is not None:
+        if kind is not None or not self.world.main:
             self._undo.close()
         self._lock.close()
 
@@ -149,6 +162,8 @@ class Run:
         if self._begun:
             return
         self._begun = True
+        if not self.world.main:
+            return
         self._undo.pop_all()
         self._tracker = Tracker(dataclasses.asdict(self.cfg), self.dir, self._sweep)
         for line in [*self._whose(), *self.differences]:
@@ -208,7 +223,7 @@ class Run:
 
     def save_folder(self, name: str, write: Callable[[Path], None]) -> Path:
         """Have `write` fill a folder of the run directory, which is there whole or not at all."""
-        checkpoints.write_folder(self.path(name), write)
+        checkpoints.write_folder(self.path(name), write if self.world.main else lambda _: None)
         return self.path(name)
 
     def artifact(self, path: Path) -> None:
@@ -228,19 +243,21 @@ class Run:
     def save_checkpoint(
         self, step: int, write: Callable[[Path], None], state: Mapping[str, Any], keep: int = 2
     ) -> Path:
-        """Have `write` fill a folder, and keep it as the newest of `keep` checkpoints. `state` must survive JSON."""
+        """Have `write` fill a folder, and keep it as the newest of `keep` checkpoints. `state` must survive JSON.
+
+        All ranks call it, and `write` on each may add files of its own."""
         for name in self._append_only:
             if self.path(name).exists():
                 sync(self.path(name))
         offsets = {name: self._size(name) for name in self._append_only}
         marks = {name: last_lines(self.path(name), offset) for name, offset in offsets.items() if offset}
         record = {"state": state, "seconds": self._seconds(), "offsets": offsets, "last_lines": marks}
-        return checkpoints.save(self.path("checkpoints"), step, write, record, keep)
+        return checkpoints.save(self._checkpoints, step, write, record, keep, self.world)
 
     def latest_checkpoint(self, before: float = math.inf) -> Checkpoint | None:
         """The newest checkpoint, from before that step, that is whole; None if there never was one, DataError if all of
         them are damaged."""
-        return checkpoints.latest(self.path("checkpoints"), before)
+        return self.world.of_main(lambda: checkpoints.latest(self._checkpoints, before))
 
     def restore(self) -> Checkpoint | None:
         """Put the append-only files back to where the latest checkpoint saw them, and return it; None: from the start.
@@ -253,11 +270,24 @@ class Run:
         self._seconds_before = 0.0 if checkpoint is None else checkpoint.seconds
         for name in self._append_only:
             marks = checkpoint.last_lines.get(name, []) if checkpoint else []
-            if self.path(name).exists() and not cut_after(self.path(name), offsets.get(name, 0), marks):
+            if (
+                self.world.main
+                and self.path(name).exists()
+                and not cut_after(self.path(name), offsets.get(name, 0), marks)
+            ):
                 log.warning("%s lost lines that its checkpoint saw: going on with those that are left", self.path(name))
         if checkpoint and checkpoint.keep:  # it may have been killed before it removed those that it replaced
-            checkpoints.prune(self.path("checkpoints"), checkpoint.step, checkpoint.keep)
+            self.world.of_main(lambda: checkpoints.prune(self._checkpoints, checkpoint.step, checkpoint.keep or 1))
         return checkpoint
+
+    def asked_to_stop(self) -> bool:
+        """Was any rank asked to? Then save, and `stop`."""
+        return self.world.any(stopping.asked())
+
+    def stop(self) -> NoReturn:
+        """End the run as it was asked to, by Stopped."""
+        say("stopped as it was asked to, and saved")
+        raise stopping.Stopped
 
     def _size(self, name: str) -> int:
         return self.path(name).stat().st_size if self.path(name).exists() else 0

@@ -33,7 +33,9 @@ def settled(cfg: RunConfig) -> RunConfig:
             init = init or f"outputs/{cfg.name}/ppo"
         cfg = dataclasses.replace(cfg, stage=dataclasses.replace(stage, init=init))
     if hardware.threads is None and has_model(cfg):
-        threads = old["hardware.threads"] if "hardware.threads" in old else cores.choose()[0]
+        threads = (
+            old["hardware.threads"] if "hardware.threads" in old else max(1, cores.choose()[0] // hardware.processes)
+        )
         cfg = dataclasses.replace(cfg, hardware=dataclasses.replace(hardware, threads=threads))
     if isinstance(cfg.stage, MergeConfig):
         cfg = as_taught(cfg, cfg.stage.init, old)

@@ -28,7 +28,7 @@ from vlm_agents.types import Trajectory
 def main(cfg: RunConfig, stage: EvalConfig, run: Run) -> dict[str, float]:
     album, first = Album(stage.report_episodes), list[Trajectory]()
     sampler = load_sampler(cfg, stage.init) if stage.policy == "model" else None
-    with open_envs(cfg.env, stage.num_envs, "always") as envs:
+    with open_envs(cfg.env, stage.num_envs, "always", run.world) as envs:
         if sampler:
             check_first_prompt(cfg, envs, sampler)
         if stage.policy != "remote":  # which begins with the server's first answer
@@ -43,7 +43,7 @@ def main(cfg: RunConfig, stage: EvalConfig, run: Run) -> dict[str, float]:
                 first.append(trajectory)
 
         if sampler:
-            metrics = play_model(cfg, envs, sampler, stage.episodes, keep, album.keep)
+            metrics = play_model(cfg, envs, sampler, stage.episodes, keep, album.keep, run.world)
         elif stage.policy == "remote":
             with closing(ChatClient(stage.remote, run.path("remote"), run.begin)) as client:
                 policy = make_policy(cfg, "remote", client=client)
@@ -53,7 +53,7 @@ def main(cfg: RunConfig, stage: EvalConfig, run: Run) -> dict[str, float]:
         else:
             metrics = play_panel(cfg, envs, make_policy(cfg, stage.policy), stage.episodes, on_episode=keep)
         if stage.baselines and stage.policy in ("model", "remote"):
-            metrics |= play_baselines(cfg, envs, stage.episodes, album.keep_too)
+            metrics |= play_baselines(cfg, envs, stage.episodes, album.keep_too, run.world)
     writer.sync()
     run.log(0, metrics)
     tell(results(cfg, metrics), metrics)

@@ -49,5 +49,5 @@ def play_wave(
     deals = [Deal(seed, member) for seed in seeds for member in range(algo.group_size)]
     # the expert is asked at every turn only where that is learned from; else for rollout/steps_over_expert alone
     advice = "always" if algo.advised else "first"
-    playing = play(cfg, envs, policy, deals, run.seed_for("rollout", iteration), advice)
+    playing = play(cfg, envs, policy, deals, run.seed_for("rollout", iteration), advice, run.world)
     return list(track(playing, f"rollout {iteration + 1}:", len(deals), "episodes"))

@@ -22,6 +22,7 @@ from vlm_agents.learn.shaping import CountBonus, Shaper, TurnShaper, overlong, p
 from vlm_agents.models import Agent
 from vlm_agents.progress import say
 from vlm_agents.run import Run
+from vlm_agents.summary import summarise
 from vlm_agents.types import Trajectory
 from vlm_agents.weights import RUN_MODEL, init_folder
 from vlm_agents.world import ALONE, World
@@ -57,8 +58,12 @@ def save(run: Run, agent: Agent, learner: Learner, step: int, state: Mapping[str
     """A checkpoint after `step` iterations."""
 
     def write(folder: Path) -> None:
-        agent.save(folder / RUN_MODEL)
-        torch.save(learner.state_dict(), folder / LEARNER)
+        learned = learner.state_dict()
+        with learner.whole():
+            if run.world.main:
+                agent.save(folder / RUN_MODEL)
+                torch.save(learned, folder / LEARNER)
+        learner.save(folder)
 
     run.save_checkpoint(step, write, state, keep)
 
@@ -72,6 +77,7 @@ def load(checkpoint: Checkpoint, learner: Learner, iterations: int) -> Mapping[s
             f"choose another name= and take its weights along by stage.init={checkpoint.path}"
         )
     learner.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+    learner.load(checkpoint.path)
     say(checkpoint.told("iteration", iterations))
     return checkpoint.state
 
@@ -107,7 +113,12 @@ class Clock:
         return times | {f"memory/{name}_bytes": peak for name, peak in self.bytes.items()}
 
 
-def speeds(trajectories: Sequence[Trajectory], seconds: float) -> dict[str, float]:
-    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
-    tokens = sum(len(turn.reply.token_ids) for turn in turns)
-    return {"speed/env_steps_per_s": len(turns) / seconds, "speed/reply_tokens_per_s": tokens / seconds}
+def figures(
+    played: Sequence[Trajectory], env_steps: int, learned: Mapping[str, float], clock: Clock
+) -> dict[str, float]:
+    """All that is told of an iteration: how it was played, what was learned, and how fast."""
+    turns = [turn for trajectory in played for turn in trajectory.turns]
+    tokens, seconds = sum(len(turn.reply.token_ids) for turn in turns), clock.seconds["rollout"]
+    speeds = {"speed/env_steps_per_s": len(turns) / seconds, "speed/reply_tokens_per_s": tokens / seconds}
+    steps = {"rollout/env_steps": float(env_steps)}
+    return {**summarise(played), **steps, **learned, **clock.figures(), **speeds}

@@ -1,7 +1,8 @@
 """The held-out panel of a training run: played before, now and then, and after; and the run's end, which it decides."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 
 from vlm_agents.config import PpoConfig, RunConfig
 from vlm_agents.env_pool import EnvPool
@@ -25,8 +26,15 @@ RECORDED = 4  # episodes of each iteration kept in episodes.jsonl
 class Panel:
     """Plays and tells."""
 
-    def __init__(self, cfg: RunConfig, stage: PpoConfig, run: Run, sampler: Sampler) -> None:
-        self.cfg, self.stage, self.run, self.sampler = cfg, stage, run, sampler
+    def __init__(
+        self,
+        cfg: RunConfig,
+        stage: PpoConfig,
+        run: Run,
+        sampler: Sampler,
+        whole: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self.cfg, self.stage, self.run, self.sampler, self.whole = cfg, stage, run, sampler, whole
 
     def before(self, envs: EnvPool) -> dict[str, float]:
         """Before training; its episodes are kept for the report."""
@@ -53,9 +61,10 @@ class Panel:
             record(episode)
             album.keep(episode)
 
-        metrics = play_model(self.cfg, envs, self.sampler, self.stage.eval_episodes, keep, keep)
+        with self.whole():
+            metrics = play_model(self.cfg, envs, self.sampler, self.stage.eval_episodes, keep, keep, self.run.world)
         if last:
-            metrics |= play_baselines(self.cfg, envs, self.stage.eval_episodes, record)
+            metrics |= play_baselines(self.cfg, envs, self.stage.eval_episodes, record, self.run.world)
         self.run.log(step, metrics)
         say(f"eval after {step} iterations: {headline('eval', metrics)}")
         return metrics

@@ -19,6 +19,7 @@ from vlm_agents.rollout import collect
 from vlm_agents.seeds import Deal, panel_seeds
 from vlm_agents.summary import Tags, summarise
 from vlm_agents.types import Prompt, Sampling, Trajectory
+from vlm_agents.world import ALONE, World
 
 if TYPE_CHECKING:  # scripted and remote policies need no torch
     from vlm_agents.tensors import Renderer
@@ -27,11 +28,14 @@ SHARES = ("eval/success", "eval/positive_return")  # of episodes; told with thei
 EVAL_SEED = 0  # of the randomness of a panel's policies: like its seeds, the same for every run
 
 
-def open_envs(cfg: EnvConfig, num_envs: int, advice: Advising) -> EnvPool:
-    """A pool of the configured env; `advice` says which of its observations hold the expert's."""
+def open_envs(cfg: EnvConfig, num_envs: int, advice: Advising, world: World = ALONE) -> EnvPool:
+    """A pool of the configured env, of a rank's share of `num_envs`; `advice` says which of its observations hold the
+    expert's."""
     advise = partial(with_expert, cfg=cfg)
     make, preload = partial(make_env, cfg), modules(cfg)
-    return EnvPool(make, num_envs, cfg.workers, cfg.timeout_s, advise=advise, advice=advice, preload=preload)
+    return EnvPool(
+        make, -(-num_envs // world.ranks), cfg.workers, cfg.timeout_s, advise=advise, advice=advice, preload=preload
+    )
 
 
 def load_sampler(cfg: RunConfig, init: str | None) -> Sampler:
@@ -107,9 +111,20 @@ def play(
     deals: Sequence[Deal],
     run_seed: int,
     advice: Advising | None = None,
+    world: World = ALONE,
 ) -> Iterator[Trajectory]:
-    """`rollout.collect` under the configured penalty for a reply without a legal action."""
-    return penalised(collect(envs, policy, deals, run_seed=run_seed, advice=advice), cfg.env.invalid_penalty)
+    """`rollout.collect` under the configured penalty for a reply without a legal action.
+
+    Each rank plays some of the starts, all members of a group, and then has the episodes of all ranks.
+    """
+    own = set(world.share(list(dict.fromkeys(deal.seed for deal in deals))))
+    mine = [deal for deal in deals if deal.seed in own]
+    played = penalised(collect(envs, policy, mine, run_seed=run_seed, advice=advice), cfg.env.invalid_penalty)
+    if world.ranks == 1:
+        yield from played
+        return
+    found = {Deal(one.seed, one.member): one for its in world.gather(list(played)) for one in its}
+    yield from (found[deal] for deal in deals)
 
 
 def play_panel(
@@ -119,6 +134,7 @@ def play_panel(
     episodes: int,
     variant: str = "",
     on_episode: Callable[[Trajectory], object] = lambda _: None,
+    world: World = ALONE,
 ) -> dict[str, float]:
     """Play the first `episodes` held-out seeds. Metrics are `eval/<name><variant>`, SHARES with their intervals,
     and success by tag.
@@ -126,7 +142,7 @@ def play_panel(
     `on_episode` sees each episode, in the order of seeds; nobody else keeps it.
     """
     deals = [Deal(seed) for seed in panel_seeds(envs.name, episodes)]
-    playing = play(cfg, envs, policy, deals, EVAL_SEED)
+    playing = play(cfg, envs, policy, deals, EVAL_SEED, world=world)
     tags = Tags()
 
     def shown() -> Iterator[Trajectory]:
@@ -150,19 +166,24 @@ def play_model(
     episodes: int,
     on_episode: Callable[[Trajectory], object] = lambda _: None,
     on_greedy: Callable[[Trajectory], object] = lambda _: None,
+    world: World = ALONE,
 ) -> dict[str, float]:
     """The panel twice: sampled at the policy's own temperature, which `on_episode` sees, and greedy."""
     sampler.sync()
     sampled, greedy = (make_policy(cfg, name, sampler) for name in ("model", "model_greedy"))
-    metrics = play_panel(cfg, envs, sampled, episodes, "", on_episode)
-    return metrics | play_panel(cfg, envs, greedy, episodes, "_greedy", on_greedy)
+    metrics = play_panel(cfg, envs, sampled, episodes, "", on_episode, world)
+    return metrics | play_panel(cfg, envs, greedy, episodes, "_greedy", on_greedy, world)
 
 
 def play_baselines(
-    cfg: RunConfig, envs: EnvPool, episodes: int, on_episode: Callable[[Trajectory], object] = lambda _: None
+    cfg: RunConfig,
+    envs: EnvPool,
+    episodes: int,
+    on_episode: Callable[[Trajectory], object] = lambda _: None,
+    world: World = ALONE,
 ) -> dict[str, float]:
     """The panel by chance and, where there is one, by the expert: what a model's figures are held against."""
     metrics: dict[str, float] = {}
     for name in ["random", *(["expert"] if envs.has_expert else [])]:
-        metrics |= play_panel(cfg, envs, make_policy(cfg, name), episodes, f"_{name}", on_episode)
+        metrics |= play_panel(cfg, envs, make_policy(cfg, name), episodes, f"_{name}", on_episode, world)
     return metrics

@@ -16,12 +16,12 @@ from vlm_agents.outcomes import PANEL
 from vlm_agents.run import Run, seed_everything
 from vlm_agents.stages.collapse import Collapse
 from vlm_agents.stages.gathering import gather
-from vlm_agents.stages.learning import Clock, load, make_learner, save, speeds, tell_unmoved
+from vlm_agents.stages.learning import Clock, figures, load, make_learner, save, tell_unmoved
 from vlm_agents.stages.panel import RECORDED, Panel, finish
 from vlm_agents.stages.playing import check_first_prompt, make_policy, open_envs
 from vlm_agents.stages.reporting import tell
 from vlm_agents.stages.watch import Watch
-from vlm_agents.summary import bonuses, summarise
+from vlm_agents.summary import bonuses
 
 
 def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
@@ -34,17 +34,18 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
     agent = load_agent(cfg.model, cfg.hardware, init)
     sampler = HFSampler(agent)
     policy = make_policy(cfg, "model", sampler)
-    learner = make_learner(cfg, cfg.algo, agent, init, stage.iterations)
-    state: dict[str, Any] = {"before": {}, "last": {}, "training_seconds": 0.0, "env_steps": 0, "watch": (0, False)}
-    state |= load(checkpoint, learner, stage.iterations) if checkpoint else {}
+    learner = make_learner(cfg, cfg.algo, agent, init, stage.iterations, run.world)
+    state: dict[str, Any] = {"before": {}, "last": {}, "training_seconds": 0.0, "env_steps": 0, "watch": (0, False)} | (
+        load(checkpoint, learner, stage.iterations) if checkpoint else {}
+    )
 
     def over() -> bool:
         return learner.iteration >= stage.iterations or state["env_steps"] >= (stage.env_steps or np.inf)
 
     watch = Watch(cfg, *state["watch"])
     collapse = Collapse(stage.stop_on_collapse, state.get("collapse"))
-    writer, panel = EpisodeWriter(run.dir), Panel(cfg, stage, run, sampler)
-    with open_envs(cfg.env, stage.num_envs, "always") as envs:
+    writer, panel = EpisodeWriter(run.dir), Panel(cfg, stage, run, sampler, learner.whole)
+    with open_envs(cfg.env, stage.num_envs, "always", run.world) as envs:
         check_first_prompt(cfg, envs, sampler)
         run.begin()
         if stage.eval_episodes and not checkpoint:
@@ -52,15 +53,14 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
             save(run, agent, learner, 0, state, stage.keep_checkpoints)
         while not over():
             iteration, clock = learner.iteration, Clock(agent.device)
-            with clock.phase("rollout"):
+            with clock.phase("rollout"), learner.whole():
                 sampler.sync()
                 played, shaped, told = gather(cfg, stage, run, envs, policy, learner)
             with clock.phase("update"), imports.blamed("algo.factory", cfg.algo.factory):
                 rng = np.random.default_rng(run.seed_for("update", iteration))
                 learned = bonuses(shaped) | told | learner.learn(shaped, stage.episodes, rng)
             state["env_steps"] += sum(len(one.turns) for one in played)
-            last = {**summarise(played), "rollout/env_steps": float(state["env_steps"]), **learned, **clock.figures()}
-            state["last"] = last | speeds(played, clock.seconds["rollout"])
+            state["last"] = figures(played, state["env_steps"], learned, clock)
             state["training_seconds"] += sum(clock.seconds.values())
             tell(run, iteration, stage.iterations, state["last"], played[0])
             watch.look(state["last"], played, over())
@@ -69,11 +69,15 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
             writer.append(*shaped[:RECORDED])
             if not over():
                 panel.now_and_then(envs, iteration + 1)
-            due = over() or (iteration + 1) % stage.checkpoint_every == 0
+            stopping = run.asked_to_stop() and not over()
+            due = over() or stopping or (iteration + 1) % stage.checkpoint_every == 0
             if due and not collapse.suspected:
                 writer.sync()
                 save(run, agent, learner, iteration + 1, state, stage.keep_checkpoints)
+            if stopping:
+                run.stop()
         tell_unmoved(learner, stage)
         after, album = panel.after(envs, learner.iteration)
     last = state["last"] | {"time/training": state["training_seconds"]}
-    return finish(run, agent, last, state["before"], after, album)
+    with learner.whole():
+        return finish(run, agent, last, state["before"], after, album)

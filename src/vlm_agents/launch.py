@@ -1,0 +1,184 @@
+"""A run of several ranks: a process for each on this machine, started by torch's elastic launcher and watched until all
+are done, or until one fails, which ends the others. Of a job of several nodes each does this, and the ranks find each
+other.
+"""
+
+import json
+import os
+import pickle
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from vlm_agents import errors, stages, stopping
+from vlm_agents.config import HardwareConfig, RunConfig
+from vlm_agents.errors import ConfigError, TrainingError
+from vlm_agents.progress import say
+from vlm_agents.run import Run, finished_metrics
+from vlm_agents.seeds import stable_hash
+from vlm_agents.weights import has_model
+
+SHARED = ("collect", "eval", "sft", "ppo")  # stages whose work several ranks share
+LOST = 3  # exit status of a rank that another's end has ended
+SHUTDOWN = 15  # seconds that a rank has to end when another has failed
+RENDEZVOUS = 900  # seconds that nodes wait for each other
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a rank needs to know, beside its number."""
+
+    cfg: RunConfig
+    overrides: Sequence[str]
+    sweep: Path | None
+
+
+class RankError(Exception):
+    """A rank met an error of ours, and this is its traceback."""
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The machines of the job that this process belongs to, and which of them this is."""
+
+    number: int = 0
+    first: str = "127.0.0.1"
+    port: int = 0
+
+    @classmethod
+    def here(cls, nodes: int) -> "Nodes":
+        """As Slurm says. ConfigError where the job has other nodes than the run asks for."""
+        if nodes == 1:
+            return cls()
+        import submitit
+
+        try:
+            job = submitit.JobEnvironment()
+            if (there := job.num_nodes) == nodes:
+                port = 20_000 + stable_hash("rendezvous", job.job_id) % 10_000
+                return cls(job.node, job.hostnames[0], port)
+        except RuntimeError:
+            there = 1
+        raise ConfigError(
+            f"hardware.nodes={nodes}: this job has {there}. Add -m hydra/launcher=slurm, which asks for as many"
+        )
+
+
+def has_ranks(cfg: RunConfig) -> bool:
+    """Is the run to be done by several ranks? A stage that no model has a part in is done by one process."""
+    return cfg.hardware.ranks > 1 and cfg.stage.name in SHARED and has_model(cfg)
+
+
+def do(job: Job) -> dict[str, float]:
+    """Do the run, here or by ranks, and return its metrics; none where another node is the first."""
+    if has_ranks(job.cfg):
+        run_ranks(job)
+        return finished_metrics(job.cfg) or {}
+    with stopping.heeded(), Run.open(job.cfg, job.overrides, job.sweep) as run:
+        return stages.main(job.cfg, run)
+
+
+def run_ranks(job: Job) -> None:
+    """Have the ranks of this machine do the run, again from its newest checkpoint where one was killed.
+
+    Raises what stopped them, as if it had been done here.
+    """
+    hardware = job.cfg.hardware
+    nodes = Nodes.here(hardware.nodes)
+    with TemporaryDirectory(prefix="vlm_agents_") as folder:
+        note = Path(folder) / "job"
+        note.write_bytes(pickle.dumps(job))
+        asked = Path(folder) / "stop"
+        with stopping.heeded(asked.touch), environment({stopping.FILE: str(asked)}):
+            for left in reversed(range(hardware.restarts + 1)):
+                try:
+                    return start(hardware, nodes, note)
+                except Killed as killed:
+                    if not left:
+                        raise TrainingError(
+                            f"{killed}; the same command continues from the newest checkpoint"
+                        ) from None
+                    say(f"{killed}: all ranks begin again from the newest checkpoint, {left} more times at most")
+
+
+class Killed(Exception):
+    """A rank was ended by a signal."""
+
+
+def start(hardware: HardwareConfig, nodes: Nodes, note: Path) -> None:
+    """Start the ranks of this machine, each of which sees a GPU of its own where there are any, and wait for them."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    alone, count = hardware.nodes == 1, hardware.nodes
+    config = LaunchConfig(
+        min_nodes=count,
+        max_nodes=count,
+        nproc_per_node=hardware.processes,
+        run_id=f"{note.parent.name if alone else nodes.port}",
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"{nodes.first}:{nodes.port}",
+        rdzv_configs={"is_host": nodes.number == 0, "timeout": RENDEZVOUS},
+        local_addr=nodes.first if alone else None,
+        virtual_local_rank=hardware.device != "cpu",
+        max_restarts=0,
+        shutdown_timeout=SHUTDOWN,
+    )
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    try:
+        elastic_launch(config, sys.executable)("-m", "vlm_agents.worker", str(note))
+    except ChildFailedError as error:
+        raise cause(error.failures) from None
+    except SignalException as stop:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.raise_signal(stop.sigval)  # to whom it would have gone without the launcher
+        raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def cause(failures: Any) -> BaseException:
+    """What ended the ranks, of all that was found when they were: not those that only lost another."""
+    told = []
+    for rank, failure in failures.items():
+        data = failure.error_file_data if isinstance(failure.error_file_data, dict) else {}
+        if failure.exitcode == stopping.STATUS:
+            told.append((0, 0.0, stopping.Stopped()))
+        elif "kind" in data and data["kind"] != "PeerLost":
+            kind = getattr(errors, data["kind"], None)
+            error = kind(f"{data['message']} (rank {rank})") if kind else RankError(f"rank {rank}: {data['traceback']}")
+            told.append((1, data["time"], error))
+        elif failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            told.append((2, 0.0, Killed(f"rank {rank} was killed by {name}")))
+        else:
+            told.append((3, 0.0, Killed(f"rank {rank} lost another one")))
+    return min(told, key=lambda one: one[:2])[2]
+
+
+def tell(error: BaseException, traceback: str, when: float) -> None:
+    """Leave an error of this rank to its launcher."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        told = {"message": str(error), "timestamp": str(int(when)), "time": when}
+        told |= {"kind": type(error).__name__, "traceback": traceback}
+        Path(path).write_text(json.dumps(told))
+
+
+@contextmanager
+def environment(added: dict[str, str]) -> Iterator[None]:
+    """Within it, processes are started with these variables too."""
+    before = {name: os.environ.get(name) for name in added}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -1,0 +1,66 @@
+"""SIGUSR2: a run is asked to save and to end, as Slurm asks it before a job's time is over or its nodes are taken.
+
+Whoever was to be called by that signal before us, submitit's handler that queues the job again, is called in the end:
+once the run has saved, or after GRACE seconds in which it couldn't.
+"""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+GRACE = 90  # seconds; conf/hydra/launcher/slurm.yaml has the signal sent 120 before the end
+STATUS = 75  # exit status of a run that ended so: EX_TEMPFAIL, try again
+FILE = "VLM_AGENTS_STOP"  # names the file by which a launcher asks its ranks
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was asked to end, and has saved what it had."""
+
+
+_asked = False
+
+
+def asked() -> bool:
+    """Was this process asked to, by a signal or by its launcher?"""
+    return _asked or (bool(os.environ.get(FILE)) and Path(os.environ[FILE]).exists())
+
+
+def note(number: int, frame: FrameType | None) -> None:
+    global _asked
+    _asked = True
+
+
+@contextmanager
+def heeded(tell: Callable[[], Any] = lambda: None) -> Iterator[None]:
+    """Within it the signal is noted, and `tell` called. A run that ends by Stopped has the earlier handler called,
+    where there was one; so has one that doesn't end in time."""
+    global _asked
+    earlier = signal.getsignal(signal.SIGUSR2)
+
+    def hand_over(number: int, frame: FrameType | None) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if callable(earlier):
+            earlier(signal.SIGUSR2, frame)
+
+    def heed(number: int, frame: FrameType | None) -> None:
+        note(number, frame)
+        tell()
+        if callable(earlier):
+            signal.setitimer(signal.ITIMER_REAL, GRACE)
+
+    before = signal.signal(signal.SIGALRM, hand_over)
+    signal.signal(signal.SIGUSR2, heed)
+    try:
+        yield
+    except Stopped:
+        hand_over(signal.SIGUSR2, None)
+        raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGUSR2, earlier)
+        _asked = False
