@@ -4,6 +4,7 @@ other.
 """
 
 import json
+import logging
 import os
 import pickle
 import signal
@@ -18,6 +19,7 @@ from typing import Any
 from vlm_agents import errors, stages, stopping
 from vlm_agents.config import HardwareConfig, RunConfig
 from vlm_agents.errors import ConfigError, TrainingError
+from vlm_agents.files import atomic_write
 from vlm_agents.progress import say
 from vlm_agents.run import Run, finished_metrics
 from vlm_agents.seeds import stable_hash
@@ -116,6 +118,7 @@ def start(hardware: HardwareConfig, nodes: Nodes, note: Path) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it knows is told here, in a line
     alone, count = hardware.nodes == 1, hardware.nodes
     config = LaunchConfig(
         min_nodes=count,
@@ -139,7 +142,7 @@ def start(hardware: HardwareConfig, nodes: Nodes, note: Path) -> None:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         signal.raise_signal(stop.sigval)  # to whom it would have gone without the launcher
-        raise
+        raise KeyboardInterrupt from None
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -169,7 +172,7 @@ def tell(error: BaseException, traceback: str, when: float) -> None:
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         told = {"message": str(error), "timestamp": str(int(when)), "time": when}
         told |= {"kind": type(error).__name__, "traceback": traceback}
-        Path(path).write_text(json.dumps(told))
+        atomic_write(Path(path), json.dumps(told), durable=False)  # this rank may be ended at any moment
 
 
 @contextmanager
