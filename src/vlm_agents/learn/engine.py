@@ -4,11 +4,55 @@ Knows nothing of losses, rows, or what its parameters are for.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from vlm_agents.world import World
+
+
+class Engine(Protocol):
+    """Some parameters and what steps them. All but `state_dict` is called by all ranks, in the same order.
+
+    The gradient of a mini-batch is the sum of what each rank's `backward` gave.
+    """
+
+    @property
+    def even(self) -> bool:
+        """Must all ranks make equally many passes, forward and backward, between two steps? One that has fewer rows
+        then makes passes of rows of weight 0."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this rank's share to the gradient; parameters of others that are in the graph get theirs as from
+        `loss.backward()`."""
+        ...
+
+    def step(self, lr: float) -> float:
+        """One optimizer step; the gradient's norm before clipping. If that isn't finite, the weights stay."""
+        ...
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Within it this rank has all weights, to be read, and passes that need no other rank."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What rank 0 keeps; the rest is `save`'s."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    def save(self, folder: Path) -> None:
+        """What all ranks write, side by side."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """What `save` wrote, by however many ranks."""
+        ...
 
 
 class AdamW(torch.optim.AdamW):
@@ -56,17 +100,25 @@ class AdamW(torch.optim.AdamW):
 
 
 class TorchEngine:
-    """AdamW over some parameters, in one process on one device; their gradient is clipped as one."""
+    """AdamW over some parameters, which every rank has whole; their gradient is clipped as one."""
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter], weight_decay: float, max_grad_norm: float) -> None:
-        self.parameters, self.max_grad_norm = list(parameters), max_grad_norm
+    even = False
+
+    def __init__(
+        self,
+        parameters: Sequence[torch.nn.Parameter],
+        weight_decay: float,
+        max_grad_norm: float,
+        world: World = World(),  # noqa: B008: it is frozen
+    ) -> None:
+        self.parameters, self.max_grad_norm, self.world = list(parameters), max_grad_norm, world
         self.optimizer = AdamW([{"params": self.parameters}], weight_decay=weight_decay)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
     def step(self, lr: float) -> float:
-        """One optimizer step; the gradient's norm before clipping. If that isn't finite, the weights stay."""
+        self._sum()
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
         if math.isfinite(norm):
             self.optimizer.param_groups[0]["lr"] = lr
@@ -74,11 +126,31 @@ class TorchEngine:
         self.optimizer.zero_grad()
         return norm
 
+    def _sum(self) -> None:
+        """Over ranks. A parameter that no rank's loss reached has no gradient then, as with one rank."""
+        if self.world.ranks == 1:
+            return
+        used = torch.tensor([parameter.grad is not None for parameter in self.parameters], dtype=torch.int32)
+        self.world.add([used])
+        reached = [parameter for parameter, count in zip(self.parameters, used.tolist(), strict=True) if count]
+        for parameter in reached:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.world.add([parameter.grad for parameter in reached if parameter.grad is not None])
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        yield
+
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.optimizer.load_state_dict(dict(state))
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
 
 
 def lr_share(iteration: int, iterations: int, warmup: int, floor: float) -> float:
