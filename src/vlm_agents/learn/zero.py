@@ -7,8 +7,9 @@ any number of ranks, and either stage, can go on from them.
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields
 from functools import partial
 from io import StringIO
@@ -39,10 +40,12 @@ from vlm_agents.tensors import Scores
 from vlm_agents.world import World, telling_of_peers
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's calls
 
 BUCKET = 500_000_000  # DeepSpeed's own: gradients that are summed at a time, in a buffer of so many
 KEPT = ("exp_avg", "exp_avg_sq")  # of AdamW, beside the weights in fp32
 MASTER = "master"
+REFUSALS = (AssertionError, AttributeError, KeyError, TypeError, ValueError)  # DeepSpeed's, of settings
 OURS = {  # DeepSpeed's settings that say what one of ours does
     "train_batch_size": "algo.minibatch_turns",
     "train_micro_batch_size_per_gpu": "hardware.tokens_per_microbatch",
@@ -121,8 +124,13 @@ class ZeroEngine:
         self.root = Root(module, getattr(module, "apart", ()))
         optimizer = torch.optim.AdamW(list(self.names.values()), weight_decay=weight_decay)
         join(hardware.device)
-        with redirect_stdout(StringIO()), telling_of_peers():
-            self.engine, self.zero, *_ = deepspeed.initialize(model=self.root, optimizer=optimizer, config=config)
+        try:
+            with redirect_stdout(StringIO()), telling_of_peers():
+                self.engine, self.zero, *_ = deepspeed.initialize(model=self.root, optimizer=optimizer, config=config)
+        except REFUSALS as error:
+            if hardware.deepspeed:
+                raise refused(hardware.deepspeed, error) from error
+            raise
         module.zero = self.stage  # type: ignore[assignment]
         self._divert()
 
@@ -258,13 +266,14 @@ def opened(folder: Path) -> Iterator[tuple[int, Callable[[str], Tensor]]]:
 
 def join(device: str) -> None:
     """Have DeepSpeed use the process group that there is; of one process alone, which has none, a group of its own."""
-    if not device.startswith("cuda"):
+    on_gpu = device.startswith("cuda")
+    if not on_gpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it would be compiled now, for a minute
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    os.environ.setdefault("LOCAL_RANK", "0")
-    backend = "nccl" if device.startswith("cuda") else "gloo"
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+        both = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(both, store=dist.HashStore(), rank=0, world_size=1)
+    os.environ.setdefault("LOCAL_RANK", "0")  # which DeepSpeed asks for
+    deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -340,15 +349,20 @@ def check(config: Mapping[str, Any], given: Mapping[str, Any]) -> None:
         name = ".".join(map(str, wrong["loc"]))
         found = [path for path in names_of(given) if path.endswith(f".{name}")] or [name]
         if wrong["type"] == "extra_forbidden":
-            known = [alias for key, field in DeepSpeedZeroConfig.model_fields.items() for alias in (key, field.alias)]
-            raise unknown(found[0], name, filter(None, known)) from error
+            zero = DeepSpeedZeroConfig.model_fields if error.title == DeepSpeedZeroConfig.__name__ else {}
+            known = [known for key, field in zero.items() for known in (key, field.alias) if known]
+            raise unknown(found[0], name, known if found[0].count(".") == 1 else []) from error
         raise ConfigError(f"hardware.deepspeed.{found[0]}={wrong['input']}: {wrong['msg']}") from error
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-        told = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"hardware.deepspeed={dict(given)} is refused by DeepSpeed: {told}") from error
+    except REFUSALS as error:
+        raise refused(given, error) from error
     for name in given:
         if name not in asked.names:
             raise unknown(name, name, asked.names - set(OURS))
+
+
+def refused(given: Any, error: Exception) -> ConfigError:
+    told = str(error).strip().partition("\n")[0] or "it doesn't say why"
+    return ConfigError(f"hardware.deepspeed={given} is refused by DeepSpeed: {told}")
 
 
 def unknown(path: str, name: str, known: Any) -> ConfigError:
