@@ -1,6 +1,6 @@
-"""What tests/learn/test_zero.py runs, as one rank of several: `zero_ranks.py <rank> <ranks> <port> <folder> <part>`.
+"""What test_zero.py runs, as one rank of several: `zero_ranks.py <rank> <ranks> <port> <folder> <part> ...`.
 
-Rank 0 leaves what was found as `<folder>/<part>.json`.
+Rank 0 leaves what was found as `<folder>/found_by_<ranks>.json`.
 """
 
 import json
@@ -61,7 +61,9 @@ class Trainee:
         policy = self.agent.parameters_by_role()["policy"]
         self.value = TorchEngine(list(self.agent.value_head.parameters()), 0.01, 1.0, world)
         self.engine: Engine = (
-            ZeroEngine(self.agent, policy, settings, 0.01, 0.5, world) if zero else TorchEngine(policy, 0.01, 0.5, world)
+            ZeroEngine(self.agent, policy, settings, 0.01, 0.5, world)
+            if zero
+            else TorchEngine(policy, 0.01, 0.5, world)
         )
 
     def train(self, steps: int) -> Told:
@@ -116,7 +118,9 @@ def apart(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
 
 
 def off(found: Told, wanted: Told) -> float:
-    return max(abs(a - b) / abs(b) for one, other in zip(found, wanted, strict=True) for a, b in zip(one, other, strict=True))
+    """The furthest that a figure is, as a share of it."""
+    pairs = [pair for steps in zip(found, wanted, strict=True) for pair in zip(*steps, strict=True)]
+    return max(abs(a - b) / abs(b) for a, b in pairs)
 
 
 def same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
@@ -186,28 +190,31 @@ def alone(world: World, folder: Path, found: dict[str, Any]) -> None:
         trainee.engine.load(folder / str(zero))
         (place := folder / f"{zero}_alone").mkdir()
         trainee.engine.save(place)
-        trainee.train(3)
-        trainee.engine.save(end := folder / f"{zero}_alone_end") if end_made(folder, zero) else None
         found[f"alone {zero}"] = same(kept(place), kept(folder / str(zero)))
-
-
-def end_made(folder: Path, zero: int) -> bool:
-    (folder / f"{zero}_alone_end").mkdir()
-    return True
+        trainee.train(3)
+        (end := folder / f"{zero}_alone_end").mkdir()
+        trainee.engine.save(end)
+        found[f"alone {zero}, later"] = apart(kept(end), kept(folder / f"{zero}_end"))
 
 
 def the_rest(world: World, folder: Path, found: dict[str, Any]) -> None:
     for zero in (2, 3):
         trainee, plain = Trainee(world, "full", zero), Trainee(world, "full", 0)
-        trainee.train(1), plain.train(1)
+        trainee.train(1)
+        plain.train(1)
         found[f"sampled {zero}"] = all(world.gather(sample(trainee) == sample(plain)))
         before = trainee.weights()
         _, norm, _ = trainee.step(factor=math.inf if world.rank == 1 else 1.0)
-        stays = same({name: one for name, one in trainee.weights().items() if "value" not in name},
-                     {name: one for name, one in before.items() if "value" not in name})
+        after = trainee.weights()
+        stays = all(torch.equal(after[name], before[name]) for name in before if "value_head" not in name)
         found[f"not finite {zero}"] = math.isfinite(norm), all(world.gather(stays))
+        (saved := folder / f"model_{zero}_{world.rank}").mkdir()
+        (wanted := folder / f"model_{zero}_{world.rank}_plain").mkdir()
         with trainee.engine.whole():
-            trainee.agent.save(folder / f"model_{zero}_{world.rank}")
+            trainee.agent.save(saved)
+        plain.agent.save(wanted)
+        written, meant = load_file(saved / "model.safetensors"), load_file(wanted / "model.safetensors")
+        found[f"saved {zero}"] = apart(written, meant)
         found[f"goes on {zero}"] = math.isfinite(trainee.step()[1])
     for name, zero, settings in (
         ("bf16", 2, {"dtype": "bfloat16"}),
@@ -226,6 +233,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with joined("cpu") as joined_world:
         results: dict[str, Any] = {}
-        {one.__name__: one for one in (equality, resuming, alone, the_rest)}[sys.argv[5]](joined_world, Path(sys.argv[4]), results)
+        parts = {part.__name__: part for part in (equality, resuming, alone, the_rest)}
+        for name in sys.argv[5:]:
+            parts[name](joined_world, Path(sys.argv[4]), results)
         if joined_world.main:
-            (Path(sys.argv[4]) / f"{sys.argv[5]}.json").write_text(json.dumps(results))
+            (Path(sys.argv[4]) / f"found_by_{joined_world.ranks}.json").write_text(json.dumps(results))

@@ -109,7 +109,7 @@ class TorchEngine:
         parameters: Sequence[torch.nn.Parameter],
         weight_decay: float,
         max_grad_norm: float,
-        world: World = World(),  # noqa: B008: it is frozen
+        world: World = World(),  # noqa: B008 - it is frozen
     ) -> None:
         self.parameters, self.max_grad_norm, self.world = list(parameters), max_grad_norm, world
         self.optimizer = AdamW([{"params": self.parameters}], weight_decay=weight_decay)

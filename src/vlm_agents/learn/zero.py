@@ -29,10 +29,10 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
-from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from vlm_agents.config import HardwareConfig
 from vlm_agents.errors import ConfigError, DataError, did_you_mean
@@ -126,11 +126,12 @@ class ZeroEngine:
         join(hardware.device)
         try:
             with redirect_stdout(StringIO()), telling_of_peers():
-                self.engine, self.zero, *_ = deepspeed.initialize(model=self.root, optimizer=optimizer, config=config)
+                made: Any = deepspeed.initialize(model=self.root, optimizer=optimizer, config=config)
         except REFUSALS as error:
             if hardware.deepspeed:
                 raise refused(hardware.deepspeed, error) from error
             raise
+        self.engine, self.zero = made[:2]
         module.zero = self.stage  # type: ignore[assignment]
         self._divert()
 
@@ -217,7 +218,9 @@ class ZeroEngine:
         adam.state.clear()
         if self.steps:
             for one in flat:
-                adam.state[one] = {"step": torch.tensor(float(self.steps))} | {key: torch.zeros_like(one) for key in KEPT}
+                adam.state[one] = {"step": torch.tensor(float(self.steps))} | {
+                    key: torch.zeros_like(one) for key in KEPT
+                }
         if self.steps and self.stage != 3:
             self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
@@ -254,7 +257,7 @@ def opened(folder: Path) -> Iterator[tuple[int, Callable[[str], Tensor]]]:
     if not paths or len(paths) != int(paths[0].stem.split("_")[-1]):
         raise DataError(f"{folder} holds {len(paths)} files of the optimizer, and not all: put a whole copy there")
     files: list[Any] = [safe_open(path, "pt") for path in paths]
-    at = {name: file for file in files for name in file.keys()}  # noqa: SIM118: it isn't a dict
+    at = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - it isn't a dict
 
     def read(name: str) -> Tensor:
         if name not in at:
@@ -271,7 +274,7 @@ def join(device: str) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it would be compiled now, for a minute
     if not dist.is_initialized():
         both = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        dist.init_process_group(both, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(both, store=HashStore(), rank=0, world_size=1)
     os.environ.setdefault("LOCAL_RANK", "0")  # which DeepSpeed asks for
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
 
@@ -344,20 +347,24 @@ def check(config: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     asked = Asked(config)
     try:
         DeepSpeedConfig(asked)  # type: ignore[arg-type]
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        name = ".".join(map(str, wrong["loc"]))
-        found = [path for path in names_of(given) if path.endswith(f".{name}")] or [name]
-        if wrong["type"] == "extra_forbidden":
-            zero = DeepSpeedZeroConfig.model_fields if error.title == DeepSpeedZeroConfig.__name__ else {}
-            known = [known for key, field in zero.items() for known in (key, field.alias) if known]
-            raise unknown(found[0], name, known if found[0].count(".") == 1 else []) from error
-        raise ConfigError(f"hardware.deepspeed.{found[0]}={wrong['input']}: {wrong['msg']}") from error
     except REFUSALS as error:
-        raise refused(given, error) from error
+        raise (invalid if hasattr(error, "errors") else refused)(given, error) from error
     for name in given:
         if name not in asked.names:
             raise unknown(name, name, asked.names - set(OURS))
+
+
+def invalid(given: Mapping[str, Any], error: Any) -> ConfigError:
+    """For what pydantic, which checks DeepSpeed's settings, says on a page."""
+    wrong = error.errors()[0]
+    name = ".".join(map(str, wrong["loc"]))
+    path = next((path for path in names_of(given) if path.endswith(f".{name}")), name)
+    if wrong["type"] != "extra_forbidden":
+        return ConfigError(f"hardware.deepspeed.{path}={wrong['input']}: {wrong['msg']}")
+    known: set[str] = set()
+    if error.title == DeepSpeedZeroConfig.__name__ and path.count(".") == 1:
+        known = {word for key, field in DeepSpeedZeroConfig.model_fields.items() for word in (key, field.alias) if word}
+    return unknown(path, name, known)
 
 
 def refused(given: Any, error: Exception) -> ConfigError:
