@@ -193,7 +193,7 @@ class ZeroEngine:
         mine: dict[str, Tensor] = {}
         for place, (name, parameter) in enumerate(self.names.items()):
             with telling_of_peers():
-                found = {MASTER: safe_get_full_fp32_param(parameter)}
+                found: dict[str, Any] = {MASTER: safe_get_full_fp32_param(parameter)}
                 if self.steps:
                     found |= {key: safe_get_full_optimizer_state(parameter, key) for key in KEPT}
             if place % ranks == rank:
