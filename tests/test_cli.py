@@ -176,6 +176,13 @@ def test_cfg_prints_the_composition(cli, capsys) -> None:
     assert "  clip: 0.3\n" in capsys.readouterr().out
 
 
+def test_a_setting_of_deepspeed_needs_no_plus(cli, capsys) -> None:
+    """No schema of ours lists them, so that Hydra alone would refuse it."""
+    word = "hardware.deepspeed.zero_optimization.overlap_comm=true"
+    assert cli("stage=ppo", "hardware=zero2", word, "--cfg", "job") == 0
+    assert "  deepspeed:\n    zero_optimization:\n      overlap_comm: true\n" in capsys.readouterr().out
+
+
 def test_a_run_says_how_to_continue_it(cli, capsys, as_stage, tmp_path: Path) -> None:
     as_stage(draw)
     assert cli("stage=eval", "tracking=jsonl") == 0

@@ -16,7 +16,6 @@ MODULES = {"pillow": "PIL", "pyyaml": "yaml", "hydra-core": "hydra"}  # where it
 CALLED = {
     "accelerate": "transformers' Trainer, in stages/sft.py",
     "bitsandbytes": "transformers and peft, for model.quantize",
-    "deepspeed": "several processes and ZeRO: asked for by the next stage of training",
     "hydra-submitit-launcher": "conf/hydra/launcher/slurm.yaml",
 }
 

@@ -74,7 +74,7 @@ def run(argv: list[str]) -> int:
         if (text := answer(arguments)) is not None:
             print(text)
             return 0
-        words = check_flags([word for word in arguments if word not in ("--debug", *HELP_FLAGS)])
+        words = check_flags([open_setting(word) for word in arguments if word not in ("--debug", *HELP_FLAGS)])
         for word in words:
             setting, _, value = word.lstrip("+").partition("=")
             refuse_secrets(setting, value.strip("'\""))
@@ -107,6 +107,11 @@ def answer(arguments: Sequence[str]) -> str | None:
     if {"--shell-completion", "-sc"} & set(arguments):
         return completion.answer(arguments[-1])
     return None
+
+
+def open_setting(word: str) -> str:
+    """A setting of DeepSpeed's own, which no schema of ours lists, as Hydra takes one: with ++."""
+    return f"++{word}" if word.startswith("hardware.deepspeed.") else word
 
 
 def refuse_other_places(setting: str, value: str) -> None:

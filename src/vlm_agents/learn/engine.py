@@ -4,8 +4,8 @@ Knows nothing of losses, rows, or what its parameters are for.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +13,46 @@ import torch
 from torch import Tensor
 
 from vlm_agents.world import ALONE, World
+
+
+class Engine(Protocol):
+    """Some parameters and what steps them. All but `state_dict` is called by all ranks, in the same order.
+
+    The gradient of a mini-batch is the sum of what each rank's `backward` gave.
+    """
+
+    @property
+    def even(self) -> bool:
+        """Must all ranks make equally many passes, forward and backward, between two steps? One that has fewer rows
+        then makes passes of rows of weight 0."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this rank's share to the gradient; parameters of others that are in the graph get theirs as from
+        `loss.backward()`."""
+        ...
+
+    def step(self, lr: float) -> float:
+        """One optimizer step; the gradient's norm before clipping. If that isn't finite, the weights stay."""
+        ...
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Within it this rank has all weights, to be read, and passes that need no other rank."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What rank 0 keeps; the rest is `save`'s."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    def save(self, folder: Path) -> None:
+        """What all ranks write, side by side."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """What `save` wrote, by however many ranks."""
+        ...
 
 
 class AdamW(torch.optim.AdamW):
@@ -59,43 +99,8 @@ class AdamW(torch.optim.AdamW):
             copy.copy_(saved)
 
 
-class Engine(Protocol):
-    """Steps along a gradient that is the sum over all ranks of what each of them adds."""
-
-    @property
-    def even(self) -> bool:
-        """Must all ranks make as many passes with gradient between two steps?"""
-        ...
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of this rank's share of a loss."""
-        ...
-
-    def step(self, lr: float) -> float:
-        """One optimizer step; the gradient's norm before clipping. If that isn't finite, the weights stay."""
-        ...
-
-    def whole(self) -> AbstractContextManager[None]:
-        """Within it all weights are there, to be read: no pass without gradient needs another rank."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """What one rank keeps of it for all."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-    def save(self, folder: Path) -> None:
-        """Write what is divided among the ranks, a file each; to be called by all of them."""
-        ...
-
-    def load(self, folder: Path) -> None:
-        """Read it again, on any number of ranks."""
-        ...
-
-
 class TorchEngine:
-    """AdamW over some parameters, all on the device of each rank; their gradient is clipped as one."""
+    """AdamW over some parameters, which every rank has whole; their gradient is clipped as one."""
 
     even = False
 
@@ -113,9 +118,7 @@ class TorchEngine:
         loss.backward()
 
     def step(self, lr: float) -> float:
-        """One optimizer step; the gradient's norm before clipping. If that isn't finite, the weights stay."""
-        if self.world.ranks > 1:
-            self._sum()
+        self._sum()
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
         if math.isfinite(norm):
             self.optimizer.param_groups[0]["lr"] = lr
@@ -124,29 +127,30 @@ class TorchEngine:
         return norm
 
     def _sum(self) -> None:
-        """Gradients over ranks. One that is missing here is zeros, but where it is missing everywhere: then AdamW
-        leaves the parameter alone."""
-        there = torch.tensor([float(parameter.grad is not None) for parameter in self.parameters])
-        self.world.add([there])
-        learning = [parameter for parameter, ranks in zip(self.parameters, there.tolist(), strict=True) if ranks]
-        for parameter in learning:
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        self.world.add([parameter.grad for parameter in learning if parameter.grad is not None])
+        """Over ranks. A parameter that no rank's loss reached has no gradient then, as with one rank."""
+        if self.world.ranks == 1:
+            return
+        used = torch.tensor([parameter.grad is not None for parameter in self.parameters], dtype=torch.int32)
+        self.world.add([used])
+        reached = [parameter for parameter, count in zip(self.parameters, used.tolist(), strict=True) if count]
+        for parameter in reached:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.world.add([parameter.grad for parameter in reached if parameter.grad is not None])
 
-    def whole(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def save(self, folder: Path) -> None:
-        """Nothing: all is in the state_dict."""
-
-    def load(self, folder: Path) -> None:
-        """As for save."""
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        yield
 
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.optimizer.load_state_dict(dict(state))
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
 
 
 def lr_share(iteration: int, iterations: int, warmup: int, floor: float) -> float:

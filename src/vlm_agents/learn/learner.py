@@ -286,12 +286,12 @@ class Learner:
 
     def save(self, folder: Path) -> None:
         """What engines keep in parts, a part a rank: to be called by all of them."""
-        for role, engine in self.engines.items():
-            engine.save(folder / role)
+        for engine in self.engines.values():
+            engine.save(folder)
 
     def load(self, folder: Path) -> None:
-        for role, engine in self.engines.items():
-            engine.load(folder / role)
+        for engine in self.engines.values():
+            engine.load(folder)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.iteration = state["iteration"]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -33,11 +34,14 @@ from vlm_agents.pictures import Picture
 from vlm_agents.tensors import Row, Scores
 from vlm_agents.weights import TEMPERATURE_FILE
 
+BLANK = Picture(Image.new("RGB", (56, 56)))
+
 
 class Agent(nn.Module):
     """Implements tensors.ActorCritic over one transformers model (`model` may be its PeftModel)."""
 
     banned: Tensor  # [V] bool
+    zero = 0  # of hardware.zero: what is divided among ranks, which its engine says; see `embed` and `hidden`
 
     def __init__(
         self,
@@ -74,6 +78,9 @@ class Agent(nn.Module):
 
     # ---- forward -----------------------------------------------------------------------------------------------------
     def score(self, rows: Sequence[Row]) -> Scores:
+        return self(rows)  # by nn.Module's call, as an engine that divides weights fetches them in its hooks
+
+    def forward(self, rows: Sequence[Row]) -> Scores:
         tokens = self.collate(rows)
         reply_mask = tokens.reply_mask.to(self.device)
         states = self.hidden(tokens)[:, :-1][reply_mask[:, 1:]]  # the state at t - 1 predicts the token at t
@@ -123,10 +130,13 @@ class Agent(nn.Module):
 
         No padding mask is needed: attention is causal and padding stands on the right. Text models take positions of
         one rotary axis as [N T], of several as [P N T]: hence `squeeze(0)`.
+
+        Where weights are divided all ranks fetch them together, so that a pass must call the same modules on each: what
+        rows have in common isn't run apart then, as other ranks' rows may have nothing in common.
         """
         input_ids, positions = tokens.input_ids.to(self.device), tokens.positions.to(self.device)
         shared = tokens.shared
-        if not shared or self.checkpointing:
+        if not shared or self.checkpointing or self.zero == 3:
             with self.recomputing():
                 inputs = self.embed(input_ids, tokens.images)
                 return self.family.text(**inputs, position_ids=positions.squeeze(0), use_cache=False).last_hidden_state
@@ -156,8 +166,16 @@ class Agent(nn.Module):
         return output.last_hidden_state, cache
 
     def embed(self, input_ids: Tensor, images: Sequence[Picture]) -> dict[str, Any]:
-        """What the text model reads: [N T H] token embeddings, with pictures' features at their placeholder tokens."""
+        """What the text model reads: [N T H] token embeddings, with pictures' features at their placeholder tokens.
+
+        Where gradients are divided all ranks sum them together, so that every pass must reach every trained parameter:
+        without a picture what sees looks at a blank one, of which nothing is taken.
+        """
         embeds, features = self.family.embed_tokens(input_ids), self.images.features(images)
+        if features is None and self.zero and not self.images.frozen:
+            blank = self.images.features([BLANK])
+            assert blank is not None
+            embeds = embeds + 0 * blank.sum().to(embeds.dtype)
         if features is None:
             return {"inputs_embeds": embeds}
         return text_inputs(embeds, input_ids == self.family.image_token_id, features)
@@ -200,6 +218,19 @@ class Agent(nn.Module):
             "policy": [parameter for parameter in self.model.parameters() if parameter.requires_grad],
             **{role: list(head.parameters()) for role, head in heads.items() if head is not None},
         }
+
+    @property
+    def apart(self) -> list[nn.Module]:
+        """What one rank may call more often than another, so that its weights can't be divided among them: our heads,
+        and what sees while it is frozen, as features are kept."""
+        parts = {"vision", "projector"} if self.images.frozen else set[str]()
+        seeing = [
+            module
+            for name, module in self.model.named_modules()
+            if (own := [f"{name}.{parameter}" for parameter, _ in module.named_parameters()])
+            and parts.issuperset(map(self.family.part_of, own))
+        ]
+        return [*self.heads().values(), *seeing]
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:

@@ -214,11 +214,13 @@ def four_bit(model_type: str, hardware: HardwareConfig) -> dict[str, Any]:
 
     What sees and the output layer keep their weights: they are few, and rounding hurts them most.
     """
+    dtype = getattr(torch, hardware.dtype)
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, hardware.dtype),
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype if hardware.zero == 3 else torch.uint8,  # DeepSpeed divides weights of one type
         llm_int8_skip_modules=[*kind_of(model_type).seeing, "lm_head"],  # of 4 bits too
     )
     return {"quantization_config": config, "device_map": {"": hardware.device}}

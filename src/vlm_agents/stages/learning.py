@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,20 @@ def make_learner(
 
         model = AdapterPredictor(agent, init_folder(init) if init else None)
         shapers["novelty"] = Novelty(model, agent.renderer, algo.novelty, shares)
+    engine = None
+    if cfg.hardware.zero:
+        from vlm_agents.learn.zero import ZeroEngine  # deepspeed: seconds that other engines save
+
+        engine = partial(
+            ZeroEngine,
+            agent,
+            hardware=cfg.hardware,
+            weight_decay=algo.weight_decay,
+            max_grad_norm=algo.max_grad_norm,
+            world=world,
+        )
     with imports.blamed("algo.factory", algo.factory):
-        return Learner(agent, agent.renderer, algorithm, algo, iterations, shares, shapers)
+        return Learner(agent, agent.renderer, algorithm, algo, iterations, shares, shapers, engine)
 
 
 def save(run: Run, agent: Agent, learner: Learner, step: int, state: Mapping[str, Any], keep: int) -> None:
