@@ -63,8 +63,6 @@ def save(
     if not world.main:
         temporary = world.of_main(lambda: final)
         write(temporary)
-        for path in files_in(temporary):
-            sync(path)
         world.wait()  # all is written
         world.wait()  # and in its place
         return final

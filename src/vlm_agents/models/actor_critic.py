@@ -70,7 +70,7 @@ class Agent(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.family.embed_tokens.weight.device
+        return self.banned.device  # of a weight: asking for one by name fetches it, where weights are divided
 
     @property
     def exact(self) -> bool:
@@ -184,7 +184,7 @@ class Agent(nn.Module):
         """[N 1 Q K] bool, as the text model wants it: its own, eager attention adds the mask to the scores."""
         if self.family.text.config._attn_implementation != "eager":
             return seen
-        dtype = self.family.embed_tokens.weight.dtype
+        dtype = self.model.dtype
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
     @property

@@ -60,7 +60,7 @@ class LlavaNext(LanguageParts):
         return {"pixel_values": out["pixel_values"], "image_sizes": out["image_sizes"]}
 
     def encode(self, mm: Mm) -> list[Tensor]:
-        pixels = mm["pixel_values"].to(self.embed_tokens.weight.device)
+        pixels = mm["pixel_values"].to(self.model.device)
         return list(self.model.model.get_image_features(pixels, mm["image_sizes"], return_dict=True).pooler_output)
 
     positions = one_after_another

@@ -76,7 +76,7 @@ class QwenVL(LanguageParts):
         return {"pixel_values": pixels.reshape(n * height * width, -1), "image_grid_thw": grid}
 
     def encode(self, mm: Mm) -> list[Tensor]:
-        device = self.embed_tokens.weight.device
+        device = self.model.device
         output = self.model.model.get_image_features(
             mm["pixel_values"].to(device), mm["image_grid_thw"].to(device), return_dict=True
         )

@@ -79,7 +79,7 @@ class Unlisted(LanguageParts):
         return {"pixel_values": out["pixel_values"]}
 
     def encode(self, mm: Mm) -> list[Tensor]:
-        pixels = mm["pixel_values"].to(self.embed_tokens.weight)  # device and dtype: not every vision part casts
+        pixels = mm["pixel_values"].to(self.model.device, self.model.dtype)  # not every vision part casts
         return list(self.model.model.get_image_features(pixels, return_dict=True).pooler_output)
 
     positions = one_after_another
