@@ -24,7 +24,7 @@ def on_rank(need: Memory, agent: Agent, hardware: HardwareConfig) -> Memory:
     """One rank's memory, where `need` is that of a process alone at a rank's share of the work.
 
     buckets     the gradients that are summed at a time, flat: without ZeRO some 64 MiB; else DeepSpeed's bucket in the
-                precision of the weights, reserved whole however small the model, and what is in it once more in fp32
+                precision of the weights, no larger than all that is trained, and what is in it once more in fp32
     gradients, optimizer   with ZeRO, fp32, and a rank's part of them: 4 bytes a trained parameter, and 12 for
                 DeepSpeed's own copy and two moments, whatever the precision of the weights
     optimizer_step  with ZeRO two copies of that part: the gradients as one tensor, and what AdamW works in
@@ -39,7 +39,7 @@ def on_rank(need: Memory, agent: Agent, hardware: HardwareConfig) -> Memory:
         return replace(need, buckets=flat if hardware.ranks > 1 else 0)
     trained = sum(parameter.numel() for parameter in agent.parameters() if parameter.requires_grad)
     element = agent.family.embed_tokens.weight.element_size()
-    bucket = elements(hardware, "reduce_bucket_size")
+    bucket = elements(hardware, "reduce_bucket_size", trained)
     part = math.ceil(trained / hardware.ranks)
     need = replace(
         need,
@@ -65,7 +65,7 @@ def on_rank(need: Memory, agent: Agent, hardware: HardwareConfig) -> Memory:
     return replace(need, host=state + need.weights, weights=0) if hardware.offload == "all" else need
 
 
-def elements(hardware: HardwareConfig, name: str) -> int:
-    """DeepSpeed's setting of this name: that of hardware.deepspeed.zero_optimization, else its default."""
+def elements(hardware: HardwareConfig, name: str, most: float = math.inf) -> int:
+    """DeepSpeed's setting of this name: that of hardware.deepspeed.zero_optimization, else its default, or `most`."""
     given: Any = (hardware.deepspeed or {}).get("zero_optimization") or {}
-    return int(given.get(name, DEFAULTS[name]))
+    return int(given.get(name, min(DEFAULTS[name], most)))
