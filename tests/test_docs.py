@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import scaling_model
 import tiny_weights
 from hydra import initialize_config_dir
 
@@ -240,3 +241,20 @@ def test_what_the_architecture_names_exists(title: str) -> None:
     named = {name for row in rows for name in SPAN.findall(" ".join(row[:columns])) if "/" not in name}
     assert len(named) > 10
     assert {name.split(".")[-1] for name in named} <= defined
+
+
+def test_the_model_of_many_gpus_is_the_current_one() -> None:
+    """`python benchmarks/scaling_model.py` prints it."""
+    assert "\n".join(scaling_model.table()) in (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+
+
+def test_the_model_of_many_gpus_adds_up() -> None:
+    """7B with an adapter: rank 16 on 28 layers, 40,370,176 parameters as doctor counts them. On 8 GPUs with zero=2:
+    32 x 16 turns of 500 tokens are 62.5 backward passes of 4096; each sums 2 bytes of each of them, sent twice, and 8
+    steps gather them once: (62.5 x 4 + 8 x 2) x 40,370,176 x 7/8 bytes."""
+    model = scaling_model.MODELS[1]
+    assert model.lora == 40_370_176
+    one = scaling_model.iteration(model, True, 2, 8)
+    assert one.moved == pytest.approx((62.5 * 4 + 8 * 2) * 40_370_176 * 7 / 8)
+    assert one.decode == pytest.approx(16 * 100 * (28 * 923e-6 + 3544e-6))  # launches, not the 15 GB that are read
+    assert one.episodes == 8 * 512 * 87_264 / 2e9

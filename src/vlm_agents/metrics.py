@@ -219,7 +219,7 @@ GROUPS = {
     ),
     "doctor": Group(
         "Machine and model",
-        "Estimates of stage=doctor; nothing is loaded.",
+        "Estimates of stage=doctor, for one rank; nothing is loaded.",
         {
             **{
                 f"{part}_bytes": Metric("bytes", f"memory of {words}")
@@ -232,6 +232,10 @@ GROUPS = {
                     "activations": "the activations in an update",
                     "logits": "the logits in an update",
                     "optimizer_step": "an optimizer step",
+                    "buckets": "gradients under way between ranks",
+                    "gathered": "the weights gathered to sample, with zero=3",
+                    "live": "the weights of layers at work in an update, with zero=3",
+                    "host": "the CPU, for one rank, with offload",
                     "sampling": "sampling in all",
                     "update": "an update in all",
                     "peak": "the larger of the two",

@@ -11,7 +11,8 @@ import pytest
 from vlm_agents.config import DoctorConfig, RunConfig
 from vlm_agents.errors import ConfigError
 from vlm_agents.models.memory import ROOM, Work, blueprint, estimate
-from vlm_agents.stages.doctor import GIB, advice, host_memory, packages, work_of
+from vlm_agents.stages.advice import Estimates, advice, choice, share, words
+from vlm_agents.stages.doctor import GIB, host_memory, memory_of, packages, work_of
 
 ComposeRun = Callable[..., RunConfig]
 RunStage = Callable[..., Path]
@@ -44,6 +45,12 @@ def test_a_gpu_that_isnt_here(run_stage: RunStage, tmp_path: Path, capsys: pytes
         "It doesn't fit 24 GiB", "It doesn't fit 48 GiB"
     ]  # fmt: skip
     assert "It fits 80 GiB." in shown
+    # of 3.1 B trained parameters in the language part, 12 bytes each for an optimizer are 35 GiB
+    small, large, node = (line for line in shown.splitlines() if line.startswith("On "))
+    assert small.startswith("On 1 x 24 GiB: hardware=zero2 hardware.processes=1 hardware.offload=optimizer ")
+    assert "of CPU memory" in small
+    assert large.startswith("On 1 x 80 GiB: hardware=gpu (")
+    assert node.startswith("On 8 x 80 GiB: hardware=ddp (")
 
 
 def work_asked(cfg: RunConfig) -> Work:
@@ -91,11 +98,16 @@ def test_the_advice_fits_and_none_of_it_is_spare(echo_run: ComposeRun, tmp_path:
         return ROOM * estimate(agent, replace(work, microbatch=tokens), "cpu").peak
 
     whole = int(peak(8192, False, "float32"))
-    assert advice(cfg, work, whole - 1) == ["hardware.tokens_per_microbatch=4096"]
+    estimates = Estimates()
+
+    def advised(there: int) -> list[str]:
+        return words(advice(cfg, work, there, estimates))
+
+    assert advised(whole - 1) == ["hardware.tokens_per_microbatch=4096"]
     least = int(peak(1024, False, "float32"))
-    assert advice(cfg, work, least + 1) == ["hardware.tokens_per_microbatch=1024"]
-    assert "hardware.dtype=bfloat16" in advice(cfg, work, int(0.7 * least))
-    assert advice(cfg, work, 1000) == []
+    assert advised(least + 1) == ["hardware.tokens_per_microbatch=1024"]
+    assert "hardware.dtype=bfloat16" in advised(int(0.7 * least))
+    assert advised(1000) == []
 
 
 def test_packages_that_are_absent_come_with_their_line():
@@ -109,5 +121,39 @@ def test_the_advice_goes_as_far_as_four_bits(echo_run: ComposeRun, tmp_path: Pat
     cfg = echo_run(
         tmp_path, "stage=doctor", "hardware=gpu", *REAL, "hardware.tokens_per_microbatch=1024", "stage.num_envs=4"
     )
-    taken = advice(cfg, work_asked(cfg), 7 * GIB)
+    taken = words(advice(cfg, work_asked(cfg), 7 * GIB, Estimates()))
     assert {"model/lora=adapter", "model.quantize=nf4"} <= set(taken)
+
+
+def test_the_cache_is_a_ranks_share(echo_run: ComposeRun, tmp_path: Path):
+    """10 envs on 4 ranks: 3 at most are one rank's. Lengths and micro-batches aren't divided."""
+    cfg = echo_run(tmp_path, "stage=doctor", "hardware.processes=2", "hardware.nodes=2", "stage.num_envs=10")
+    work = work_asked(cfg)
+    assert share(work, cfg) == replace(work, num_envs=3)
+    alone = estimate(blueprint(cfg.model, cfg.hardware), work, "cpu")
+    assert Estimates().need(cfg, work).kv_cache * 10 == alone.kv_cache * 3
+
+
+def test_ranks_on_one_cpu_share_its_memory(echo_run: ComposeRun, tmp_path: Path):
+    cfg = echo_run(tmp_path, "stage=doctor", "hardware.processes=2")
+    assert memory_of(cfg.hardware) == host_memory() // 2
+    assert memory_of(replace(cfg.hardware, device="cuda", processes=64)) == 0  # a machine with fewer GPUs
+
+
+def test_the_hardware_of_a_machine(echo_run: ComposeRun, tmp_path: Path):
+    """3.1 B trained of 3.8 B parameters, in GiB: weights 7, gradients 6, optimizer 34, its step 23, activations
+    and logits 26. With a tenth of room that is 81, and on 8 GPUs 45 with zero=2, 41 with zero=3."""
+    cfg = echo_run(tmp_path, "stage=doctor", "hardware=gpu", *REAL, "stage.num_envs=64")
+    work = Work(64, prompt=140, reply=96, patches=144, picture_tokens=36, microbatch=4096)
+    estimates = Estimates()
+
+    def asks(gpus: int, gibs: int) -> str:
+        found = choice(cfg, work, gpus, gibs * GIB, estimates)
+        return found.words if found else ""
+
+    assert asks(1, 100) == "hardware=gpu"
+    assert asks(8, 100) == "hardware=ddp"
+    assert asks(8, 60) == "hardware=zero2"  # a rank has an eighth of gradients, optimizer and step
+    assert asks(8, 42) == "hardware=zero3"  # and of the weights, in an update
+    assert asks(4, 50) == "hardware=zero3 hardware.processes=4"
+    assert asks(1, 50) == "hardware=zero2 hardware.processes=1 hardware.offload=optimizer"

@@ -47,7 +47,10 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes. Weights and optimizer stay; the rest comes and goes with what is being done."""
+    """Bytes. Weights and optimizer stay; the rest comes and goes with what is being done.
+
+    The last four are those of several ranks and of ZeRO: see `sharding.on_rank`.
+    """
 
     weights: int
     optimizer: int
@@ -57,15 +60,20 @@ class Memory:
     activations: int
     logits: int
     optimizer_step: int
+    buckets: int = 0
+    gathered: int = 0
+    live: int = 0
+    host: int = 0
 
     @property
     def sampling(self) -> int:
-        return self.weights + self.optimizer + self.kv_cache + self.prefill
+        standing = self.gradients + self.buckets if self.gathered else 0  # zero=3 never frees them
+        return self.weights + self.optimizer + standing + self.gathered + self.kv_cache + self.prefill
 
     @property
     def update(self) -> int:
-        standing = self.weights + self.optimizer + self.gradients
-        return standing + max(self.activations + self.logits, self.optimizer_step)
+        standing = self.weights + self.optimizer + self.gradients + self.buckets
+        return standing + max(self.live + self.activations + self.logits, self.optimizer_step)
 
     @property
     def peak(self) -> int:
@@ -138,7 +146,7 @@ def kv_bytes_per_token(agent: Agent) -> int:
     return 2 * text.num_hidden_layers * text.num_key_value_heads * head * element
 
 
-@lru_cache(maxsize=8)  # advice asks for the same agents again and again
+@lru_cache(maxsize=64)  # advice asks for the same agents again and again
 def kept_per_token(agent: Agent, recompute: bool) -> int:
     """Bytes that autograd keeps for a token in the text part: those of the distinct tensors of a pass over a few."""
     weights = {parameter.untyped_storage()._cdata for parameter in agent.model.parameters()}

@@ -8,23 +8,22 @@ import os
 import platform
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vlm_agents.config import DoctorConfig, HardwareConfig, LoraConfig, RunConfig
+from vlm_agents.config import DoctorConfig, HardwareConfig, RunConfig
 from vlm_agents.cores import affinity
-from vlm_agents.errors import ConfigError
 from vlm_agents.models import Agent
-from vlm_agents.models.memory import ROOM, Memory, Work, blueprint, estimate, patches_of
+from vlm_agents.models.memory import ROOM, Memory, Work, patches_of
 from vlm_agents.policies import RandomPolicy
 from vlm_agents.prompting import make_format
 from vlm_agents.run import Run
+from vlm_agents.stages.advice import Estimates, advice, asked, choice, share, words
 from vlm_agents.stages.playing import first_prompts, fitted, open_envs, play_panel, refuse_too_long
 from vlm_agents.types import Prompt, Trajectory
 
@@ -32,21 +31,28 @@ PACKAGE = "vlm-agents"
 EPISODES = 4  # of random moves, whose longest prompt is taken for the longest there is
 GIB = 1 << 30
 USUAL = (24, 48, 80)  # GiB of GPUs
-SMALLEST = {"tokens_per_microbatch": 1024, "num_envs": 4}
+MACHINES = ((1, 24), (1, 80), (8, 80))  # GPUs, and GiB of each
+OFFLOADS_TOO_MUCH = (
+    "It fits the GPUs, and not the memory of the CPU, where hardware.offload puts the rest: set "
+    "hardware.offload=none, or have more nodes with fewer hardware.processes each"
+)
 Rows = list[tuple[str, ...]]
 
 
 def main(cfg: RunConfig, stage: DoctorConfig, run: Run) -> dict[str, float]:
     run.restore()
-    agent = blueprint(cfg.model, cfg.hardware)
+    estimates = Estimates()
+    agent = estimates.agent(cfg)
     work = work_of(cfg, stage, agent)
     run.begin()
     show("this machine", machine())
     show("packages", list(packages()))
-    need, there = estimate(agent, work, cfg.hardware.device, cfg.model.quantize), memory_of(cfg.hardware)
-    fits = need.peak * ROOM <= there
+    need, there = estimates.need(cfg, work), memory_of(cfg.hardware)
+    fits = asked(need, cfg.hardware) <= there and host_suffices(need, cfg.hardware)
     show(f"{cfg.model.name} on {cfg.hardware.name}, {cfg.hardware.dtype}", table(cfg, agent, work, need, there))
-    tell(cfg, work, need, there)
+    tell(cfg, work, need, there, estimates)
+    if cfg.hardware.device != "cpu":
+        tell_machines(cfg, work, estimates)
     metrics = {f"doctor/{name}_bytes": float(value) for name, value in asdict(need).items()}
     metrics |= {f"doctor/{name}_bytes": float(getattr(need, name)) for name in ("sampling", "update", "peak")}
     metrics |= {
@@ -97,17 +103,20 @@ def host_memory() -> int:
 
 
 def memory_of(hardware: HardwareConfig) -> int:
-    """Bytes of the device that the run would be on; 0 where it isn't here."""
+    """Bytes of the device that a rank would be on, the smallest of several; 0 where one isn't here."""
     device = torch.device(hardware.device)
     if device.type != "cuda":
-        return host_memory()
-    index = device.index or 0
-    return torch.cuda.get_device_properties(index).total_memory if index < torch.cuda.device_count() else 0
+        return host_memory() // hardware.processes
+    first = device.index or 0
+    wanted = range(first, first + hardware.processes)
+    if wanted.stop > torch.cuda.device_count():
+        return 0
+    return min(torch.cuda.get_device_properties(index).total_memory for index in wanted)
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------
 def work_of(cfg: RunConfig, stage: DoctorConfig, agent: Agent) -> Work:
-    """How much a run of `cfg` does at once; lengths are those of real prompts, cut as a run would cut them.
+    """How much all ranks of `cfg` do at once; lengths are those of real prompts, cut as a run would cut them.
 
     ConfigError where the model has no positions for as much.
     """
@@ -140,89 +149,67 @@ def table(cfg: RunConfig, agent: Agent, work: Work, need: Memory, there: int) ->
     parameters = list(agent.model.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     local = cfg.model.path is None or Path(cfg.model.path).is_dir()
+    mine = share(work, cfg)
+    rows = [
+        ("weights", need.weights, f"{sum(p.numel() for p in parameters):,} parameters"),
+        ("optimizer", need.optimizer, f"{trained:,} of them trained"),
+        ("sampling: weights gathered", need.gathered, "whole, beside this rank's part"),
+        ("sampling: KV cache", need.kv_cache, f"{mine.num_envs} envs, {work.prompt} + {work.reply} tokens"),
+        ("sampling: prefill", need.prefill, f"{work.picture_tokens} tokens of a prompt are picture"),
+        ("sampling in all", need.sampling, ""),
+        ("update: gradients", need.gradients, ""),
+        ("update: buckets", need.buckets, "of gradients under way between ranks"),
+        ("update: weights gathered", need.live, "of the layers at work"),
+        ("update: activations", need.activations, f"{work.rows} rows a micro-batch"),
+        ("update: logits", need.logits, f"of {work.rows * work.reply} reply tokens"),
+        ("update: optimizer step", need.optimizer_step, "after activations and logits are gone"),
+        ("update in all", need.update, ""),
+        ("peak", need.peak, f"and {ROOM - 1:.0%} of room for libraries and fragmentation"),
+        ("CPU memory", need.host, f"by offload, for each of {cfg.hardware.processes} ranks on a node"),
+    ]
     return [
-        ("weights", gib(need.weights), f"{sum(p.numel() for p in parameters):,} parameters"),
-        ("optimizer", gib(need.optimizer), f"{trained:,} of them trained"),
-        ("sampling: KV cache", gib(need.kv_cache), f"{work.num_envs} envs, {work.prompt} + {work.reply} tokens"),
-        ("sampling: prefill", gib(need.prefill), f"{work.picture_tokens} tokens of a prompt are picture"),
-        ("sampling in all", gib(need.sampling), ""),
-        ("update: gradients", gib(need.gradients), ""),
-        ("update: activations", gib(need.activations), f"{work.rows} rows a micro-batch"),
-        ("update: logits", gib(need.logits), f"of {work.rows * work.reply} reply tokens"),
-        ("update: optimizer step", gib(need.optimizer_step), "after activations and logits are gone"),
-        ("update in all", gib(need.update), ""),
-        ("peak", gib(need.peak), f"and {ROOM - 1:.0%} of room for libraries and fragmentation"),
-        ("there is", gib(there), "" if there else f"no {cfg.hardware.device} device here"),
+        *((name, gib(count), says) for name, count, says in rows if count),  # without ZeRO some are nothing
+        ("there is", gib(there), "" if there else f"no {cfg.hardware.device} device for each rank here"),
         ("tokens counted with", "the model's tokenizer" if local else "the tiny model's tokenizer", ""),
     ]
 
 
-def advice(cfg: RunConfig, work: Work, there: int) -> list[str]:
-    """Settings that make it fit, cheapest first, none without need. Empty if nothing does."""
-    agents: dict[str, Agent] = {}
-
-    def peak(tried: RunConfig) -> float:
-        assert isinstance(tried.stage, DoctorConfig)
-        key = f"{replace(tried.model, quantize=None)} {tried.hardware.dtype}"  # as a blueprint has it
-        if key not in agents:
-            agents[key] = blueprint(tried.model, tried.hardware)
-        smaller = replace(work, num_envs=tried.stage.num_envs, microbatch=tried.hardware.tokens_per_microbatch)
-        return ROOM * estimate(agents[key], smaller, tried.hardware.device, tried.model.quantize).peak
-
-    now, taken = cfg, dict[tuple[str, str], Any]()
-    for (group, name), values in [*changes(cfg)] * 2:  # again, for those that helped nothing before a later one
-        for value in values:
-            tried = changed(now, group, name, value)
-            if tried and peak(now) > there and peak(tried) < peak(now):
-                now, taken[group, name] = tried, value
-    if peak(now) > there:
-        return []
-    for group, name in list(taken):
-        back = changed(now, group, name, getattr(getattr(cfg, group), name))
-        if back and peak(back) <= there:
-            now = back
-            del taken[group, name]
-    return [
-        "model/lora=adapter" if name == "lora" else f"{group}.{name}={str(value).lower()}"
-        for (group, name), value in taken.items()
-    ]
-
-
-def changes(cfg: RunConfig) -> Iterator[tuple[tuple[str, str], list[Any]]]:
-    """What may be set otherwise, from what costs least, and its values, from what changes least."""
-    for group, name in (("hardware", "tokens_per_microbatch"), ("stage", "num_envs")):
-        start = getattr(getattr(cfg, group), name)
-        yield (group, name), [start >> halved for halved in range(1, 16) if start >> halved >= SMALLEST[name]]
-    yield ("model", "gradient_checkpointing"), [True]
-    yield ("hardware", "dtype"), ["bfloat16"]
-    if cfg.model.lora is None:
-        yield ("model", "lora"), [LoraConfig()]
-    yield ("model", "quantize"), ["nf4"]
-
-
-def changed(cfg: RunConfig, group: str, name: str, value: Any) -> RunConfig | None:
-    """With this setting; None where it doesn't go with the others."""
-    try:
-        return replace(cfg, **{group: replace(getattr(cfg, group), **{name: value})})
-    except ConfigError:
-        return None
-
-
-def tell(cfg: RunConfig, work: Work, need: Memory, there: int) -> None:
+def tell(cfg: RunConfig, work: Work, need: Memory, there: int, estimates: Estimates) -> None:
     """The last lines: does it fit, and if not, what would; for some usual sizes where the device isn't here."""
     console = Console()
     if not there:
-        console.print(f"hardware.device={cfg.hardware.device} isn't here.", highlight=False)
+        console.print(lacking(cfg.hardware), highlight=False)
     for size in [there] if there else [gibs * GIB for gibs in USUAL]:
         where = "" if there else f" {size // GIB} GiB"
-        if ROOM * need.peak <= size:
-            line = f"It fits{where}."
-        elif settings := advice(cfg, work, size):
+        if asked(need, cfg.hardware) <= size:
+            line = f"It fits{where}." if not there or host_suffices(need, cfg.hardware) else OFFLOADS_TOO_MUCH
+        elif settings := advice(cfg, work, size, estimates):
             phase = "update" if need.update >= need.sampling else "sampling"
-            line = f"It doesn't fit{where}, for its {phase}. This does: {' '.join(settings)}"
+            line = f"It doesn't fit{where}, for its {phase}. This does: {' '.join(words(settings))}"
         else:
             line = f"It doesn't fit{where}, nor with any setting: choose a smaller model=, or a larger machine."
         console.print(line, soft_wrap=True, highlight=False)
+
+
+def tell_machines(cfg: RunConfig, work: Work, estimates: Estimates) -> None:
+    """For some usual machines the hardware= that fits, with what has to be set beside it."""
+    for gpus, gibs in MACHINES:
+        line = f"On {gpus} x {gibs} GiB nothing fits: choose a smaller model=."
+        if found := choice(cfg, work, gpus, gibs * GIB, estimates):
+            host = f", {gib(gpus * found.need.host)} of CPU memory" if found.need.host else ""
+            line = f"On {gpus} x {gibs} GiB: {found.words} ({gib(found.need.peak)} a GPU{host})"
+        Console().print(line, soft_wrap=True, highlight=False)
+
+
+def lacking(hardware: HardwareConfig) -> str:
+    if hardware.processes > 1:
+        return f"{hardware.processes} GPUs aren't here, one for each of hardware.processes on a node."
+    return f"hardware.device={hardware.device} isn't here."
+
+
+def host_suffices(need: Memory, hardware: HardwareConfig) -> bool:
+    """Is there CPU memory for what the ranks of a node keep there? On a CPU that is in what is asked of the device."""
+    return hardware.device == "cpu" or ROOM * need.host * hardware.processes <= host_memory()
 
 
 def gib(count: float) -> str:
