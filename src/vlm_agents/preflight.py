@@ -45,13 +45,13 @@ def check(cfg: RunConfig) -> None:
     check_data(cfg.stage)
     check_env_and_machine(cfg)
     check_own_parts(cfg)
-    check_server(cfg)
     if has_model(cfg):
         refuse_nonsense(cfg)  # what a run says of its model is told before what its files look like
         source = check_weights(cfg)
         if not isinstance(cfg.stage, ServeConfig):
             check_prompt(cfg, source)
         check_disk(cfg, source)
+    check_server(cfg)
 
 
 def check_before_a_chain(cfg: RunConfig, made: Sequence[Path]) -> None:
