@@ -350,9 +350,7 @@ def test_a_server_that_is_not_there_is_told_in_a_line(server: Server, judge: Ser
     for kind, message, served in cases:
         with handed_over(FILE, served), pytest.raises(kind, match=message):
             find(auto())
-    with pytest.raises(
-        ModelError, match=r"under outputs/judge/serve: .*stage=serve name=judge model=.*stage.remote.wait_s"
-    ):
+    with pytest.raises(ModelError, match=r"under outputs/judge/serve: .*stage=serve name=judge model=.*wait_s"):
         find(auto(wait_s=0.1))
     assert capsys.readouterr().err.count("no server is up") == 1  # once, not at each look
     FILE.write_text("{}")

@@ -61,7 +61,7 @@ def test_what_cannot_be_had_is_told(vllm: Path, monkeypatch: pytest.MonkeyPatch)
         engine_of(ServeConfig(), CPU)
     monkeypatch.setattr("vlm_agents.server.find_spec", lambda name: name)
     assert engine_of(ServeConfig(), GPU) == "transformers"
-    with pytest.raises(ConfigError, match="stage.host=node: transformers serve demands no key"):
+    with pytest.raises(ConfigError, match=r"stage.host=node: transformers serve demands no key"):
         engine_of(ServeConfig(host="node"), CPU)
 
 
