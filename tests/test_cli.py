@@ -37,7 +37,7 @@ def draw(cfg: RunConfig, stage: StageConfig, run: Run) -> dict[str, float]:
 
 
 BAD = [
-    ("", "run name=mine env.id=MiniGrid-Empty-8x8-v0", "stage=<collect|doctor|eval|merge|ppo|preprocess|sft>"),
+    ("", "run name=mine env.id=MiniGrid-Empty-8x8-v0", "stage=<collect|doctor|eval|merge|ppo|preprocess|serve|sft>"),
     ("env.id=x", "nothing says what to run", "python -m vlm_agents stage=ppo"),
     ("-m run", "-m: a chain isn't swept", "one command for each of the values"),
     ("run --cfg job", "--cfg: run takes an experiment and key=value", "stage=ppo --cfg job"),

@@ -23,6 +23,7 @@ from vlm_agents.config import (
     PpoConfig,
     PreprocessConfig,
     PromptConfig,
+    ServeConfig,
     SftConfig,
     StageConfig,
     TrackingConfig,
@@ -54,6 +55,7 @@ EXACT_TYPES = {
     ("stage", "ppo"): PpoConfig,
     ("stage", "eval"): EvalConfig,
     ("stage", "merge"): MergeConfig,
+    ("stage", "serve"): ServeConfig,
     ("stage", "doctor"): DoctorConfig,
 }
 # What an option leaves to the user.
@@ -336,7 +338,7 @@ def test_the_configuration_of_a_run_is_read_back(compose_run, tmp_path: Path) ->
         ["stage=sft", "model=llava_1_6_mistral_7b", "stage.data=x", "hardware.threads=2"],
         ["stage=collect", "env.max_steps=3", "model/temperature_head=learned", "stage.remote.url=http://x"],
         ["stage=preprocess", "stage.data=[a,b]", "model.image_processor={max_pixels: 100352}"],
-        *([f"stage={stage}"] for stage in ("eval", "doctor")),
+        *([f"stage={stage}"] for stage in ("eval", "serve", "doctor")),
     )
     for words in cases:
         cfg = compose_run(*words)

@@ -20,11 +20,11 @@ command_line chain completion hydra_errors | compare tables charts standings swe
 worker
 preflight launch
 stages run
-rollout
+rollout | server
 policies episodes outcomes summary llava_data env_pool report frames chats inputs judge
-envs experts | prompting | models | learn | tracking backends stores | checkpoints | remote endpoint answers
+envs experts | prompting | models | learn | tracking backends stores | checkpoints | remote endpoint answers handover
 lineage weights snapshot
-config tensors
+config tensors | processes
 types upgrades errors imports files marks pictures progress versions metrics cores seeds ratings intervals world
 stopping
 """

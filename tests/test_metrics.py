@@ -79,6 +79,7 @@ GREEDY = {"eval/success_greedy": 0.99, "eval/success_low_greedy": 0.964, "eval/s
         ),
         ("preprocess", {"preprocess/train": 9.0, "preprocess/validation": 1.0}, "9 rows to train on, 1 held out"),
         ("merge", {"merge/max_logit_difference": 1.5e-5}, "logits within 1.5e-05 of the adapter model's"),
+        ("serve", {"serve/loading_s": 61.0, "serve/served_s": 600.0}, "answered for 600 s, 61 s after its start"),
         (
             "doctor",
             {"doctor/peak_bytes": 2.0**30, "doctor/machine_bytes": 2.0**31, "doctor/fits": 1.0},

@@ -77,6 +77,11 @@ def test_each_choice_is_looked_at(compose_run, tmp_path: Path):
             "adapter_model.safetensors is missing",
             (*ppo, f"stage.init={tmp_path / 'adapter'}", "model/lora=adapter"),
         ),
+        (
+            ConfigError,
+            "adapter is an adapter, and a whole model is served: give first python -m vlm_agents stage=merge name=test",
+            ("stage=serve", f"stage.init={tmp_path / 'adapter'}"),
+        ),
         # the tiny model has positions for 4096 tokens; a prompt has one at least
         (ConfigError, "that is 4097 tokens", (*ppo, "prompt.max_reply_tokens=4096")),
         (ConfigError, "stage.prompt_tokens=5000 and", ("stage=doctor", "env=echo", "stage.prompt_tokens=5000")),

@@ -4,12 +4,14 @@ import base64
 import io
 import itertools
 import json
+import os
 import socket
+import subprocess
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -21,19 +23,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_agents import endpoint, remote, stages
+from vlm_agents import endpoint, handover, remote, stages
 from vlm_agents.__main__ import main
 from vlm_agents.config import PromptConfig, RemoteConfig
-from vlm_agents.endpoint import retry_after
+from vlm_agents.endpoint import on_this_machine, retry_after
 from vlm_agents.envs.echo import COLORS, OVER
 from vlm_agents.episodes import read_episodes
-from vlm_agents.errors import ConfigError, ModelError
+from vlm_agents.errors import ConfigError, DataError, ModelError
+from vlm_agents.handover import Served, find, handed_over, with_model
 from vlm_agents.judge import Judge, read_score
 from vlm_agents.pictures import Picture
 from vlm_agents.policies import RemotePolicy
 from vlm_agents.prompting import make_format
 from vlm_agents.remote import ChatClient, message_json
 from vlm_agents.run import Run
+from vlm_agents.snapshot import as_yaml
 from vlm_agents.types import Message, Observation, Parsed, Prompt, Query, Reply, Sampling, Step, Turn
 
 Play = Callable[..., dict[str, float]]
@@ -243,6 +247,126 @@ def test_a_proxy_is_not_asked_for_this_machine(server: Server, client, monkeypat
     assert complete(client(), "a") == ["yes"]
 
 
+@pytest.mark.parametrize(
+    ("url", "ours"),
+    [
+        ("http://localhost:8000/v1", True),
+        ("http://127.0.0.9/v1", True),
+        ("http://[::1]:8000/v1", True),
+        (f"http://{socket.gethostname().upper()}/v1", True),
+        ("http://192.0.2.1/v1", False),  # a network for documents, which no machine is in
+        ("http://example.com/v1", False),
+        ("https://localhost/v1", False),  # the environment may name its certificates
+    ],
+)
+def test_addresses_of_this_machine_are_known(url: str, ours: bool):
+    assert on_this_machine(url) is ours
+
+
+# ---- found by a file -------------------------------------------------------------------------------------------------
+@pytest.fixture
+def judge(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Served:
+    """The server as a stage=serve of name=judge would hand it over, from the folder that the test is in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(handover, "LOOK_S", 0.02)
+    (tmp_path / "outputs/judge/serve").mkdir(parents=True)
+    server.models = ["big"]
+    host, key = socket.gethostname(), "a-key-of-16-char"
+    return Served(server.url, "big", "0f", key, "vllm", host, os.getpid(), None, "2026-01-01T00:00:00+00:00")
+
+
+FILE = Path("outputs/judge/serve/server.json")
+
+
+def auto(**settings: Any) -> RemoteConfig:
+    return RemoteConfig("auto", "judge", **{"wait_s": 0.0, "cache": "cache", "timeout_s": 5.0, **settings})
+
+
+def test_the_file_leads_to_the_server_with_its_key_and_past_any_proxy(
+    server: Server, judge: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # nobody is there
+    monkeypatch.setenv("OPENAI_API_KEY", "another-key")
+    with handed_over(FILE, judge):
+        assert FILE.stat().st_mode & 0o777 == 0o600
+        with closing(ChatClient(auto(), tmp_path / "run")) as client:
+            assert complete(client, "a") == ["yes"]
+    assert not FILE.exists()
+    assert {headers["Authorization"] for headers in server.headers} == {"Bearer a-key-of-16-char"}
+    kept = [path.read_text() for folder in ("run", "cache") for path in (tmp_path / folder).rglob("*.json")]
+    assert len(kept) == 2
+    assert not any("a-key" in text for text in kept)
+
+
+def test_answers_are_those_of_the_weights_wherever_they_are_served(server: Server, judge: Served, tmp_path: Path):
+    def ask(run: str, served: Served) -> None:
+        with handed_over(FILE, served), closing(ChatClient(auto(), tmp_path / run)) as client:
+            complete(client, "a")
+
+    ask("first", judge)
+    ask("second", replace(judge, url=server.url.replace("127.0.0.1", "localhost")))  # started again, elsewhere
+    assert len(server.requests) == 1
+    ask("third", replace(judge, weights="1e"))  # trained anew under the old name
+    assert len(server.requests) == 2
+
+
+def test_a_run_waits_for_the_server_and_names_its_model(compose_run, judge: Served):
+    words = ("stage=collect", "name=judge", "stage.remote.url=auto", "stage.remote.wait_s=20")
+    cfg = compose_run(*words, "stage.policy=remote")
+    assert with_model(compose_run(*words)) == compose_run(*words)  # the expert plays, and waits for nobody
+
+    def come() -> None:
+        with handed_over(FILE, judge):
+            done.wait()
+
+    done = threading.Event()
+    late = threading.Timer(0.1, come)
+    late.start()
+    try:
+        named = with_model(cfg)
+    finally:
+        done.set()
+        late.join()
+    assert named == replace(cfg, stage=replace(cfg.stage, remote=replace(cfg.stage.remote, model="big")))
+    Path(cfg.run_dir).mkdir()  # it goes on, or is asked for again, without its server
+    (Path(cfg.run_dir) / "config.yaml").write_text(as_yaml(named))
+    (Path(cfg.run_dir) / "DONE").touch()
+    assert compose_run(*words, "stage.policy=remote") == named
+
+
+def test_a_server_that_is_not_there_is_told_in_a_line(server: Server, judge: Served, capsys):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    cases: list[tuple[type[Exception], str, Served]] = [
+        (
+            ModelError,
+            rf"the server of judge has ended \(process {ended.pid} on .*\): start it again",
+            replace(judge, pid=ended.pid),
+        ),
+        (ModelError, r"judge doesn't answer at .* \(on .*, Slurm job 7\): start it again", replace(judge, job="7")),
+        (ConfigError, "on another alone: start it with stage.host=node", replace(judge, host="another")),
+    ]
+    server.models = None
+    for kind, message, served in cases:
+        with handed_over(FILE, served), pytest.raises(kind, match=message):
+            find(auto())
+    with pytest.raises(ModelError, match=r"under outputs/judge/serve: .*stage=serve name=judge model=.*wait_s"):
+        find(auto(wait_s=0.1))
+    assert capsys.readouterr().err.count("no server is up") == 1  # once, not at each look
+    FILE.write_text("{}")
+    with pytest.raises(DataError, match=r"server.json names no server: delete it"):
+        find(auto())
+
+
+def test_a_job_of_a_sweep_is_found_too_and_the_newest_counts(judge: Served):
+    job = Path("multirun/judge/serve/0/server.json")
+    job.parent.mkdir(parents=True)
+    with handed_over(FILE, replace(judge, pid=2**30)), handed_over(job, replace(judge, since="2026-02-01", job="3")):
+        assert find(auto()).job == "3"
+        assert find(replace(auto(), server="multirun/judge/serve/0")).job == "3"
+
+
+# ---- what is sent ----------------------------------------------------------------------------------------------------
 def test_the_key_goes_into_the_header_only(server: Server, client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SOME_KEY", "sk-secret\n")
     complete(client(key_env="SOME_KEY"), "a")

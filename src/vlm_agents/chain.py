@@ -4,7 +4,6 @@ Each is a process of its own. What is done is passed over, so that the same comm
 stage from within.
 """
 
-import ctypes
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from vlm_agents.config import RunConfig, command, conf_dir, parse
 from vlm_agents.errors import ConfigError, VlmAgentsError, did_you_mean
 from vlm_agents.hydra_errors import REFUSALS, explain, first_of_sweep, is_override
 from vlm_agents.metrics import headline, shortcoming
+from vlm_agents.processes import end_with_parent
 
 ORDER = ("collect", "preprocess", "sft", "ppo", "eval")
 EACH = "a chain isn't swept: give one command for each of the values, each with a name=... of its own"
@@ -36,7 +36,6 @@ OURS = {
 }
 OF_A_STAGE = "stage", "algo"  # the parts of a run that not all stages have alike
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def main(arguments: Sequence[str], debug: bool) -> int:
@@ -231,12 +230,6 @@ def run_stage(overrides: Iterable[str], debug: bool) -> int:
     if came and status == 0:  # it was done already: then nobody has told yet
         signal.raise_signal(came[0])
     return 128 - status if status < 0 else status
-
-
-def end_with_parent() -> None:
-    """Have this process terminated when the one that started it is gone."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def outcome(stage: str, folder: Path) -> str:

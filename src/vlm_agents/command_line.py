@@ -229,7 +229,7 @@ def run_stage(composed: DictConfig) -> dict[str, float]:
             overrides = [word for word in overrides if word.partition("=")[0].lstrip("+") not in ("name", "sweep")]
             # what a person gives in order to have this job alone, again
             overrides += [f"name={cfg.name}", f"run_dir=outputs/{cfg.name}/{cfg.stage.name}_{job.job.num}"]
-        from vlm_agents import launch, preflight
+        from vlm_agents import handover, launch, preflight
         from vlm_agents.metrics import headline
         from vlm_agents.run import finished_metrics
         from vlm_agents.snapshot import settled
@@ -245,6 +245,7 @@ def run_stage(composed: DictConfig) -> dict[str, float]:
             print(f"{cfg.stage.name} was finished before: {where}{whose}. {again}", flush=True)
             return metrics
         preflight.check(cfg)
+        cfg = handover.with_model(cfg)
         if open_threads and cfg.hardware.threads == (choice := cores.choose())[0] and choice[1]:
             print(choice[1], flush=True)
         if not sweep and not any(word.startswith("name=") for word in overrides):

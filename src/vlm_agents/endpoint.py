@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from ipaddress import ip_address
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -27,6 +28,7 @@ import httpx2
 from vlm_agents.answers import Completion
 from vlm_agents.config import RemoteConfig
 from vlm_agents.errors import ConfigError, ModelError, did_you_mean
+from vlm_agents.handover import find
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # between tries; it doubles
 PATIENCE_S = 600.0  # longer, a server that has answered may not be away, and none may ask us to stay away
@@ -68,7 +70,10 @@ class Endpoint:
 
     def __init__(self, cfg: RemoteConfig) -> None:
         self._cfg = cfg
-        self._key = os.environ.get(cfg.key_env, "").strip()
+        served = find(cfg) if cfg.auto else None
+        self.url = served.url if served else cfg.url
+        self.known_by = f"{served.model} {served.weights}" if served else cfg.url.rstrip("/")
+        self._key = (served.key or "") if served else os.environ.get(cfg.key_env, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
             raise ConfigError(f"${cfg.key_env} holds characters that no key has: set it anew")
         self._last_answer: float | None = None
@@ -78,12 +83,12 @@ class Endpoint:
             headers["Authorization"] = f"Bearer {self._key}"
         try:
             self._http = httpx2.AsyncClient(
-                base_url=cfg.url,
+                base_url=self.url,
                 headers=headers,
                 timeout=None,  # a whole try has one, see _say
                 follow_redirects=False,  # the key is for nobody else
                 limits=httpx2.Limits(max_connections=cfg.concurrency),
-                trust_env=not on_loopback(cfg.url),  # no proxy leads to this machine's own loopback
+                trust_env=not (served or on_this_machine(cfg.url)),  # no proxy is asked for what is ours
             )
         except (ImportError, ValueError, OSError, httpx2.InvalidURL) as error:
             raise ConfigError(f"the proxy or certificates that the environment names can't be used: {error}") from error
@@ -192,6 +197,8 @@ class Endpoint:
             return f"it moved to {self._quoted(elsewhere)}: set stage.remote.url accordingly"
         if said.status == 402 or b"insufficient_quota" in said.body:
             return "the account is used up: fill it, then give the same command again: what was answered is kept"
+        if said.status in (401, 403) and cfg.auto:
+            return f"the server of {cfg.server} has another key by now: give the same command again"
         if said.status in (401, 403):
             return f"${cfg.key_env} {'holds a key that is refused' if self._key else 'is empty'}: set it to a key"
         if said.status in (400, 422) and (name := field_named(said.body, request)):
@@ -220,7 +227,7 @@ class Endpoint:
         return " ".join(self.masked(text).split())[:QUOTED]
 
     def _address(self) -> str:
-        return f"{self._cfg.url.rstrip('/')}/chat/completions"
+        return f"{self.url.rstrip('/')}/chat/completions"
 
     def masked(self, text: str) -> str:
         """The text without the key."""
@@ -300,7 +307,18 @@ def retry_after(header: str) -> float:
         return 0.0
 
 
-def on_loopback(url: str) -> bool:
+def on_this_machine(url: str) -> bool:
+    """Is it a plain address of this machine: its loopback, its name, or a number of its own?"""
     parts = urlsplit(url)
     host = parts.hostname or ""
-    return parts.scheme == "http" and (host in ("localhost", "::1") or host.startswith("127."))
+    if parts.scheme != "http":  # its certificates may be named by the environment
+        return False
+    if host in ("localhost", socket.gethostname().lower()):
+        return True
+    try:
+        family = socket.AF_INET6 if ip_address(host).version == 6 else socket.AF_INET
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((host, 0))  # what isn't ours can't be bound
+    except (ValueError, OSError):
+        return False
+    return True

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -59,15 +60,16 @@ def sweep_temporaries(folder: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def atomic_write(path: Path, content: bytes | str, durable: bool = True) -> None:
+def atomic_write(path: Path, content: bytes | str, durable: bool = True, mode: int = 0o666) -> None:
     """Replace `path` by `content` in one step: after a crash it holds the old content or the new, never a part.
 
-    After a crash of the whole machine too, where `durable`: that waits for the disk, some milliseconds.
+    After a crash of the whole machine too, where `durable`: that waits for the disk, some milliseconds. `mode`, less
+    what the umask takes, is that of the new file.
     """
     temporary = temporary_of(path)
     with writing(path):
         try:
-            with open(temporary, "wb") as file:
+            with open(temporary, "wb", opener=partial(os.open, mode=mode)) as file:
                 file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 if durable:

@@ -217,6 +217,14 @@ GROUPS = {
             "quantised_logit_difference": Metric("logits", "the same from the model in 4 bits that was trained"),
         },
     ),
+    "serve": Group(
+        "A model served to other runs",
+        "Of stage=serve.",
+        {
+            "loading_s": Metric("s", "from the start of the server to its first answer"),
+            "served_s": Metric("s", "from there to its end"),
+        },
+    ),
     "doctor": Group(
         "Machine and model",
         "Estimates of stage=doctor, for one rank; nothing is loaded.",
@@ -376,6 +384,8 @@ def headline(stage: str, metrics: Mapping[str, float], where: str = "") -> str:
             )
         case "merge":
             return f"logits within {metrics['merge/max_logit_difference']:.2g} of the adapter model's"
+        case "serve":
+            return f"answered for {metrics['serve/served_s']:.0f} s, {metrics['serve/loading_s']:.0f} s after its start"
         case "doctor":
             need, there = (metrics[f"doctor/{part}_bytes"] / 2**30 for part in ("peak", "machine"))
             return f"needs {need:.2f} GiB of {there:.2f}, {'fits' if metrics['doctor/fits'] else 'does not fit'}"

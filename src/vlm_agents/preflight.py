@@ -19,8 +19,10 @@ from vlm_agents.config import (
     PpoConfig,
     PreprocessConfig,
     RunConfig,
+    ServeConfig,
     SftConfig,
     StageConfig,
+    command,
 )
 from vlm_agents.errors import ConfigError, DataError, did_you_mean
 from vlm_agents.files import writing
@@ -28,6 +30,7 @@ from vlm_agents.lineage import refuse_nonsense
 from vlm_agents.models.adapters import read_settings, refuse_no_adapter_weights
 from vlm_agents.models.machine import refuse_no_bitsandbytes, refuse_no_driver
 from vlm_agents.models.sources import adapter_folder, base_of, check_source, config_of, parameters_of, source_of
+from vlm_agents.server import address_of, engine_of, port_of
 from vlm_agents.weights import ADAPTER_FILE, has_model, init_folder, run_of, told_by, unfinished
 
 MOMENTS = 8  # bytes that AdamW keeps of a trained parameter
@@ -45,8 +48,10 @@ def check(cfg: RunConfig) -> None:
     if has_model(cfg):
         refuse_nonsense(cfg)  # what a run says of its model is told before what its files look like
         source = check_weights(cfg)
-        check_prompt(cfg, source)
+        if not isinstance(cfg.stage, ServeConfig):
+            check_prompt(cfg, source)
         check_disk(cfg, source)
+    check_server(cfg)
 
 
 def check_before_a_chain(cfg: RunConfig, made: Sequence[Path]) -> None:
@@ -64,7 +69,7 @@ def check_before_a_chain(cfg: RunConfig, made: Sequence[Path]) -> None:
 
 def check_env_and_machine(cfg: RunConfig) -> None:
     stage = cfg.stage
-    if not isinstance(stage, PreprocessConfig | SftConfig):
+    if not isinstance(stage, PreprocessConfig | SftConfig | ServeConfig):
         check_env(cfg)
     if has_model(cfg) and not isinstance(stage, DoctorConfig):  # which says itself what lacks
         refuse_no_driver(cfg.hardware.device)
@@ -159,6 +164,17 @@ def check_own_parts(cfg: RunConfig) -> None:
         make_format(cfg.prompt)
 
 
+def check_server(cfg: RunConfig) -> None:
+    """That there is a server to start, an address for it, and something left to wait for."""
+    stage = cfg.stage
+    if not isinstance(stage, ServeConfig):
+        return
+    engine_of(stage, cfg.hardware)
+    port_of(address_of(stage.host), stage.port)
+    if stage.until and (Path(stage.until) / "DONE").exists():
+        raise ConfigError(f"stage.until={stage.until} is finished already: leave it out, or name a run that isn't")
+
+
 def check_weights(cfg: RunConfig) -> str | None:
     """The folder or hub id whose config.json the model has, with weights where they are needed; None: it has none."""
     stage, source = cfg.stage, source_of(cfg.model)
@@ -173,6 +189,12 @@ def check_weights(cfg: RunConfig) -> str | None:
     if init := getattr(stage, "init", None):
         start = adapter_folder(init) if isinstance(stage, MergeConfig) else init_folder(init)
         base: Path | None = start
+        if (start / ADAPTER_FILE).is_file() and isinstance(stage, ServeConfig):
+            merge = command(["stage=merge", f"name={cfg.name}", f"stage.init={init}"])
+            raise ConfigError(
+                f"stage.init={init} is an adapter, and a whole model is served: give first {merge}, and then this "
+                f"command with stage.init=outputs/{cfg.name}/merge"
+            )
         if (start / ADAPTER_FILE).is_file():
             read_settings(start)
             refuse_no_adapter_weights(start)

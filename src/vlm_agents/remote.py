@@ -37,7 +37,7 @@ class ChatClient:
         self._heard = heard
         self._endpoint = Endpoint(cfg)
         self._folder = folder
-        self._answers = Answers(folder, Path(cfg.cache), cfg.url.rstrip("/"))
+        self._answers = Answers(folder, Path(cfg.cache), self._endpoint.known_by)
         self._loop = asyncio.Runner()
         self._refused: list[tuple[bytes, Completion]] = []  # since the last answer; not kept until the next one
 

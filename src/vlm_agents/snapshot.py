@@ -8,7 +8,17 @@ from typing import Any
 import yaml
 
 from vlm_agents import cores
-from vlm_agents.config import AUTO, EvalConfig, MergeConfig, PpoConfig, RunConfig, flat, may_change
+from vlm_agents.config import (
+    AUTO,
+    UNNAMED,
+    EvalConfig,
+    MergeConfig,
+    PpoConfig,
+    RunConfig,
+    ServeConfig,
+    flat,
+    may_change,
+)
 from vlm_agents.errors import ConfigError, DataError
 from vlm_agents.lineage import as_taught
 from vlm_agents.weights import as_saved, begun, earlier_model, flat_settings, has_model, init_of
@@ -27,11 +37,15 @@ def settled(cfg: RunConfig) -> RunConfig:
     if any(begun([folder])):
         old = flat_settings(folder / "config.yaml", f"delete {folder}, or choose another name=")
     stage, hardware = cfg.stage, cfg.hardware
-    if isinstance(stage, PpoConfig | EvalConfig | MergeConfig) and stage.init == AUTO:
+    if isinstance(stage, PpoConfig | EvalConfig | MergeConfig | ServeConfig) and stage.init == AUTO:
         init = old["stage.init"] if "stage.init" in old else earlier_model(cfg)
         if isinstance(stage, MergeConfig):  # without an adapter it can't be: that it isn't there is told as of any
             init = init or f"outputs/{cfg.name}/ppo"
         cfg = dataclasses.replace(cfg, stage=dataclasses.replace(stage, init=init))
+    remote = getattr(stage, "remote", None)
+    if remote and remote.auto and remote.model == UNNAMED:  # of a new run, the server says it
+        remote = dataclasses.replace(remote, model=old.get("stage.remote.model", UNNAMED))
+        cfg = dataclasses.replace(cfg, stage=dataclasses.replace(stage, remote=remote))
     if hardware.threads is None and has_model(cfg):
         threads = (
             old["hardware.threads"] if "hardware.threads" in old else max(1, cores.choose()[0] // hardware.processes)

@@ -19,6 +19,7 @@ from vlm_agents.config import (
     PpoConfig,
     PreprocessConfig,
     RunConfig,
+    ServeConfig,
     TemperatureHeadConfig,
     flat,
 )
@@ -28,7 +29,9 @@ RUN_MODEL = "model"  # where a stage leaves its model inside its run directory
 ADAPTER_FILE = "adapter_config.json"
 TEMPERATURE_FILE = "heads/temperature_head.safetensors"
 TRACKED = {"mlflow_run_id", "tensorboard", "wandb", "unsent"}  # what a tracker leaves
-BOOKKEEPING = {"config.yaml", "overrides", "commit", "versions", "inputs.json", "lock", *TRACKED}  # alone: no progress
+SERVED = {"server.json", "server.log"}  # what stage=serve does
+# alone: no progress
+BOOKKEEPING = {"config.yaml", "overrides", "commit", "versions", "inputs.json", "lock", *TRACKED, *SERVED}
 
 
 # ---- run directories -------------------------------------------------------------------------------------------------
@@ -153,7 +156,8 @@ def earlier_places(cfg: RunConfig) -> list[list[Path]]:
     own = Path(cfg.run_dir)
     above = [folder.parent for folder in (own, own.parent) if folder.name == cfg.stage.name]
     places = []
-    for stage in ("ppo", "sft") if isinstance(cfg.stage, EvalConfig | MergeConfig) else ("sft",):
+    stages = ("ppo", "sft") if isinstance(cfg.stage, EvalConfig | MergeConfig | ServeConfig) else ("sft",)
+    for stage in ("merge", *stages) if isinstance(cfg.stage, ServeConfig) else stages:  # a server takes no adapter
         named: dict[Path, Path] = {}
         for root in (Path("outputs", cfg.name), Path("multirun", cfg.name), *above):
             named.setdefault((root / stage).resolve(), root / stage)

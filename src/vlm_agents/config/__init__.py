@@ -27,7 +27,7 @@ from vlm_agents.config.hardware import HardwareConfig
 from vlm_agents.config.listing import entries, listing
 from vlm_agents.config.model import LoraConfig, ModelConfig, TemperatureHeadConfig, TrainableConfig, ValueHeadConfig
 from vlm_agents.config.prompt import PromptConfig
-from vlm_agents.config.remote import RemoteConfig
+from vlm_agents.config.remote import UNNAMED, RemoteConfig
 from vlm_agents.config.run import RunConfig, env_of, env_of_id, flat, may_change, off_by_default, parse, read, register
 from vlm_agents.config.secrets import refuse_secrets
 from vlm_agents.config.stage import (
@@ -38,6 +38,7 @@ from vlm_agents.config.stage import (
     MergeConfig,
     PpoConfig,
     PreprocessConfig,
+    ServeConfig,
     SftConfig,
     StageConfig,
 )
@@ -46,6 +47,7 @@ from vlm_agents.config.tracking import TrackingConfig
 __all__ = [
     "AUTO",
     "FAMILIES",
+    "UNNAMED",
     "AlgoConfig",
     "BlackjackConfig",
     "CardsConfig",
@@ -72,6 +74,7 @@ __all__ = [
     "PromptConfig",
     "RemoteConfig",
     "RunConfig",
+    "ServeConfig",
     "SftConfig",
     "StageConfig",
     "TemperatureHeadConfig",

@@ -9,15 +9,24 @@ from vlm_agents.config.fields import Part, setting
 from vlm_agents.config.secrets import ADDRESS, refuse_secrets
 from vlm_agents.errors import ConfigError
 
+AUTO_URL = "auto"
+UNNAMED = "default"
+
 
 @dataclass
 class RemoteConfig(Part, place="stage.remote"):
     """An OpenAI-compatible server. The key, where one is needed, is read from the environment variable `key_env`."""
 
     url: str = setting(
-        "http://127.0.0.1:8000/v1", "address of an OpenAI-compatible server, up to and with /v1", may_change=True
+        "http://127.0.0.1:8000/v1",
+        "address of an OpenAI-compatible server, up to and with /v1; auto: of the one that stage=serve started",
+        may_change=True,
     )
-    model: str = setting("default", "the server's name of the model")
+    server: str = setting("", "url=auto: name, or run directory, of that stage=serve", may_change=True)
+    wait_s: float = setting(
+        600.0, "url=auto: seconds that a run waits for that server to answer, before it begins", low=0, may_change=True
+    )
+    model: str = setting(UNNAMED, f"the server's name of the model; {UNNAMED} with url=auto: what it serves")
     key_env: str = setting(
         "OPENAI_API_KEY", "environment variable that holds the key, where the server needs one", may_change=True
     )
@@ -43,14 +52,19 @@ class RemoteConfig(Part, place="stage.remote"):
         super().__post_init__()
         try:
             parts = urlsplit(self.url)
-            plain = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+            plain = self.auto or (parts.scheme in ("http", "https") and parts.hostname and parts.port != 0)
         except ValueError:
             plain = False
         if not plain:
-            raise ConfigError(f"stage.remote.url must be {ADDRESS}")
+            raise ConfigError(f"stage.remote.url must be {ADDRESS}, or auto")
         refuse_secrets("stage.remote.url", self.url)
         refuse_secrets("stage.remote.key_env", self.key_env)
         self._check_request()
+
+    @property
+    def auto(self) -> bool:
+        """Is its address that of a stage=serve, which hands it over by a file?"""
+        return self.url == AUTO_URL
 
     def _check_request(self) -> None:
         if self.request is None:

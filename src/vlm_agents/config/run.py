@@ -27,13 +27,14 @@ from vlm_agents.config.stage import (
     MergeConfig,
     PpoConfig,
     PreprocessConfig,
+    ServeConfig,
     SftConfig,
     StageConfig,
 )
 from vlm_agents.config.tracking import TrackingConfig
 from vlm_agents.errors import ConfigError, DataError
 
-STAGES = (CollectConfig, PreprocessConfig, SftConfig, PpoConfig, EvalConfig, MergeConfig, DoctorConfig)
+STAGES = (CollectConfig, PreprocessConfig, SftConfig, PpoConfig, EvalConfig, MergeConfig, ServeConfig, DoctorConfig)
 
 
 @dataclass
@@ -97,7 +98,7 @@ def register() -> None:
 
 def may_change() -> set[str]:
     """Settings, or whole parts, that a resumed run may have different: they change nothing in what it does."""
-    parts = (RunConfig, RemoteConfig)
+    parts = (RunConfig, RemoteConfig, ServeConfig)
     return {dotted(part, name) for part in parts for name, (_, rules) in settings_of(part).items() if rules.may_change}
 
 

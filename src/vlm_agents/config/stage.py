@@ -1,7 +1,8 @@
 """The stages, and what each of them does."""
 
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import MISSING
 
@@ -22,6 +23,15 @@ WEIGHTS = (
     "run directory or HF folder whose weights are taken; auto: those that an earlier stage left under this run's name, "
     "if there are any; null: the model's own"
 )
+
+OWN_OPTIONS = {  # of a server, which aren't the user's: what to do instead
+    "host": "set stage.host",
+    "port": "set stage.port",
+    "model": "set model.path or stage.init",
+    "served-model-name": "other runs know the model by what it was read from",
+    "api-key": "each server has a new one, in a file that none but you can read",
+    "trust-remote-code": "code that comes with a model isn't run",
+}
 
 
 @dataclass
@@ -170,6 +180,67 @@ class MergeConfig(StageConfig):
     tolerance: float | None = setting(
         None, "largest difference of a logit before and after; null: 1e-3 in float32, 0.5 in bfloat16", low=0
     )
+
+
+@dataclass
+class ServeConfig(StageConfig):
+    """Serve a model to other runs."""
+
+    name: str = "serve"
+    init: str | None = setting(
+        None,
+        "run directory or HF folder whose weights are served; auto: those that an earlier stage left under this run's "
+        "name, if there are any; null: the model's own",
+    )
+    engine: str = setting(
+        "auto",
+        "auto: vLLM where it is installed and hardware.device is a GPU, else transformers serve",
+        choices=Literal["auto", "vllm", "transformers"],
+        may_change=True,
+    )
+    host: str = setting(
+        "127.0.0.1",
+        "address that it listens on; node: that of this machine, for other machines: with vLLM alone, which demands "
+        "the key",
+        may_change=True,
+    )
+    port: int | None = setting(None, "null: any that is free", low=1, high=65535, may_change=True)
+    options: Any = setting(
+        None,
+        "{name: value} of further options of the server's own: 'stage.options={tensor-parallel-size: 4}'",
+        may_change=True,
+    )
+    until: str | None = setting(None, "run directory; the server ends once that run is finished", may_change=True)
+    minutes: float | None = setting(
+        None, "the server ends so long after its first answer; null: no such bound", positive=True, may_change=True
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"[\w.-]+", self.host) or self.host == "0.0.0.0":
+            raise ConfigError(
+                f"stage.host={self.host} must be one address of this machine, by which it is handed over: set "
+                "127.0.0.1, node, or that address"
+            )
+        if self.options is None:
+            return
+        if not (isinstance(self.options, dict) and all(isinstance(name, str) for name in self.options)):
+            raise ConfigError("stage.options must be options of the server: 'stage.options={max-model-len: 8192}'")
+        for name in self.options:
+            if (plain := name.replace("_", "-")) in OWN_OPTIONS:
+                raise ConfigError(f"stage.options can't have {name}: {OWN_OPTIONS[plain]}")
+
+    def check(self, run: "RunConfig") -> None:
+        if run.model.weights == "random" and self.init is None:
+            raise ConfigError(
+                "model.weights=random: a server reads a folder. Set stage.init to one, or model.weights=pretrained"
+            )
+        for name in ("quantize", "image_processor"):
+            if getattr(run.model, name) is not None:
+                raise ConfigError(
+                    f"model.{name} isn't known to servers: set model.{name}=null, and in stage.options what the "
+                    "server has for it"
+                )
 
 
 @dataclass
