@@ -78,7 +78,7 @@ class Setting:
     @property
     def _values(self) -> str:
         if self.choices is not None:
-            return ", ".join(get_args(self.choices))
+            return ", ".join(map(str, get_args(self.choices)))
         if self.high is not None:
             return f"{self.low:g} to {self.high:g}"
         return self.wanted or ("> 0" if self.positive else "" if self.low is None else f">= {self.low:g}")
