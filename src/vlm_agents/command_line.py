@@ -120,9 +120,9 @@ def refuse_other_places(setting: str, value: str) -> None:
 def compose_and_run(task: Task, argv: list[str], words: Sequence[str]) -> None:
     """Hand the words over to Hydra, which reads `argv` and calls `task` once, or once a job of a sweep."""
     argv[1:] = sorted(words, key=is_override)  # argparse: flags first
-    sweeps: dict[Path, list[Exception | None]] = {}  # what stopped each job
+    jobs = Jobs(task)
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(keeping_ends(task, sweeps))()
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(jobs)()  # pyright: ignore
     except (VlmAgentsError, BrokenPipeError):
         raise
     except (*REFUSALS, OSError) as error:
@@ -133,31 +133,48 @@ def compose_and_run(task: Task, argv: list[str], words: Sequence[str]) -> None:
                 raise
         raise explain(error, words) from error
     finally:
-        for folder in sweeps:
+        for folder in jobs.sweeps:
             remove_idle_sweep(folder)
-    for folder, ends in sweeps.items():
+    for folder, ends in jobs.sweeps.items():
         end_sweep(folder, ends)
 
 
-def keeping_ends(task: Task, sweeps: dict[Path, list[Exception | None]]) -> Task:
-    """The task which, in a sweep, adds to `sweeps` what stopped the job, or None."""
-    here = os.getpid()
+class Jobs:
+    """The task of a command, which in a sweep also knows what stopped each job. A launcher may take it to another
+    process, where what stops a job is raised; it has to `tell` it here."""
 
-    def job(composed: DictConfig) -> Any:
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.sweeps: dict[Path, list[Exception | None]] = {}  # what stopped each job, None: nothing
+        self._here = os.getpid()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        hush()
+        register()
+
+    def __call__(self, composed: DictConfig) -> Any:
         if HydraConfig.get().mode != RunMode.MULTIRUN:
-            return task(composed)
-        ends = sweeps.setdefault(Path(HydraConfig.get().sweep.dir), [])
+            return self.task(composed)
+        ends = self.sweeps.setdefault(Path(HydraConfig.get().sweep.dir), [])
         try:
-            result = task(composed)
+            result = self.task(composed)
         except Exception as error:
             ends.append(error)
-            if os.getpid() == here and isinstance(error, VlmAgentsError):
+            if os.getpid() == self._here and isinstance(error, VlmAgentsError):
                 return None  # it is told; Hydra would tell it again, after a line of its own
             raise
         ends.append(None)
         return result
 
-    return job
+    def tell(self, sweep: Path, number: int, error: Exception | None) -> None:
+        """How a job of another process ended."""
+        self.sweeps.setdefault(sweep, []).append(error)
+        if error is None:
+            print(f"job {number} finished", flush=True)
+        else:
+            said = " ".join(str(error).split()) or type(error).__name__
+            print(f"error: job {number}: {harmless(said)}", file=sys.stderr, flush=True)
 
 
 def end_sweep(folder: Path, ends: Sequence[Exception | None]) -> None:
