@@ -7,12 +7,13 @@ which the launcher goes as a pickle. The command waits for all of them, whatever
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 Overrides = Sequence[str]
 POLL_S = 1.0
-GRACE_S = 30  # that a process has to end in, once it was told to
+GRACE_S = 30  # that a process, or a Slurm job, has to end in
 
 
 class SideBySide(Launcher):
@@ -55,10 +56,14 @@ class SideBySide(Launcher):
         if started:
             from vlm_agents import tracking
 
+            self.prepare()
             tracking.begin_sweep(next(filter(None, settings.values())), self.folder)
             for number, error in self.results(started):
                 self.task.tell(self.folder, number, error)
         return []  # the task knows how each ended
+
+    def prepare(self) -> None:
+        """Raise what is wrong with this launcher, before anything is made."""
 
     def results(self, jobs: Mapping[int, Overrides]) -> Iterator[tuple[int, Exception | None]]:
         """Run the jobs; each one's number as it ends, and what stopped it."""
@@ -100,11 +105,14 @@ class SideBySide(Launcher):
         return self.run(overrides, number)
 
 
-def words(overrides: Overrides) -> str:
-    return " ".join(filter_overrides(overrides))
+def told(jobs: Mapping[int, Overrides], number: int) -> str:
+    """The overrides that not all jobs have."""
+    common = set.intersection(*map(set, jobs.values())) if len(jobs) > 1 else set()
+    return " ".join(filter_overrides([word for word in jobs[number] if word not in common]))
 
 
 # ---- Slurm -----------------------------------------------------------------------------------------------------------
+SBATCH = {"name": "job_name", "timeout_min": "time", "mem_gb": "mem", "tasks_per_node": "ntasks_per_node"}
 # Slurm queues a job again that was preempted or whose node is lost, and submitit one that was told of its end. Nobody
 # does that for one whose process was killed, by the kernel for its memory or by hand. A job that is cancelled, or being
 # queued again, isn't RUNNING any more.
@@ -122,24 +130,16 @@ class SlurmLauncher(SideBySide):
 
     The same command, given while jobs of an earlier one are still queued or running, waits for those."""
 
+    def prepare(self) -> None:
+        self.executor()
+
     def executor(self) -> Any:
         """submitit's; ConfigError where there is no Slurm, or a parameter isn't one."""
-        import submitit
-
         from vlm_agents.errors import ConfigError
 
-        params = dict(self.params)
-        folder = (self.folder / ".submitit").absolute()
-        killed = KILLED.format(folder=shlex.quote(str(folder)), times=params.pop("max_num_killed"))
-        try:
-            executor = submitit.SlurmExecutor(folder, max_num_timeout=params.pop("max_num_timeout"))
-            given = {name: value for name, value in params.items() if value is not None}
-            executor.update_parameters(**given, teardown=killed.splitlines())
-        except RuntimeError as error:
-            raise ConfigError("hydra/launcher=slurm: there is no srun here; start it on a machine of a Slurm") from error
-        except ValueError as error:
-            raise ConfigError(f"hydra/launcher=slurm: {str(error).splitlines()[0]}") from error
-        return executor
+        if shutil.which("sbatch") is None:
+            raise ConfigError("hydra/launcher=slurm: there is no sbatch here; give the command on a machine of a Slurm")
+        return executor(self.params, self.folder)
 
     def checkpoint(self, *args: Any) -> Any:
         """For submitit: what a job that is queued again shall call."""
@@ -161,12 +161,58 @@ class SlurmLauncher(SideBySide):
             running |= zip(new, made, strict=True)
             note.write_text(json.dumps(known | {str(number): job.job_id for number, job in running.items()}))
         for number, job in sorted(running.items()):
-            print(f"job {number}: Slurm's {job.job_id}, {words(jobs[number])}; {job.paths.stdout}", flush=True)
-        while running:
-            for number, job in [(number, job) for number, job in running.items() if job.done()]:
-                del running[number]
-                yield number, failure(job)
-            time.sleep(POLL_S)
+            print(f"job {number}: Slurm's {job.job_id}, {told(jobs, number)}; {job.paths.stdout}", flush=True)
+        names = [job.job_id for job in running.values()]
+        try:
+            while running:
+                for number, job in [(number, job) for number, job in running.items() if job.done()]:
+                    del running[number]
+                    yield number, failure(job)
+                time.sleep(POLL_S)
+            release(names)
+        except KeyboardInterrupt:
+            left = " ".join(job.job_id for job in running.values())
+            print(f"the jobs go on in Slurm, which scancel {left} ends", file=sys.stderr)
+            raise
+
+
+def release(names: Sequence[str]) -> None:
+    """Give back what Slurm still holds for jobs that have ended: it doesn't see that, where its own process was killed."""
+    deadline = time.monotonic() + GRACE_S
+    while (held := queued(names)) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    if held := held & set(names):
+        subprocess.run(["scancel", *sorted(held)], check=False)
+
+
+def executor(params: Mapping[str, Any], sweep: Path) -> Any:
+    """submitit's, which makes no folder before it submits; ConfigError where a parameter isn't one."""
+    import submitit
+
+    from vlm_agents.errors import ConfigError
+
+    class Anywhere(submitit.SlurmExecutor):
+        affinity = classmethod(lambda _: 2)  # a script can be made without a Slurm
+
+    own = ("_target_", "max_num_killed", "max_num_timeout")
+    folder = (sweep / ".submitit").absolute()
+    killed = KILLED.format(folder=shlex.quote(str(folder)), times=params["max_num_killed"])
+    given = {SBATCH.get(name, name): value for name, value in params.items() if name not in own and value is not None}
+    given |= {"mem": f"{given['mem']}GB"} if "mem" in given else {}
+    made = Anywhere(folder, max_num_timeout=params["max_num_timeout"])
+    try:
+        made.update_parameters(**given, teardown=killed.splitlines())
+    except ValueError as error:
+        raise ConfigError(f"hydra/launcher=slurm: {str(error).splitlines()[0]}") from error
+    return made
+
+
+def script(params: DictConfig, sweep: Path, jobs: int) -> str:
+    """What sbatch would be given."""
+    made = executor(OmegaConf.to_container(params, resolve=True), sweep)  # type: ignore[arg-type] - a mapping
+    if jobs > 1:
+        made.parameters["map_count"] = jobs
+    return made._make_submission_file_text(made._submitit_command_str, "")
 
 
 def submitted(executor: Any, function: Any, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -181,8 +227,8 @@ def submitted(executor: Any, function: Any, arguments: Sequence[tuple[Any, ...]]
         raise ConfigError(f"Slurm took no job: {said}") from error
 
 
-def queued(names: Iterator[str]) -> set[str]:
-    """Those Slurm jobs that wait or run."""
+def queued(names: Iterable[str]) -> set[str]:
+    """Those of these Slurm jobs that wait or run."""
     command = ["squeue", "-h", "-r", "-o", "%i", "-j", ",".join(names)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return set(done.stdout.split())
@@ -218,7 +264,7 @@ class LocalLauncher(SideBySide):
             while waiting or running:
                 while waiting and places:
                     number, place = waiting.pop(0), places.pop(0)
-                    print(f"job {number} begins: {words(jobs[number])}; {self.log(number)}", flush=True)
+                    print(f"job {number} begins: {told(jobs, number)}; {self.log(number)}", flush=True)
                     running[number] = place, self.started(jobs[number], number, self.environment(place, limit))
                 for number, (place, process) in [*running.items()]:
                     if process.poll() is not None:

@@ -29,7 +29,7 @@ from vlm_agents import completion, cores
 from vlm_agents.config import command, conf_dir, described, groups, listing, parse, refuse_secrets, register
 from vlm_agents.errors import ConfigError, VlmAgentsError, harmless
 from vlm_agents.files import writing
-from vlm_agents.hydra_errors import REFUSALS, check_flags, explain, first_of_sweep, is_override
+from vlm_agents.hydra_errors import REFUSALS, check_flags, explain, first_of_sweep, is_override, jobs_of
 from vlm_agents.progress import hush
 from vlm_agents.versions import versions
 
@@ -52,7 +52,8 @@ Examples:
       all stages, from collect to eval; `run number_line`: those of an experiment
 
 stage=ppo --help lists every setting of that run with its meaning; --cfg job prints the composed
-configuration; -m seed=0,1,2 sweeps; name=<name> continues a run; --version; --debug shows tracebacks.
+configuration; -m seed=0,1,2 sweeps; name=<name> continues a run; --dry-run says what
+would be done; --version; --debug shows tracebacks.
 """
 
 
@@ -87,6 +88,8 @@ def run(argv: list[str]) -> int:
             return chain.main([word for word in words if word != "run"], debug)
         if HELP_FLAGS & set(arguments):
             print(settings_help(argv, words))
+        elif "--dry-run" in words:
+            compose_first(would_do, argv, words)
         else:
             compose_and_run(run_stage, argv, words)
     except Carried as carried:
@@ -215,9 +218,45 @@ def settings_help(argv: list[str], words: Sequence[str]) -> str:
         except OmegaConfBaseException as error:
             raise Carried(explain(error, ())) from error
 
-    one = [first_of_sweep(word) or word for word in words if word not in ("-m", "--multirun")]
-    compose_and_run(explain_settings, argv, [*one, "hydra.mode=RUN"])
+    compose_first(lambda composed, _: explain_settings(composed), argv, words)
     return texts[0]
+
+
+def compose_first(task: Callable[[DictConfig, Sequence[str]], None], argv: list[str], words: Sequence[str]) -> None:
+    """Call `task` with the first job of a sweep, or the one run, and with the words that set something."""
+    others = [word for word in words if word not in ("-m", "--multirun", "--dry-run")]
+    settings = list(filter(is_override, others))
+    swept = "-m" in words or "--multirun" in words
+
+    def first(composed: DictConfig) -> None:
+        task(composed, settings if swept or HydraConfig.get().sweeper.params else [])
+
+    compose_and_run(first, argv, [*(first_of_sweep(word) or word for word in others), "hydra.mode=RUN"])
+
+
+def would_do(composed: DictConfig, swept: Sequence[str]) -> None:
+    """Print what would be done: how many jobs there are, where, how much memory one needs, and what Slurm is given.
+    `swept` are the words of a sweep; none: it is one run."""
+    from vlm_agents.snapshot import settled
+    from vlm_agents.stages import doctor
+
+    try:
+        cfg = settled(parse(composed))
+        hydra = HydraConfig.get()
+        place = str(hydra.sweep.dir if swept else cfg.run_dir)
+    except OmegaConfBaseException as error:
+        raise Carried(explain(error, ())) from error
+    except VlmAgentsError as error:
+        raise Carried(error) from error
+    count = jobs_of(swept, hydra.sweeper.params or {}) if swept else 1
+    print(f"{count} job{'s' if count > 1 else ''} of stage={cfg.stage.name} in {os.path.relpath(place)}")
+    if (need := doctor.expected(cfg)) is not None:
+        print(f"memory of one{', the first' if count > 1 else ''}, as stage=doctor expects it: {need}")
+    if hydra.launcher._target_.endswith(".SlurmLauncher") and swept:
+        from hydra_plugins.vlm_agents_launchers import script
+
+        print(script(hydra.launcher, Path(place), count))
+    print("nothing was started")
 
 
 def run_stage(composed: DictConfig) -> dict[str, float]:
