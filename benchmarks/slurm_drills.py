@@ -1,6 +1,6 @@
 """Does a Slurm job that is disturbed end like one that isn't?
 
-    make slurm-test drills='--drills 10'
+    make slurm-test DRILLS=10
 
 Each drill is a sweep of one job. Once it has a checkpoint, at a moment drawn at random, one of these happens:
 
@@ -11,9 +11,9 @@ Each drill is a sweep of one job. Once it has a checkpoint, at a moment drawn at
     step, batch  kill -9 of the slurmstepd of the job's step, or of its script
     client       kill -9 of the command that waits for the job; given again later
 
-Printed are, for each kind: drills; how many finished (the command's exit status was 0, and DONE is there); how many have
-the record of an undisturbed run, but for the clock, and weights that are the same bit for bit; and how many are one
-MLflow run. It needs the partitions of tests/slurm/cluster.sh.
+Printed are, for each kind: drills; how many finished (the command's exit status was 0, and DONE is there); how many
+have the record of an undisturbed run, but for the clock, and weights that are the same bit for bit; and how many are
+one MLflow run. It needs the partitions of tests/slurm/cluster.sh.
 """
 
 import argparse
@@ -26,15 +26,16 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from kill_drill import differences, environment
 
-RUN = "stage=ppo env=echo stage.iterations=6 stage.num_envs=4 stage.episodes=4 stage.eval_episodes=4 seed=1".split()
-RUN += "stage.eval_every=0 hardware.threads=1 prompt.max_reply_tokens=16 stage.checkpoint_every=1".split()
-SLURM = "hydra/launcher=slurm hydra.launcher.cpus_per_task=1 hydra.launcher.partition=low".split()
+RUN = ["stage=ppo", "env=echo", "stage.iterations=10", "stage.num_envs=4", "stage.episodes=4", "stage.eval_episodes=4"]
+RUN += ["stage.checkpoint_every=1", "prompt.max_reply_tokens=16", "hardware.threads=1", "seed=1"]
+SLURM = ["hydra/launcher=slurm", "hydra.launcher.partition=low", "hydra.launcher.cpus_per_task=1"]
 # Within ten minutes of its end submitit takes any signal for the end of a job's time.
-SHORT = "hydra.launcher.timeout_min=1 hydra.launcher.signal_delay_s=35 hydra.launcher.max_num_timeout=30".split()
+SHORT = ["hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=42", "hydra.launcher.max_num_timeout=30"]
 PATIENCE_S = 400
 
 
@@ -120,7 +121,7 @@ def raw(job: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def drill(place: Path, kind: str, number: int, unbroken: Path) -> tuple[bool, bool, bool]:
+def drill(place: Path, unbroken: Path, kind: str, number: int) -> tuple[bool, bool, bool]:
     """Was the job finished, equal to the unbroken one, and one run of MLflow?"""
     rng = random.Random(f"{kind} {number}")
     sweep = Sweep(place, f"{kind}_{number}", SHORT if kind == "timeout" else [])
@@ -169,11 +170,10 @@ def main() -> int:
         place.mkdir(parents=True, exist_ok=True)
         if Sweep(place, "unbroken", []).client.wait():
             sys.exit(f"the undisturbed run failed: see {place}/unbroken.log")
-        rows = []
+        unbroken, rows = place / "multirun/unbroken/ppo/0", []
         with ThreadPoolExecutor(args.jobs) as pool:
             for kind in args.kinds or list(DEEDS):
-                unbroken = place / "multirun/unbroken/ppo/0"
-                ends = list(pool.map(lambda number, kind=kind: drill(place, kind, number, unbroken), range(args.drills)))
+                ends = list(pool.map(partial(drill, place, unbroken, kind), range(args.drills)))
                 rows.append((kind, len(ends), *(sum(column) for column in zip(*ends, strict=True))))
         print("| kind | drills | finished | record and weights equal | one MLflow run |\n|---|---|---|---|---|")
         for row in rows:

@@ -1,4 +1,4 @@
-"""Jobs of a sweep side by side, as Slurm jobs or as processes of this machine. Hydra looks for launchers in this folder.
+"""Jobs of a sweep side by side, as Slurm jobs or as processes of this machine. Hydra looks for launchers here.
 
 Hydra's own launcher runs one job after another in the process of the command line. Here each job has a process, to
 which the launcher goes as a pickle. The command waits for all of them, whatever becomes of one.
@@ -48,6 +48,7 @@ class SideBySide(Launcher):
         """Run all jobs. Those that are finished, or can't be composed, are told of here and not started."""
         setup_globals()
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.task.sweeps.setdefault(self.folder, [])
         jobs = dict(enumerate(map(list, job_overrides), initial_job_idx))
         settings = {number: self.settings(overrides, number) for number, overrides in jobs.items()}
         started = {n: words for n, words in jobs.items() if settings[n] and not (self.folder / f"{n}/DONE").exists()}
@@ -177,7 +178,7 @@ class SlurmLauncher(SideBySide):
 
 
 def release(names: Sequence[str]) -> None:
-    """Give back what Slurm still holds for jobs that have ended: it doesn't see that, where its own process was killed."""
+    """Give back what Slurm still holds for jobs that have ended: it doesn't see that where its process was killed."""
     deadline = time.monotonic() + GRACE_S
     while (held := queued(names)) and time.monotonic() < deadline:
         time.sleep(POLL_S)
@@ -216,7 +217,7 @@ def script(params: DictConfig, sweep: Path, jobs: int) -> str:
 
 
 def submitted(executor: Any, function: Any, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-    from submitit.core.utils import FailedSubmissionError, FailedJobError
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     from vlm_agents.errors import ConfigError
 

@@ -87,8 +87,8 @@ def parts_of(part: Part) -> Iterator[Part]:
 def register() -> None:
     """Tell Hydra the schemas, once. They live under `schema/` so that they never show up as options of a group.
 
-    `${token:}` is new in every process: it keeps apart the runs without a name that start in one second. `${cores:}` and
-    `${gpus:}` are what a launcher asks a cluster for.
+    `${token:}` is new in every process: it keeps apart the runs without a name that start in one second. `${cores:}`
+    and `${gpus:}` are what a launcher asks a cluster for.
     """
     OmegaConf.register_new_resolver("token", partial(secrets.token_hex, 3), use_cache=True, replace=True)
     OmegaConf.register_new_resolver("cores", cores_of, replace=True)
