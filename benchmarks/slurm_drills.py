@@ -31,11 +31,11 @@ from pathlib import Path
 
 from kill_drill import differences, environment
 
-RUN = ["stage=ppo", "env=echo", "stage.iterations=10", "stage.num_envs=4", "stage.episodes=4", "stage.eval_episodes=4"]
+RUN = ["stage=ppo", "env=echo", "stage.iterations=20", "stage.num_envs=4", "stage.episodes=4", "stage.eval_episodes=4"]
 RUN += ["stage.checkpoint_every=1", "prompt.max_reply_tokens=16", "hardware.threads=1", "seed=1"]
 SLURM = ["hydra/launcher=slurm", "hydra.launcher.partition=low", "hydra.launcher.cpus_per_task=1"]
 # Within ten minutes of its end submitit takes any signal for the end of a job's time.
-SHORT = ["hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=42", "hydra.launcher.max_num_timeout=30"]
+SHORT = ["hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=32", "hydra.launcher.max_num_timeout=30"]
 PATIENCE_S = 400
 
 

@@ -9,12 +9,12 @@ WORDS += ["tracking=jsonl", "hardware.threads=1"]
 
 
 def test_jobs_run_in_processes_and_one_that_fails_is_told(cli, capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    # the map of the second isn't one, which its own process finds; the third isn't composed, which this one does
-    assert cli(*WORDS, "-m", "hydra/launcher=local", "env.id=Echo-v0,Nowhere-v9", "seed=0") == 2
+    # there is no env of the second's id, which its own process finds
+    assert cli(*WORDS, "-m", "hydra/launcher=local", "env.id=vlm_agents/Echo-v0,Nowhere-v9", "seed=0") == 2
     said = capsys.readouterr()
     sweep = tmp_path / "multirun/a/eval"
     assert (sweep / "0/DONE").exists()
-    assert f"job 0 begins: env.id=Echo-v0; {Path('multirun/a/eval/logs/0.log')}" in said.out
+    assert f"job 0 begins: env.id=vlm_agents/Echo-v0; {Path('multirun/a/eval/logs/0.log')}" in said.out
     assert said.out.count("finished") == 1
     assert "error: job 1: " in said.err
     assert "1 of 2 jobs of multirun/a/eval failed" in said.err

@@ -35,7 +35,10 @@ class SideBySide(Launcher):
     """What both launchers have in common. `start` and what follows it is theirs."""
 
     def __init__(self, **params: Any) -> None:
-        self.params = {name: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for name, v in params.items()}
+        self.params: dict[str, Any] = {
+            name: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+            for name, value in params.items()
+        }
 
     def setup(self, *, hydra_context: HydraContext, task_function: Any, config: DictConfig) -> None:
         self.context, self.task, self.config = hydra_context, task_function, config  # a vlm_agents.command_line.Jobs
@@ -95,7 +98,7 @@ class SideBySide(Launcher):
 
     def run(self, overrides: Overrides, number: int) -> JobReturn:
         """Run a job in this process."""
-        keys = {"job_dir_key": "hydra.sweep.dir", "job_subdir_key": "hydra.sweep.subdir"}
+        keys: dict[str, Any] = {"job_dir_key": "hydra.sweep.dir", "job_subdir_key": "hydra.sweep.subdir"}
         config = self.composed(overrides, number)
         return run_job(hydra_context=self.context, task_function=self.task, config=config, **keys)
 
@@ -166,7 +169,7 @@ class SlurmLauncher(SideBySide):
         names = [job.job_id for job in running.values()]
         try:
             while running:
-                for number, job in [(number, job) for number, job in running.items() if job.done()]:
+                for number, job in [(number, job) for number, job in running.items() if ended(job)]:
                     del running[number]
                     yield number, failure(job)
                 time.sleep(POLL_S)
@@ -175,6 +178,11 @@ class SlurmLauncher(SideBySide):
             left = " ".join(job.job_id for job in running.values())
             print(f"the jobs go on in Slurm, which scancel {left} ends", file=sys.stderr)
             raise
+
+
+def ended(job: Any) -> bool:
+    """Has it a result, or left the queue without? submitit also takes one for ended that is just being queued again."""
+    return job.paths.result_pickle.exists() or (job.done() and job.job_id not in queued([job.job_id]))
 
 
 def release(names: Sequence[str]) -> None:
@@ -193,7 +201,9 @@ def executor(params: Mapping[str, Any], sweep: Path) -> Any:
     from vlm_agents.errors import ConfigError
 
     class Anywhere(submitit.SlurmExecutor):
-        affinity = classmethod(lambda _: 2)  # a script can be made without a Slurm
+        @classmethod
+        def affinity(cls) -> int:  # a script can be made without a Slurm
+            return 2
 
     own = ("_target_", "max_num_killed", "max_num_timeout")
     folder = (sweep / ".submitit").absolute()
@@ -288,7 +298,7 @@ class LocalLauncher(SideBySide):
             command = [sys.executable, "-m", __name__]
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": log, "stderr": subprocess.STDOUT}
             # a group of its own: Ctrl-C comes from here, once
-            process = subprocess.Popen(command, env=env, process_group=0, **pipes)
+            process: subprocess.Popen[bytes] = subprocess.Popen(command, env=env, process_group=0, **pipes)
         assert process.stdin is not None
         with suppress(BrokenPipeError), process.stdin as pipe:
             cloudpickle.dump((self, (overrides, number, Singleton.get_state())), pipe)
