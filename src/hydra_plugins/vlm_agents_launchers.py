@@ -296,9 +296,10 @@ class LocalLauncher(SideBySide):
         self.log(number).parent.mkdir(exist_ok=True)
         with open(self.log(number), "ab") as log:
             command = [sys.executable, "-m", __name__]
-            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": log, "stderr": subprocess.STDOUT}
             # a group of its own: Ctrl-C comes from here, once
-            process: subprocess.Popen[bytes] = subprocess.Popen(command, env=env, process_group=0, **pipes)
+            process = subprocess.Popen(
+                command, env=env, process_group=0, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT
+            )
         assert process.stdin is not None
         with suppress(BrokenPipeError), process.stdin as pipe:
             cloudpickle.dump((self, (overrides, number, Singleton.get_state())), pipe)
