@@ -9,7 +9,7 @@ NAME := demo_$(shell date +%Y-%m-%d_%H-%M-%S)
 DEMO = $(AGENTS) experiment=empty_room
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ppo demo reproduce study compare ui tiny-weights test check format clean
+.PHONY: help setup ppo demo reproduce study compare ui tiny-weights test slurm-test check format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,10 @@ tiny-weights: setup ## rebuild the weights of the tiny model (about 90 minutes);
 
 test: setup ## the tests
 	$(BIN)/python -m pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile
+
+DRILLS ?=
+slurm-test: setup ## the tests marked slurm, on a Slurm of this machine alone; DRILLS=10: that many drills of each kind too
+	@tests/slurm/run.sh $(BIN)/python $(DRILLS)
 
 check: setup ## lint, types, tests
 	$(BIN)/ruff check

@@ -211,7 +211,7 @@ def content(path: Path) -> Any:
                 key: value for key, value in yaml.safe_load(path.read_text()).items() if key not in ("name", "run_dir")
             }
         case "overrides":
-            return [line for line in path.read_text().splitlines() if not line.startswith("name=")]
+            return [line for line in path.read_text().splitlines() if not line.startswith(("name=", "run_dir="))]
         case "README.md":
             return re.sub(r" name=\S+`", "`", path.read_text())
         case "metrics.jsonl":

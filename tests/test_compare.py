@@ -110,10 +110,29 @@ def test_labels_are_held_against_the_baseline_and_ranked(sweep: Path, capsys: py
     assert "| 0.833 1.000 |" in page
 
 
+def test_a_sweep_that_is_still_running_is_ranked_by_the_newest_whole_panel(
+    sweep: Path, capsys: pytest.CaptureFixture[str]
+):
+    running = sweep / "1"
+    (running / "DONE").unlink()
+    (running / "summary.json").unlink()
+    panel = (running / "panel.jsonl").read_text()
+    last = json.loads(panel.splitlines()[-1])
+    with open(running / "panel.jsonl", "a") as file:  # the first episode of the next one
+        file.write(json.dumps({**last, "step": last["step"] + 1, "variant": ""}) + "\n")
+    assert compare.main([str(sweep)]) == 0
+    page = capsys.readouterr().out
+    assert ", 2 runs" in page
+    assert f"not finished: {running}, compared as it was at step {last['step']}" in page
+
+
 def test_what_is_not_finished_or_damaged_is_named_and_left_out(sweep: Path, capsys: pytest.CaptureFixture[str]):
     with open(sweep / "1/metrics.jsonl", "a") as file:
         file.write('{"step": 1, "eval/succ')  # a run isn't lost for a line
-    (another(sweep / "0", "2") / "DONE").unlink()
+    begun = another(sweep / "0", "2")
+    (begun / "DONE").unlink()
+    panel = (begun / "panel.jsonl").read_text().splitlines(keepends=True)
+    (begun / "panel.jsonl").write_text("".join(line for line in panel if json.loads(line)["step"] == 0))
     (another(sweep / "0", "3") / "summary.json").write_text("{")
     (another(sweep / "0", "4") / "panel.jsonl").unlink()
     (another(sweep / "0", "5") / "config.yaml").write_text("no: stage")

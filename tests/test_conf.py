@@ -136,8 +136,25 @@ def test_slurm_launcher_asks_for_one_task_a_job() -> None:
         cfg = compose("config", ["stage=ppo", "hydra/launcher=slurm"], return_hydra_config=True)
     launcher = cfg.hydra.launcher
     assert launcher._target_.endswith("SlurmLauncher")
+    assert (launcher.nodes, launcher.cpus_per_task, launcher.gpus_per_node) == (1, 8, None)
     assert (launcher.tasks_per_node, launcher.array_parallelism) == (1, 16)
     assert launcher.additional_parameters.requeue is True
+
+
+@pytest.mark.parametrize(
+    ("words", "cores", "gpus"),
+    [
+        (["hardware=gpu"], 8, 1),
+        (["hardware=ddp", "hardware.nodes=2", "hardware.threads=4"], 32, 8),
+        (["hardware=ddp", "hydra.launcher.gres=gpu:a100:8"], 64, None),  # gres asks already
+    ],
+)
+def test_slurm_is_asked_for_what_the_hardware_needs(words: list[str], cores: int, gpus: int | None) -> None:
+    register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("config", ["stage=ppo", "hydra/launcher=slurm", *words], return_hydra_config=True)
+    launcher = cfg.hydra.launcher
+    assert (launcher.nodes, launcher.cpus_per_task, launcher.gpus_per_node) == (cfg.hardware.nodes, cores, gpus)
 
 
 def test_defaults_are_the_ones_of_the_readme(compose_run) -> None:

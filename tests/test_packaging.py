@@ -16,7 +16,6 @@ MODULES = {"pillow": "PIL", "pyyaml": "yaml", "hydra-core": "hydra"}  # where it
 CALLED = {
     "accelerate": "transformers' Trainer, in stages/sft.py",
     "bitsandbytes": "transformers and peft, for model.quantize",
-    "hydra-submitit-launcher": "conf/hydra/launcher/slurm.yaml",
 }
 
 
@@ -29,7 +28,7 @@ def imported(folder: str) -> set[str]:
                 names |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 names.add(node.module)
-    return {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"vlm_agents"}
+    return {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"vlm_agents", "hydra_plugins"}
 
 
 def modules(requirements: list[str]) -> set[str]:

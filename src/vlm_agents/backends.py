@@ -130,6 +130,10 @@ class Mlflow:
         where = self._uri, self._experiment, self._folder, self._sweep
         self._client, self._run_id, self._goes_on = stores.connect(*where, self._settings, self._tags(), self._began)
 
+    def begin_sweep(self, sweep: Path) -> None:
+        """Make what the jobs of a sweep have in common."""
+        stores.begin_sweep(self._uri, self._experiment, sweep, self._settings, self._tags())
+
     def _tags(self) -> dict[str, str]:
         settings, stage = self._settings, self._settings["stage"]
         policy, model = stage.get("policy", "model"), settings["model"]["name"]

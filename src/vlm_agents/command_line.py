@@ -29,7 +29,7 @@ from vlm_agents import completion, cores
 from vlm_agents.config import command, conf_dir, described, groups, listing, parse, refuse_secrets, register
 from vlm_agents.errors import ConfigError, VlmAgentsError, harmless
 from vlm_agents.files import writing
-from vlm_agents.hydra_errors import REFUSALS, check_flags, explain, first_of_sweep, is_override
+from vlm_agents.hydra_errors import REFUSALS, check_flags, explain, first_of_sweep, is_override, jobs_of
 from vlm_agents.progress import hush
 from vlm_agents.versions import versions
 
@@ -52,7 +52,8 @@ Examples:
       all stages, from collect to eval; `run number_line`: those of an experiment
 
 stage=ppo --help lists every setting of that run with its meaning; --cfg job prints the composed
-configuration; -m seed=0,1,2 sweeps; name=<name> continues a run; --version; --debug shows tracebacks.
+configuration; -m seed=0,1,2 sweeps; name=<name> continues a run; --dry-run says what
+would be done; --version; --debug shows tracebacks.
 """
 
 
@@ -87,6 +88,8 @@ def run(argv: list[str]) -> int:
             return chain.main([word for word in words if word != "run"], debug)
         if HELP_FLAGS & set(arguments):
             print(settings_help(argv, words))
+        elif "--dry-run" in words:
+            compose_first(would_do, argv, words)
         else:
             compose_and_run(run_stage, argv, words)
     except Carried as carried:
@@ -125,9 +128,9 @@ def refuse_other_places(setting: str, value: str) -> None:
 def compose_and_run(task: Task, argv: list[str], words: Sequence[str]) -> None:
     """Hand the words over to Hydra, which reads `argv` and calls `task` once, or once a job of a sweep."""
     argv[1:] = sorted(words, key=is_override)  # argparse: flags first
-    sweeps: dict[Path, list[Exception | None]] = {}  # what stopped each job
+    jobs = Jobs(task)
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(keeping_ends(task, sweeps))()
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(jobs)()  # pyright: ignore
     except (VlmAgentsError, BrokenPipeError):
         raise
     except (*REFUSALS, OSError) as error:
@@ -138,31 +141,48 @@ def compose_and_run(task: Task, argv: list[str], words: Sequence[str]) -> None:
                 raise
         raise explain(error, words) from error
     finally:
-        for folder in sweeps:
+        for folder in jobs.sweeps:
             remove_idle_sweep(folder)
-    for folder, ends in sweeps.items():
+    for folder, ends in jobs.sweeps.items():
         end_sweep(folder, ends)
 
 
-def keeping_ends(task: Task, sweeps: dict[Path, list[Exception | None]]) -> Task:
-    """The task which, in a sweep, adds to `sweeps` what stopped the job, or None."""
-    here = os.getpid()
+class Jobs:
+    """The task of a command, which in a sweep also knows what stopped each job. A launcher may take it to another
+    process, where what stops a job is raised; it has to `tell` it here."""
 
-    def job(composed: DictConfig) -> Any:
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.sweeps: dict[Path, list[Exception | None]] = {}  # what stopped each job, None: nothing
+        self._here = os.getpid()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        hush()
+        register()
+
+    def __call__(self, composed: DictConfig) -> Any:
         if HydraConfig.get().mode != RunMode.MULTIRUN:
-            return task(composed)
-        ends = sweeps.setdefault(Path(HydraConfig.get().sweep.dir), [])
+            return self.task(composed)
+        ends = self.sweeps.setdefault(Path(HydraConfig.get().sweep.dir), [])
         try:
-            result = task(composed)
+            result = self.task(composed)
         except Exception as error:
             ends.append(error)
-            if os.getpid() == here and isinstance(error, VlmAgentsError):
+            if os.getpid() == self._here and isinstance(error, VlmAgentsError):
                 return None  # it is told; Hydra would tell it again, after a line of its own
             raise
         ends.append(None)
         return result
 
-    return job
+    def tell(self, sweep: Path, number: int, error: Exception | None) -> None:
+        """How a job of another process ended."""
+        self.sweeps.setdefault(sweep, []).append(error)
+        if error is None:
+            print(f"job {number} finished", flush=True)
+        else:
+            said = " ".join(str(error).split()) or type(error).__name__
+            print(f"error: job {number}: {harmless(said)}", file=sys.stderr, flush=True)
 
 
 def end_sweep(folder: Path, ends: Sequence[Exception | None]) -> None:
@@ -203,9 +223,45 @@ def settings_help(argv: list[str], words: Sequence[str]) -> str:
         except OmegaConfBaseException as error:
             raise Carried(explain(error, ())) from error
 
-    one = [first_of_sweep(word) or word for word in words if word not in ("-m", "--multirun")]
-    compose_and_run(explain_settings, argv, [*one, "hydra.mode=RUN"])
+    compose_first(lambda composed, _: explain_settings(composed), argv, words)
     return texts[0]
+
+
+def compose_first(task: Callable[[DictConfig, Sequence[str]], None], argv: list[str], words: Sequence[str]) -> None:
+    """Call `task` with the first job of a sweep, or the one run, and with the words that set something."""
+    others = [word for word in words if word not in ("-m", "--multirun", "--dry-run")]
+    settings = list(filter(is_override, others))
+    swept = "-m" in words or "--multirun" in words
+
+    def first(composed: DictConfig) -> None:
+        task(composed, settings if swept or HydraConfig.get().sweeper.params else [])
+
+    compose_and_run(first, argv, [*(first_of_sweep(word) or word for word in others), "hydra.mode=RUN"])
+
+
+def would_do(composed: DictConfig, swept: Sequence[str]) -> None:
+    """Print what would be done: how many jobs there are, where, how much memory one needs, and what Slurm is given.
+    `swept` are the words of a sweep; none: it is one run."""
+    from vlm_agents.snapshot import settled
+    from vlm_agents.stages import doctor
+
+    try:
+        cfg = settled(parse(composed))
+        hydra = HydraConfig.get()
+        place = str(hydra.sweep.dir if swept else cfg.run_dir)
+    except OmegaConfBaseException as error:
+        raise Carried(explain(error, ())) from error
+    except VlmAgentsError as error:
+        raise Carried(error) from error
+    count = jobs_of(swept, hydra.sweeper.params or {}) if swept else 1
+    print(f"{count} job{'s' if count > 1 else ''} of stage={cfg.stage.name} in {os.path.relpath(place)}")
+    if (need := doctor.expected(cfg)) is not None:
+        print(f"memory of one{', the first' if count > 1 else ''}, as stage=doctor expects it: {need}")
+    if hydra.launcher._target_.endswith(".SlurmLauncher") and swept:
+        from hydra_plugins.vlm_agents_launchers import script
+
+        print(script(hydra.launcher, Path(place), count))
+    print("nothing was started")
 
 
 def run_stage(composed: DictConfig) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Finished runs held against each other: `python -m vlm_agents.compare FOLDER...`.
+"""Runs held against each other: `python -m vlm_agents.compare FOLDER...`.
 
 Reads run directories, and writes comparison.md, comparison.csv and comparison.png. What its figures are, and what they
 can't say, stands in docs/compare.md.
@@ -22,7 +22,7 @@ from vlm_agents.standings import chosen_baseline, game, ranking
 from vlm_agents.tables import Comparison, markdown, rows_as_csv
 
 EPILOG = """\
-A FOLDER is a finished run of stage=ppo or stage=eval, or holds such runs, as the folder of a sweep does:
+A FOLDER is a run of stage=ppo or stage=eval, or holds such runs, as the folder of a sweep does:
   python -m vlm_agents.compare multirun/mine/ppo
 Runs of one game and label that differ in their seeds are pooled. The label is the settings that tell runs apart, or
 those of --by, or is given: after_SFT=outputs/a/eval,outputs/b/eval
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 def options(words: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog="python -m vlm_agents.compare",
-        description="Hold finished runs against each other: success with intervals, rank, differences, steps, time.",
+        description="Hold runs against each other: success with intervals, rank, differences, steps, time.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

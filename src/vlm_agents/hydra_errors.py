@@ -5,10 +5,11 @@ Flags are looked at before Hydra sees them; what Hydra or OmegaConf refuses is e
 
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import yaml
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ValueType
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -29,7 +30,7 @@ from vlm_agents.errors import ConfigError, did_you_mean
 REFUSALS = (HydraException, OmegaConfBaseException, AssertionError, AttributeError, ValueError, yaml.YAMLError)
 # Each way of writing a flag, and what it takes. Hydra's --experimental-rerun is left out: it reads a pickle.
 FLAGS = {
-    **dict.fromkeys(("--help", "-h", "--version", "--hydra-help", "--debug", "--resolve"), ""),
+    **dict.fromkeys(("--help", "-h", "--version", "--hydra-help", "--debug", "--resolve", "--dry-run"), ""),
     **dict.fromkeys(("--multirun", "-m", "--run", "-r", "--shell-completion", "-sc"), ""),
     **dict.fromkeys(("--cfg", "-c"), "job, hydra or all"),
     **dict.fromkeys(("--info", "-i"), "[all, config, defaults, defaults-tree, plugins or searchpath]"),
@@ -75,6 +76,12 @@ def first_of_sweep(word: str) -> str | None:
     if override.value_type not in listed:  # glob() and interval() have no first one
         return word
     return f"{word.partition('=')[0]}={next(override.sweep_string_iterator())}"
+
+
+def jobs_of(words: Sequence[str], params: Mapping[str, str]) -> int:
+    """How many jobs a sweep has; `params` are those of its sweeper."""
+    overrides = OverridesParser.create().parse_overrides([*(f"{key}={value}" for key, value in params.items()), *words])
+    return sum(map(len, BasicSweeper.split_arguments(overrides, None)))
 
 
 def check_flags(arguments: Sequence[str]) -> list[str]:

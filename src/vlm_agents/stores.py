@@ -66,13 +66,11 @@ def connect(
     its MLflow run, and whether that was there before. It `began` at that time, in milliseconds."""
     from mlflow.entities import Param, RunTag
 
-    name = f"{settings['name']}/{settings['stage']['name']}"
+    name = name_of(settings)
     with opened(uri, sweep) as client:
         experiment_id = open_experiment(client, uri, experiment)
         if sweep is not None:
-            shared = {key: value for key, value in tags.items() if key not in OF_ONE_JOB}
-            parent, _ = open_run(client, experiment_id, sweep, name, {**shared, "sweep": "true"}, began)
-            tags = {**tags, PARENT: parent}
+            tags = {**tags, PARENT: open_sweep(client, experiment_id, sweep, name, tags, began)}
             name += f"/{folder.name}"
     run_id, was_there = open_run(client, experiment_id, folder, name, tags, began)
     told = client.get_run(run_id).data
@@ -86,6 +84,23 @@ def connect(
     if was_there:  # continued, maybe by another commit or with other words
         client.log_batch(run_id, tags=[RunTag(*tag) for tag in tags.items() if told.tags.get(tag[0]) != tag[1]])
     return client, run_id, was_there
+
+
+def name_of(settings: Mapping[str, Any]) -> str:
+    return f"{settings['name']}/{settings['stage']['name']}"
+
+
+def begin_sweep(uri: str, experiment: str, sweep: Path, settings: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+    """Make all that the jobs of a sweep have in common, before they begin on machines that share no lock."""
+    with opened(uri, sweep) as client:
+        experiment_id = open_experiment(client, uri, experiment)
+        open_sweep(client, experiment_id, sweep, name_of(settings), tags, int(time.time() * 1000))
+
+
+def open_sweep(client: Any, experiment: str, sweep: Path, name: str, tags: Mapping[str, str], began: int) -> str:
+    """Id of the sweep's run, which `sweep` remembers. `tags` are those of a job, or of all."""
+    shared = {key: value for key, value in tags.items() if key not in OF_ONE_JOB}
+    return open_run(client, experiment, sweep, name, {**shared, "sweep": "true"}, began)[0]
 
 
 def address(tracking: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The finished runs in folders: which there are, which game each played, under which label it is compared.
+"""The runs in folders: which there are, which game each played, under which label it is compared.
 
 Reads run directories of stage=ppo and stage=eval by their files alone. Knows no statistics.
 """
@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,13 +33,14 @@ NAMING = (".name", ".format", ".family")  # settings that choose a part: they na
 
 @dataclass
 class Played:
-    """A finished run that played held-out seeds."""
+    """A run that played held-out seeds, finished or not."""
 
     folder: Path
     settings: Mapping[str, Any]  # by dotted names
     metrics: Mapping[str, float]  # of summary.json
     history: Mapping[int, Mapping[str, float]]  # of metrics.jsonl, by step
     outcomes: Sequence[Outcome]
+    finished: bool = True
     label: str = field(default="", compare=False)
 
     @property
@@ -125,8 +127,8 @@ def directories(place: Path, left_out: list[str]) -> Iterator[Path]:
 
 
 def read(folder: Path) -> Played | None:
-    """One run; None where it is of a stage that plays no panel. DataError, without its name, where it isn't finished or
-    is damaged."""
+    """One run; None where it is of a stage that plays no panel. DataError, without its name, where it has nothing yet
+    that could be compared, or is damaged. Of a run that still trains, the newest panel that is whole stands for all."""
     try:
         settings = flat_settings(folder / "config.yaml", "")
     except DataError as error:
@@ -137,16 +139,27 @@ def read(folder: Path) -> Played | None:
     if wrong := [key for key, kind in NEEDED.items() if not isinstance(settings.get(key), kind)]:
         raise DataError(f"config.yaml is damaged ({', '.join(wrong)})")
     try:
-        if not (folder / "DONE").exists():
-            raise DataError("not finished: its command, given again, goes on with it")
-        metrics = figures(folder / "summary.json")
+        finished = (folder / "DONE").exists()
         history = by_step(folder / "metrics.jsonl")
-        run = Played(folder, settings, metrics, history, read_outcomes(folder, trained=stage == "ppo"))
+        metrics = figures(folder / "summary.json") if finished else {}
+        outcomes = read_outcomes(folder, trained=stage == "ppo")
+        if stage == "ppo" and not finished:
+            outcomes = whole_panels(outcomes)
+        run = Played(folder, settings, metrics, history, outcomes, finished)
     except OSError as error:
         raise DataError(f"{Path(error.filename).name} can't be read ({error.strerror})") from error
     if not run.solved:
         raise DataError("no held-out seed was played to its end")
     return run
+
+
+def whole_panels(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Without a panel that is just being played. DataError where none was played since training began."""
+    counts = Counter(one.step for one in outcomes if not one.variant)
+    kept = [one for one in outcomes if counts[one.step] == max(counts.values())]
+    if not any(one.step for one in kept):
+        raise DataError("not finished, and no held-out seeds played since it began (stage.eval_every has them played)")
+    return kept
 
 
 def figures(path: Path) -> dict[str, float]:

@@ -131,6 +131,10 @@ def notes_of(it: Comparison) -> Iterator[str]:
         yield f"not ranked, as they didn't play every game: {', '.join(absent)}"
     if it.pooled:
         yield f"runs of one label differ in {', '.join(it.pooled)}"
+    for run in it.runs:
+        if not run.finished:
+            seen = f"step {step}" if (step := max(one.step for one in run.outcomes)) else f"{len(run.solved)} episodes"
+            yield f"not finished: {run.folder}, compared as it was at {seen}"
     yield from (f"left out: {line}" for line in it.left_out)
 
 

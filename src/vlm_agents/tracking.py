@@ -241,6 +241,17 @@ def send(folder: Path, tracking: Mapping[str, Any] | None = None) -> str:
     )
 
 
+def begin_sweep(settings: Mapping[str, Any], sweep: Path) -> None:
+    """Before the jobs of a sweep begin side by side, make in MLflow what they share: the store, the experiment and the
+    sweep's run. `settings` are those of a job."""
+    if settings["tracking"]["name"] != "mlflow":
+        return
+    try:
+        backends.Mlflow(settings, sweep, None).begin_sweep(sweep)
+    except Exception as error:  # noqa: BLE001 - whatever ails the tracker must not stop the sweep
+        log.warning("%s", harmless(masked(f"MLflow doesn't know of {sweep} yet, its jobs will tell: {error}")))
+
+
 def end_sweep(sweep: Path, status: str) -> None:
     """End the MLflow run of a sweep as FINISHED or FAILED, as its jobs came out this time: of one that was refused
     before it began, no job's run knows."""

@@ -88,12 +88,25 @@ def parts_of(part: Part) -> Iterator[Part]:
 def register() -> None:
     """Tell Hydra the schemas, once. They live under `schema/` so that they never show up as options of a group.
 
-    `${token:}` is new in every process: it keeps apart the runs without a name that start in one second.
+    `${token:}` is new in every process: it keeps apart the runs without a name that start in one second. `${cores:}`
+    and `${gpus:}` are what a launcher asks a cluster for.
     """
     OmegaConf.register_new_resolver("token", partial(secrets.token_hex, 3), use_cache=True, replace=True)
+    OmegaConf.register_new_resolver("cores", cores_of, replace=True)
+    OmegaConf.register_new_resolver("gpus", gpus_of, replace=True)
     store = ConfigStore.instance().store
     for place, part in SCHEMAS.items():
         store(name=place.split("/")[-1], group="/".join(["schema", *place.split("/")[:-1]]), node=part)
+
+
+def cores_of(processes: int, threads: int | None) -> int:
+    """Cores on each node."""
+    return processes * (threads or 8)
+
+
+def gpus_of(device: str, processes: int, gres: str | None) -> int | None:
+    """GPUs on each node; None where there is nothing to ask for, or `gres` asks already."""
+    return processes if device.startswith("cuda") and gres is None else None
 
 
 def may_change() -> set[str]:

@@ -67,6 +67,16 @@ def main(cfg: RunConfig, stage: DoctorConfig, run: Run) -> dict[str, float]:
     return run.finish(metrics)
 
 
+def expected(cfg: RunConfig) -> str | None:
+    """What a run of another stage needs on each device; None where no model plays in it or is trained."""
+    if cfg.stage.name not in ("ppo", "eval", "collect") or getattr(cfg.stage, "policy", "model") != "model":
+        return None
+    stage = DoctorConfig(num_envs=getattr(cfg.stage, "num_envs", 1))
+    agent = blueprint(cfg.model, cfg.hardware)
+    need = estimate(agent, work_of(cfg, stage, agent), cfg.hardware.device, cfg.model.quantize)
+    return gib(need.peak if cfg.stage.name == "ppo" else need.weights + need.sampling)
+
+
 def show(title: str, rows: Rows) -> None:
     """A table on stdout."""
     shown = Table(title=Text(title), title_justify="left", show_header=False)
