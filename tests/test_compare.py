@@ -284,7 +284,7 @@ def test_a_run_that_plays_no_panel_is_refused(echo_episodes: Path, capsys: pytes
 # ---- learning curves and the ranking ---------------------------------------------------------------------------------
 def played(history: dict, episodes: int = 64) -> Played:
     settings = {"seed": 0, "stage.name": "ppo", "stage.episodes": episodes, "env.id": "a"}
-    return Played(Path("x"), settings, {}, history, [], "a")
+    return Played(Path("x"), settings, {}, history, [], finished=True, label="a")
 
 
 def trained(success: list[float], length: float = 3) -> dict:

@@ -201,6 +201,10 @@ class Run:
         """A seed in [0, 2^32) for one purpose of this run, named by `words`."""
         return stable_hash("run", self.cfg.seed, *words) % 2**32
 
+    def rng(self, *words: object) -> np.random.Generator:
+        """The generator of that seed."""
+        return np.random.default_rng(self.seed_for(*words))
+
     # ---- what the run tells ----------------------------------------------------------------------------------------
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl (non-finite numbers as null), and tell the tracker."""

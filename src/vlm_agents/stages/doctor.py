@@ -71,9 +71,8 @@ def expected(cfg: RunConfig) -> str | None:
     """What a run of another stage needs on each device; None where no model plays in it or is trained."""
     if cfg.stage.name not in ("ppo", "eval", "collect") or getattr(cfg.stage, "policy", "model") != "model":
         return None
-    stage = DoctorConfig(num_envs=getattr(cfg.stage, "num_envs", 1))
-    agent = blueprint(cfg.model, cfg.hardware)
-    need = estimate(agent, work_of(cfg, stage, agent), cfg.hardware.device, cfg.model.quantize)
+    stage, estimates = DoctorConfig(num_envs=getattr(cfg.stage, "num_envs", 1)), Estimates()
+    need = estimates.need(cfg, work_of(cfg, stage, estimates.agent(cfg)))
     return gib(need.peak if cfg.stage.name == "ppo" else need.weights + need.sampling)
 
 

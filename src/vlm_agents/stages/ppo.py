@@ -35,9 +35,8 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
     sampler = HFSampler(agent)
     policy = make_policy(cfg, "model", sampler)
     learner = make_learner(cfg, cfg.algo, agent, init, stage.iterations, run.world)
-    state: dict[str, Any] = {"before": {}, "last": {}, "training_seconds": 0.0, "env_steps": 0, "watch": (0, False)} | (
-        load(checkpoint, learner, stage.iterations) if checkpoint else {}
-    )
+    state: dict[str, Any] = {"before": {}, "last": {}, "training_seconds": 0.0, "env_steps": 0, "watch": (0, False)}
+    state |= load(checkpoint, learner, stage.iterations) if checkpoint else {}
 
     def over() -> bool:
         return learner.iteration >= stage.iterations or state["env_steps"] >= (stage.env_steps or np.inf)
@@ -57,8 +56,7 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
                 sampler.sync()
                 played, shaped, told = gather(cfg, stage, run, envs, policy, learner)
             with clock.phase("update"), imports.blamed("algo.factory", cfg.algo.factory):
-                rng = np.random.default_rng(run.seed_for("update", iteration))
-                learned = bonuses(shaped) | told | learner.learn(shaped, stage.episodes, rng)
+                learned = bonuses(shaped) | told | learner.learn(shaped, stage.episodes, run.rng("update", iteration))
             state["env_steps"] += sum(len(one.turns) for one in played)
             state["last"] = figures(played, state["env_steps"], learned, clock)
             state["training_seconds"] += sum(clock.seconds.values())
