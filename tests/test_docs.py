@@ -177,7 +177,8 @@ def settings() -> set[str]:
 def test_every_setting_and_option_exists(page: Path) -> None:
     known, options = settings() | OTHERS, groups()
     for span in spans(page):
-        assert set(SETTING.findall(span)) <= known, span
+        said = {name for name in SETTING.findall(span) if not name.startswith("hardware.deepspeed.")}  # DeepSpeed's own
+        assert said <= known, span
         for group, option in OPTION.findall(span):
             if group in options and option.split("/")[0] not in ("mine", "null"):  # mine: the reader's own
                 assert option in options[group], span

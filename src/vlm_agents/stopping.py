@@ -39,7 +39,7 @@ def heeded(tell: Callable[[], Any] = lambda: None) -> Iterator[None]:
     """Within it the signal is noted, and `tell` called. A run that ends by Stopped has the earlier handler called,
     where there was one; so has one that doesn't end in time."""
     global _asked
-    earlier = signal.getsignal(signal.SIGUSR2)
+    earlier, alarm = signal.getsignal(signal.SIGUSR2), signal.getsignal(signal.SIGALRM)
 
     def hand_over(number: int, frame: FrameType | None) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -50,9 +50,9 @@ def heeded(tell: Callable[[], Any] = lambda: None) -> Iterator[None]:
         note(number, frame)
         tell()
         if callable(earlier):
+            signal.signal(signal.SIGALRM, hand_over)
             signal.setitimer(signal.ITIMER_REAL, GRACE)
 
-    before = signal.signal(signal.SIGALRM, hand_over)
     signal.signal(signal.SIGUSR2, heed)
     try:
         yield
@@ -60,7 +60,8 @@ def heeded(tell: Callable[[], Any] = lambda: None) -> Iterator[None]:
         hand_over(signal.SIGUSR2, None)
         raise
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        if _asked:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, alarm)
         signal.signal(signal.SIGUSR2, earlier)
         _asked = False
