@@ -31,8 +31,8 @@ FULL_DISK = re.compile(r"inline_container|PytorchStreamWriter|iostream error|I/O
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A whole checkpoint. `state` is its stage's, `seconds` what the run had taken, `offsets` how long its append-only
-    files were, `last_lines` the marks of their last lines, `keep` how many checkpoints were wanted; older versions
-    wrote neither of these two."""
+    files were, `last_lines` the marks of their last lines, `keep` how many checkpoints were wanted, `best` the step of
+    another one; older versions wrote none of these three."""
 
     step: int
     path: Path
@@ -41,6 +41,7 @@ class Checkpoint:
     offsets: Mapping[str, int]
     last_lines: Mapping[str, Sequence[str]]
     keep: int | None
+    best: int | None
 
     def told(self, unit: str, total: int) -> str:
         """Where a run goes on that continues from here, for a person."""
@@ -55,11 +56,12 @@ def save(
     keep: int,
     world: World = ALONE,
 ) -> Path:
-    """Have `write` fill a new checkpoint, and keep the newest `keep`. A crash leaves those that were there before.
+    """Have `write` fill a new checkpoint, and keep the newest `keep` and the one of the record's `best` step. A crash
+    leaves those that were there before.
 
     All ranks write into it; it counts once all of them have.
     """
-    final = folder / f"step_{step:06d}"
+    final = place_of(folder, step)
     if not world.main:
         temporary = world.of_main(lambda: final)
         write(temporary)
@@ -78,15 +80,16 @@ def save(
     for later in newest_first(folder):
         if step_of(later) > step:  # it is damaged: we went back
             remove(later)
-    prune(folder, step, keep)
+    prune(folder, step, keep, record.get("best"))
     world.wait()
     return final
 
 
-def prune(folder: Path, step: int, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints of those up to `step`."""
+def prune(folder: Path, step: int, keep: int, best: int | None = None) -> None:
+    """Remove all but the newest `keep` checkpoints of those up to `step`, and the one of step `best`."""
     for old in [path for path in newest_first(folder) if step_of(path) <= step][keep:]:
-        remove(old)
+        if step_of(old) != best:
+            remove(old)
 
 
 def remove(folder: Path) -> None:
@@ -143,6 +146,7 @@ def read(folder: Path) -> Checkpoint | None:
             record["offsets"],
             record.get("last_lines", {}),
             record.get("keep"),
+            record.get("best"),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -152,6 +156,10 @@ def read(folder: Path) -> Checkpoint | None:
 def newest_first(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, whole or not; what has another name is somebody else's."""
     return sorted((path for path in folder.glob("step_*") if NAME.fullmatch(path.name)), key=step_of, reverse=True)
+
+
+def place_of(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:06d}"
 
 
 def step_of(path: Path) -> int:

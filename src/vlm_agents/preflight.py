@@ -254,7 +254,8 @@ def check_disk(cfg: RunConfig, source: str | None) -> None:
         whole = len(cfg.model.train.parts) == 3
         size = model + (parameters_of(source) * (MOMENTS + (COPY if width < 4 else 0)) if whole else 0)
         written = math.ceil(stage.iterations / stage.checkpoint_every) if isinstance(stage, PpoConfig) else 1
-        kept, checkpoints = min(written, stage.keep_checkpoints), min(written, stage.keep_checkpoints + 1)
+        wanted = stage.keep_checkpoints + (stage.keep_best if isinstance(stage, PpoConfig) else 0)
+        kept, checkpoints = min(written, wanted), min(written, wanted + 1)
     need = max(checkpoints * size, kept * size + model)
     folder = Path(cfg.run_dir)
     there = sum(path.stat().st_size for path in folder.glob("checkpoints/**/*") if path.is_file())

@@ -245,9 +245,10 @@ class Run:
         return self.dir / name
 
     def save_checkpoint(
-        self, step: int, write: Callable[[Path], None], state: Mapping[str, Any], keep: int = 2
+        self, step: int, write: Callable[[Path], None], state: Mapping[str, Any], keep: int = 2, best: int | None = None
     ) -> Path:
-        """Have `write` fill a folder, and keep it as the newest of `keep` checkpoints. `state` must survive JSON.
+        """Have `write` fill a folder, and keep it as the newest of `keep` checkpoints, beside that of step `best`.
+        `state` must survive JSON.
 
         All ranks call it, and `write` on each may add files of its own."""
         for name in self._append_only:
@@ -255,13 +256,17 @@ class Run:
                 sync(self.path(name))
         offsets = {name: self._size(name) for name in self._append_only}
         marks = {name: last_lines(self.path(name), offset) for name, offset in offsets.items() if offset}
-        record = {"state": state, "seconds": self._seconds(), "offsets": offsets, "last_lines": marks}
+        record = {"state": state, "seconds": self._seconds(), "offsets": offsets, "last_lines": marks, "best": best}
         return checkpoints.save(self._checkpoints, step, write, record, keep, self.world)
 
     def latest_checkpoint(self, before: float = math.inf) -> Checkpoint | None:
         """The newest checkpoint, from before that step, that is whole; None if there never was one, DataError if all of
         them are damaged."""
         return self.world.of_main(lambda: checkpoints.latest(self._checkpoints, before))
+
+    def has_checkpoint(self, step: int) -> bool:
+        """Is there one of that step?"""
+        return self.world.of_main(lambda: checkpoints.place_of(self._checkpoints, step).is_dir())
 
     def restore(self) -> Checkpoint | None:
         """Put the append-only files back to where the latest checkpoint saw them, and return it; None: from the start.
@@ -281,7 +286,8 @@ class Run:
             ):
                 log.warning("%s lost lines that its checkpoint saw: going on with those that are left", self.path(name))
         if checkpoint and checkpoint.keep:  # it may have been killed before it removed those that it replaced
-            self.world.of_main(lambda: checkpoints.prune(self._checkpoints, checkpoint.step, checkpoint.keep or 1))
+            keep = checkpoint.step, checkpoint.keep, checkpoint.best
+            self.world.of_main(lambda: checkpoints.prune(self._checkpoints, *keep))
         return checkpoint
 
     def asked_to_stop(self) -> bool:

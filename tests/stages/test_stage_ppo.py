@@ -10,14 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vlm_agents.config import RunConfig
+from vlm_agents.config import PpoConfig, RunConfig
 from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import ConfigError, DataError, TrainingError
 from vlm_agents.metrics import parts
 from vlm_agents.models import load_agent
 from vlm_agents.outcomes import read_outcomes
 from vlm_agents.prompting import make_format
+from vlm_agents.run import Run
 from vlm_agents.seeds import panel_seeds, training_seed
+from vlm_agents.stages.learning import best_of
 from vlm_agents.stages.playing import fitted
 from vlm_agents.types import Observation, Parsed, Reply, Step, Turn
 
@@ -320,3 +322,19 @@ def test_a_gpu_tells_its_peaks(run_stage: RunStage, tmp_path: Path):
     weights = (tmp_path / "model/model.safetensors").stat().st_size
     assert metrics["memory/rollout_bytes"] > weights
     assert metrics["memory/update_bytes"] > 2 * weights  # gradients and two moments of the text part come on top
+
+
+def test_the_checkpoint_whose_weights_played_best_is_kept_too(echo_run: ComposeRun, tmp_path: Path):
+    cfg = echo_run(tmp_path / "ppo", *SMALL, "stage.keep_best=true")
+    assert isinstance(cfg.stage, PpoConfig)
+    best = None
+    with Run.open(cfg, []) as run:
+        for step, success in enumerate((0.2, 0.6, 0.6, 0.1)):  # of an iteration that this checkpoint's weights play
+            run.save_checkpoint(step, lambda _: None, {}, keep=1, best=best and best[0])
+            best = best_of(run, cfg.stage, best, step, success)
+        assert best_of(run, cfg.stage, best, 9, 1.0) == best == (1, 0.6)  # there is no checkpoint 9
+        assert best_of(run, replace(cfg.stage, keep_best=False), None, 3, 1.0) is None
+        run.save_checkpoint(4, lambda _: None, {}, keep=1, best=1)
+        assert {path.name for path in (run.dir / "checkpoints").iterdir()} == {"step_000001", "step_000004"}
+        assert run.restore() is not None
+        assert (run.dir / "checkpoints/step_000001").is_dir()

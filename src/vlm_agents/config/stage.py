@@ -134,6 +134,11 @@ class PpoConfig(StageConfig):
     eval_every: int = setting(0, "iterations between evaluations on the panel; 0: only before and after", low=0)
     checkpoint_every: int = setting(1, "iterations between checkpoints", low=1)
     keep_checkpoints: int = setting(2, "newest checkpoints that are kept", low=1)
+    keep_best: bool = setting(
+        False,
+        "keep the checkpoint too whose weights then succeeded most often in an iteration's rollout, whose seeds aren't "
+        "held out; of few episodes that is a noisy choice",
+    )
 
     def check(self, run: "RunConfig") -> None:
         if run.algo is None:

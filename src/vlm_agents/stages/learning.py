@@ -67,6 +67,14 @@ def make_learner(
         return Learner(agent, agent.renderer, algorithm, algo, iterations, shares, shapers, engine)
 
 
+def best_of(run: Run, stage: PpoConfig, best: Sequence[Any] | None, step: int, success: float) -> Sequence[Any] | None:
+    """The step of the checkpoint whose weights succeeded most often when they played, and how often: `best`, or those
+    of `step`, which have just played, where there is one. None where `stage` doesn't keep it."""
+    if not stage.keep_best or (best and success <= best[1]) or not run.has_checkpoint(step):
+        return best
+    return step, success
+
+
 def save(run: Run, agent: Agent, learner: Learner, step: int, state: Mapping[str, Any], keep: int) -> None:
     """A checkpoint after `step` iterations."""
 
@@ -78,7 +86,8 @@ def save(run: Run, agent: Agent, learner: Learner, step: int, state: Mapping[str
                 torch.save(learned, folder / LEARNER)
         learner.save(folder)
 
-    run.save_checkpoint(step, write, state, keep)
+    best = state.get("best")
+    run.save_checkpoint(step, write, state, keep, best and best[0])
 
 
 def load(checkpoint: Checkpoint, learner: Learner, iterations: int) -> Mapping[str, Any]:

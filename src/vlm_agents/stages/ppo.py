@@ -16,7 +16,7 @@ from vlm_agents.outcomes import PANEL
 from vlm_agents.run import Run, seed_everything
 from vlm_agents.stages.collapse import Collapse
 from vlm_agents.stages.gathering import gather
-from vlm_agents.stages.learning import Clock, figures, load, make_learner, save, tell_unmoved
+from vlm_agents.stages.learning import Clock, best_of, figures, load, make_learner, save, tell_unmoved
 from vlm_agents.stages.panel import RECORDED, Panel, finish
 from vlm_agents.stages.playing import check_first_prompt, make_policy, open_envs
 from vlm_agents.stages.reporting import tell
@@ -41,8 +41,7 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
     def over() -> bool:
         return learner.iteration >= stage.iterations or state["env_steps"] >= (stage.env_steps or np.inf)
 
-    watch = Watch(cfg, *state["watch"])
-    collapse = Collapse(stage.stop_on_collapse, state.get("collapse"))
+    watch, collapse = Watch(cfg, *state["watch"]), Collapse(stage.stop_on_collapse, state.get("collapse"))
     writer, panel = EpisodeWriter(run.dir), Panel(cfg, stage, run, sampler, learner.whole)
     with open_envs(cfg.env, stage.num_envs, "always", run.world) as envs:
         check_first_prompt(cfg, envs, sampler)
@@ -63,7 +62,8 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
             tell(run, iteration, stage.iterations, state["last"], played[0])
             watch.look(state["last"], played, over())
             collapse.look(iteration, state["last"], run.latest_checkpoint)
-            state |= {"watch": (watch.lacked, watch.told), "collapse": collapse.state}
+            best = best_of(run, stage, state.get("best"), iteration, state["last"]["rollout/success"])
+            state |= {"watch": (watch.lacked, watch.told), "collapse": collapse.state, "best": best}
             writer.append(*shaped[:RECORDED])
             if not over():
                 panel.now_and_then(envs, iteration + 1)
@@ -76,6 +76,6 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
                 run.stop()
         tell_unmoved(learner, stage)
         after, album = panel.after(envs, learner.iteration)
-    last = state["last"] | {"time/training": state["training_seconds"]}
     with learner.whole():
+        last = state["last"] | {"time/training": state["training_seconds"]}
         return finish(run, agent, last, state["before"], after, album)
