@@ -69,7 +69,7 @@ class World:
         self.gather(None)
 
     def add(self, tensors: Sequence["Tensor"]) -> None:
-        """Replace each tensor by the sum over ranks. All of one type and device, and alike on all ranks."""
+        """Replace each tensor by the sum over ranks. All on one device, and of the same shapes on all ranks."""
         if self.ranks == 1:
             return
         import torch.distributed as dist
@@ -87,10 +87,11 @@ ALONE = World()  # of a run in one process
 
 
 def buckets(tensors: Sequence["Tensor"]) -> Iterator[list["Tensor"]]:
-    """As many at a time as BUCKET_BYTES hold, one at least."""
+    """As many of one type at a time as BUCKET_BYTES hold, one at least."""
     bucket: list[Tensor] = []
     for tensor in tensors:
-        if bucket and sum(one.nbytes for one in bucket) + tensor.nbytes > BUCKET_BYTES:
+        full = sum(one.nbytes for one in bucket) + tensor.nbytes > BUCKET_BYTES
+        if bucket and (full or tensor.dtype != bucket[0].dtype):
             yield bucket
             bucket = []
         bucket.append(tensor)

@@ -330,7 +330,7 @@ def test_the_checkpoint_whose_weights_played_best_is_kept_too(echo_run: ComposeR
     best = None
     with Run.open(cfg, []) as run:
         for step, success in enumerate((0.2, 0.6, 0.6, 0.1)):  # of an iteration that this checkpoint's weights play
-            run.save_checkpoint(step, lambda _: None, {}, keep=1, best=best and best[0])
+            run.save_checkpoint(step, lambda _: None, {}, keep=1, best=best[0] if best else None)
             best = best_of(run, cfg.stage, best, step, success)
         assert best_of(run, cfg.stage, best, 9, 1.0) == best == (1, 0.6)  # there is no checkpoint 9
         assert best_of(run, replace(cfg.stage, keep_best=False), None, 3, 1.0) is None

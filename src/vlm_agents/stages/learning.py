@@ -87,7 +87,7 @@ def save(run: Run, agent: Agent, learner: Learner, step: int, state: Mapping[str
         learner.save(folder)
 
     best = state.get("best")
-    run.save_checkpoint(step, write, state, keep, best and best[0])
+    run.save_checkpoint(step, write, state, keep, best[0] if best else None)
 
 
 def load(checkpoint: Checkpoint, learner: Learner, iterations: int) -> Mapping[str, Any]:
