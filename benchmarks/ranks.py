@@ -1,0 +1,244 @@
+"""Do several ranks learn what one does?
+
+    python benchmarks/ranks.py
+    python benchmarks/ranks.py --time
+
+The first runs PPO and GRPO on echo, with full training, LoRA and QLoRA of two models, each by one rank and by two: DDP,
+ZeRO-2, ZeRO-3. All start from weights that a short stage=sft made, which know the words of the game and not what they
+mean: rewards differ, and so gradients aren't noise. Printed is a table: how far the two ranks' figures are from the one
+rank's in any line of metrics.jsonl, and how far the saved weights are, tensor by tensor, as a share of a tensor's norm.
+
+Ranks sum in another order, so that numbers differ by rounding; where a draw falls between two roundings, another token
+is sampled, and from there on the two runs play different episodes. "same episodes" counts the iterations up to there,
+by all figures of what was played and all recorded replies; lines after it aren't compared, and its weights are told as
+incomparable.
+
+The second measures seconds an iteration of MiniGrid by one rank and by two on this machine.
+
+Goes on where it was stopped: a run that is finished is not run again. CPU only: gloo, fp32, one thread a rank.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from kill_drill import environment, plain
+from safetensors.torch import load_file
+from torch import Tensor
+
+ITERATIONS = 5
+COMMON = ["env=echo", "env.turns=2", "prompt=action_only", "prompt.max_reply_tokens=4", "hardware.threads=1"]
+COMMON += ["tracking=jsonl"]
+SFT = ["stage=sft", "stage.data=outputs/made/preprocess", "stage.epochs=3", "stage.batch_size=16"]
+PPO = ["stage=ppo", f"stage.iterations={ITERATIONS}", "stage.episodes=8", "stage.num_envs=8", "stage.eval_episodes=4"]
+PPO += [f"stage.checkpoint_every={ITERATIONS}", "algo.minibatch_turns=8", "algo.epochs=2"]
+MODELS = "tiny", "tiny_qwen3_vl"
+MODES = {
+    "full": ["model/train=all"],
+    "LoRA": ["model/lora=adapter"],
+    "QLoRA": ["model/lora=adapter", "model.quantize=nf4"],
+}
+ALGORITHMS = {"ppo": ["algo=ppo"], "grpo": ["algo=grpo", "algo.group_size=4"]}
+RANKS = {
+    "one": [],
+    "ddp": ["hardware.processes=2"],
+    "zero2": ["hardware.processes=2", "hardware.zero=2"],
+    "zero3": ["hardware.processes=2", "hardware.zero=3"],
+}
+CLOCKS = "time/", "speed/", "memory/"
+PLAYED = "rollout/"
+LOSSES = "ppo/policy_loss", "ppo/value_loss"
+TIMED = ["stage=ppo", "model=tiny", "env=minigrid", "stage.iterations=6", "stage.eval_episodes=0", "tracking=jsonl"]
+TIMED += ["stage.checkpoint_every=6"]
+TIMES = {
+    "one rank, 1 thread": ["hardware.threads=1"],
+    "one rank, 2 threads": ["hardware.threads=2"],
+    "two ranks, ddp": ["hardware.threads=1", "hardware.processes=2"],
+    "two ranks, zero2": ["hardware.threads=1", "hardware.processes=2", "hardware.zero=2"],
+    "two ranks, zero3": ["hardware.threads=1", "hardware.processes=2", "hardware.zero=3"],
+}
+
+
+def finish(folder: Path, name: str, words: Sequence[str]) -> Path:
+    """The finished run of that name, which is begun or continued if it has to be."""
+    stage = words[0].removeprefix("stage=")
+    run = folder / f"outputs/{name}/{stage}"
+    if not (run / "DONE").exists():
+        plain(folder, [*words, f"name={name}"])
+    return run
+
+
+def make_weights(folder: Path, model: str) -> Path:
+    """Weights that answer with the words of the game."""
+    random = ["stage=collect", *COMMON, "stage.policy=random", "stage.episodes=300", "stage.num_envs=8"]
+    source = finish(folder, "made", random)
+    chats = ["stage=preprocess", *COMMON, f"stage.data=[{source}]", "stage.success_only=false", "stage.label=played"]
+    finish(folder, "made", chats)
+    return finish(folder, f"made_{model}", [*SFT, *COMMON, f"model={model}"])
+
+
+# ---- equality --------------------------------------------------------------------------------------------------------
+@dataclass
+class Apart:
+    """How far a run is from that of one rank."""
+
+    same: int  # iterations with the same episodes
+    loss: float  # the furthest that a loss is
+    figure: float  # the furthest that any other figure is, as a share of it, or of 1 where it is smaller
+    which: str
+    ratio: float  # the furthest that ratio_at_start is from 1
+    tensors: dict[str, float] | None  # each tensor's distance as a share of its norm
+
+    @property
+    def sound(self) -> bool:
+        near = self.loss <= 1e-6 and self.ratio <= 1e-4
+        return near and self.tensors is not None and max(self.tensors.values()) <= 1e-5
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        return max((self.tensors or {"-": float("nan")}).items(), key=lambda item: item[1])
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def replies(run: Path) -> list[Any]:
+    """Seed and tokens of each recorded episode."""
+    told = map(json.loads, (run / "episodes.jsonl").read_text().splitlines())
+    return [(one["seed"], [turn["reply"]["token_ids"] for turn in one["turns"]]) for one in told]
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    """All that the run saved of its model, by file and name."""
+    return {
+        f"{path.stem}/{name}": tensor.double()
+        for path in sorted((run / "model").rglob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+        if tensor.is_floating_point()
+    }
+
+
+def numbers(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in line.items():
+        if isinstance(value, int | float) and not name.startswith(CLOCKS):
+            yield name, value
+
+
+def same_episodes(one: Path, other: Path) -> int:
+    """Iterations up to the first whose episodes differ."""
+    mine, its = replies(one), replies(other)
+    recorded = len(mine) // ITERATIONS
+    played = [{name: value for name, value in numbers(line) if name.startswith(PLAYED)} for line in lines(one)]
+    others = [{name: value for name, value in numbers(line) if name.startswith(PLAYED)} for line in lines(other)]
+    for step in range(ITERATIONS):
+        part = slice(step * recorded, (step + 1) * recorded)
+        unlike = mine[part] != its[part] or played[step].keys() != others[step].keys()
+        if unlike or any(distance(played[step][name], others[step][name]) > 1e-5 for name in played[step]):
+            return step
+    return ITERATIONS
+
+
+def distance(value: float, wanted: float) -> float:
+    return abs(value - wanted) / max(1.0, abs(wanted))
+
+
+def compare(one: Path, other: Path) -> Apart:
+    same, loss, ratio = same_episodes(one, other), 0.0, 0.0
+    figure, which = 0.0, "-"
+    told, wanted = lines(other), lines(one)
+    assert [line.keys() for line in told] == [line.keys() for line in wanted]
+    for step, (line, its) in enumerate(zip(told, wanted, strict=True)):
+        if step >= same and step != ITERATIONS:
+            continue  # the lines after the last iteration, of held-out episodes, are compared only if all are the same
+        if step >= ITERATIONS and same < ITERATIONS:
+            continue
+        for (name, value), (_, right) in zip(numbers(line), numbers(its), strict=True):
+            if name in LOSSES:
+                loss = max(loss, abs(value - right))
+            elif distance(value, right) > figure:
+                figure, which = distance(value, right), f"{name} in line {step}"
+            if name == "ppo/ratio_at_start":
+                ratio = max(ratio, abs(value - 1))
+    if same < ITERATIONS:
+        return Apart(same, loss, figure, which, ratio, None)
+    mine, right = weights(other), weights(one)
+    assert mine.keys() == right.keys()
+    tensors = {name: far(mine[name], right[name]) for name in right}
+    return Apart(same, loss, figure, which, ratio, tensors)
+
+
+def far(found: Tensor, wanted: Tensor) -> float:
+    """As a share of its norm; 0 where both are zeros."""
+    apart = (found - wanted).norm().item()
+    return apart and apart / wanted.norm().item()
+
+
+def equality(folder: Path, models: Sequence[str], modes: Sequence[str], algorithms: Sequence[str]) -> bool:
+    print("| model | trained | algo | ranks | same episodes | losses | other figures | ratio - 1 | weights | furthest |")
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    sound, notes = True, []
+    for model in models:
+        init = make_weights(folder, model)
+        for mode in modes:
+            for algorithm in algorithms:
+                words = [*PPO, *COMMON, f"model={model}", f"stage.init={init}", *MODES[mode], *ALGORITHMS[algorithm]]
+                runs = {
+                    name: finish(folder, f"{model}_{mode}_{algorithm}_{name}", [*words, *RANKS[name]])
+                    for name in RANKS
+                }
+                for name in list(RANKS)[1:]:
+                    apart = compare(runs["one"], runs[name])
+                    sound &= apart.sound
+                    tensor, worst = apart.worst
+                    print(
+                        f"| {model} | {mode} | {algorithm} | {name} | {apart.same} of {ITERATIONS} | {apart.loss:.0e} "
+                        f"| {apart.figure:.0e} | {apart.ratio:.0e} | {worst:.1e} | {tensor} |",
+                        flush=True,
+                    )
+                    notes.append(f"{model} {mode} {algorithm} {name}: {apart.which}")
+                    notes += [f"    {size:.1e} {one}" for one, size in (apart.tensors or {}).items() if size > 1e-5]
+    print("\nThe figure that is furthest, and tensors that are further than 1e-5:", *notes, sep="\n")
+    return sound
+
+
+# ---- time ------------------------------------------------------------------------------------------------------------
+def times(folder: Path) -> None:
+    """Of each kind the median over iterations, without the first, in which much is done once."""
+    print(f"load of the machine before: {os.getloadavg()[0]:.1f} of {os.cpu_count()} cores\n")
+    print("| | rollout | update | seconds an iteration | load meanwhile |\n|---|---|---|---|---|")
+    for name, words in TIMES.items():
+        run = finish(folder, f"time_{name.replace(' ', '_').replace(',', '')}", [*TIMED, *words])
+        told = [line for line in lines(run) if "time/rollout" in line][1:]
+        rollout, update = (median(line[f"time/{phase}"] for line in told) for phase in ("rollout", "update"))
+        total = median(line["time/rollout"] + line["time/update"] for line in told)
+        print(f"| {name} | {rollout:.2f} | {update:.2f} | {total:.2f} | {os.getloadavg()[0]:.1f} |", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Do several ranks learn what one does?")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/ranks"), help="where to run; kept")
+    parser.add_argument("--time", action="store_true", help="measure seconds an iteration instead")
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--algorithms", nargs="+", default=list(ALGORITHMS), choices=ALGORITHMS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    folder = args.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.time:
+        times(folder)
+        return 0
+    return 0 if equality(folder, args.models, args.modes, args.algorithms) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
