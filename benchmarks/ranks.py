@@ -13,6 +13,8 @@ is sampled, and from there on the two runs play different episodes. "same episod
 by all figures of what was played and all recorded replies; lines after it aren't compared, and its weights are told as
 incomparable.
 
+"one, cut" is one rank again, with smaller micro-batches: what rounding alone does.
+
 The second measures seconds an iteration of MiniGrid by one rank and by two on this machine.
 
 Goes on where it was stopped: a run that is finished is not run again. CPU only: gloo, fp32, one thread a rank.
@@ -21,7 +23,6 @@ Goes on where it was stopped: a run that is finished is not run again. CPU only:
 import argparse
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from kill_drill import environment, plain
+from kill_drill import plain
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -49,6 +50,7 @@ MODES = {
 ALGORITHMS = {"ppo": ["algo=ppo"], "grpo": ["algo=grpo", "algo.group_size=4"]}
 RANKS = {
     "one": [],
+    "one, cut": ["hardware.tokens_per_microbatch=400"],
     "ddp": ["hardware.processes=2"],
     "zero2": ["hardware.processes=2", "hardware.zero=2"],
     "zero3": ["hardware.processes=2", "hardware.zero=3"],
@@ -90,12 +92,13 @@ def make_weights(folder: Path, model: str) -> Path:
 class Apart:
     """How far a run is from that of one rank."""
 
-    same: int  # iterations with the same episodes
-    loss: float  # the furthest that a loss is
-    figure: float  # the furthest that any other figure is, as a share of it, or of 1 where it is smaller
-    which: str
-    ratio: float  # the furthest that ratio_at_start is from 1
-    tensors: dict[str, float] | None  # each tensor's distance as a share of its norm
+    same: int  # iterations with the same episodes; those after them, and weights made by them, aren't compared
+    loss: float = 0.0  # the furthest that a loss is
+    figure: float = 0.0  # the furthest that any other figure is, as a share of it, or of 1 where it is smaller
+    which: str = "-"
+    ratio: float = 0.0  # the furthest that ratio_at_start is from 1
+    tensors: dict[str, float] | None = None  # each saved tensor's distance as a share of its norm
+    all: float = float("nan")  # that of all tensors as one
 
     @property
     def sound(self) -> bool:
@@ -127,22 +130,27 @@ def weights(run: Path) -> dict[str, Tensor]:
     }
 
 
-def numbers(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+def numbers(line: Mapping[str, Any], begun: tuple[str, ...] = ("",)) -> Iterator[tuple[str, float]]:
+    """All but the clock's whose name begins so."""
     for name, value in line.items():
-        if isinstance(value, int | float) and not name.startswith(CLOCKS):
+        if isinstance(value, int | float) and name.startswith(begun) and not name.startswith(CLOCKS):
             yield name, value
+
+
+def iterations(run: Path) -> list[dict[str, Any]]:
+    return [line for line in lines(run) if "ppo/updates" in line]
 
 
 def same_episodes(one: Path, other: Path) -> int:
     """Iterations up to the first whose episodes differ."""
-    mine, its = replies(one), replies(other)
-    recorded = len(mine) // ITERATIONS
-    played = [{name: value for name, value in numbers(line) if name.startswith(PLAYED)} for line in lines(one)]
-    others = [{name: value for name, value in numbers(line) if name.startswith(PLAYED)} for line in lines(other)]
+    mine, its = ([dict(numbers(line, (PLAYED,))) for line in iterations(run)] for run in (one, other))
+    wrote, others = replies(one), replies(other)
+    recorded = len(wrote) // ITERATIONS
     for step in range(ITERATIONS):
         part = slice(step * recorded, (step + 1) * recorded)
-        unlike = mine[part] != its[part] or played[step].keys() != others[step].keys()
-        if unlike or any(distance(played[step][name], others[step][name]) > 1e-5 for name in played[step]):
+        if wrote[part] != others[part] or mine[step].keys() != its[step].keys():
+            return step
+        if any(distance(its[step][name], value) > 1e-5 for name, value in mine[step].items()):
             return step
     return ITERATIONS
 
@@ -152,48 +160,47 @@ def distance(value: float, wanted: float) -> float:
 
 
 def compare(one: Path, other: Path) -> Apart:
-    same, loss, ratio = same_episodes(one, other), 0.0, 0.0
-    figure, which = 0.0, "-"
-    told, wanted = lines(other), lines(one)
-    assert [line.keys() for line in told] == [line.keys() for line in wanted]
-    for step, (line, its) in enumerate(zip(told, wanted, strict=True)):
-        if step >= same and step != ITERATIONS:
-            continue  # the lines after the last iteration, of held-out episodes, are compared only if all are the same
-        if step >= ITERATIONS and same < ITERATIONS:
-            continue
-        for (name, value), (_, right) in zip(numbers(line), numbers(its), strict=True):
+    same = same_episodes(one, other)
+    read = lines if same == ITERATIONS else lambda run: iterations(run)[:same]
+    apart = Apart(same)
+    for line, its in zip(read(other), read(one), strict=True):
+        found, wanted = dict(numbers(line)), dict(numbers(its))
+        assert found.keys() == wanted.keys()
+        for name, value in found.items():
             if name in LOSSES:
-                loss = max(loss, abs(value - right))
-            elif distance(value, right) > figure:
-                figure, which = distance(value, right), f"{name} in line {step}"
-            if name == "ppo/ratio_at_start":
-                ratio = max(ratio, abs(value - 1))
-    if same < ITERATIONS:
-        return Apart(same, loss, figure, which, ratio, None)
-    mine, right = weights(other), weights(one)
-    assert mine.keys() == right.keys()
-    tensors = {name: far(mine[name], right[name]) for name in right}
-    return Apart(same, loss, figure, which, ratio, tensors)
+                apart.loss = max(apart.loss, abs(value - wanted[name]))
+            elif (far := distance(value, wanted[name])) > apart.figure:
+                apart.figure, apart.which = far, f"{name} at step {line['step']}"
+        apart.ratio = max(apart.ratio, abs(found.get("ppo/ratio_at_start", 1.0) - 1))
+    if same == ITERATIONS:
+        mine, right = weights(other), weights(one)
+        assert mine.keys() == right.keys()
+        apart.tensors = {name: share(mine[name], right[name]) for name in right}
+        total = sum(tensor.square().sum().item() for tensor in right.values()) ** 0.5
+        apart.all = sum((mine[name] - right[name]).square().sum().item() for name in right) ** 0.5 / total
+    return apart
 
 
-def far(found: Tensor, wanted: Tensor) -> float:
+def share(found: Tensor, wanted: Tensor) -> float:
     """As a share of its norm; 0 where both are zeros."""
-    apart = (found - wanted).norm().item()
-    return apart and apart / wanted.norm().item()
+    away = (found - wanted).norm().item()
+    return away and away / wanted.norm().item()
 
 
 def equality(folder: Path, models: Sequence[str], modes: Sequence[str], algorithms: Sequence[str]) -> bool:
-    print("| model | trained | algo | ranks | same episodes | losses | other figures | ratio - 1 | weights | furthest |")
-    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    columns = ["model", "trained", "algo", "ranks", "same episodes", "losses", "other figures", "ratio - 1", "weights"]
+    columns += ["one tensor", "which"]
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
     sound, notes = True, []
     for model in models:
         init = make_weights(folder, model)
         for mode in modes:
             for algorithm in algorithms:
                 words = [*PPO, *COMMON, f"model={model}", f"stage.init={init}", *MODES[mode], *ALGORITHMS[algorithm]]
+                kind = f"{model}_{mode}_{algorithm}"
                 runs = {
-                    name: finish(folder, f"{model}_{mode}_{algorithm}_{name}", [*words, *RANKS[name]])
-                    for name in RANKS
+                    name: finish(folder, f"{kind}_{name.replace(', ', '_')}", [*words, *more])
+                    for name, more in RANKS.items()
                 }
                 for name in list(RANKS)[1:]:
                     apart = compare(runs["one"], runs[name])
@@ -201,7 +208,7 @@ def equality(folder: Path, models: Sequence[str], modes: Sequence[str], algorith
                     tensor, worst = apart.worst
                     print(
                         f"| {model} | {mode} | {algorithm} | {name} | {apart.same} of {ITERATIONS} | {apart.loss:.0e} "
-                        f"| {apart.figure:.0e} | {apart.ratio:.0e} | {worst:.1e} | {tensor} |",
+                        f"| {apart.figure:.0e} | {apart.ratio:.0e} | {apart.all:.0e} | {worst:.0e} | {tensor} |",
                         flush=True,
                     )
                     notes.append(f"{model} {mode} {algorithm} {name}: {apart.which}")
