@@ -2,9 +2,11 @@
 
 import json
 import os
+import pickle
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from vlm_agents import world
+from vlm_agents.config import RunConfig
+from vlm_agents.launch import Job
 from vlm_agents.world import ALONE, buckets
 
 RUN = ("stage=ppo", "env=echo", "env.turns=2", "model=tiny", "prompt=action_only", "prompt.max_reply_tokens=8")
@@ -65,6 +69,35 @@ def test_buckets_hold_all_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_rank_asks_nobody() -> None:
     assert (ALONE.gather(1), ALONE.any(True), ALONE.of_main(lambda: 2), ALONE.share([1, 2])) == ([1], True, 2, [1, 2])
+
+
+PARENT = "import subprocess, sys; print((one := subprocess.Popen(sys.argv[1:])).pid, flush=True); one.wait()"
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the system to tell it of its parent's end")
+def test_a_rank_ends_with_a_launcher_that_was_killed(
+    compose_run: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that waits for the other, who never comes."""
+    note, port = tmp_path / "job", free_port()
+    note.write_bytes(pickle.dumps(Job(compose_run("stage=ppo", "env=echo", "hardware.processes=2"), [], None)))
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    command = [sys.executable, "-c", PARENT, sys.executable, "-m", "vlm_agents.worker", str(note)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        rank = int(parent.stdout.readline())
+        with socket.socket() as visitor:
+            until(lambda: visitor.connect_ex(("127.0.0.1", port)) == 0)
+        parent.kill()
+    until(lambda: not Path(f"/proc/{rank}/cmdline").exists() or not Path(f"/proc/{rank}/cmdline").read_bytes())
 
 
 def learned(folder: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
