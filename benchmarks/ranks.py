@@ -10,8 +10,8 @@ rank's in any line of metrics.jsonl, and how far the saved weights are, tensor b
 
 Ranks sum in another order, so that numbers differ by rounding; where a draw falls between two roundings, another token
 is sampled, and from there on the two runs play different episodes. "same episodes" counts the iterations up to there,
-by all figures of what was played and all recorded replies; lines after it aren't compared, and its weights are told as
-incomparable.
+by all figures of what was played and the recorded replies, of half of the episodes; lines after it aren't compared, and
+neither are weights.
 
 "one, cut" is one rank again, with smaller micro-batches: what rounding alone does.
 
@@ -58,8 +58,8 @@ RANKS = {
 CLOCKS = "time/", "speed/", "memory/"
 PLAYED = "rollout/"
 LOSSES = "ppo/policy_loss", "ppo/value_loss"
-TIMED = ["stage=ppo", "model=tiny", "env=minigrid", "stage.iterations=6", "stage.eval_episodes=0", "tracking=jsonl"]
-TIMED += ["stage.checkpoint_every=6"]
+TIMED = ["stage=ppo", "model=tiny", "env=minigrid", "stage.iterations=4", "stage.checkpoint_every=4"]
+TIMED += ["stage.episodes=16", "stage.num_envs=16", "stage.eval_episodes=0", "tracking=jsonl"]
 TIMES = {
     "one rank, 1 thread": ["hardware.threads=1"],
     "one rank, 2 threads": ["hardware.threads=2"],
@@ -102,8 +102,8 @@ class Apart:
 
     @property
     def sound(self) -> bool:
-        near = self.loss <= 1e-6 and self.ratio <= 1e-4
-        return near and self.tensors is not None and max(self.tensors.values()) <= 1e-5
+        """Within the bars? A tensor whose gradient is little but rounding may be further; such are listed."""
+        return self.same == ITERATIONS and self.loss <= 1e-6 and self.ratio <= 1e-4 and self.all <= 1e-5
 
     @property
     def worst(self) -> tuple[str, float]:
@@ -182,9 +182,9 @@ def compare(one: Path, other: Path) -> Apart:
 
 
 def share(found: Tensor, wanted: Tensor) -> float:
-    """As a share of its norm; 0 where both are zeros."""
+    """As a share of its norm; of what is all zeros, 0 or 1."""
     away = (found - wanted).norm().item()
-    return away and away / wanted.norm().item()
+    return away and away / (wanted.norm().item() or away)
 
 
 def equality(folder: Path, models: Sequence[str], modes: Sequence[str], algorithms: Sequence[str]) -> bool:
@@ -207,8 +207,8 @@ def equality(folder: Path, models: Sequence[str], modes: Sequence[str], algorith
                     sound &= apart.sound
                     tensor, worst = apart.worst
                     print(
-                        f"| {model} | {mode} | {algorithm} | {name} | {apart.same} of {ITERATIONS} | {apart.loss:.0e} "
-                        f"| {apart.figure:.0e} | {apart.ratio:.0e} | {apart.all:.0e} | {worst:.0e} | {tensor} |",
+                        f"| {model} | {mode} | {algorithm} | {name} | {apart.same} of {ITERATIONS} | {apart.loss:.1e} "
+                        f"| {apart.figure:.0e} | {apart.ratio:.0e} | {apart.all:.0e} | {worst:.1e} | {tensor} |",
                         flush=True,
                     )
                     notes.append(f"{model} {mode} {algorithm} {name}: {apart.which}")
