@@ -20,9 +20,14 @@ from vlm_agents.config import RunConfig
 from vlm_agents.launch import Job
 from vlm_agents.world import ALONE, buckets
 
-RUN = ("stage=ppo", "env=echo", "env.turns=2", "model=tiny", "prompt=action_only", "prompt.max_reply_tokens=8")
+RUN = ("stage=ppo", "env=echo", "env.turns=2", "model=tiny", "prompt=action_only", "prompt.max_reply_tokens=3")
 RUN += ("stage.iterations=3", "stage.episodes=6", "stage.num_envs=4", "stage.eval_episodes=2", "algo.minibatch_turns=6")
-RUN += ("algo.count_coef=0.5", "hardware.threads=1", "tracking=jsonl")  # a bonus that episodes differ in
+RUN += (
+    "algo.lr=1e-5",
+    "algo.count_coef=0.5",
+    "hardware.threads=1",
+    "tracking=jsonl",
+)  # episodes differ in that bonus
 
 
 def free_port() -> int:
