@@ -37,7 +37,7 @@ DOORS = {
     "mlflow": ["backends.py", "stores.py"],
     "tensorboardX": ["backends.py"],
     "wandb": ["backends.py"],
-    "deepspeed": ["learn/zero.py"],
+    "deepspeed": ["learn/zero.py", "learn/zero_settings.py"],
     "transformers": ["models", "stages/sft.py"],
     "peft": ["models"],
     "bitsandbytes": ["models"],

@@ -160,6 +160,15 @@ def test_tracking_may_change_on_resume(cfg: RunConfig, compose_run) -> None:
         pass
 
 
+def test_other_ranks_may_go_on_with_a_run_but_not_with_other_rules(cfg: RunConfig, compose_run) -> None:
+    with Run.open(cfg, []) as run:
+        run.log(1, {"a": 1})
+    with Run.open(compose_run("stage=ppo", "hardware.processes=3", "hardware.nodes=2", "hardware.restarts=0"), []):
+        pass
+    with pytest.raises(ConfigError, match=r"with hardware\.zero=0, not 2"):
+        Run.open(compose_run("stage=ppo", "hardware.processes=3", "hardware.zero=2"), [])
+
+
 def test_the_server_of_a_remote_policy_may_move_on_resume_and_its_model_may_not(compose_run) -> None:
     words = ("stage=collect", "stage.policy=remote", "stage.remote.model=big")
     with Run.open(compose_run(*words), []) as run:

@@ -75,6 +75,10 @@ def check_env_and_machine(cfg: RunConfig) -> None:
         refuse_no_driver(cfg.hardware.device)
         if not isinstance(stage, MergeConfig):
             refuse_no_bitsandbytes(cfg.model.quantize)
+        if cfg.hardware.deepspeed:
+            from vlm_agents.learn.zero_settings import zero_config  # it imports deepspeed: seconds
+
+            zero_config(cfg.hardware, max_grad_norm=1.0, trained=1)
 
 
 def refuse_other_name(cfg: RunConfig) -> None:

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from vlm_agents.learn.batches import microbatches, minibatches
+from vlm_agents.learn.batches import Shares, microbatches, minibatches
 from vlm_agents.tensors import Row
+from vlm_agents.world import World
 
 
 def plain(length: int) -> Row:
@@ -35,3 +36,16 @@ def test_microbatches_cut_by_padded_tokens_longest_first():
     found = microbatches([plain(length) for length in (4, 9, 5, 30, 10, 4)], max_tokens=20)
     # 30 is over the budget and alone; 2 * 10; 4 * 5
     assert [[len(sample) for sample in part] for part in found] == [[30], [10, 9], [5, 4, 4]]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_ranks_share_rows_by_their_tokens(ranks: int):
+    rows = [plain(length) for length in (4, 9, 5, 30, 10, 4)]
+    shares = [Shares(20, World(rank, ranks)) for rank in range(ranks)]
+    dealt = [one.own(rows) for one in shares]
+    assert sorted(id(row) for cuts in dealt for cut in cuts for row in cut) == sorted(map(id, rows))  # each row once
+    loads = [sum(len(row) for cut in cuts for row in cut) for cuts in dealt]
+    # 62 tokens: one row of 30 is nearly half of them, and no rank has more than it and less than the smallest row
+    assert loads == {1: [62], 2: [30, 32], 3: [30, 18, 14], 8: [30, 10, 9, 5, 4, 4, 0, 0]}[ranks]
+    assert {one.most(rows) for one in shares} == {max(map(len, dealt))}
+    assert all(len(cut) == 1 or len(cut[0]) * len(cut) <= 20 for cuts in dealt for cut in cuts)

@@ -10,9 +10,6 @@ from typing import Any
 
 import pytest
 
-from vlm_agents.config import HardwareConfig
-from vlm_agents.errors import ConfigError
-
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # each rank imports DeepSpeed, and makes dozens of models
 SCRIPT = Path(__file__).with_name("zero_ranks.py")
 
@@ -55,10 +52,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("case", ["full", "lora", "qlora", "llava"])
 def test_two_ranks_learn_what_one_does(found: dict[str, Any], case: str, zero: int) -> None:
     figures, weights = found[f"{case} {zero}"]
-    # a norm over a whole weight in fp32 has an error of its own; in the twin of LLaVA, whose vision part is random,
-    # gradients of some weights are little more than rounding
-    assert figures < 1e-5
-    assert weights < (1e-5 if case != "llava" else 1e-3)
+    assert figures < 1e-5  # a norm over a whole weight in fp32 has an error of its own
+    assert weights < 1e-5
 
 
 @pytest.mark.parametrize("zero", [2, 3])
@@ -91,40 +86,3 @@ def test_whole_weights_sample_and_are_saved_as_undivided_ones(found: dict[str, A
 def test_offload_changes_nothing_and_bfloat16_rounds_alone(found: dict[str, Any], zero: int) -> None:
     assert max(found[f"offload {zero}"]) < 1e-5
     assert max(found[f"bf16 {zero}"]) < 0.02  # of 8 bits, 2 to 4 times
-
-
-@pytest.mark.parametrize(
-    ("given", "told"),
-    [
-        ({"train_batch_size": 8}, "train_batch_size is ours to set: see algo.minibatch_turns"),
-        ({"zero_optimization": {"stage": 1}}, "zero_optimization.stage is ours to set: see hardware.zero"),
-        ({"bf16": {"enabled": True}}, "bf16 is ours to set: see hardware.dtype"),
-        ({"zero_optimisation": {}}, "zero_optimisation: DeepSpeed knows no such setting. Did you mean 'zero_opt"),
-        ({"zero_optimization": {"overlap_com": True}}, "zero_optimization.overlap_com: .* Did you mean 'overlap_comm'"),
-        ({"zero_optimization": {"offload_optimizer": {"devic": "cpu"}}}, "offload_optimizer.devic: DeepSpeed knows no"),
-        ({"zero_optimization": {"overlap_comm": "perhaps"}}, "zero_optimization.overlap_comm=perhaps: .*boolean"),
-        ({"zero_optimization": 3}, "is refused by DeepSpeed"),
-        ({"communication_data_type": "fp33"}, "is refused by DeepSpeed: Invalid communication_data_type"),
-    ],
-)
-def test_wrong_settings_are_told_in_a_line(given: dict[str, Any], told: str) -> None:
-    from vlm_agents.learn.zero import zero_config
-
-    with pytest.raises(ConfigError, match=rf"hardware\.deepspeed.*{told}") as error:
-        zero_config(HardwareConfig("cpu", zero=2, deepspeed=given), 1.0, 100)
-    assert "\n" not in str(error.value)
-
-
-def test_settings_are_merged_into_ours() -> None:
-    from vlm_agents.learn.zero import zero_config
-
-    given = {"zero_optimization": {"overlap_comm": True, "offload_param": {"pin_memory": True}}, "dump_state": False}
-    config = zero_config(HardwareConfig("cpu", zero=3, offload="all", deepspeed=given), 0.5, 100)
-    assert config["zero_optimization"] == {
-        "stage": 3,
-        "reduce_bucket_size": 100,
-        "overlap_comm": True,
-        "offload_optimizer": {"device": "cpu", "pin_memory": False},
-        "offload_param": {"device": "cpu", "pin_memory": True},
-    }
-    assert (config["gradient_clipping"], config["dump_state"]) == (0.5, False)

@@ -53,7 +53,10 @@ def make_learner(
         shapers["novelty"] = Novelty(model, agent.renderer, algo.novelty, shares)
     engine = None
     if cfg.hardware.zero:
-        from vlm_agents.learn.zero import ZeroEngine  # deepspeed: seconds that other engines save
+        from vlm_agents.learn.zero_settings import load_deepspeed  # seconds that other engines save
+
+        load_deepspeed(cfg.hardware.device)
+        from vlm_agents.learn.zero import ZeroEngine
 
         engine = partial(
             ZeroEngine,
