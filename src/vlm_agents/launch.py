@@ -9,8 +9,7 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +19,7 @@ from vlm_agents import errors, stages, stopping
 from vlm_agents.config import HardwareConfig, RunConfig
 from vlm_agents.errors import ConfigError, TrainingError
 from vlm_agents.files import atomic_write
+from vlm_agents.processes import environment
 from vlm_agents.progress import say
 from vlm_agents.run import Run, finished_metrics
 from vlm_agents.seeds import stable_hash
@@ -64,11 +64,10 @@ class Nodes:
             if (there := job.num_nodes) == nodes:
                 port = 20_000 + stable_hash("rendezvous", job.job_id) % 10_000
                 return cls(job.node, job.hostnames[0], port)
+            where = f"this Slurm job has {there}"
         except RuntimeError:
-            there = 1
-        raise ConfigError(
-            f"hardware.nodes={nodes}: this job has {there}. Add -m hydra/launcher=slurm, which asks for as many"
-        )
+            where = "this machine is alone, in no Slurm job"
+        raise ConfigError(f"hardware.nodes={nodes}: {where}. Add -m hydra/launcher=slurm, which asks for as many")
 
 
 def has_ranks(cfg: RunConfig) -> bool:
@@ -173,15 +172,3 @@ def tell(error: BaseException, traceback: str, when: float) -> None:
         told = {"message": str(error), "timestamp": str(int(when)), "time": when}
         told |= {"kind": type(error).__name__, "traceback": traceback}
         atomic_write(Path(path), json.dumps(told), durable=False)  # this rank may be ended at any moment
-
-
-@contextmanager
-def environment(added: dict[str, str]) -> Iterator[None]:
-    """Within it, processes are started with these variables too."""
-    before = {name: os.environ.get(name) for name in added}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -12,7 +12,7 @@ from pathlib import Path
 from vlm_agents import stopping
 from vlm_agents.errors import VlmAgentsError
 from vlm_agents.launch import LOST, Job, tell
-from vlm_agents.progress import hush, keep_quiet
+from vlm_agents.progress import LogLine, Ours, hush, keep_quiet
 from vlm_agents.world import PeerLost, World, joined
 
 BROKEN = "gloo", "NCCL", "Connection closed by peer", "Connection reset by peer"  # in what libraries say of a lost rank
@@ -50,7 +50,10 @@ def do(job: Job, world: World) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    screen = logging.StreamHandler()  # as conf/config.yaml has it
+    screen.setFormatter(LogLine("[%(asctime)s] %(message)s"))
+    screen.addFilter(Ours())
+    logging.basicConfig(level=logging.WARNING, handlers=[screen])
     status = main(Path(sys.argv[1]))
     sys.stdout.flush()
     sys.stderr.flush()

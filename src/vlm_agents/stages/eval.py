@@ -34,7 +34,7 @@ def main(cfg: RunConfig, stage: EvalConfig, run: Run) -> dict[str, float]:
         if stage.policy != "remote":  # which begins with the server's first answer
             run.begin()
         run.restore()  # an interrupted evaluation starts anew
-        writer = EpisodeWriter(run.dir, anew=True)
+        writer = EpisodeWriter(run.dir, anew=True, world=run.world)
 
         def keep(trajectory: Trajectory) -> None:
             writer.append(trajectory)
@@ -54,6 +54,8 @@ def main(cfg: RunConfig, stage: EvalConfig, run: Run) -> dict[str, float]:
             metrics = play_panel(cfg, envs, make_policy(cfg, stage.policy), stage.episodes, on_episode=keep)
         if stage.baselines and stage.policy in ("model", "remote"):
             metrics |= play_baselines(cfg, envs, stage.episodes, album.keep_too, run.world)
+    if not run.world.main:  # the record is the first rank's
+        return metrics
     writer.sync()
     run.log(0, metrics)
     tell(results(cfg, metrics), metrics)

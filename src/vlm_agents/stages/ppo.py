@@ -43,7 +43,7 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
 
     watch = Watch(cfg, *state["watch"])
     collapse = Collapse(stage.stop_on_collapse, state.get("collapse"))
-    writer, panel = EpisodeWriter(run.dir), Panel(cfg, stage, run, sampler, learner.whole)
+    writer, panel = EpisodeWriter(run.dir, world=run.world), Panel(cfg, stage, run, sampler, learner.whole)
     with open_envs(cfg.env, stage.num_envs, "always", run.world) as envs:
         check_first_prompt(cfg, envs, sampler)
         run.begin()
