@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from vlm_agents import errors, stages, stopping
-from vlm_agents.config import HardwareConfig, RunConfig
+from vlm_agents.config import HardwareConfig, PpoConfig, RunConfig, SftConfig
 from vlm_agents.errors import ConfigError, TrainingError
 from vlm_agents.files import atomic_write
 from vlm_agents.processes import environment
@@ -91,6 +91,8 @@ def run_ranks(job: Job) -> None:
     """
     hardware = job.cfg.hardware
     nodes = Nodes.here(hardware.nodes)
+    if line := idle(job.cfg):
+        say(line)
     with TemporaryDirectory(prefix="vlm_agents_") as folder:
         note = Path(folder) / "job"
         note.write_bytes(pickle.dumps(job))
@@ -105,6 +107,19 @@ def run_ranks(job: Job) -> None:
                             f"{killed}; the same command continues from the newest checkpoint"
                         ) from None
                     say(f"{killed}: all ranks begin again from the newest checkpoint, {left} more times at most")
+
+
+def idle(cfg: RunConfig) -> str:
+    """A line where there is less to share than there are ranks; else empty."""
+    match cfg.stage:
+        case PpoConfig(episodes=episodes) if cfg.algo:
+            parts, what = episodes // cfg.algo.group_size, "starts an iteration (stage.episodes / algo.group_size)"
+        case SftConfig(batch_size=parts):
+            what = "rows a step (stage.batch_size)"
+        case stage:
+            parts, what = getattr(stage, "episodes", cfg.hardware.ranks), "episodes (stage.episodes)"
+    ranks = cfg.hardware.ranks
+    return f"warning: {ranks} ranks share {parts} {what}: {ranks - parts} of them idle" if parts < ranks else ""
 
 
 class Killed(Exception):
@@ -161,8 +176,10 @@ def cause(failures: Any) -> BaseException:
         elif failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             told.append((2, 0.0, Killed(f"rank {rank} was killed by {name}")))
-        else:
+        elif failure.exitcode == LOST:
             told.append((3, 0.0, Killed(f"rank {rank} lost another one")))
+        else:
+            told.append((1, 0.0, RankError(f"rank {rank} ended itself with status {failure.exitcode}")))
     return min(told, key=lambda one: one[:2])[2]
 
 

@@ -1,6 +1,6 @@
 """Play the held-out panel: the policy sampled and greedy, beside chance and the scripted expert. Trains nothing."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 
 from vlm_agents.config import EvalConfig, RunConfig
@@ -54,9 +54,14 @@ def main(cfg: RunConfig, stage: EvalConfig, run: Run) -> dict[str, float]:
             metrics = play_panel(cfg, envs, make_policy(cfg, stage.policy), stage.episodes, on_episode=keep)
         if stage.baselines and stage.policy in ("model", "remote"):
             metrics |= play_baselines(cfg, envs, stage.episodes, album.keep_too, run.world)
-    if not run.world.main:  # the record is the first rank's
-        return metrics
     writer.sync()
+    return conclude(cfg, stage, run, metrics, album, first) if run.world.main else metrics
+
+
+def conclude(
+    cfg: RunConfig, stage: EvalConfig, run: Run, metrics: dict[str, float], album: Album, first: Sequence[Trajectory]
+) -> dict[str, float]:
+    """Tell it, and write report, animation and summary."""
     run.log(0, metrics)
     tell(results(cfg, metrics), metrics)
     if stage.policy in ("model", "remote"):
