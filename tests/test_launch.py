@@ -7,6 +7,7 @@ Ranks are processes that import torch: seconds each. So each start here serves f
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,12 +20,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from vlm_agents.config import RunConfig
 from vlm_agents.episodes import read_episodes
 from vlm_agents.launch import has_ranks, idle
 from vlm_agents.stopping import STATUS
 
 Cli = Callable[..., int]
-ComposeRun = Callable[..., object]
+ComposeRun = Callable[..., RunConfig]
 SHORT = ["tracking=jsonl", "hardware.threads=1", "model=tiny", "prompt=action_only", "prompt.max_reply_tokens=4"]
 PPO = [*SHORT, "stage=ppo", "env=echo", "stage.init=null", "stage.episodes=4", "stage.num_envs=4", "stage.iterations=3"]
 PPO += ["stage.eval_episodes=0", "stage.checkpoint_every=1", "algo.value_warmup=0", "algo.minibatch_turns=6"]
@@ -41,12 +43,12 @@ RANK = os.environ.get("RANK")
 
 
 class Faulty(EchoEnv):
-    def __init__(self, fault, turns):
+    def __init__(self, fault, run, turns):
         super().__init__(EchoConfig(turns=turns))
-        self.fault = fault
+        self.fault, self.begun = fault, Path(f"outputs/{run}/ppo/checkpoints/step_000001")
 
     def reset(self, seed):
-        if RANK == "1" and list(Path().glob("outputs/*/ppo/checkpoints/step_000001")):
+        if RANK == "1" and self.begun.exists():
             if self.fault == "broken":
                 raise RuntimeError("the env is broken")
             if self.fault == "killed" and not Path("killed").exists():
@@ -57,8 +59,8 @@ class Faulty(EchoEnv):
         return super().reset(seed)
 
 
-def env(fault="", turns=3):
-    return Faulty(fault, turns)
+def env(fault="", run="a", turns=3):
+    return Faulty(fault, run, turns)
 
 
 def algorithm(algorithm, algo, error):
@@ -159,19 +161,19 @@ def test_a_model_collects_and_is_evaluated_by_two_ranks_as_by_one(
     words = [*SHORT, "env=echo", "stage.init=null", "stage.num_envs=2"]
     collect = [*words, "stage=collect", "stage.policy=model", "stage.episodes=12"]
     assert cli(*collect, "name=one") == 0
-    one, two = (place / f"outputs/{name}/collect" for name in ("one", "two"))
-    assert cli(*collect, TWO, "name=two") == 0
+    folder, whole = place / "outputs/one/collect", place / "whole"
+    shutil.copytree(folder, whole)
     for name in ("DONE", "summary.json"):
-        (two / name).unlink()
-    lines = (two / "episodes.jsonl").read_text().splitlines(keepends=True)
-    (two / "episodes.jsonl").write_text("".join(lines[:9]))  # of blocks of 8
-    assert cli(*collect, TWO, "name=two") == 0
+        (folder / name).unlink()
+    lines = (folder / "episodes.jsonl").read_text().splitlines(keepends=True)
+    (folder / "episodes.jsonl").write_text("".join(lines[:5]))  # of blocks of 8
+    assert cli(*collect, TWO, "name=one") == 0
     played = [
-        [(one.seed, one.stop, [turn.reply.text for turn in one.turns]) for one in read_episodes(folder)]
-        for folder in (one, two)
+        [(one.seed, one.stop, [turn.reply.text for turn in one.turns]) for one in read_episodes(path)]
+        for path in (whole, folder)
     ]
     assert played[0] == played[1]
-    assert (two / "episodes.jsonl").read_text().startswith("".join(lines[:9]))
+    assert (folder / "episodes.jsonl").read_text().startswith("".join(lines[:5]))
     evaluate = [*words, "stage=eval", "stage.episodes=5", "stage.report_episodes=2"]
     for more, name in (([], "one"), ([TWO], "two")):
         assert cli(*evaluate, *more, f"name={name}") == 0
@@ -188,7 +190,7 @@ def test_a_rank_that_has_less_to_do_or_whose_env_breaks_holds_nobody_up(
 ):
     """Mini-batches of one turn, so that a rank has no row of each; algo.target_kl ends the update after the first; in
     the second iteration the env of rank 1 breaks. And filters that keep no group, which learn nothing."""
-    words = [*PPO, *FAULTY, "env.kwargs={fault: broken, turns: 1}", "stage.iterations=2", "stage.episodes=2"]
+    words = [*PPO, *FAULTY, "env.kwargs={fault: broken, run: less, turns: 1}", "stage.iterations=2", "stage.episodes=2"]
     words += ["algo.minibatch_turns=1", "algo.target_kl=1e-9", "algo.lr=1e-2"]
     assert cli(*words, TWO, "name=less") == 0
     first, second = (line for line in metrics_of(place / "outputs/less/ppo") if "ppo/updates" in line)
@@ -227,37 +229,32 @@ def test_an_error_of_one_rank_ends_all_and_is_told_once(error: str, cli: Cli, pl
 @pytest.mark.slow
 def test_a_rank_that_is_killed_costs_the_iteration_and_no_more(cli: Cli, place: Path, capfd):
     """All begin again from the newest checkpoint; without hardware.restarts that is left to the next command. A run
-    that is asked to stop goes on alike."""
+    that is asked to stop, as Slurm asks, goes on alike."""
     own = [*PPO, *FAULTY, TWO, "stage.iterations=2"]
     assert cli(*own, "env.kwargs={fault: ''}", "name=whole") == 0
     whole = place / "outputs/whole/ppo"
     capfd.readouterr()
-    assert cli(*own, "env.kwargs={fault: killed}", "name=killed") == 0
+    assert cli(*own, "env.kwargs={fault: killed, run: killed}", "name=killed") == 0
     said = capfd.readouterr().err
     assert "rank 1 was killed by SIGKILL: all ranks begin again from the newest checkpoint, 2 more times" in said
     assert "continues after iteration 1 of 2, from checkpoints/step_000001" in said
     alike(place / "outputs/killed/ppo", whole, 1e-6)
     (place / "killed").unlink()
-    assert cli(*own, "env.kwargs={fault: killed}", "hardware.restarts=0", "name=once") == 2
+    once = [*own, "env.kwargs={fault: killed, run: once}", "hardware.restarts=0", "name=once"]
+    with once_there(place / "outputs/once/ppo/lock", signal.SIGUSR2, os.getpid()):
+        assert cli(*once) == STATUS
+    assert "stopped; the same command with the run's name= continues it\n" in capfd.readouterr().err
+    assert cli(*once) == 2
     said = capfd.readouterr().err
     assert "error: rank 1 was killed by SIGKILL; the same command continues from the newest checkpoint\n" in said
-    once = [*own, "env.kwargs={fault: killed}", "hardware.restarts=0", "name=once", "stage.iterations=2"]
     assert cli(*once) == 0
     alike(place / "outputs/once/ppo", whole, 1e-6)
 
 
 @pytest.mark.slow
-def test_a_run_that_is_asked_to_stop_goes_on_later(cli: Cli, place: Path, capfd):
-    """By the signal that Slurm sends. And a rank that ends itself is no lost one."""
-    own = [*PPO, TWO, "stage.iterations=2"]
-    assert cli(*own, "name=whole") == 0
-    with once_there(place / "outputs/asked/ppo/lock", signal.SIGUSR2, os.getpid()):
-        assert cli(*own, "name=asked") == STATUS
-    assert "stopped; the same command with the run's name= continues it\n" in capfd.readouterr().err
-    assert cli(*own, "name=asked") == 0
-    alike(place / "outputs/asked/ppo", place / "outputs/whole/ppo", 1e-6)
+def test_a_rank_that_ends_itself_is_no_lost_one(cli: Cli, place: Path):
     with pytest.raises(Exception, match=r"^rank 1 ended itself with status 7$"):
-        cli(*own, *FAULTY, "env.kwargs={fault: gone}", "name=gone")
+        cli(*PPO, *FAULTY, TWO, "env.kwargs={fault: gone}", "name=a")
 
 
 @pytest.mark.slow

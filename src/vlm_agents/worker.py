@@ -28,6 +28,8 @@ def main(note: Path) -> int:
             do(job, world)
     except stopping.Stopped:
         return stopping.STATUS
+    except KeyboardInterrupt:  # which the launcher tells
+        return 130
     except PeerLost:
         return LOST
     except Exception as error:  # noqa: BLE001 - the launcher tells it, once for all ranks
