@@ -271,6 +271,7 @@ def test_a_signal_ends_all_ranks(number: int, status: int, word: str, place: Pat
     assert launcher.returncode == status
     assert said.splitlines()[-1] == f"{word}; the same command with the run's name= continues it"
     assert "Traceback" not in said
+    assert "death signal" not in said  # as torch's launcher has it
     assert not ranks_there(place)
 
 

@@ -132,7 +132,9 @@ def start(hardware: HardwareConfig, nodes: Nodes, note: Path) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it knows is told here, in a line
+    for name in logging.root.manager.loggerDict:  # each has a level of its own; what they know is told here, in a line
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     alone, count = hardware.nodes == 1, hardware.nodes
     config = LaunchConfig(
         min_nodes=count,
