@@ -26,6 +26,7 @@ from vlm_agents.files import append_line, atomic_write, sync, writing
 from vlm_agents.pictures import Picture, opened
 from vlm_agents.types import Trajectory
 from vlm_agents.upgrades import VERSION, upgraded
+from vlm_agents.world import ALONE, World
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +48,12 @@ class EpisodeWriter:
     """Appends to the episodes of a run directory; one writer at a time.
 
     Opening drops what a crash left of an unfinished line, and, `anew`, every earlier episode. (A run that goes back to
-    a checkpoint cuts the file itself, see `Run.append_only`.)
+    a checkpoint cuts the file itself, see `Run.append_only`.) Of several ranks, who all have the same episodes, the
+    first alone writes them.
     """
 
-    def __init__(self, run_dir: Path, anew: bool = False) -> None:
+    def __init__(self, run_dir: Path, anew: bool = False, world: World = ALONE) -> None:
+        self._writes = world.main
         self._lines = run_dir / LINES
         self._images = run_dir / IMAGES
         with writing(self._images):
@@ -64,7 +67,7 @@ class EpisodeWriter:
 
     def append(self, *trajectories: Trajectory) -> None:
         """Write episodes, each whole or not at all; DataError when the disk is full. They then survive this process."""
-        for trajectory in trajectories:
+        for trajectory in trajectories if self._writes else ():
             line = {"version": VERSION, **self._encode(trajectory)}
             append_line(self._lines, json.dumps(line, default=self._encode, allow_nan=False))
         if len(self._waiting) > SYNC_EVERY:

@@ -9,17 +9,17 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from vlm_agents import errors, stages, stopping
-from vlm_agents.config import HardwareConfig, RunConfig
+from vlm_agents.config import HardwareConfig, PpoConfig, RunConfig, SftConfig
 from vlm_agents.errors import ConfigError, TrainingError
 from vlm_agents.files import atomic_write
+from vlm_agents.processes import environment
 from vlm_agents.progress import say
 from vlm_agents.run import Run, finished_metrics
 from vlm_agents.seeds import stable_hash
@@ -64,11 +64,10 @@ class Nodes:
             if (there := job.num_nodes) == nodes:
                 port = 20_000 + stable_hash("rendezvous", job.job_id) % 10_000
                 return cls(job.node, job.hostnames[0], port)
+            where = f"this Slurm job has {there}"
         except RuntimeError:
-            there = 1
-        raise ConfigError(
-            f"hardware.nodes={nodes}: this job has {there}. Add -m hydra/launcher=slurm, which asks for as many"
-        )
+            where = "this machine is alone, in no Slurm job"
+        raise ConfigError(f"hardware.nodes={nodes}: {where}. Add -m hydra/launcher=slurm, which asks for as many")
 
 
 def has_ranks(cfg: RunConfig) -> bool:
@@ -92,6 +91,8 @@ def run_ranks(job: Job) -> None:
     """
     hardware = job.cfg.hardware
     nodes = Nodes.here(hardware.nodes)
+    if line := idle(job.cfg):
+        say(line)
     with TemporaryDirectory(prefix="vlm_agents_") as folder:
         note = Path(folder) / "job"
         note.write_bytes(pickle.dumps(job))
@@ -108,6 +109,19 @@ def run_ranks(job: Job) -> None:
                     say(f"{killed}: all ranks begin again from the newest checkpoint, {left} more times at most")
 
 
+def idle(cfg: RunConfig) -> str:
+    """A line where there is less to share than there are ranks; else empty."""
+    match cfg.stage:
+        case PpoConfig(episodes=episodes) if cfg.algo:
+            parts, what = episodes // cfg.algo.group_size, "starts an iteration (stage.episodes / algo.group_size)"
+        case SftConfig(batch_size=parts):
+            what = "rows a step (stage.batch_size)"
+        case stage:
+            parts, what = getattr(stage, "episodes", cfg.hardware.ranks), "episodes (stage.episodes)"
+    ranks = cfg.hardware.ranks
+    return f"warning: {ranks} ranks share {parts} {what}: {ranks - parts} of them idle" if parts < ranks else ""
+
+
 class Killed(Exception):
     """A rank was ended by a signal."""
 
@@ -118,7 +132,9 @@ def start(hardware: HardwareConfig, nodes: Nodes, note: Path) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it knows is told here, in a line
+    for name in logging.root.manager.loggerDict:  # each has a level of its own; what they know is told here, in a line
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     alone, count = hardware.nodes == 1, hardware.nodes
     config = LaunchConfig(
         min_nodes=count,
@@ -162,8 +178,10 @@ def cause(failures: Any) -> BaseException:
         elif failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             told.append((2, 0.0, Killed(f"rank {rank} was killed by {name}")))
-        else:
+        elif failure.exitcode == LOST:
             told.append((3, 0.0, Killed(f"rank {rank} lost another one")))
+        else:
+            told.append((1, 0.0, RankError(f"rank {rank} ended itself with status {failure.exitcode}")))
     return min(told, key=lambda one: one[:2])[2]
 
 
@@ -173,15 +191,3 @@ def tell(error: BaseException, traceback: str, when: float) -> None:
         told = {"message": str(error), "timestamp": str(int(when)), "time": when}
         told |= {"kind": type(error).__name__, "traceback": traceback}
         atomic_write(Path(path), json.dumps(told), durable=False)  # this rank may be ended at any moment
-
-
-@contextmanager
-def environment(added: dict[str, str]) -> Iterator[None]:
-    """Within it, processes are started with these variables too."""
-    before = {name: os.environ.get(name) for name in added}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})

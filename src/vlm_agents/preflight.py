@@ -26,6 +26,7 @@ from vlm_agents.config import (
 )
 from vlm_agents.errors import ConfigError, DataError, did_you_mean
 from vlm_agents.files import writing
+from vlm_agents.launch import Nodes, has_ranks
 from vlm_agents.lineage import refuse_nonsense
 from vlm_agents.models.adapters import read_settings, refuse_no_adapter_weights
 from vlm_agents.models.machine import refuse_no_bitsandbytes, refuse_no_driver
@@ -72,7 +73,10 @@ def check_env_and_machine(cfg: RunConfig) -> None:
     if not isinstance(stage, PreprocessConfig | SftConfig | ServeConfig):
         check_env(cfg)
     if has_model(cfg) and not isinstance(stage, DoctorConfig):  # which says itself what lacks
-        refuse_no_driver(cfg.hardware.device)
+        ranks = has_ranks(cfg)
+        refuse_no_driver(cfg.hardware.device, cfg.hardware.processes if ranks else 1)
+        if ranks:
+            Nodes.here(cfg.hardware.nodes)
         if not isinstance(stage, MergeConfig):
             refuse_no_bitsandbytes(cfg.model.quantize)
         if cfg.hardware.deepspeed:

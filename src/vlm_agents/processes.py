@@ -1,8 +1,11 @@
-"""What a process of ours asks of the system for another one that it starts. Not what that one does."""
+"""What a process of ours asks of the system: for another one that it starts, or of its own environment."""
 
 import ctypes
+import os
 import signal
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
@@ -11,3 +14,22 @@ def end_with_parent() -> None:
     """Have this process terminated when the one that started it is gone."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@contextmanager
+def environment(changed: Mapping[str, str | None]) -> Iterator[None]:
+    """Within it these variables are so, here and in processes that are started; None: not there."""
+    before = {name: os.environ.get(name) for name in changed}
+    _set(changed)
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _set(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

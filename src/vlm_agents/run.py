@@ -216,6 +216,8 @@ class Run:
 
     def image(self, key: str, image: Image, step: int) -> None:
         """Keep a picture under pictures/, and show it in the tracker."""
+        if not self.world.main:
+            return
         path = self.path("pictures", f"{key.replace('/', '_')}_{step:06d}.png")
         with writing(path):
             path.parent.mkdir(exist_ok=True)

@@ -13,7 +13,7 @@ from vlm_agents import stopping
 from vlm_agents.errors import VlmAgentsError
 from vlm_agents.launch import LOST, Job, tell
 from vlm_agents.processes import end_with_parent
-from vlm_agents.progress import hush, keep_quiet
+from vlm_agents.progress import LogLine, Ours, hush, keep_quiet
 from vlm_agents.world import PeerLost, World, joined
 
 BROKEN = "gloo", "NCCL", "Connection closed by peer", "Connection reset by peer"  # in what libraries say of a lost rank
@@ -30,6 +30,8 @@ def main(note: Path) -> int:
             do(job, world)
     except stopping.Stopped:
         return stopping.STATUS
+    except KeyboardInterrupt:  # which the launcher tells
+        return 130
     except PeerLost:
         return LOST
     except Exception as error:  # noqa: BLE001 - the launcher tells it, once for all ranks
@@ -52,7 +54,10 @@ def do(job: Job, world: World) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    screen = logging.StreamHandler()  # as conf/config.yaml has it
+    screen.setFormatter(LogLine("[%(asctime)s] %(message)s"))
+    screen.addFilter(Ours())
+    logging.basicConfig(level=logging.WARNING, handlers=[screen])
     status = main(Path(sys.argv[1]))
     sys.stdout.flush()
     sys.stderr.flush()

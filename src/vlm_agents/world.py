@@ -20,8 +20,9 @@ BUCKET_BYTES = 64 << 20  # of gradients that are sent at a time
 Thing = TypeVar("Thing")
 
 
-class PeerLost(Exception):
-    """Another rank is gone, or was waited for in vain: what went wrong is that one's to tell."""
+class PeerLost(BaseException):
+    """Another rank is gone, or was waited for in vain: what went wrong is that one's to tell. No Exception: it may pass
+    through who calls a user's code, and takes its errors for that code's."""
 
 
 @dataclass(frozen=True)

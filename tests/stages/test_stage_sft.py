@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vlm_agents.config import HardwareConfig, LoraConfig, ModelConfig
 from vlm_agents.errors import ConfigError, DataError, TrainingError
+from vlm_agents.learn.batches import Shares
 from vlm_agents.metrics import parts
 from vlm_agents.models import Agent, load_agent
 from vlm_agents.stages.sft import GroupedSampler, validate
@@ -272,7 +273,7 @@ def test_what_texts_spell_is_trained_on_as_text(agent: Agent, write: Callable[..
     assert agent.renderer.decode(row.input_ids[start:end].tolist()) == answer
     assert not agent.banned[row.input_ids[start:end]].any()
     assert (row.input_ids == agent.family.image_token_id).sum() == 4  # of one picture of 56 pixels
-    metrics = validate(agent, chats, 1, HardwareConfig("cpu"))
+    metrics = validate(agent, chats, 1, Shares(8192))
     assert math.isfinite(metrics["sft/val_loss"])
 
 
@@ -344,7 +345,7 @@ def test_a_loss_that_isnt_finite_names_its_row(agent: Agent, echo_chats: Path, t
     chats = Chats(echo_chats / "validation.parquet", broken.renderer)
     broken.banned[chats[1].input_ids[chats[1].spans[0][0]]] = True
     with pytest.raises(TrainingError, match=r"^sft/val_loss is inf on row .*/validation.parquet:\d+: "):
-        validate(broken, chats, 8, HardwareConfig("cpu"))
+        validate(broken, chats, 8, Shares(8192))
 
 
 # ---- the order of the rows -------------------------------------------------------------------------------------------

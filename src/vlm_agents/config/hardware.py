@@ -64,6 +64,11 @@ class HardwareConfig(Part, place="hardware"):
             raise ConfigError(
                 "hardware.offload and hardware.deepspeed are read by DeepSpeed alone: set hardware=zero2 or zero3"
             )
+        if self.zero and run.stage.name == "sft":
+            raise ConfigError(
+                f"hardware.zero={self.zero}: stage=sft sums gradients without DeepSpeed; set hardware=ddp for it, in a "
+                "chain sft.hardware=ddp"
+            )
         if self.offload == "all" and self.zero != 3:
             raise ConfigError("hardware.offload=all: weights aren't divided below hardware.zero=3; set optimizer")
         if self.ranks > 1 and ":" in self.device:

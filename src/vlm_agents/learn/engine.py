@@ -118,25 +118,13 @@ class TorchEngine:
         loss.backward()
 
     def step(self, lr: float) -> float:
-        self._sum()
+        sum_gradients(self.parameters, self.world)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
         if math.isfinite(norm):
             self.optimizer.param_groups[0]["lr"] = lr
             self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
-
-    def _sum(self) -> None:
-        """Over ranks. A parameter that no rank's loss reached has no gradient then, as with one rank."""
-        if self.world.ranks == 1:
-            return
-        used = torch.tensor([parameter.grad is not None for parameter in self.parameters], dtype=torch.int32)
-        self.world.add([used])
-        reached = [parameter for parameter, count in zip(self.parameters, used.tolist(), strict=True) if count]
-        for parameter in reached:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        self.world.add([parameter.grad for parameter in reached if parameter.grad is not None])
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -151,6 +139,19 @@ class TorchEngine:
     def save(self, folder: Path) -> None: ...
 
     def load(self, folder: Path) -> None: ...
+
+
+def sum_gradients(parameters: Sequence[torch.nn.Parameter], world: World) -> None:
+    """Over ranks. A parameter that no rank's loss reached has no gradient then, as with one rank."""
+    if world.ranks == 1:
+        return
+    used = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
+    world.add([used])
+    reached = [parameter for parameter, count in zip(parameters, used.tolist(), strict=True) if count]
+    for parameter in reached:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    world.add([parameter.grad for parameter in reached if parameter.grad is not None])
 
 
 def lr_share(iteration: int, iterations: int, warmup: int, floor: float) -> float:

@@ -13,15 +13,18 @@ def refuse_no_bitsandbytes(quantize: str | None) -> None:
         raise ModelError(f"model.quantize={quantize} needs bitsandbytes: pip install it, or set model.quantize=null")
 
 
-def refuse_no_gpu(device: str, gpus: int, reason: str = "") -> None:
-    """ConfigError where there are too few GPUs for a `device` of type cuda."""
+def refuse_no_gpu(device: str, gpus: int, reason: str = "", processes: int = 1) -> None:
+    """ConfigError where there are too few GPUs for a `device` of type cuda, and so many processes with one each."""
     if not gpus:
         raise ConfigError(f"hardware.device={device}: torch sees no GPU here{reason}; set hardware=cpu")
     if int(device.partition(":")[2] or 0) >= gpus:
         raise ConfigError(f"hardware.device={device}: torch numbers {gpus} GPUs here, from 0 on")
+    if processes > gpus:
+        there = f"torch sees {gpus} GPU{'s' if gpus > 1 else ''} here"
+        raise ConfigError(f"hardware.processes={processes}: {there}; set hardware.processes={gpus}")
 
 
-def refuse_no_driver(device: str) -> None:
+def refuse_no_driver(device: str, processes: int = 1) -> None:
     """`refuse_no_gpu` by what torch's package and NVIDIA's driver say; where they don't, torch will."""
     try:
         build = version("torch")
@@ -39,4 +42,4 @@ def refuse_no_driver(device: str) -> None:
     else:
         if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
             count.value = 0
-        refuse_no_gpu(device, count.value)
+        refuse_no_gpu(device, count.value, processes=processes)

@@ -47,24 +47,27 @@ def main(cfg: RunConfig, stage: CollectConfig, run: Run) -> dict[str, float]:
         policy = NoisyPolicy(policy, stage.noise)
     run.restore()
     writer = EpisodeWriter(run.dir)
-    blocks = lacking((episode.seed for episode in read_episodes(run.dir)), cfg.seed, stage)
+    blocks = run.world.of_main(lambda: lacking((one.seed for one in read_episodes(run.dir)), cfg.seed, stage))
 
     def playing(envs: EnvPool) -> Iterator[Trajectory]:
         for block in blocks:
             if sampler:
                 sampler.sync()
             deals = [Deal(seed) for seed, _ in block]
-            together = play(cfg, envs, policy, deals, cfg.seed)
+            together = play(cfg, envs, policy, deals, cfg.seed, world=run.world)
             yield from (trajectory for trajectory, (_, lacks) in zip(together, block, strict=True) if lacks)
 
     there = already(blocks, stage.episodes)
-    with open_envs(cfg.env, stage.num_envs, "always") as envs, closing(client) if client else nullcontext():
+    with open_envs(cfg.env, stage.num_envs, "always", run.world) as envs, closing(client) if client else nullcontext():
         if sampler:
             check_first_prompt(cfg, envs, sampler)
         if not client:  # a server may not be there, or take no request of ours: its first answer begins the run
             run.begin()
         for trajectory in track(playing(envs), "collect", stage.episodes, "episodes", there):
-            writer.append(rated(trajectory, ratings(trajectory.turns, stage, client)))
+            if run.world.main:  # else each rank would ask a remote rater
+                writer.append(rated(trajectory, ratings(trajectory.turns, stage, client)))
+    if not run.world.main:  # the record is the first rank's
+        return {}
     writer.sync()
     return conclude(cfg, stage, run, client)
 

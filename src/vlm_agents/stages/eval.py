@@ -1,6 +1,6 @@
 """Play the held-out panel: the policy sampled and greedy, beside chance and the scripted expert. Trains nothing."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 
 from vlm_agents.config import EvalConfig, RunConfig
@@ -34,7 +34,7 @@ def main(cfg: RunConfig, stage: EvalConfig, run: Run) -> dict[str, float]:
         if stage.policy != "remote":  # which begins with the server's first answer
             run.begin()
         run.restore()  # an interrupted evaluation starts anew
-        writer = EpisodeWriter(run.dir, anew=True)
+        writer = EpisodeWriter(run.dir, anew=True, world=run.world)
 
         def keep(trajectory: Trajectory) -> None:
             writer.append(trajectory)
@@ -55,6 +55,13 @@ def main(cfg: RunConfig, stage: EvalConfig, run: Run) -> dict[str, float]:
         if stage.baselines and stage.policy in ("model", "remote"):
             metrics |= play_baselines(cfg, envs, stage.episodes, album.keep_too, run.world)
     writer.sync()
+    return conclude(cfg, stage, run, metrics, album, first) if run.world.main else metrics
+
+
+def conclude(
+    cfg: RunConfig, stage: EvalConfig, run: Run, metrics: dict[str, float], album: Album, first: Sequence[Trajectory]
+) -> dict[str, float]:
+    """Tell it, and write report, animation and summary."""
     run.log(0, metrics)
     tell(results(cfg, metrics), metrics)
     if stage.policy in ("model", "remote"):

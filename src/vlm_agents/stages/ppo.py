@@ -42,7 +42,7 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
         return learner.iteration >= stage.iterations or state["env_steps"] >= (stage.env_steps or np.inf)
 
     watch, collapse = Watch(cfg, *state["watch"]), Collapse(stage.stop_on_collapse, state.get("collapse"))
-    writer, panel = EpisodeWriter(run.dir), Panel(cfg, stage, run, sampler, learner.whole)
+    writer, panel = EpisodeWriter(run.dir, world=run.world), Panel(cfg, stage, run, sampler, learner.whole)
     with open_envs(cfg.env, stage.num_envs, "always", run.world) as envs:
         check_first_prompt(cfg, envs, sampler)
         run.begin()

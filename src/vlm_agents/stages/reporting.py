@@ -119,8 +119,11 @@ def tell(run: Run, iteration: int, iterations: int, metrics: Mapping[str, float]
 def report(
     run: Run, metrics: Mapping[str, float], episodes: Iterable[Shown] = (), examples: Sequence[Example] = ()
 ) -> Path:
-    """Write report.html of the run's stage, from its metrics, its metrics.jsonl and what is given."""
+    """Write report.html of the run's stage, from its metrics, its metrics.jsonl and what is given; on the first rank
+    alone."""
     cfg, path, facts = run.cfg, run.path(REPORT), run.facts()
+    if not run.world.main:
+        return path
     facts |= {"model": with_noise(facts["model"], getattr(cfg.stage, "noise", 0.0))} | earlier_page(run)
     sentence = headline(cfg.stage.name, metrics, where(cfg))
     write_report(

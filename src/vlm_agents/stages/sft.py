@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from vlm_agents.checkpoints import Checkpoint
 from vlm_agents.config import HardwareConfig, RunConfig, SftConfig
 from vlm_agents.errors import DataError, TrainingError
-from vlm_agents.learn.batches import microbatches
-from vlm_agents.learn.engine import AdamW
+from vlm_agents.learn.batches import Shares
+from vlm_agents.learn.engine import AdamW, sum_gradients
 from vlm_agents.models import Agent, HFSampler, load_agent
+from vlm_agents.processes import environment
 from vlm_agents.progress import say, track, under_way
 from vlm_agents.report import Example
 from vlm_agents.run import Run, seed_everything
@@ -31,6 +33,8 @@ LINES = 10  # with the loss, on the screen
 EXAMPLES = 6  # rows in report.html
 GROUPED = 8  # batches that are drawn together, then sorted by length
 NAMES = {"grad_norm": "grad_norm", "learning_rate": "lr"}  # the Trainer's, ours
+# By what accelerate, which the Trainer asks, counts ranks.
+RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")
 
 
 def main(cfg: RunConfig, stage: SftConfig, run: Run) -> dict[str, float]:
@@ -51,14 +55,17 @@ def main(cfg: RunConfig, stage: SftConfig, run: Run) -> dict[str, float]:
     train, *held_out = splits
     if not len(train):
         raise DataError(f"{train.path} has no row to train on: run stage=preprocess again, with other data")
-    trainer = SftTrainer(run, agent, cfg.hardware, stage, train, cfg.seed)
-    run.begin()
-    trainer.learn(checkpoint)
+    shares = Shares(cfg.hardware.tokens_per_microbatch, run.world)
+    # The Trainer shall know of one process: it would give each rank other batches, and miscount ranks on a CPU.
+    with environment(dict.fromkeys(RANKS)):
+        trainer = SftTrainer(run, agent, cfg.hardware, stage, train, cfg.seed, shares)
+        run.begin()
+        trainer.learn(checkpoint)
     metrics = {"sft/loss": trainer.progress["loss"], "sft/rows": float(len(train))}
     if stage.skip_bad:
         metrics["sft/skipped_rows"] = float(skipped)
     for validation in filter(len, held_out):
-        metrics |= validate(agent.eval(), validation, stage.batch_size, cfg.hardware)
+        metrics |= validate(agent.eval(), validation, stage.batch_size, shares)
         metrics["sft/val_rows"] = float(len(validation))
     run.log(trainer.progress["step"], metrics)
     save_model(run, agent.save, metrics, train.example(), form)
@@ -92,12 +99,21 @@ class GroupedSampler(Sampler[int]):
 
 
 class SftTrainer(Trainer):
-    """The Trainer with our rows, loss and checkpoints: a batch is a list of rows, cut into micro-batches by tokens."""
+    """The Trainer with our rows, loss and checkpoints: a batch is a list of rows, cut into micro-batches by tokens.
+
+    All ranks go through the same batches; each passes its share of a batch through the model."""
 
     def __init__(
-        self, run: Run, agent: Agent, hardware: HardwareConfig, stage: SftConfig, train: Chats, seed: int
+        self,
+        run: Run,
+        agent: Agent,
+        hardware: HardwareConfig,
+        stage: SftConfig,
+        train: Chats,
+        seed: int,
+        shares: Shares,
     ) -> None:
-        self.run, self.agent, self.hardware, self.stage = run, agent, hardware, stage
+        self.run, self.agent, self.shares, self.stage = run, agent, shares, stage
         # what a checkpoint keeps: the steps done, the mean loss on the last line of the curves, each step's since then
         self.progress: dict[str, Any] = {"step": 0, "done": False, "loss": float("nan"), "since": []}
         self.order = GroupedSampler(train.lengths(), stage.batch_size, seed)
@@ -143,12 +159,14 @@ class SftTrainer(Trainer):
         return self.order
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Mean negative log-prob over all reply tokens of the batch, whatever the micro-batches are."""
+        """Mean negative log-prob over all reply tokens of the batch, whatever the ranks and micro-batches are."""
         model.train()
-        rows = inputs["rows"]
+        world, rows = self.shares.world, inputs["rows"]
+        if not world.main:  # dropout of its own; that of the first rank goes on as a checkpoint has it
+            torch.manual_seed(self.run.seed_for("dropout", world.rank, self.state.global_step))
         count = sum(sum(row.reply_lengths) for row in rows)
         total = torch.zeros((), device=self.agent.device)
-        for part in microbatches(rows, self.hardware.tokens_per_microbatch):
+        for part in self.shares.own(rows):
             loss = -self.agent.score(part).logprobs.sum() / count
             if not torch.isfinite(loss):
                 raise TrainingError(
@@ -156,6 +174,8 @@ class SftTrainer(Trainer):
                 )
             self.accelerator.backward(loss)
             total += loss.detach()
+        world.add([total])
+        sum_gradients([parameter for parameter in self.agent.parameters() if parameter.requires_grad], world)
         self.progress["since"].append(float(total))
         return total
 
@@ -165,6 +185,8 @@ class SftTrainer(Trainer):
         self.run.save_checkpoint(step, self._write_checkpoint, self.progress, keep)
 
     def _write_checkpoint(self, folder: Path) -> None:
+        if not self.run.world.main:  # what it has is what the first rank writes
+            return
         self.agent.save(folder / RUN_MODEL)
         self._save_optimizer_and_scheduler(str(folder))
         self._save_rng_state(str(folder))
@@ -181,12 +203,19 @@ class Curves(TrainerCallback):
     def __init__(self, run: Run, trainer: SftTrainer) -> None:
         self.run, self.trainer = run, trainer
         self.part, self.printed = max(1, trainer.steps // LINES), 0
+        self.stopping = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         done = state.global_step == state.max_steps
         control.should_log |= done  # the last steps too, be they fewer
+        self.stopping = self.run.asked_to_stop() and not done
+        control.should_save |= self.stopping
         self.trainer.progress |= {"step": state.global_step, "done": done}
         self.trainer.work.reach(state.global_step)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stopping:
+            self.run.stop()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
@@ -202,15 +231,16 @@ class Curves(TrainerCallback):
 
 
 @torch.no_grad()
-def validate(agent: Agent, chats: Chats, batch_size: int, hardware: HardwareConfig) -> dict[str, float]:
+def validate(agent: Agent, chats: Chats, batch_size: int, shares: Shares) -> dict[str, float]:
     """Mean negative log-prob of a held-out reply token, and the mean probability of a whole held-out reply.
 
     TrainingError where one isn't finite.
     """
-    tokens, replies = [], []
+    tokens: list[Tensor] = []
+    replies: list[Tensor] = []
     for start in track(range(0, len(chats), batch_size), "sft validation", -(-len(chats) // batch_size), "batches"):
         rows = [chats[index] for index in range(start, min(start + batch_size, len(chats)))]
-        for part in microbatches(rows, hardware.tokens_per_microbatch):
+        for part in shares.own(rows):
             logprobs = agent.score(part).logprobs
             tokens.append(logprobs)
             sums = [reply.sum() for reply in logprobs.split([length for row in part for length in row.reply_lengths])]
@@ -218,6 +248,8 @@ def validate(agent: Agent, chats: Chats, batch_size: int, hardware: HardwareConf
                 if not torch.isfinite(total):
                     raise TrainingError(f"sft/val_loss is {-total.item()} on row {row.ident}: lower stage.lr")
             replies += sums
+    found = shares.world.gather((tokens, replies))
+    tokens, replies = (list(chain.from_iterable(theirs)) for theirs in zip(*found, strict=True))
     return {
         "sft/val_loss": -float(torch.cat(tokens).mean()),
         "sft/val_reply_probability": float(torch.stack(replies).exp().mean()),
