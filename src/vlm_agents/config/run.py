@@ -111,7 +111,7 @@ def gpus_of(device: str, processes: int, gres: str | None) -> int | None:
 
 def may_change() -> set[str]:
     """Settings, or whole parts, that a resumed run may have different: they change nothing in what it does."""
-    parts = (RunConfig, RemoteConfig, ServeConfig)
+    parts = (RunConfig, HardwareConfig, RemoteConfig, ServeConfig)
     return {dotted(part, name) for part in parts for name, (_, rules) in settings_of(part).items() if rules.may_change}
 
 
