@@ -12,6 +12,7 @@ from pathlib import Path
 from vlm_agents import stopping
 from vlm_agents.errors import VlmAgentsError
 from vlm_agents.launch import LOST, Job, tell
+from vlm_agents.processes import end_with_parent
 from vlm_agents.progress import hush, keep_quiet
 from vlm_agents.world import PeerLost, World, joined
 
@@ -20,6 +21,7 @@ BROKEN = "gloo", "NCCL", "Connection closed by peer", "Connection reset by peer"
 
 def main(note: Path) -> int:
     """Do this rank's part of the run; the exit status."""
+    end_with_parent()
     signal.signal(signal.SIGUSR2, stopping.note)
     hush()
     job: Job = pickle.loads(note.read_bytes())
