@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from hydra_plugins.vlm_agents_launchers.side_by_side import GRACE_S, POLL_S, Overrides, SideBySide, told
 
+ASK_S = 10  # between two questions to Slurm, which has others to answer
 SBATCH = {"name": "job_name", "timeout_min": "time", "mem_gb": "mem", "tasks_per_node": "ntasks_per_node"}
 # Slurm queues a job again that was preempted or whose node is lost, and submitit one that was told of its end. Nobody
 # does that for one whose process was killed, by the kernel for its memory or by hand. A job that is cancelled, or being
@@ -66,7 +67,8 @@ class SlurmLauncher(SideBySide):
         executor, nodes = self.executor(), self.params["nodes"]
         note = executor.folder / "jobs.json"  # the Slurm job of each
         known = json.loads(note.read_text()) if note.exists() else {}
-        going = {number: known[str(number)] for number in jobs if known.get(str(number)) in queued(known.values())}
+        there = queued(known.values()) if known else set()
+        going = {number: known[str(number)] for number in jobs if known.get(str(number)) in there}
         if new := [number for number in jobs if number not in going]:
             state = Singleton.get_state()
             made = submitted(executor, self, [(jobs[number], number, state) for number in new])
@@ -77,8 +79,11 @@ class SlurmLauncher(SideBySide):
             print(f"job {number}: Slurm's {job.job_id}, {told(jobs, number)}; {job.paths.stdout}", flush=True)
         names = [job.job_id for job in running.values()]
         try:
+            queue, asked = set(names), time.monotonic()
             while running:
-                for number, job in [(number, job) for number, job in running.items() if ended(job, nodes)]:
+                if time.monotonic() > asked + ASK_S:
+                    queue, asked = queued(names), time.monotonic()
+                for number, job in [(number, job) for number, job in running.items() if ended(job, nodes, queue)]:
                     del running[number]
                     yield number, failure(job, nodes)
                 time.sleep(POLL_S)
@@ -94,11 +99,10 @@ def tasks(job: Any, nodes: int) -> list[Any]:
     return [type(job)(job.paths.folder, job.job_id, [number]) for number in range(nodes)]
 
 
-def ended(job: Any, nodes: int) -> bool:
-    """Has it a result, or left the queue without? submitit also takes one for ended that is just being queued again."""
-    if all(task.paths.result_pickle.exists() for task in tasks(job, nodes)):
-        return True
-    return job.done() and job.job_id not in queued([job.job_id])
+def ended(job: Any, nodes: int, queue: Collection[str]) -> bool:
+    """Has it all its results, or left the queue without? One that is being queued again stays there; submitit, which
+    asks for its state, takes it for ended."""
+    return job.job_id not in queue or all(task.paths.result_pickle.exists() for task in tasks(job, nodes))
 
 
 def release(names: Sequence[str]) -> None:
@@ -106,7 +110,7 @@ def release(names: Sequence[str]) -> None:
     deadline = time.monotonic() + GRACE_S
     while (held := queued(names)) and time.monotonic() < deadline:
         time.sleep(POLL_S)
-    if held := held & set(names):
+    if held:
         subprocess.run(["scancel", *sorted(held)], check=False)
 
 
@@ -154,11 +158,13 @@ def submitted(executor: Any, function: Any, arguments: Sequence[tuple[Any, ...]]
         raise ConfigError(f"Slurm took no job: {said}") from error
 
 
-def queued(names: Iterable[str]) -> set[str]:
-    """Those of these Slurm jobs that wait or run."""
+def queued(names: Collection[str]) -> set[str]:
+    """Those of these Slurm jobs that wait or run; all of them, as far as is known, while Slurm doesn't answer."""
     command = ["squeue", "-h", "-r", "-o", "%i", "-j", ",".join(names)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return set(done.stdout.split())
+    if done.returncode and "Invalid job id" not in done.stderr:
+        return set(names)
+    return set(done.stdout.split()) & set(names)
 
 
 def failure(job: Any, nodes: int) -> Exception | None:
