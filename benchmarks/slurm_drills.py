@@ -16,7 +16,8 @@ it has a checkpoint, at a moment drawn at random, one of these happens:
 
 Printed are, for each kind and size: drills; how many were begun again (others had ended when it happened); how many
 finished (the command's exit status was 0, and DONE is there); how many have the record of an undisturbed run of as many
-ranks, but for the clock, and weights that are the same bit for bit; and how many are one MLflow run. It needs the partitions of tests/slurm/cluster.sh.
+ranks, but for the clock, and weights that are the same bit for bit; and how many are one MLflow run.
+It needs the partitions of tests/slurm/cluster.sh.
 """
 
 import argparse
@@ -97,8 +98,8 @@ def processes() -> Iterator[Process]:
             words, environ = ((path / name).read_bytes().decode(errors="replace") for name in ("cmdline", "environ"))
         except OSError:  # it has ended
             continue
-        pairs = dict(pair.partition("=")[::2] for pair in environ.split("\0"))
-        yield Process(int(path.name), words.replace("\0", " ").strip(), pairs)
+        pairs = (pair.partition("=") for pair in environ.split("\0"))
+        yield Process(int(path.name), words.replace("\0", " ").strip(), {name: value for name, _, value in pairs})
 
 
 def of_job(sweep: Sweep, part: str = "") -> list[Process]:
