@@ -96,10 +96,11 @@ class LocalLauncher(SideBySide):
 
 def gpus() -> list[str]:
     """Those that CUDA_VISIBLE_DEVICES leaves."""
+    if named := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return named.split(",")
     import torch
 
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
+    return [str(index) for index in range(torch.cuda.device_count())]
 
 
 def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
