@@ -39,9 +39,11 @@ from threading import Lock
 
 from kill_drill import differences, environment
 
-RUN = ["stage=ppo", "env=echo", "stage.iterations=15", "stage.num_envs=4", "stage.episodes=4", "stage.eval_episodes=0"]
+RUN = ["stage=ppo", "env=echo", "stage.num_envs=4", "stage.episodes=4", "stage.eval_episodes=0"]
 RUN += ["stage.checkpoint_every=1", "prompt.max_reply_tokens=16", "hardware.threads=1", "seed=1"]
 SLURM = ["hydra/launcher=slurm", "hydra.launcher.partition=low", "hydra.launcher.cpus_per_task=1"]
+LENGTH = 8  # iterations of a drill
+LENGTHS = {"timeout": 40}  # Slurm looks every half minute whose time is over
 PATIENCE_S = 400
 
 
@@ -51,13 +53,15 @@ class Sweep:
 
     place: Path  # where the command is given
     name: str
-    words: Sequence[str]
+    ranks: str
+    length: int  # iterations
 
     def __post_init__(self) -> None:
         self.client = self.begun()
 
     def begun(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "vlm_agents", "-m", *RUN, *SLURM, *self.words, f"name={self.name}"]
+        command = [sys.executable, "-m", "vlm_agents", "-m", *RUN, *SLURM, *RANKS[self.ranks]]
+        command += [f"stage.iterations={self.length}", f"name={self.name}"]
         with open(self.place / f"{self.name}.log", "ab") as log:
             return subprocess.Popen(command, cwd=self.place, env=environment(), stdout=log, stderr=log)
 
@@ -201,9 +205,9 @@ class End:
 
 def drill(place: Path, ranks: str, kind: str, number: int) -> End:
     name = f"{kind}_{ranks.replace(' ', '_')}_{number}"
-    sweep = Sweep(place, name, RANKS[ranks])
+    sweep = Sweep(place, name, ranks, LENGTHS.get(kind, LENGTH))
     if sweep.wait():
-        time.sleep(random.Random(name).uniform(0, 4))
+        time.sleep(random.Random(name).uniform(0, 3))
         try:
             DEEDS[kind](sweep)
         except (subprocess.CalledProcessError, LookupError, ValueError, OSError) as error:
@@ -215,7 +219,7 @@ def drill(place: Path, ranks: str, kind: str, number: int) -> End:
         status = "none"
     logs = "".join(path.read_text() for path in (sweep.folder / ".submitit").glob("*_0_log.*"))
     begun, again = logs.count("Loading pickle"), logs.count("all ranks begin again")
-    differing = list(differences(place / f"multirun/{unbroken(ranks)}/ppo/0", sweep.folder / "0"))
+    differing = list(differences(place / f"multirun/{unbroken(ranks, sweep.length)}/ppo/0", sweep.folder / "0"))
     runs = mlflow_runs(place, name)
     print(
         f"{name:<18} status {status}, begun {begun} times, ranks again {again}, differs: {differing}, {runs}",
@@ -229,8 +233,9 @@ def drill(place: Path, ranks: str, kind: str, number: int) -> End:
     )
 
 
-def unbroken(ranks: str) -> str:
-    return f"unbroken_{ranks.replace(' ', '_')}"
+def unbroken(ranks: str, length: int) -> str:
+    """The name of the sweep that isn't disturbed."""
+    return f"unbroken_{ranks.replace(' ', '_')}_{length}"
 
 
 def mlflow_runs(place: Path, name: str) -> list[tuple[str, str]]:
@@ -257,12 +262,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         place = (args.folder or Path(temporary)).resolve()
         place.mkdir(parents=True, exist_ok=True)
-        for ranks in args.ranks:
-            if Sweep(place, unbroken(ranks), RANKS[ranks]).client.wait():
-                sys.exit(f"the undisturbed run failed: see {place}/{unbroken(ranks)}.log")
-        rows = []
+        kinds, rows = args.kinds or list(DEEDS), []
+        for ranks, length in product(args.ranks, sorted({LENGTHS.get(kind, LENGTH) for kind in kinds})):
+            name = unbroken(ranks, length)
+            if not (place / f"multirun/{name}/ppo/0/DONE").exists() and Sweep(place, name, ranks, length).client.wait():
+                sys.exit(f"the undisturbed run failed: see {place}/{name}.log")
         with ThreadPoolExecutor(args.jobs) as pool:
-            for kind, ranks in product(args.kinds or list(DEEDS), args.ranks):
+            for kind, ranks in product(kinds, args.ranks):
                 if kind == "rank" and ranks == "1":
                     continue  # it is the python
                 ends = list(pool.map(partial(drill, place, ranks, kind), range(args.drills)))
