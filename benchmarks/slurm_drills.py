@@ -32,7 +32,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import astuple, dataclass
-from functools import partial
 from itertools import product
 from pathlib import Path
 from threading import Lock
@@ -268,14 +267,16 @@ def main() -> int:
             if not (place / f"multirun/{name}/ppo/0/DONE").exists() and Sweep(place, name, ranks, length).client.wait():
                 sys.exit(f"the undisturbed run failed: see {place}/{name}.log")
         with ThreadPoolExecutor(args.jobs) as pool:
-            for kind, ranks in product(kinds, args.ranks):
-                if kind == "rank" and ranks == "1":
-                    continue  # it is the python
-                ends = list(pool.map(partial(drill, place, ranks, kind), range(args.drills)))
-                rows.append(
-                    (kind, ranks, len(ends), *(sum(column) for column in zip(*map(astuple, ends), strict=True)))
-                )
-                print("| " + " | ".join(map(str, rows[-1])) + " |", flush=True)
+            for kind in kinds:
+                # of one process, the rank is the python
+                sizes = [ranks for ranks in args.ranks if (kind, ranks) != ("rank", "1")]
+                ends = [
+                    (ranks, pool.submit(drill, place, ranks, kind, n)) for ranks in sizes for n in range(args.drills)
+                ]
+                for ranks in sizes:
+                    mine = [astuple(end.result()) for size, end in ends if size == ranks]
+                    rows.append((kind, ranks, len(mine), *map(sum, zip(*mine, strict=True))))
+                    print("| " + " | ".join(map(str, rows[-1])) + " |", flush=True)
         print("| kind | ranks | drills | begun again | finished | record and weights equal | one MLflow run |")
         print("|---" * 7 + "|")
         for row in rows:
