@@ -232,6 +232,12 @@ def drill(place: Path, ranks: str, kind: str, number: int) -> End:
     )
 
 
+def disturb_nothing(place: Path, ranks: str, length: int) -> None:
+    sweep = Sweep(place, unbroken(ranks, length), ranks, length)
+    if sweep.client.wait():
+        sys.exit(f"the undisturbed run failed: see {place}/{sweep.name}.log")
+
+
 def unbroken(ranks: str, length: int) -> str:
     """The name of the sweep that isn't disturbed."""
     return f"unbroken_{ranks.replace(' ', '_')}_{length}"
@@ -262,11 +268,9 @@ def main() -> int:
         place = (args.folder or Path(temporary)).resolve()
         place.mkdir(parents=True, exist_ok=True)
         kinds, rows = args.kinds or list(DEEDS), []
-        for ranks, length in product(args.ranks, sorted({LENGTHS.get(kind, LENGTH) for kind in kinds})):
-            name = unbroken(ranks, length)
-            if not (place / f"multirun/{name}/ppo/0/DONE").exists() and Sweep(place, name, ranks, length).client.wait():
-                sys.exit(f"the undisturbed run failed: see {place}/{name}.log")
         with ThreadPoolExecutor(args.jobs) as pool:
+            sizes = product(args.ranks, sorted({LENGTHS.get(kind, LENGTH) for kind in kinds}))
+            list(pool.map(lambda size: disturb_nothing(place, *size), sizes))
             for kind in kinds:
                 # of one process, the rank is the python
                 sizes = [ranks for ranks in args.ranks if (kind, ranks) != ("rank", "1")]
