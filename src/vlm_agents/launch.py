@@ -83,6 +83,8 @@ def do(job: Job) -> dict[str, float]:
         nodes = Nodes.here(job.cfg.hardware.nodes)
         run_ranks(job, nodes)
         return (nodes.number == 0 and finished_metrics(job.cfg)) or {}
+    if "SUBMITIT_EXECUTOR" in os.environ and int(os.environ.get("SLURM_NODEID", 0)):
+        return {}  # what one process does is done on the job's first node
     with stopping.heeded(), Run.open(job.cfg, job.overrides, job.sweep) as run:
         return stages.main(job.cfg, run)
 
