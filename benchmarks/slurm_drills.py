@@ -11,7 +11,7 @@ it has a checkpoint, at a moment drawn at random, one of these happens:
     rank         kill -9 of one rank
     python       kill -9 of the process that starts the ranks, or that is the job where there is one
     step, batch  kill -9 of the slurmstepd of the job's step, or of its script
-    node         kill -9 of all that one node runs for the job, and of its slurmd, which comes back half a minute later
+    node         kill -9 of all that one node runs, and of its slurmd, which comes back half a minute later
     client       kill -9 of the command that waits for the job; given again later
 
 Printed are, for each kind and size: drills; how many were begun again (others had ended when it happened); how many
@@ -148,14 +148,14 @@ def raw(job: str) -> str:
 
 
 def lose_node(sweep: Sweep) -> None:
-    """Kill all that it runs for the job, and its slurmd; half a minute later that is back, as after a reboot."""
-    node = random.choice(sorted({one.node for one in of_job(sweep)}))
+    """Kill its slurmd, and all that it runs, of other drills too; half a minute later it is back, as after a reboot."""
     with NODES:  # one at a time
-        mine = [one for one in of_job(sweep) if one.node == node]
+        node = random.choice(sorted({one.node for one in of_job(sweep)}))
+        there = list(processes())
+        mine = [one for one in there if one.node == node]
         parents = {int(Path(f"/proc/{one.pid}/stat").read_text().rpartition(")")[2].split()[1]) for one in mine}
-        alike = [one for one in processes() if one.words.startswith("slurmstepd: [") and one.pid in parents]
-        slurmd = [one for one in processes() if one.words.endswith(f"slurmd -N {node}")]
-        kill([*slurmd, *alike, *mine])
+        alike = [one for one in there if one.words.startswith("slurmstepd: [") and one.pid in parents]
+        kill([*(one for one in there if one.words.endswith(f"slurmd -N {node}")), *alike, *mine])
         time.sleep(30)
         slurm("slurmd", "-N", node)
         time.sleep(5)
