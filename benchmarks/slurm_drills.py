@@ -120,7 +120,7 @@ def kill(victims: Sequence[Process]) -> None:
 
 
 def kill_one(part: str) -> Callable[[Sweep], None]:
-    return lambda sweep: kill(random.sample(of_job(sweep, part), 1))
+    return lambda sweep: kill(random.sample([one for one in of_job(sweep, part) if one.words.startswith(PYTHON)], 1))
 
 
 def kill_stepd(step: str) -> Callable[[Sweep], None]:
@@ -176,6 +176,7 @@ def kill_client(sweep: Sweep) -> None:
 
 
 NODES = Lock()
+PYTHON = sys.executable  # srun's command line has the same words, later
 DEEDS: dict[str, Callable[[Sweep], None]] = {
     "signal": lambda sweep: slurm("scancel", "--signal=USR2", sweep.job()),
     "timeout": shorten,
