@@ -1,8 +1,18 @@
 """Sweeps side by side on this machine, and what a dry run tells."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
+
+from hydra_plugins.vlm_agents_launchers.local import LocalLauncher
+from vlm_agents.command_line import end_sweep
+from vlm_agents.errors import DataError, VlmAgentsError
 
 WORDS = ["stage=eval", "stage.policy=random", "env=echo", "stage.episodes=2", "stage.baselines=false", "name=a"]
 WORDS += ["tracking=jsonl", "hardware.threads=1"]
@@ -39,3 +49,45 @@ def test_without_a_slurm_a_sweep_leaves_nothing(cli, capsys: pytest.CaptureFixtu
     assert cli(*WORDS, "-m", "seed=0,1", "hydra/launcher=slurm") == 2
     assert "there is no sbatch here" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_jobs_end_with_the_command(tmp_path: Path, sent: signal.Signals, status: int):
+    long = [*WORDS, "stage.episodes=1000000", "-m", "hydra/launcher=local"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = subprocess.Popen([sys.executable, "-m", "vlm_agents", *long], cwd=tmp_path, env=env)
+    log = tmp_path / "multirun/a/eval/logs/0.log"
+    while not (log.parent.parent / "0/lock").exists() and command.poll() is None:
+        time.sleep(0.05)
+    (job,) = Path(f"/proc/{command.pid}/task/{command.pid}/children").read_text().split()
+    command.send_signal(sent)
+    assert command.wait(30) == status
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{job}/cmdline").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{job}").exists()
+    assert "terminated" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "processes", "seen"),
+    [("4,5,6,7", 2, ["4,5", "6,7"]), ("4,5,6", 1, ["4", "5"]), ("4,5,6", 2, ["4,5,6", "4,5,6"])],  # the last: too few
+)
+def test_each_job_sees_gpus_of_its_own(monkeypatch, gpus: str, processes: int, seen: list[str]):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    launcher = LocalLauncher(jobs=2)
+    launcher.config = OmegaConf.create({"hardware": {"device": "cuda", "processes": processes}})
+    assert [launcher.environment(place, 2)["CUDA_VISIBLE_DEVICES"] for place in (0, 1)] == seen
+
+
+def test_a_job_that_failed_by_a_bug_is_no_error_of_the_user(tmp_path: Path):
+    launcher = LocalLauncher(jobs=2)
+    launcher.config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    launcher.log(1).parent.mkdir()
+    launcher.log(1).write_text("Traceback ...\nKeyError: 3\n")
+    bug = launcher.failure(1, 1)
+    with pytest.raises(RuntimeError, match="2 of 3 jobs"):
+        end_sweep(tmp_path, [None, DataError("no such file"), bug])
+    with pytest.raises(VlmAgentsError, match="1 of 2 jobs"):
+        end_sweep(tmp_path, [None, DataError("no such file")])

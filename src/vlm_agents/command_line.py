@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from vlm_agents import completion, cores
-from vlm_agents.config import command, conf_dir, described, groups, listing, parse, refuse_secrets, register
+from vlm_agents.config import RunConfig, command, conf_dir, described, groups, listing, parse, refuse_secrets, register
 from vlm_agents.errors import ConfigError, VlmAgentsError, harmless
 from vlm_agents.files import writing
 from vlm_agents.hydra_errors import REFUSALS, check_flags, explain, first_of_sweep, is_override, jobs_of
@@ -194,7 +194,9 @@ def end_sweep(folder: Path, ends: Sequence[Exception | None]) -> None:
         tracking.end_sweep(folder, "FAILED" if failed else "FINISHED")
     if failed:
         count = f"{len(failed)} of {len(ends)} jobs"
-        raise VlmAgentsError(f"{count} of {os.path.relpath(folder)} failed") from failed[0]
+        bugs = [error for error in failed if not isinstance(error, VlmAgentsError)]
+        kind = RuntimeError if bugs else VlmAgentsError
+        raise kind(f"{count} of {os.path.relpath(folder)} failed") from (bugs or failed)[0]
 
 
 def remove_idle_sweep(folder: Path) -> None:
@@ -258,7 +260,7 @@ def would_do(composed: DictConfig, swept: Sequence[str]) -> None:
     if (need := doctor.expected(cfg)) is not None:
         print(f"memory of one{', the first' if count > 1 else ''}, as stage=doctor expects it: {need}")
     if hydra.launcher._target_.endswith(".SlurmLauncher") and swept:
-        from hydra_plugins.vlm_agents_launchers import script
+        from hydra_plugins.vlm_agents_launchers.slurm import script
 
         print(script(hydra.launcher, Path(place), count))
     print("nothing was started")
@@ -286,7 +288,6 @@ def run_stage(composed: DictConfig) -> dict[str, float]:
             # what a person gives in order to have this job alone, again
             overrides += [f"name={cfg.name}", f"run_dir=outputs/{cfg.name}/{cfg.stage.name}_{job.job.num}"]
         from vlm_agents import handover, launch, preflight
-        from vlm_agents.metrics import headline
         from vlm_agents.run import finished_metrics
         from vlm_agents.snapshot import settled
         from vlm_agents.weights import init_of, weights_of
@@ -308,10 +309,7 @@ def run_stage(composed: DictConfig) -> dict[str, float]:
             print(f"continue with: {command([*overrides, f'name={cfg.name}'])}", flush=True)
         start = time.monotonic()
         metrics = launch.do(launch.Job(cfg, overrides, Path(job.sweep.dir) if sweep else None))
-        came_of_it = f"{time.monotonic() - start:.0f} s: {headline(cfg.stage.name, metrics)}"
-        page = Path(cfg.run_dir) / "report.html"
-        where = os.path.relpath(page if page.exists() else page.parent)
-        print(f"{cfg.stage.name} finished in {came_of_it}; look at {where}", flush=True)
+        tell_end(cfg, time.monotonic() - start, metrics)
         return metrics
     except VlmAgentsError as error:
         if sweep:
@@ -320,6 +318,17 @@ def run_stage(composed: DictConfig) -> dict[str, float]:
         raise Carried(error) from error
     except BrokenPipeError as error:
         raise Carried(error) from error
+
+
+def tell_end(cfg: RunConfig, seconds: float, metrics: Mapping[str, float]) -> None:
+    """In a line, unless another node of the job tells it."""
+    from vlm_agents.metrics import headline
+
+    if metrics:
+        came_of_it = f"{seconds:.0f} s: {headline(cfg.stage.name, metrics)}"
+        page = Path(cfg.run_dir) / "report.html"
+        where = os.path.relpath(page if page.exists() else page.parent)
+        print(f"{cfg.stage.name} finished in {came_of_it}; look at {where}", flush=True)
 
 
 def report(error: VlmAgentsError, debug: bool) -> int:

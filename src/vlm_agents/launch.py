@@ -26,6 +26,7 @@ from vlm_agents.seeds import stable_hash
 from vlm_agents.weights import has_model
 
 SHARED = ("collect", "eval", "sft", "ppo")  # stages whose work several ranks share
+LOST_ANOTHER = "lost another one"  # what a rank says whose end is only that of another
 LOST = 3  # exit status of a rank that another's end has ended
 SHUTDOWN = 15  # seconds that a rank has to end when another has failed
 RENDEZVOUS = 900  # seconds that nodes wait for each other
@@ -78,19 +79,21 @@ def has_ranks(cfg: RunConfig) -> bool:
 def do(job: Job) -> dict[str, float]:
     """Do the run, here or by ranks, and return its metrics; none where another node is the first."""
     if has_ranks(job.cfg):
-        run_ranks(job)
-        return finished_metrics(job.cfg) or {}
+        nodes = Nodes.here(job.cfg.hardware.nodes)
+        run_ranks(job, nodes)
+        return (nodes.number == 0 and finished_metrics(job.cfg)) or {}
+    if "SUBMITIT_EXECUTOR" in os.environ and int(os.environ.get("SLURM_NODEID", 0)):
+        return {}  # what one process does is done on the job's first node
     with stopping.heeded(), Run.open(job.cfg, job.overrides, job.sweep) as run:
         return stages.main(job.cfg, run)
 
 
-def run_ranks(job: Job) -> None:
+def run_ranks(job: Job, nodes: Nodes) -> None:
     """Have the ranks of this machine do the run, again from its newest checkpoint where one was killed.
 
     Raises what stopped them, as if it had been done here.
     """
     hardware = job.cfg.hardware
-    nodes = Nodes.here(hardware.nodes)
     if line := idle(job.cfg):
         say(line)
     with TemporaryDirectory(prefix="vlm_agents_") as folder:
@@ -100,7 +103,7 @@ def run_ranks(job: Job) -> None:
         with stopping.heeded(asked.touch), environment({stopping.FILE: str(asked)}):
             for left in reversed(range(hardware.restarts + 1)):
                 try:
-                    return start(hardware, nodes, note)
+                    return start(hardware, nodes, note, left)
                 except Killed as killed:
                     if not left:
                         raise TrainingError(
@@ -126,7 +129,7 @@ class Killed(Exception):
     """A rank was ended by a signal."""
 
 
-def start(hardware: HardwareConfig, nodes: Nodes, note: Path) -> None:
+def start(hardware: HardwareConfig, nodes: Nodes, note: Path, left: int) -> None:
     """Start the ranks of this machine, each of which sees a GPU of its own where there are any, and wait for them."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -140,10 +143,11 @@ def start(hardware: HardwareConfig, nodes: Nodes, note: Path) -> None:
         min_nodes=count,
         max_nodes=count,
         nproc_per_node=hardware.processes,
-        run_id=f"{note.parent.name if alone else nodes.port}",
-        rdzv_backend="c10d",
-        rdzv_endpoint=f"{nodes.first}:{nodes.port}",
-        rdzv_configs={"is_host": nodes.number == 0, "timeout": RENDEZVOUS},
+        run_id=note.parent.name if alone else "nodes",
+        rdzv_backend="c10d" if alone else "static",  # by which rank 0 is on the first node
+        # another port each time: until all nodes have left it, the store of the time before may still answer
+        rdzv_endpoint=f"{nodes.first}:{0 if alone else nodes.port + left}",
+        rdzv_configs={"is_host": True} if alone else {"rank": nodes.number, "timeout": RENDEZVOUS},
         local_addr=nodes.first if alone else None,
         virtual_local_rank=hardware.device != "cpu",
         max_restarts=0,
@@ -179,7 +183,7 @@ def cause(failures: Any) -> BaseException:
             name = signal.Signals(-failure.exitcode).name
             told.append((2, 0.0, Killed(f"rank {rank} was killed by {name}")))
         elif failure.exitcode == LOST:
-            told.append((3, 0.0, Killed(f"rank {rank} lost another one")))
+            told.append((3, 0.0, Killed(f"rank {rank} {LOST_ANOTHER}")))
         else:
             told.append((1, 0.0, RankError(f"rank {rank} ended itself with status {failure.exitcode}")))
     return min(told, key=lambda one: one[:2])[2]

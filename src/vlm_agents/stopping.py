@@ -6,6 +6,7 @@ once the run has saved, or after GRACE seconds in which it couldn't.
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,8 @@ def heeded(tell: Callable[[], Any] = lambda: None) -> Iterator[None]:
         yield
     except Stopped:
         hand_over(signal.SIGUSR2, None)
+        if callable(earlier):
+            time.sleep(GRACE)  # who didn't end this process leaves that to another: the job's first node, then Slurm
         raise
     finally:
         if _asked:

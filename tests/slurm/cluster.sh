@@ -8,6 +8,7 @@ folder=$(realpath -m "${2:?a folder}")
 nodes=${NODES:-2} gpus=${GPUS:-4} cpus=${CPUS:-8}
 last=$((nodes - 1)) host=$(hostname -s)
 export SLURM_CONF=$folder/slurm.conf
+hosts="# by tests/slurm/cluster.sh" # marks its lines of /etc/hosts
 
 pids() { cat "$folder"/run/*.pid 2>/dev/null || true; }
 
@@ -20,6 +21,8 @@ stop() {
   for pid in $(pids); do kill "$pid" 2>/dev/null || true; done
   for _ in $(seq 50); do alive || break; sleep 0.2; done
   rm -f "$folder"/run/*.pid
+  # not by sed -i, which replaces the file: in a container it may be a mount
+  left=$(grep -vF "$hosts" /etc/hosts) && echo "$left" > /etc/hosts
 }
 
 configure() {
@@ -56,6 +59,7 @@ PreemptMode=REQUEUE
 MpiDefault=none
 ReturnToService=2
 KillWait=5
+SlurmdTimeout=10
 MinJobAge=300
 GresTypes=gpu
 CONF
@@ -74,7 +78,7 @@ start() {
   for gpu in $(seq 0 $((gpus - 1))); do [ -c "$folder/gpu$gpu" ] || mknod -m 666 "$folder/gpu$gpu" c 1 3; done
   echo "NodeName=n[0-$last] Name=gpu Type=fake File=$folder/gpu[0-$((gpus - 1))]" > "$folder/gres.conf"
   echo "CgroupAutomount=no" > "$folder/cgroup.conf"
-  for node in $(seq 0 $last); do grep -qw "n$node" /etc/hosts || echo "127.0.0.1 n$node" >> /etc/hosts; done
+  for node in $(seq 0 $last); do echo "127.0.0.1 n$node $hosts" >> /etc/hosts; done
   # in sacct's place, which needs a database
   cat > "$folder/bin/sacct" <<'SACCT'
 #!/usr/bin/env bash

@@ -42,8 +42,25 @@ def runs(place: Path) -> list[tuple[str, str, bool]]:
     return sorted((str(info.run_name), str(info.status), inside) for info, inside in told)
 
 
-def queue() -> Sequence[str]:
-    return subprocess.run(["squeue", "-h", "-r", "-o", "%i"], capture_output=True, text=True, check=True).stdout.split()
+def interrupted(place: Path, *words: str) -> Path:
+    """The folder of a sweep of one job, which was told of its end once it had a checkpoint."""
+    told = begun(place, *words)
+    folder = place / f"multirun/{words[-1].removeprefix('name=')}/ppo"
+    while told.poll() is None and not list(folder.glob("0/checkpoints/step_*")):
+        time.sleep(0.05)
+    run = (folder / "0/mlflow_run_id").read_text()
+    for name in queue(place):
+        subprocess.run(["scancel", "--signal=USR2", name], check=True)
+    said, _ = told.communicate()
+    assert told.returncode == 0, said
+    assert (folder / "0/mlflow_run_id").read_text() == run
+    return folder
+
+
+def queue(place: Path) -> Sequence[str]:
+    """Slurm's jobs whose scripts lie in this folder."""
+    told = subprocess.run(["squeue", "-h", "-r", "-o", "%i %o"], capture_output=True, text=True, check=True).stdout
+    return [line.split()[0] for line in told.splitlines() if str(place) in line]
 
 
 def test_a_sweep_finishes_and_is_one_parent_with_a_run_for_each_job(tmp_path: Path):
@@ -55,26 +72,29 @@ def test_a_sweep_finishes_and_is_one_parent_with_a_run_for_each_job(tmp_path: Pa
     assert [json.loads(path.read_text())["seed"] for path in jobs] == [0, 1]
     inside = [(f"a/ppo/{job}", "FINISHED", True) for job in (0, 1)]
     assert runs(tmp_path) == [("a/ppo", "FINISHED", False), *inside]
-    assert not queue()
+    assert not queue(tmp_path)
 
 
 def test_a_job_that_is_told_of_its_end_goes_on_in_the_same_run(tmp_path: Path):
     plain = begun(tmp_path, "seed=1", "name=plain")
     assert plain.wait() == 0, plain.communicate()
-    told = begun(tmp_path, "seed=1", "name=told")
-    folder = tmp_path / "multirun/told/ppo"
-    while told.poll() is None and not list(folder.glob("0/checkpoints/step_*")):
-        time.sleep(0.05)
-    note = (folder / "0/mlflow_run_id").read_text()
-    for name in queue():
-        subprocess.run(["scancel", "--signal=USR2", name], check=True)
-    said, _ = told.communicate()
-    assert told.returncode == 0, said
+    folder = interrupted(tmp_path, "seed=1", "name=told")
     (log,) = (folder / ".submitit").glob("*_log.out")
     assert log.read_text().count("Loading pickle") == 2
     assert not list(differences(tmp_path / "multirun/plain/ppo/0", folder / "0"))
-    assert (folder / "0/mlflow_run_id").read_text() == note
     assert [name for name, _, inside in runs(tmp_path) if inside] == ["plain/ppo/0", "told/ppo/0"]
+
+
+def test_a_job_of_two_nodes_goes_on_too_and_the_first_node_tells(tmp_path: Path):
+    folder = interrupted(tmp_path, "stage.eval_episodes=0", "hardware.nodes=2", "name=two")
+    first, second = (path.read_text() for path in sorted((folder / ".submitit").glob("*_log.out")))
+    assert first.count("Loading pickle") == second.count("Loading pickle") == 2
+    assert "I am a slave" in second
+    assert first.count("ppo finished in") == 1
+    assert "finished" not in second
+    steps = [json.loads(line)["step"] for line in (folder / "0/metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+    assert [name for name, _, inside in runs(tmp_path) if inside] == ["two/ppo/0"]
 
 
 def test_a_job_that_fails_is_told_and_the_other_finishes(tmp_path: Path):

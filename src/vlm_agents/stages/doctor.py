@@ -8,7 +8,7 @@ import os
 import platform
 import re
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -72,7 +72,7 @@ def expected(cfg: RunConfig) -> str | None:
     if cfg.stage.name not in ("ppo", "eval", "collect") or getattr(cfg.stage, "policy", "model") != "model":
         return None
     stage, estimates = DoctorConfig(num_envs=getattr(cfg.stage, "num_envs", 1)), Estimates()
-    need = estimates.need(cfg, work_of(cfg, stage, estimates.agent(cfg)))
+    need = estimates.need(replace(cfg, stage=stage), work_of(cfg, stage, estimates.agent(cfg)))
     return gib(need.peak if cfg.stage.name == "ppo" else need.weights + need.sampling)
 
 
