@@ -135,7 +135,7 @@ class Run:
                 refuse_other_inputs(folder)
             else:
                 (folder / INPUTS).unlink(missing_ok=True)
-            if not (folder / INPUTS).exists():  # of an older version too
+            if world.main and not (folder / INPUTS).exists():  # of an older version too
                 atomic_write(folder / INPUTS, to_json(hashes(inputs_of(cfg)), indent=2) + "\n")
             atomic_write(folder / "config.yaml", settings)
             atomic_write(folder / "overrides", "".join(f"{word}\n" for word in overrides))
