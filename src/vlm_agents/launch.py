@@ -154,18 +154,19 @@ def start(hardware: HardwareConfig, nodes: Nodes, note: Path, left: int) -> None
         shutdown_timeout=SHUTDOWN,
     )
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    stopped = None
     try:
         elastic_launch(config, sys.executable)("-m", "vlm_agents.worker", str(note))
     except ChildFailedError as error:
         raise cause(error.failures) from None
     except SignalException as stop:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        signal.raise_signal(stop.sigval)  # to whom it would have gone without the launcher
-        raise KeyboardInterrupt from None
+        stopped = stop.sigval
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    if stopped is not None:
+        signal.raise_signal(stopped)  # to whom it would have gone without the launcher
+        raise KeyboardInterrupt
 
 
 def cause(failures: Any) -> BaseException:
@@ -175,7 +176,7 @@ def cause(failures: Any) -> BaseException:
         data = failure.error_file_data if isinstance(failure.error_file_data, dict) else {}
         if failure.exitcode == stopping.STATUS:
             told.append((0, 0.0, stopping.Stopped()))
-        elif "kind" in data and data["kind"] != "PeerLost":
+        elif "kind" in data:
             kind = getattr(errors, data["kind"], None)
             error = kind(f"{data['message']} (rank {rank})") if kind else RankError(f"rank {rank}: {data['traceback']}")
             told.append((1, data["time"], error))

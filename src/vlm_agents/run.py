@@ -139,8 +139,9 @@ class Run:
                 atomic_write(folder / INPUTS, to_json(hashes(inputs_of(cfg)), indent=2) + "\n")
             atomic_write(folder / "config.yaml", settings)
             atomic_write(folder / "overrides", "".join(f"{word}\n" for word in overrides))
-            atomic_write(folder / "commit", commit() + "\n")
-            atomic_write(folder / "versions", versions() + "\n")
+            if world.main:  # asking git and every package takes a while
+                atomic_write(folder / "commit", commit() + "\n")
+                atomic_write(folder / "versions", versions() + "\n")
             world.wait()  # nobody goes on before it is known to be free
             return cls(cfg, overrides, lock, sweep, undo.pop_all(), resumed, world, folder)
 

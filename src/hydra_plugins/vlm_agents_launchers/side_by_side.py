@@ -22,7 +22,7 @@ GRACE_S = 30  # that a process, or a Slurm job, has to end in
 
 
 class SideBySide(Launcher):
-    """What both launchers have in common. `start` and what follows it is theirs."""
+    """What both launchers have in common; `prepare` and `results` are theirs."""
 
     def __init__(self, **params: Any) -> None:
         self.params: dict[str, Any] = {

@@ -121,9 +121,10 @@ def report(
 ) -> Path:
     """Write report.html of the run's stage, from its metrics, its metrics.jsonl and what is given; on the first rank
     alone."""
-    cfg, path, facts = run.cfg, run.path(REPORT), run.facts()
+    cfg, path = run.cfg, run.path(REPORT)
     if not run.world.main:
         return path
+    facts = run.facts()
     facts |= {"model": with_noise(facts["model"], getattr(cfg.stage, "noise", 0.0))} | earlier_page(run)
     sentence = headline(cfg.stage.name, metrics, where(cfg))
     write_report(
