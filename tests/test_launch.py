@@ -33,7 +33,7 @@ PPO += ["stage.eval_episodes=0", "stage.checkpoint_every=1", "algo.value_warmup=
 TWO = "hardware.processes=2"
 # An env and an algorithm that go wrong on one rank. The parent of a rank is its launcher.
 OWN = """
-import os, signal, time
+import atexit, os, signal, time
 from dataclasses import replace
 from pathlib import Path
 from vlm_agents.config import EchoConfig
@@ -56,6 +56,8 @@ class Faulty(EchoEnv):
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.fault == "gone":
                 os._exit(7)
+            if self.fault == "late":
+                atexit.register(os.kill, os.getpid(), signal.SIGKILL)
         return super().reset(seed)
 
 
@@ -249,6 +251,14 @@ def test_a_rank_that_is_killed_costs_the_iteration_and_no_more(cli: Cli, place: 
     assert "error: rank 1 was killed by SIGKILL; the same command continues from the newest checkpoint\n" in said
     assert cli(*once) == 0
     alike(place / "outputs/once/ppo", whole, 1e-6)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_when_all_is_written_costs_nothing(cli: Cli, place: Path, capfd):
+    assert cli(*PPO, *FAULTY, TWO, "stage.iterations=2", "env.kwargs={fault: late, run: late}", "name=late") == 0
+    said = capfd.readouterr()
+    assert "ppo finished in" in said.out
+    assert "begin again" not in said.err
 
 
 @pytest.mark.slow

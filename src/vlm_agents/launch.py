@@ -105,6 +105,8 @@ def run_ranks(job: Job, nodes: Nodes) -> None:
                 try:
                     return start(hardware, nodes, note, left)
                 except Killed as killed:
+                    if (Path(job.cfg.run_dir) / "DONE").exists():  # all was written before
+                        return None
                     if not left:
                         raise TrainingError(
                             f"{killed}; the same command continues from the newest checkpoint"

@@ -1,5 +1,6 @@
 """One rank of a run: `python -m vlm_agents.worker <job>`, started by launch.py and by nobody else."""
 
+import atexit
 import logging
 import os
 import pickle
@@ -61,4 +62,8 @@ if __name__ == "__main__":
     status = main(Path(sys.argv[1]))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status) if status else sys.exit(0)  # at once: threads that wait for a lost rank would hold it up
+    if status == 0:
+        atexit._run_exitfuncs()
+    os._exit(
+        status
+    )  # at once: threads that wait for a lost rank would hold it up, and gloo's may abort at a normal end
