@@ -42,7 +42,7 @@ RUN = ["stage=ppo", "env=echo", "stage.num_envs=4", "stage.episodes=4", "stage.e
 RUN += ["stage.checkpoint_every=1", "prompt.max_reply_tokens=16", "hardware.threads=1", "seed=1"]
 SLURM = ["hydra/launcher=slurm", "hydra.launcher.partition=low", "hydra.launcher.cpus_per_task=1"]
 LENGTH = 8  # iterations of a drill
-LENGTHS = {"timeout": 40}  # Slurm looks every half minute whose time is over
+LENGTHS = {"timeout": 40, "batch": 40}  # Slurm looks every half minute whose time is over, and what is lost
 PATIENCE_S = 400
 
 

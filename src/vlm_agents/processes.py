@@ -10,10 +10,10 @@ from contextlib import contextmanager
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
-def end_with_parent() -> None:
-    """Have this process terminated when the one that started it is gone."""
+def end_with_parent(number: int = signal.SIGTERM) -> None:
+    """Have this process be sent this signal when the one that started it is gone."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,14 +21,13 @@ from hydra_plugins.vlm_agents_launchers.side_by_side import GRACE_S, POLL_S, Ove
 ASK_S = 10  # between two questions to Slurm, which has others to answer
 SBATCH = {"name": "job_name", "timeout_min": "time", "mem_gb": "mem", "tasks_per_node": "ntasks_per_node"}
 # Slurm queues a job again that was preempted or whose node is lost, and submitit one that was told of its end. Nobody
-# does that for one whose process was killed, by the kernel for its memory or by hand. A job that is cancelled, or being
-# queued again, isn't RUNNING any more; and what has a result needs no second try: where one node of several fails, the
-# others are killed.
+# does that for one whose process was killed, by the kernel for its memory or by hand, or with its slurmstepd, of which
+# srun says 0. A job that is cancelled, or being queued again, isn't RUNNING any more; and what has a result needs no
+# second try: where one node of several fails, the others are killed.
 KILLED = """\
 status=$?
 job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_}}${{SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}}
-killed() {{ [ $status -eq 137 ] || [ $status -eq 139 ]; }}
-if killed && ! ls {folder}/${{job}}_*_result.pkl && [ "$(squeue -h -j $SLURM_JOB_ID -o %T)" = RUNNING ]; then
+if ! ls {folder}/${{job}}_*_result.pkl &> /dev/null && [ "$(squeue -h -j $SLURM_JOB_ID -o %T)" = RUNNING ]; then
   echo $status >> {folder}/$SLURM_JOB_ID.killed
   [ $(wc -l < {folder}/$SLURM_JOB_ID.killed) -le {times} ] && scontrol requeue $SLURM_JOB_ID && sleep 60
 fi
@@ -51,7 +51,11 @@ class SlurmLauncher(SideBySide):
         return executor(self.params, self.folder)
 
     def __call__(self, overrides: Overrides, number: int, state: dict[type, Any]) -> JobReturn:
-        """A job that fails raises what stopped it: then Slurm sees that too, and ends the other nodes of the job."""
+        """A job that fails raises what stopped it: then Slurm sees that too, and ends the other nodes of the job. One
+        whose slurmstepd is killed ends with it: Slurm knows nothing of it any more, and lets it be begun again."""
+        from vlm_agents.processes import end_with_parent
+
+        end_with_parent(signal.SIGKILL)  # submitit bypasses SIGTERM
         job = super().__call__(overrides, number, state)
         return job if job.status is JobStatus.COMPLETED else job.return_value
 
