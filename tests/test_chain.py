@@ -14,6 +14,7 @@ from vlm_agents.chain import composed, config_dirs, outcome, planned
 from vlm_agents.config import register
 from vlm_agents.errors import ConfigError, VlmAgentsError
 from vlm_agents.preflight import check_before_a_chain
+from vlm_agents.stopping import STATUS
 
 FAST = ["env=echo", "tracking=jsonl", "hardware.threads=1", "collect.stage.num_envs=4", "name=a"]
 
@@ -136,6 +137,17 @@ def test_a_signal_reaches_the_stage_and_is_told_once(tmp_path: Path, number: int
     process.send_signal(number)
     _, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (status, f"{word}; the same command with the run's name= continues it\n")
+
+
+def test_a_chain_that_is_asked_to_stop_begins_no_other_stage(tmp_path: Path) -> None:
+    process = chain(tmp_path, *FAST, "collect.stage.episodes=400")
+    while not (tmp_path / "outputs/a/collect/episodes.jsonl").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR2)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == STATUS
+    assert err.endswith("stopped; the same command with the run's name= continues it\n")
+    assert [path.name for path in (tmp_path / "outputs/a").iterdir()] == ["collect"]
 
 
 @pytest.mark.parametrize(

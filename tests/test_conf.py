@@ -188,6 +188,11 @@ def test_lora_is_an_option_of_its_own(compose_run) -> None:
     ("overrides", "message"),
     [
         (["algo.novelty.coef=0.1"], "algo.novelty.coef > 0 makes a second adapter.*model/lora=adapter"),
+        (
+            ["algo.novelty.coef=0.1", "model/lora=adapter", "hardware=zero2"],
+            "algo.novelty.coef > 0 trains a second adapter, which hardware.zero can't: set hardware=ddp",
+        ),
+        (["hardware.zero=1"], "hardware.zero=1 is not one of 0, 2, 3"),
         (["algo.kl_coef=0.1"], "algo.kl_coef > 0 needs a reference policy.*model/lora=adapter"),
         (["algo.value_lr=-1"], "algo.value_lr=-1.0 must be at least 0"),
         (["algo.value_warmup=-1"], "algo.value_warmup=-1 must be at least 0"),

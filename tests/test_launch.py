@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -254,8 +255,11 @@ def test_a_rank_that_is_killed_costs_the_iteration_and_no_more(cli: Cli, place: 
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_when_all_is_written_costs_nothing(cli: Cli, place: Path, capfd):
+def test_a_rank_that_is_killed_when_all_is_written_costs_nothing(cli: Cli, place: Path, capfd, monkeypatch):
+    (place / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place / "temporary"))
     assert cli(*PPO, *FAULTY, TWO, "stage.iterations=2", "env.kwargs={fault: late, run: late}", "name=late") == 0
+    assert not list((place / "temporary").iterdir())
     said = capfd.readouterr()
     assert "ppo finished in" in said.out
     assert "begin again" not in said.err
@@ -272,9 +276,10 @@ def test_a_rank_that_ends_itself_is_no_lost_one(cli: Cli, place: Path):
     ("number", "status", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
 )
 def test_a_signal_ends_all_ranks(number: int, status: int, word: str, place: Path):
-    line = [sys.executable, "-m", "vlm_agents", *PPO, "stage.iterations=1000", TWO, "name=a"]
+    line = ["nohup", sys.executable, "-m", "vlm_agents", *PPO, "stage.iterations=1000", TWO, "name=a"]
     with (
         subprocess.Popen(line, cwd=place, stderr=subprocess.PIPE, text=True) as launcher,
+        once_there(place / "outputs/a/ppo/lock", signal.SIGHUP, launcher.pid),
         once_there(place / "outputs/a/ppo/checkpoints/step_000001", number, launcher.pid),
     ):
         said = launcher.communicate(timeout=200)[1]
@@ -325,8 +330,8 @@ def test_too_many_ranks_are_told(words: list[str], line: str, compose_run: Compo
 def test_nodes_are_those_of_a_slurm_job(cli: Cli, capsys: pytest.CaptureFixture[str]):
     assert cli(*PPO, "hardware.nodes=2") == 2
     assert capsys.readouterr().err == (
-        "error: hardware.nodes=2: this machine is alone, in no Slurm job. Add -m hydra/launcher=slurm, which asks for "
-        "as many\n"
+        "error: hardware.nodes=2: this is no task of Slurm's. Add -m hydra/launcher=slurm, or give it to srun, a task "
+        "a node\n"
     )
     assert not list(Path().iterdir())
 
@@ -338,4 +343,4 @@ def test_a_chain_hands_its_hardware_to_every_stage(cli: Cli, capsys: pytest.Capt
     )
     words = ["run", "number_line", "hardware=zero2", "hardware.device=cpu", "sft.hardware=ddp", "hardware.nodes=2"]
     assert cli(*words, "name=a") == 2
-    assert "this machine is alone" in capsys.readouterr().err
+    assert "this is no task of Slurm's" in capsys.readouterr().err

@@ -35,12 +35,23 @@ def test_a_dry_run_makes_nothing(cli, capsys: pytest.CaptureFixture[str], tmp_pa
     slurm = ["-m", "seed=0,1,2", "hydra/launcher=slurm", "hydra.launcher.partition=gpu", "hardware=ddp"]
     assert cli(*WORDS, *slurm, "hydra.launcher.mem_gb=64", "--dry-run") == 0
     said = capsys.readouterr().out
-    assert said.startswith("3 jobs of stage=eval in multirun/a/eval\n#!/bin/bash")
+    idle = "warning: 8 ranks share 2 episodes (stage.episodes): 6 of them idle"
+    assert said.startswith(f"3 jobs of stage=eval in multirun/a/eval\n{idle}\n#!/bin/bash")
     for line in ("array=0-2%3", "partition=gpu", "gpus-per-node=8", "mem=64GB", "nodes=1", "requeue"):
         assert f"#SBATCH --{line}\n" in said
     assert not list(tmp_path.iterdir())
-    assert cli("stage=ppo", "env=echo", "name=a", "--dry-run") == 0
-    assert "memory of one, as stage=doctor expects it: 0." in capsys.readouterr().out
+    assert cli("stage=ppo", "env=echo", "name=a", "hardware.processes=65", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "memory of one, as stage=doctor expects it: 0." in said
+    assert "65 ranks share 64 starts an iteration" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_launcher_is_for_a_sweep(cli, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    for more in ([], ["--dry-run"]):
+        assert cli(*WORDS, "hydra/launcher=local", *more) == 2
+        said = "error: hydra/launcher=local is for jobs of a sweep, even of one: add -m, or leave it out\n"
+        assert capsys.readouterr().err.endswith(said)
     assert not list(tmp_path.iterdir())
 
 

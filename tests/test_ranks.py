@@ -37,10 +37,11 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def told() -> list[dict[str, Any]]:
+def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks found."""
+    folder = tmp_path_factory.mktemp("ranks")
     script = Path(__file__).with_name("world_ranks.py")
-    command = [sys.executable, str(script), str(free_port())]
+    command = [sys.executable, str(script), str(free_port()), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=os.environ)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -52,6 +53,13 @@ def test_ranks_know_what_each_other_found(told: list[dict[str, Any]]) -> None:
         assert its["any"] == [False, True]
         assert its["of rank 0"] == 0
         assert its["shared"] == [[0, 2, 4], [1, 3]][rank]
+
+
+def test_a_checkpoint_holds_what_all_ranks_wrote(told: list[dict[str, Any]]) -> None:
+    for its in told:
+        assert Path(its["checkpoint"]["at"]).parts[-2:] == ("0", "step_000003")  # in the folder that rank 0 gave
+        assert its["checkpoint"]["files"] == ["0", "1", "state.json"]
+        assert its["checkpoint"]["whole"]
 
 
 def test_ranks_add_tensors_in_buckets(told: list[dict[str, Any]]) -> None:

@@ -195,6 +195,12 @@ Run.open(cfg, [])
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert "ConfigError" in done.stderr
         assert "is in use by another process" in done.stderr
+        again = os.environ | {"SLURM_RESTART_COUNT": "1"}  # the job's earlier self may be about to end
+        waiting = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=again)
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(5)
+    _, err = waiting.communicate()
+    assert (waiting.returncode, err) == (0, "")
     assert subprocess.run(command, check=False).returncode == 0
 
 

@@ -12,7 +12,7 @@ from vlm_agents import stopping
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Each call of the handler that was there before, submitit's under Slurm; here it ends nothing."""
-    monkeypatch.setattr(stopping, "GRACE", 0.2)
+    monkeypatch.setattr(stopping, "grace", 0.2)
     calls: list[int] = []
     before = signal.signal(signal.SIGUSR2, lambda number, frame: calls.append(number))
     yield calls

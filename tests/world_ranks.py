@@ -3,11 +3,12 @@
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from vlm_agents import world
+from vlm_agents import checkpoints, world
 from vlm_agents.learn.batches import Shares
 
 
@@ -16,16 +17,29 @@ def find(its: world.World) -> dict[str, Any]:
     tensors = [torch.full((size,), its.rank + 1.0) for size in (3, 4, 1, 9, 2)]  # a bucket of 8 numbers, 9 alone, 2
     its.add(tensors)
     parts = [(1,) * length for length in (5, 3, 7, 1)]
-    shares = Shares(8, its)
+    deal = Shares(8, its).deal(parts)
     # what is found of a part is its length, by which rank, and in which of its micro-batches
-    found = [(len(part), its.rank, place) for place, cut in enumerate(shares.own(parts)) for part in cut]
+    found = [(len(part), its.rank, place) for place, cut in enumerate(deal.own) for part in cut]
     return {
         "gathered": its.gather(f"rank {its.rank}"),
         "any": [its.any(False), its.any(its.rank == 1)],
         "of rank 0": its.of_main(lambda: its.rank),
         "shared": its.share([0, 1, 2, 3, 4]),
         "added": [tensor.tolist() for tensor in tensors],
-        "by part": shares.gathered(parts, found),
+        "by part": deal.gathered(found),
+        "checkpoint": saved(its, Path(sys.argv[2]) / str(its.rank)),
+    }
+
+
+def saved(its: world.World, folder: Path) -> dict[str, Any]:
+    """What the checkpoint holds that both ranks write, of which each has a folder of its own."""
+    path = checkpoints.save(
+        folder, 3, lambda place: (place / str(its.rank)).touch(), {"state": {}, "seconds": 1, "offsets": {}}, 1, its
+    )
+    return {
+        "at": str(path),
+        "files": sorted(one.name for one in path.iterdir()),
+        "whole": checkpoints.read(path) is not None,
     }
 
 

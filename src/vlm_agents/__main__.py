@@ -9,7 +9,8 @@ from types import FrameType
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, by which Slurm and Docker end a run: like an interrupt, with a name and an exit status of its own."""
+    """SIGTERM, by which Slurm and Docker end a run, or SIGHUP, by which a terminal that is closed does: like an
+    interrupt, with a name and an exit status of its own."""
 
 
 def terminate(number: int, frame: FrameType | None) -> None:
@@ -25,7 +26,9 @@ def closed(stream: int) -> bool:
 
 def main() -> int:
     """Run the command line in `sys.argv`; the exit status."""
-    signal.signal(signal.SIGTERM, terminate)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as by nohup
+            signal.signal(number, terminate)
     try:
         from vlm_agents.command_line import run
 

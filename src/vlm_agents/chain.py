@@ -25,6 +25,7 @@ from vlm_agents.errors import ConfigError, VlmAgentsError, did_you_mean
 from vlm_agents.hydra_errors import REFUSALS, explain, first_of_sweep, is_override
 from vlm_agents.metrics import headline, shortcoming
 from vlm_agents.processes import end_with_parent
+from vlm_agents.stopping import Stopped
 
 ORDER = ("collect", "preprocess", "sft", "ppo", "eval")
 EACH = "a chain isn't swept: give one command for each of the values, each with a name=... of its own"
@@ -35,7 +36,7 @@ OURS = {
     "sweep": EACH,
 }
 OF_A_STAGE = "stage", "algo"  # the parts of a run that not all stages have alike
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 
 
 def main(arguments: Sequence[str], debug: bool) -> int:
@@ -228,6 +229,8 @@ def run_stage(overrides: Iterable[str], debug: bool) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     if came and status == 0:  # it was done already: then nobody has told yet
+        if came[0] == signal.SIGUSR2:
+            raise Stopped
         signal.raise_signal(came[0])
     return 128 - status if status < 0 else status
 

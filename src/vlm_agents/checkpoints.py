@@ -59,28 +59,27 @@ def save(
     """Have `write` fill a new checkpoint, and keep the newest `keep` and the one of the record's `best` step. A crash
     leaves those that were there before.
 
-    All ranks write into it; it counts once all of them have.
+    All ranks write files for it, side by side; it counts once all of them have.
     """
-    final = place_of(folder, step)
-    if not world.main:
-        temporary = world.of_main(lambda: final)
-        write(temporary)
-        world.wait()  # all is written
-        world.wait()  # and in its place
-        return final
-
-    def write_all(temporary: Path) -> None:
-        world.of_main(lambda: temporary)
-        write(temporary)
-        world.wait()
-        checksums = {str(path.relative_to(temporary)): checksum(path) for path in files_in(temporary)}
-        (temporary / STATE).write_text(json.dumps({"step": step, "keep": keep, **record, "files": checksums}))
-
-    write_folder(final, write_all)
-    for later in newest_first(folder):
-        if step_of(later) > step:  # it is damaged: we went back
-            remove(later)
-    prune(folder, step, keep, record.get("best"))
+    final = world.of_main(lambda: place_of(folder, step))
+    with writing(final):
+        own = temporary_of(final.with_name(f"{final.name}.{world.rank}"))  # nodes may have processes of one number
+        filled(own, write)
+        checksums = {str(path.relative_to(own)): checksum(path) for path in files_in(own)}
+        parts = world.gather((own, checksums))
+        if world.main:
+            for part, files in parts[1:]:
+                for name in files:
+                    (part / name).rename(own / name)
+                shutil.rmtree(part)
+            files = {name: value for _, its in parts for name, value in its.items()}
+            (own / STATE).write_text(json.dumps({"step": step, "keep": keep, **record, "files": files}))
+            sync(own / STATE)
+            put(own, final)
+            for later in newest_first(folder):
+                if step_of(later) > step:  # it is damaged: we went back
+                    remove(later)
+            prune(folder, step, keep, record.get("best"))
     world.wait()
     return final
 
@@ -103,20 +102,31 @@ def write_folder(final: Path, write: Callable[[Path], None]) -> None:
     """Have `write` fill a folder that replaces `final` once it is whole and on the disk."""
     temporary = temporary_of(final)
     with writing(final):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
-            write(temporary)
-        except (RuntimeError, SafetensorError) as error:
-            if not FULL_DISK.search(str(error)):
-                raise
-            raise OSError(str(error)) from error
-        for path in (*files_in(temporary), temporary):
-            sync(path)
-        if final.exists():  # left by a run that went back to an older checkpoint
-            shutil.rmtree(final)
-        temporary.rename(final)
-        sync(final.parent)
+        filled(temporary, write)
+        put(temporary, final)
+
+
+def filled(temporary: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` fill a new folder, and what it writes reach the disk. OSError where that can't be."""
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        write(temporary)
+    except (RuntimeError, SafetensorError) as error:
+        if not FULL_DISK.search(str(error)):
+            raise
+        raise OSError(str(error)) from error
+    for path in files_in(temporary):
+        sync(path)
+
+
+def put(temporary: Path, final: Path) -> None:
+    """In the place of `final`, which a run may have left that went back to an older checkpoint."""
+    sync(temporary)
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
+    sync(final.parent)
 
 
 def latest(folder: Path, before: float = math.inf) -> Checkpoint | None:

@@ -250,15 +250,20 @@ def would_do(composed: DictConfig, swept: Sequence[str]) -> None:
     try:
         cfg = settled(parse(composed))
         hydra = HydraConfig.get()
+        refuse_idle_launcher(bool(swept))
         place = str(hydra.sweep.dir if swept else cfg.run_dir)
     except OmegaConfBaseException as error:
         raise Carried(explain(error, ())) from error
     except VlmAgentsError as error:
         raise Carried(error) from error
+    from vlm_agents.launch import idle
+
     count = jobs_of(swept, hydra.sweeper.params or {}) if swept else 1
     print(f"{count} job{'s' if count > 1 else ''} of stage={cfg.stage.name} in {os.path.relpath(place)}")
     if (need := doctor.expected(cfg)) is not None:
         print(f"memory of one{', the first' if count > 1 else ''}, as stage=doctor expects it: {need}")
+    if line := idle(cfg):
+        print(line)
     if hydra.launcher._target_.endswith(".SlurmLauncher") and swept:
         from hydra_plugins.vlm_agents_launchers.slurm import script
 
@@ -266,11 +271,19 @@ def would_do(composed: DictConfig, swept: Sequence[str]) -> None:
     print("nothing was started")
 
 
+def refuse_idle_launcher(sweep: bool) -> None:
+    """ConfigError where a launcher was chosen that one run, which is no job of a `sweep`, doesn't use."""
+    name = HydraConfig.get().runtime.choices["hydra/launcher"]
+    if not sweep and name != "basic":
+        raise ConfigError(f"hydra/launcher={name} is for jobs of a sweep, even of one: add -m, or leave it out")
+
+
 def run_stage(composed: DictConfig) -> dict[str, float]:
     """Check one composed configuration and run its stage, in its run directory."""
     job = HydraConfig.get()
     sweep = job.mode == RunMode.MULTIRUN
     try:
+        refuse_idle_launcher(sweep)
         try:
             cfg = parse(composed)
         except OmegaConfBaseException as error:

@@ -94,7 +94,8 @@ def look(server: str) -> Served | str:
     places = places_of(server)
     there = [served for place in places if (served := read(place / FILE))]
     if not there:
-        start = command(["stage=serve", f"name={server}", "model=..."])
+        place = "run_dir" if len(Path(server).parts) > 1 else "name"
+        start = command(["stage=serve", f"{place}={server}", "model=..."])
         return f"no server is up under {places[0]}: start one in another terminal or job, by {start}"
     served = max(there, key=lambda served: served.since)
     if served.host != socket.gethostname() and (urlsplit(served.url).hostname or "").startswith("127."):

@@ -28,6 +28,7 @@ from vlm_agents.weights import has_model
 SHARED = ("collect", "eval", "sft", "ppo")  # stages whose work several ranks share
 LOST_ANOTHER = "lost another one"  # what a rank says whose end is only that of another
 LOST = 3  # exit status of a rank that another's end has ended
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # end the ranks, and then us
 SHUTDOWN = 15  # seconds that a rank has to end when another has failed
 RENDEZVOUS = 900  # seconds that nodes wait for each other
 
@@ -55,20 +56,21 @@ class Nodes:
 
     @classmethod
     def here(cls, nodes: int) -> "Nodes":
-        """As Slurm says. ConfigError where the job has other nodes than the run asks for."""
+        """As Slurm says to a task of a step, one on each node. ConfigError where those are others than the run's."""
         if nodes == 1:
             return cls()
-        import submitit
+        from submitit.slurm.slurm import SlurmJobEnvironment
 
-        try:
-            job = submitit.JobEnvironment()
+        where = "this is no task of Slurm's"
+        if "SLURM_STEP_ID" in os.environ:
+            job = SlurmJobEnvironment()
             if (there := job.num_nodes) == nodes:
                 port = 20_000 + stable_hash("rendezvous", job.job_id) % 10_000
                 return cls(job.node, job.hostnames[0], port)
             where = f"this Slurm job has {there}"
-        except RuntimeError:
-            where = "this machine is alone, in no Slurm job"
-        raise ConfigError(f"hardware.nodes={nodes}: {where}. Add -m hydra/launcher=slurm, which asks for as many")
+        raise ConfigError(
+            f"hardware.nodes={nodes}: {where}. Add -m hydra/launcher=slurm, or give it to srun, a task a node"
+        )
 
 
 def has_ranks(cfg: RunConfig) -> bool:
@@ -133,7 +135,7 @@ class Killed(Exception):
 
 def start(hardware: HardwareConfig, nodes: Nodes, note: Path, left: int) -> None:
     """Start the ranks of this machine, each of which sees a GPU of its own where there are any, and wait for them."""
-    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -141,6 +143,8 @@ def start(hardware: HardwareConfig, nodes: Nodes, note: Path, left: int) -> None
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     alone, count = hardware.nodes == 1, hardware.nodes
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}  # as by nohup
     config = LaunchConfig(
         min_nodes=count,
         max_nodes=count,
@@ -154,8 +158,9 @@ def start(hardware: HardwareConfig, nodes: Nodes, note: Path, left: int) -> None
         virtual_local_rank=hardware.device != "cpu",
         max_restarts=0,
         shutdown_timeout=SHUTDOWN,
+        logs_specs=DefaultLogsSpecs(log_dir=str(note.parent)),  # removed with that folder
+        signals_to_handle=",".join(number.name for number in handlers),
     )
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     stopped = None
     try:
         elastic_launch(config, sys.executable)("-m", "vlm_agents.worker", str(note))
@@ -182,11 +187,13 @@ def cause(failures: Any) -> BaseException:
             kind = getattr(errors, data["kind"], None)
             error = kind(f"{data['message']} (rank {rank})") if kind else RankError(f"rank {rank}: {data['traceback']}")
             told.append((1, data["time"], error))
+        elif failure.exitcode == 130:
+            told.append((0, 0.0, KeyboardInterrupt()))
+        elif failure.exitcode == LOST or failure.exitcode == -signal.SIGTERM:  # the launcher's own
+            told.append((3, 0.0, Killed(f"rank {rank} {LOST_ANOTHER}")))
         elif failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             told.append((2, 0.0, Killed(f"rank {rank} was killed by {name}")))
-        elif failure.exitcode == LOST:
-            told.append((3, 0.0, Killed(f"rank {rank} {LOST_ANOTHER}")))
         else:
             told.append((1, 0.0, RankError(f"rank {rank} ended itself with status {failure.exitcode}")))
     return min(told, key=lambda one: one[:2])[2]

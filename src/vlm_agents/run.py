@@ -16,6 +16,7 @@ import io
 import json
 import logging
 import math
+import os
 import random
 import shutil
 import subprocess
@@ -55,6 +56,8 @@ from vlm_agents.weights import (
     weights_of,
 )
 from vlm_agents.world import ALONE, World
+
+LEASE = 120  # seconds that a Slurm job which is begun again waits for the lock of its earlier self
 
 log = logging.getLogger(__name__)
 
@@ -122,9 +125,12 @@ class Run:
                 if any(folder.iterdir()) and not (folder / "lock").exists():
                     raise ConfigError(f"{folder} is no run directory, and not empty: choose another run_dir= or name=")
                 lock = open(folder / "lock", "ab")  # noqa: SIM115 - closed by __exit__
-            if not hold(lock):
-                undo.pop_all()
-                raise ConfigError(f"{folder} is in use by another process: wait for it, or choose another name=")
+            until = time.monotonic() + (LEASE if "SLURM_RESTART_COUNT" in os.environ else 0)
+            while not hold(lock):
+                if time.monotonic() >= until:
+                    undo.pop_all()
+                    raise ConfigError(f"{folder} is in use by another process: wait for it, or choose another name=")
+                time.sleep(1)
             if (folder / "DONE").exists():
                 raise ConfigError(f"{folder} is finished: choose another name=, or delete that directory")
             for part in (folder, *(path for path in folder.iterdir() if path.is_dir())):
@@ -211,7 +217,8 @@ class Run:
         """Append one line to metrics.jsonl (non-finite numbers as null), and tell the tracker."""
         self.begin()
         self._step = step
-        append_line(self.dir / METRICS, to_json({"step": step, **metrics}))
+        if self.world.main:
+            append_line(self.dir / METRICS, to_json({"step": step, **metrics}))
         if self._tracker:
             self._tracker.metrics(step, metrics)
 
@@ -299,7 +306,7 @@ class Run:
 
     def stop(self) -> NoReturn:
         """End the run as it was asked to, by Stopped."""
-        say("stopped as it was asked to, and saved")
+        say("stopped as it was asked to")
         raise stopping.Stopped
 
     def _size(self, name: str) -> int:

@@ -1,7 +1,7 @@
 """SIGUSR2: a run is asked to save and to end, as Slurm asks it before a job's time is over or its nodes are taken.
 
 Whoever was to be called by that signal before us, submitit's handler that queues the job again, is called in the end:
-once the run has saved, or after GRACE seconds in which it couldn't.
+once the run has saved, or after `grace` seconds in which it couldn't.
 """
 
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-GRACE = 90  # seconds; conf/hydra/launcher/slurm.yaml has the signal sent 120 before the end
+grace = 90.0  # seconds; Slurm's launcher sets what its signal_delay_s leaves
 STATUS = 75  # exit status of a run that ended so: EX_TEMPFAIL, try again
 FILE = "VLM_AGENTS_STOP"  # names the file by which a launcher asks its ranks
 
@@ -52,7 +52,7 @@ def heeded(tell: Callable[[], Any] = lambda: None) -> Iterator[None]:
         tell()
         if callable(earlier):
             signal.signal(signal.SIGALRM, hand_over)
-            signal.setitimer(signal.ITIMER_REAL, GRACE)
+            signal.setitimer(signal.ITIMER_REAL, grace)
 
     signal.signal(signal.SIGUSR2, heed)
     try:
@@ -60,7 +60,7 @@ def heeded(tell: Callable[[], Any] = lambda: None) -> Iterator[None]:
     except Stopped:
         hand_over(signal.SIGUSR2, None)
         if callable(earlier):
-            time.sleep(GRACE)  # who didn't end this process leaves that to another: the job's first node, then Slurm
+            time.sleep(grace)  # who didn't end this process leaves that to another: the job's first node, then Slurm
         raise
     finally:
         if _asked:

@@ -6,9 +6,11 @@ import os
 import pickle
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
+from types import FrameType
 
 from vlm_agents import stopping
 from vlm_agents.errors import VlmAgentsError
@@ -22,8 +24,11 @@ BROKEN = "gloo", "NCCL", "Connection closed by peer", "Connection reset by peer"
 
 def main(note: Path) -> int:
     """Do this rank's part of the run; the exit status."""
-    end_with_parent()  # a launcher that was killed can't end its ranks, which would hold the run directory
+    signal.signal(signal.SIGTERM, ended)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the launcher's to heed
+    end_with_parent(signal.SIGKILL)  # a launcher that was killed can't end its ranks, which may wait for each other
     signal.signal(signal.SIGUSR2, stopping.note)
+    tempfile.tempdir = str(note.parent)  # so that nothing is left of a rank that is killed
     hush()
     job: Job = pickle.loads(note.read_bytes())
     try:
@@ -49,9 +54,19 @@ def do(job: Job, world: World) -> None:
 
     if not world.main:
         keep_quiet()
-    with Run.open(job.cfg, job.overrides, job.sweep, world) as run:
-        stages.main(job.cfg, run)
-        world.wait()
+    try:
+        with Run.open(job.cfg, job.overrides, job.sweep, world) as run:
+            stages.main(job.cfg, run)
+    except stopping.Stopped:
+        world.wait()  # who ends has the others ended, and the first has a tracker to tell
+        raise
+    world.wait()
+
+
+def ended(number: int, frame: FrameType | None) -> None:
+    """The launcher ends this rank, as another one has failed, or as it was ended itself."""
+    if sys.exc_info()[0] is None:  # else it is about to end
+        raise PeerLost
 
 
 if __name__ == "__main__":

@@ -115,13 +115,17 @@ def telling_of_peers() -> Iterator[None]:
         raise PeerLost(str(error)) from error
 
 
+def backend(device: str) -> str:
+    """What carries tensors between ranks, as torch names it."""
+    return "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+
+
 @contextmanager
 def joined(device: str) -> Iterator[World]:
-    """The world of a process that a launcher started as a rank; numbers go by gloo, those on a GPU by NCCL."""
+    """The world of a process that a launcher started as a rank."""
     import torch.distributed as dist
 
     world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE)
+    dist.init_process_group(backend(device), timeout=PATIENCE)
     yield world
     dist.destroy_process_group()  # not after an error: it would wait for those that are gone

@@ -41,11 +41,11 @@ def test_microbatches_cut_by_padded_tokens_longest_first():
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_ranks_share_rows_by_their_tokens(ranks: int):
     rows = [plain(length) for length in (4, 9, 5, 30, 10, 4)]
-    shares = [Shares(20, World(rank, ranks)) for rank in range(ranks)]
-    dealt = [one.own(rows) for one in shares]
+    deals = [Shares(20, World(rank, ranks)).deal(rows) for rank in range(ranks)]
+    dealt = [deal.own for deal in deals]
     assert sorted(id(row) for cuts in dealt for cut in cuts for row in cut) == sorted(map(id, rows))  # each row once
     loads = [sum(len(row) for cut in cuts for row in cut) for cuts in dealt]
     # 62 tokens: one row of 30 is nearly half of them, and no rank has more than it and less than the smallest row
     assert loads == {1: [62], 2: [30, 32], 3: [30, 18, 14], 8: [30, 10, 9, 5, 4, 4, 0, 0]}[ranks]
-    assert {one.most(rows) for one in shares} == {max(map(len, dealt))}
+    assert [deal.missing + len(deal.own) for deal in deals] == [max(map(len, dealt))] * ranks
     assert all(len(cut) == 1 or len(cut[0]) * len(cut) <= 20 for cuts in dealt for cut in cuts)

@@ -36,8 +36,10 @@ class NoveltyConfig(Part, place="algo.novelty"):
             raise ConfigError(
                 "algo.novelty.coef > 0 makes a second adapter, and the model has no first: add model/lora=adapter"
             )
-        if self.coef > 0 and run.hardware.zero == 3:
-            raise ConfigError("algo.novelty.coef > 0 trains a second adapter, which hardware.zero=3 can't: set zero2")
+        if self.coef > 0 and run.hardware.zero:
+            raise ConfigError(
+                "algo.novelty.coef > 0 trains a second adapter, which hardware.zero can't: set hardware=ddp"
+            )
 
 
 @dataclass

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from vlm_agents.config.run import RunConfig
 
 
-def one_of(what: str, value: str, allowed: Any) -> None:
-    """Raise unless `value` is one of the `allowed` Literal's words."""
-    words = get_args(allowed)
-    if value not in words:
-        raise ConfigError(f"{what}={value} is not one of {', '.join(words)}.{did_you_mean(value, words)}")
+def one_of(what: str, value: Any, allowed: Any) -> None:
+    """Raise unless `value` is one of the `allowed` Literal's."""
+    if value not in get_args(allowed):
+        words = list(map(str, get_args(allowed)))
+        raise ConfigError(f"{what}={value} is not one of {', '.join(words)}.{did_you_mean(str(value), words)}")
 
 
 def at_least(what: str, value: float, bound: float) -> None:

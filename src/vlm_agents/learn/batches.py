@@ -4,7 +4,7 @@ into memory."""
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from itertools import chain
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -44,39 +44,46 @@ def microbatches(parts: Sequence[Part], max_tokens: int) -> list[list[Part]]:
 
 @dataclass(frozen=True)
 class Shares:
-    """What a rank does of the passes over rows or samples: some of them, of about as many tokens as the others have,
-    in micro-batches."""
+    """How passes over rows or samples are divided: each rank has about as many tokens, in micro-batches."""
 
     tokens_per_microbatch: int
     world: World = ALONE
 
-    def own(self, parts: Sequence[Part]) -> list[list[Part]]:
-        """This rank's micro-batches, longest first."""
-        return self._cut(parts)[self.world.rank]
-
-    def most(self, parts: Sequence[Part]) -> int:
-        """The number of micro-batches of the rank that has most of them."""
-        return max(map(len, self._cut(parts)))
-
-    def gathered(self, parts: Sequence[Part], own: Sequence[Found]) -> list[Found]:
-        """What was found of each part, in their order, where `own` are this rank's findings, in the order of its
-        micro-batches."""
-        owners = [list(chain.from_iterable(cut)) for cut in self._cut(parts)]
-        found = {
-            id(part): its
-            for mine, theirs in zip(owners, self.world.gather(own), strict=True)
-            for part, its in zip(mine, theirs, strict=True)
-        }
-        return [found[id(part)] for part in parts]
-
-    def _cut(self, parts: Sequence[Part]) -> list[list[list[Part]]]:
-        """The micro-batches of each rank: the longest part that is left goes to whoever has least so far."""
-        if self.world.ranks == 1:
-            return [microbatches(parts, self.tokens_per_microbatch)]
+    def deal(self, parts: Sequence[Part]) -> "Deal[Part]":
+        """The longest part that is left goes to whoever has least so far."""
         shares: list[list[Part]] = [[] for _ in range(self.world.ranks)]
         load = [0] * self.world.ranks
         for part in sorted(parts, key=len, reverse=True):
             rank = load.index(min(load))
             shares[rank].append(part)
             load[rank] += len(part)
-        return [microbatches(share, self.tokens_per_microbatch) for share in shares]
+        return Deal(parts, [microbatches(share, self.tokens_per_microbatch) for share in shares], self.world)
+
+
+@dataclass(frozen=True)
+class Deal(Generic[Part]):
+    """Rows or samples as they were dealt: `cuts` are the micro-batches of each rank, longest first."""
+
+    parts: Sequence[Part]
+    cuts: Sequence[list[list[Part]]]
+    world: World
+
+    @property
+    def own(self) -> list[list[Part]]:
+        """This rank's micro-batches."""
+        return self.cuts[self.world.rank]
+
+    @property
+    def missing(self) -> int:
+        """How many micro-batches fewer this rank has than the one that has most."""
+        return max(map(len, self.cuts)) - len(self.own)
+
+    def gathered(self, own: Sequence[Found]) -> list[Found]:
+        """What was found of each part, in their order, where `own` are this rank's findings, in the order of its
+        micro-batches."""
+        found = {
+            id(part): its
+            for cut, theirs in zip(self.cuts, self.world.gather(own), strict=True)
+            for part, its in zip(chain.from_iterable(cut), theirs, strict=True)
+        }
+        return [found[id(part)] for part in self.parts]

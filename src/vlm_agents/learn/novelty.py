@@ -61,9 +61,9 @@ class Novelty(Shaper):
         """Per episode, per turn: minus the log-probability of its action, nats, given those before it."""
         found = [np.zeros(len(trajectory.turns)) for trajectory in trajectories]
         places = {self.row(trajectory): index for index, trajectory in enumerate(trajectories) if trajectory.turns}
-        rows = list(places)
-        own = [logprobs.cpu() for part in self.shares.own(rows) for logprobs in self.logprobs(part)]
-        for row, logprobs in zip(rows, self.shares.gathered(rows, own), strict=True):
+        deal = self.shares.deal(list(places))
+        own = [logprobs.cpu() for part in deal.own for logprobs in self.logprobs(part)]
+        for row, logprobs in zip(places, deal.gathered(own), strict=True):
             index = places[row]
             np.subtract.at(found[index], self.turns_of(row, trajectories[index]), logprobs.numpy())
         return found
@@ -76,7 +76,7 @@ class Novelty(Shaper):
         for start in range(0, len(rows), EPISODES_A_STEP):
             batch = [rows[index] for index in order[start : start + EPISODES_A_STEP]]
             length = sum(sum(row.reply_lengths) for row in batch)
-            for part in self.shares.own(batch):
+            for part in self.shares.deal(batch).own:
                 with self.model.predicting():
                     loss = -self.model.score(part).logprobs.sum()
                     self.engine.backward(loss / length)

@@ -61,9 +61,9 @@ def go_through(
     rows = [sample.row for sample in minibatch]
     weights = dict(zip(minibatch, objective.average(rows), strict=True))
     by_turn = weights if objective.average is over_turns else dict(zip(minibatch, over_turns(rows), strict=True))
-    own = shares.own(minibatch)
+    deal = shares.deal(minibatch)
     found: list[tuple[dict[str, Tensor], Read | None]] = []
-    for part in own:
+    for part in deal.own:
         with torch.set_grad_enabled(backward is not None):
             scores = model.score([sample.row for sample in part])
             targets = to_targets(part, [weights[sample] for sample in part], scores.logprobs.device)
@@ -78,9 +78,9 @@ def go_through(
         if backward is not None:
             backward(torch.stack([coef * (targets.weight * term.loss).sum() for coef, term in terms if coef]).sum())
     if even and backward is not None:
-        for _ in range(shares.most(minibatch) - len(own)):
+        for _ in range(deal.missing):
             backward(0.0 * model.score(rows[-1:]).logprobs.sum())
-    everywhere = shares.gathered(minibatch, found)
+    everywhere = deal.gathered(found)
     return Pass(
         seen={name: torch.cat([seen[name] for seen, _ in everywhere]) for name in everywhere[0][0]},
         weight=torch.cat([torch.from_numpy(by_turn[sample]) for sample in minibatch]),
@@ -110,11 +110,11 @@ def read_once(
     """
     found: dict[Sample, np.ndarray] = {}
     for indices in plan:
-        minibatch, own = [samples[index] for index in indices], list[np.ndarray]()
-        for part in shares.own(minibatch):
+        deal, own = shares.deal([samples[index] for index in indices]), list[np.ndarray]()
+        for part in deal.own:
             pieces = of(model.score([sample.row for sample in part])).split([len(sample.old) for sample in part])
             own += [piece.cpu().numpy() for piece in pieces]
-        found.update(zip(minibatch, shares.gathered(minibatch, own), strict=True))
+        found.update(zip(deal.parts, deal.gathered(own), strict=True))
     return [found[sample] for sample in samples]
 
 

@@ -35,7 +35,7 @@ from vlm_agents.config import HardwareConfig
 from vlm_agents.errors import DataError
 from vlm_agents.learn.zero_settings import REFUSALS, refused, zero_config
 from vlm_agents.tensors import Scores
-from vlm_agents.world import World, telling_of_peers
+from vlm_agents.world import World, backend, telling_of_peers
 
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's calls
 
@@ -248,7 +248,6 @@ def join(device: str) -> None:
     if not on_gpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it would be compiled now, for a minute
     if not dist.is_initialized():
-        both = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        dist.init_process_group(both, store=HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend(device), store=HashStore(), rank=0, world_size=1)
     os.environ.setdefault("LOCAL_RANK", "0")  # which DeepSpeed asks for
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)

@@ -87,6 +87,7 @@ def save(run: Run, agent: Agent, learner: Learner, step: int, state: Mapping[str
             if run.world.main:
                 agent.save(folder / RUN_MODEL)
                 torch.save(learned, folder / LEARNER)
+        run.world.wait()  # an engine's own collectives have less patience
         learner.save(folder)
 
     best = state.get("best")

@@ -166,7 +166,7 @@ class SftTrainer(Trainer):
             torch.manual_seed(self.run.seed_for("dropout", world.rank, self.state.global_step))
         count = sum(sum(row.reply_lengths) for row in rows)
         total = torch.zeros((), device=self.agent.device)
-        for part in self.shares.own(rows):
+        for part in self.shares.deal(rows).own:
             loss = -self.agent.score(part).logprobs.sum() / count
             if not torch.isfinite(loss):
                 raise TrainingError(
@@ -240,7 +240,7 @@ def validate(agent: Agent, chats: Chats, batch_size: int, shares: Shares) -> dic
     replies: list[Tensor] = []
     for start in track(range(0, len(chats), batch_size), "sft validation", -(-len(chats) // batch_size), "batches"):
         rows = [chats[index] for index in range(start, min(start + batch_size, len(chats)))]
-        for part in shares.own(rows):
+        for part in shares.deal(rows).own:
             logprobs = agent.score(part).logprobs
             tokens.append(logprobs)
             sums = [reply.sum() for reply in logprobs.split([length for row in part for length in row.reply_lengths])]
