@@ -105,10 +105,10 @@ def test_it_ends_when_it_is_asked_to(tmp_path: Path, compose_run: Callable[..., 
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGUSR2)
 
-    asking = threading.Thread(target=ask, daemon=True)
-    with pytest.raises(stopping.Stopped), stopping.heeded():
-        asking.start()
-        run(compose_run("stage=serve", "hardware.device=cuda", "stage.minutes=0.05"))  # 3 s, which it doesn't wait for
+    cfg = compose_run("stage=serve", "hardware.device=cuda", "stage.minutes=0.05")  # 3 s, which it doesn't wait for
+    threading.Thread(target=ask, daemon=True).start()
+    with stopping.heeded(), pytest.raises(stopping.Stopped):
+        run(cfg)
     assert not file.exists()
 
 

@@ -84,8 +84,8 @@ def over(stage: ServeConfig, begun: float) -> str:
 
 
 def wait(run: Run, process: subprocess.Popen[bytes], start: int, when: str) -> None:
-    """For a moment, while the server is up. Stopped where the run was asked to stop; ModelError, after the last lines of
-    its log, of which byte `start` is the first, where the server has ended by itself."""
+    """For a moment, while the server is up. Stopped where the run was asked to stop; ModelError where the server has
+    ended by itself, after the last lines that it left in its log behind byte `start`."""
     if run.asked_to_stop():
         run.stop()
     status = process.poll()
