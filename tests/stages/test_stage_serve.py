@@ -63,11 +63,13 @@ def test_it_hands_itself_over_until_the_run_that_it_serves_is_finished(
         while not file.exists():
             time.sleep(0.01)
         seen.append(Served(**json.loads(file.read_text())))
-        assert seen[-1].answers()
-        assert not replace(seen[-1], key="another").answers()
-        assert not replace(seen[-1], model="another").answers()
-        asked.set()
-        (other / "DONE").touch()
+        try:
+            assert seen[-1].answers()
+            assert not replace(seen[-1], key="another").answers()
+            assert not replace(seen[-1], model="another").answers()
+            asked.set()
+        finally:
+            (other / "DONE").touch()
 
     asked = threading.Event()
     for _ in range(2):  # it is never finished itself: the same command starts it again

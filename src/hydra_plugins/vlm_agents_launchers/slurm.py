@@ -92,7 +92,9 @@ class SlurmLauncher(SideBySide):
             release(names.values())
         except KeyboardInterrupt:
             left = " ".join(job.job_id for job in running.values())
-            print(f"the jobs go on in Slurm, which scancel {left} ends", file=sys.stderr)
+            print(
+                f"the jobs go on in Slurm: the same command waits for them, scancel {left} ends them", file=sys.stderr
+            )
             raise
 
 
@@ -100,8 +102,8 @@ def under_way(folder: Path, jobs: Mapping[int, Overrides]) -> dict[int, str]:
     """Of these jobs those that Slurm has already, of an earlier command: its name for each.
 
     No note of ours says so, before which the command could have been killed: Slurm knows where a job's script lies, and
-    beside that is what submitit was given to do. A job without that, whose command was killed in the very moment, waits
-    for it a minute, and ends."""
+    beside that is what submitit was given to do. A job without that, whose command was killed in the very moment, ends
+    for want of it after some minutes."""
     import submitit
 
     from vlm_agents.errors import ConfigError
@@ -162,7 +164,9 @@ def executor(params: Mapping[str, Any], sweep: Path) -> Any:
     try:
         made.update_parameters(**given, teardown=killed.splitlines())
     except ValueError as error:
-        raise ConfigError(f"hydra/launcher=slurm: {str(error).splitlines()[0]}") from error
+        said = str(error).splitlines()[0]
+        others = "what else sbatch takes goes into hydra.launcher.additional_parameters"
+        raise ConfigError(f"hydra/launcher=slurm: {said}; {others}") from error
     return made
 
 
@@ -183,7 +187,7 @@ def submitted(executor: Any, function: Any, arguments: Sequence[tuple[Any, ...]]
         return executor.map_array(function, *zip(*arguments, strict=True))
     except (FailedSubmissionError, FailedJobError, subprocess.CalledProcessError) as error:
         said = " ".join(str(error).split())
-        raise ConfigError(f"Slurm took no job: {said}") from error
+        raise ConfigError(f"sbatch refused the jobs, and none was begun: {said}") from error
 
 
 def queued(names: Collection[str]) -> set[str]:
@@ -208,7 +212,7 @@ def failure(job: Any, nodes: int) -> Exception | None:
         return min(errors, key=lambda error: LOST_ANOTHER in str(error))
     if len(told) == nodes:
         return None
-    return VlmAgentsError(f"ended before its time, and isn't queued any more: {job.paths.stderr}")
+    return VlmAgentsError(f"ended before its time, and isn't queued any more: see {job.paths.stderr}")
 
 
 def raised(task: Any) -> Exception | None:
