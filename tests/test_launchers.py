@@ -1,6 +1,7 @@
 """Sweeps side by side on this machine, and what a dry run tells."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -8,9 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import submitit
 from omegaconf import OmegaConf
 
+from hydra_plugins.vlm_agents_launchers import slurm as slurm_launcher
 from hydra_plugins.vlm_agents_launchers.local import LocalLauncher
+from hydra_plugins.vlm_agents_launchers.slurm import failure
 from vlm_agents.command_line import end_sweep
 from vlm_agents.errors import DataError, VlmAgentsError
 
@@ -62,6 +66,66 @@ def test_without_a_slurm_a_sweep_leaves_nothing(cli, capsys: pytest.CaptureFixtu
     assert not list(tmp_path.iterdir())
 
 
+SLURM = {  # answers as one whose jobs end at once, but for what stands in the file `queue`
+    "srun": "",
+    "sbatch": "n=$(ls {place} | grep -c script); cp $1 {place}/script_$n; echo Submitted batch job 7$n",
+    "squeue": 'case "$*" in *--me*) cat {place}/queue;; esac',
+}
+
+
+@pytest.fixture
+def slurm(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a Slurm's commands, and of what it was given."""
+    place = tmp_path_factory.mktemp("slurm")
+    for name, line in SLURM.items():
+        (place / name).write_text(f"#!/bin/sh\n{line.format(place=place)}\n")
+        (place / name).chmod(0o755)
+    (place / "queue").touch()
+    monkeypatch.setenv("PATH", str(place), prepend=os.pathsep)
+    monkeypatch.setattr(slurm_launcher, "ASK_S", 0)
+    monkeypatch.setattr(slurm_launcher, "POLL_S", 0.01)
+    return place
+
+
+def test_what_slurm_has_already_is_not_given_to_it_again(cli, slurm: Path, tmp_path: Path, capsys):
+    """It is asked itself: a command may be killed before it could note what it has submitted. The resources are those
+    of the jobs: swept hardware that needs the same is no matter."""
+    sweep = [*WORDS, "-m", "hydra/launcher=slurm", "hardware=gpu,ddp", "hardware.processes=2"]
+    assert cli(*sweep) == 2  # neither has a result
+    assert "ended before its time" in capsys.readouterr().err
+    first = (slurm / "script_0").read_text()
+    assert "#SBATCH --array=0-1" in first
+    assert "#SBATCH --gpus-per-node=2" in first
+    (slurm / "queue").write_text(f"70_0 {tmp_path}/multirun/a/eval/.submitit/x.sh\n70_1 {tmp_path}/of_another.sh\n")
+    assert cli(*sweep) == 2
+    said = capsys.readouterr().out
+    assert "job 0: Slurm's 70_0, hardware=gpu" in said
+    assert "job 1: Slurm's 71, hardware=ddp" in said
+    assert "array" not in (slurm / "script_1").read_text()
+    assert (
+        slurm_launcher.under_way(tmp_path / "multirun/a/eval/.submitit", {0: [*WORDS, "seed=1"]}) == {}
+    )  # another one
+
+
+def test_jobs_that_need_different_resources_are_refused(cli, capsys, tmp_path: Path):
+    """They would all be given those of the command without what is swept over."""
+    assert cli(*WORDS, "-m", "hydra/launcher=local", "seed=0,1", "hardware=cpu,gpu") == 2
+    assert "GPUs=1: give one command with -m hardware=cpu name=" in capsys.readouterr().err
+    assert not (tmp_path / "multirun").exists()
+
+
+def test_the_node_that_failed_is_told_and_not_one_that_lost_it(tmp_path: Path):
+    """What it makes of the loss is a library's own: the one that wrote first is the one that was."""
+    for when, (node, error) in enumerate([(1, "DataError: no such file (rank 1)"), (0, "TrainingError: by SIGABRT")]):
+        task = submitit.SlurmJob(tmp_path, "7", [node])
+        trace = f"Traceback (most recent call last):\n  File ...\nvlm_agents.errors.{error}\n"
+        task.paths.result_pickle.write_bytes(pickle.dumps(("error", trace)))
+        os.utime(task.paths.result_pickle, (when, when))
+    found = failure(submitit.SlurmJob(tmp_path, "7"), 2)
+    assert isinstance(found, VlmAgentsError)
+    assert str(found).strip() == "no such file (rank 1)"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_jobs_end_with_the_command(tmp_path: Path, sent: signal.Signals, status: int):
@@ -88,7 +152,7 @@ def test_jobs_end_with_the_command(tmp_path: Path, sent: signal.Signals, status:
 def test_each_job_sees_gpus_of_its_own(monkeypatch, gpus: str, processes: int, seen: list[str]):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
     launcher = LocalLauncher(jobs=2)
-    launcher.config = OmegaConf.create({"hardware": {"device": "cuda", "processes": processes}})
+    launcher.given = launcher.resources(OmegaConf.create({"hardware": {"device": "cuda", "processes": processes}}))
     assert [launcher.environment(place, 2)["CUDA_VISIBLE_DEVICES"] for place in (0, 1)] == seen
 
 
@@ -97,8 +161,18 @@ def test_a_job_that_failed_by_a_bug_is_no_error_of_the_user(tmp_path: Path):
     launcher.config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
     launcher.log(1).parent.mkdir()
     launcher.log(1).write_text("Traceback ...\nKeyError: 3\n")
-    bug = launcher.failure(1, 1)
+    bug = launcher.failure(1, 1, 0)
     with pytest.raises(RuntimeError, match="2 of 3 jobs"):
         end_sweep(tmp_path, [None, DataError("no such file"), bug])
     with pytest.raises(VlmAgentsError, match="1 of 2 jobs"):
         end_sweep(tmp_path, [None, DataError("no such file")])
+
+
+def test_a_job_is_not_told_by_what_an_earlier_one_said(tmp_path: Path):
+    launcher = LocalLauncher(jobs=2)
+    launcher.config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    launcher.log(1).parent.mkdir()
+    launcher.log(1).write_text("error: no such folder\n")
+    start = launcher.log(1).stat().st_size
+    assert str(launcher.failure(1, 2, 0)) == "no such folder"
+    assert str(launcher.failure(1, 2, start)) == f"exit status 2; see {launcher.log(1)}"

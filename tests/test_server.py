@@ -63,6 +63,9 @@ def test_what_cannot_be_had_is_told(vllm: Path, monkeypatch: pytest.MonkeyPatch)
     assert engine_of(ServeConfig(), GPU) == "transformers"
     with pytest.raises(ConfigError, match=r"stage.host=node: transformers serve demands no key"):
         engine_of(ServeConfig(host="node"), CPU)
+    monkeypatch.setattr("vlm_agents.server.version", lambda name: "5.22.0")  # doesn't list what it serves
+    with pytest.raises(ConfigError, match=r"lacks transformers>=5.23: pip install"):
+        engine_of(ServeConfig(), CPU)
 
 
 def test_addresses_and_ports(monkeypatch: pytest.MonkeyPatch):

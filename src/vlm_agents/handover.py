@@ -39,14 +39,16 @@ class Served:
     since: str
 
     def answers(self) -> bool:
-        """Does it list its models, now? No proxy is asked."""
+        """Does it list its model, now? Another server may have its port by now. No proxy is asked."""
         parts = urlsplit(self.url)
         connection = HTTPConnection(parts.hostname or "", parts.port, timeout=ANSWER_S)
         try:
             headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
             connection.request("GET", f"{parts.path}/models", headers=headers)
-            return connection.getresponse().status == 200
-        except (OSError, HTTPException):
+            answer = connection.getresponse()
+            listed = json.load(answer)["data"] if answer.status == 200 else []
+            return self.model in [one["id"] for one in listed]
+        except (OSError, HTTPException, ValueError, LookupError, TypeError):
             return False
         finally:
             connection.close()

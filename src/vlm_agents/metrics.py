@@ -243,7 +243,7 @@ GROUPS = {
                     "buckets": "gradients under way between ranks",
                     "gathered": "the weights gathered to sample, with zero=3",
                     "live": "the weights of layers at work in an update, with zero=3",
-                    "host": "the CPU, for one rank, with offload",
+                    "host": "the CPU, for one rank, by offload and to save",
                     "sampling": "sampling in all",
                     "update": "an update in all",
                     "peak": "the larger of the two",

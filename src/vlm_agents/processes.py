@@ -3,9 +3,11 @@
 import ctypes
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
@@ -14,6 +16,23 @@ def end_with_parent(number: int = signal.SIGTERM) -> None:
     """Have this process be sent this signal when the one that started it is gone."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+
+
+def end(processes: Sequence[subprocess.Popen[bytes]], grace_s: float) -> None:
+    """Have processes end by SIGTERM, each of which was started in a process group of its own; kill those that haven't
+    after `grace_s`, all together, and what any of them leaves behind in its group."""
+    deadline = time.monotonic() + grace_s
+    try:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+    finally:
+        for process in processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 @contextmanager

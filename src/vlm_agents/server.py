@@ -12,7 +12,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from typing import Any
 from vlm_agents.config import HardwareConfig, ServeConfig
 from vlm_agents.errors import ConfigError
 from vlm_agents.files import writing
-from vlm_agents.processes import end_with_parent
+from vlm_agents.processes import end, end_with_parent
 
 NEEDED = ("fastapi", "openai", "torchvision", "uvicorn")  # by transformers serve, and not by us
+OLDEST = (5, 23)  # of transformers: before, its server listed the models of the hub's cache, and not its own
 GRACE_S = 20.0  # for a server to end by itself
 
 
@@ -46,7 +48,10 @@ def engine_of(stage: ServeConfig, hardware: HardwareConfig) -> str:
                 "CUDA_VISIBLE_DEVICES before the command for another one; or set stage.engine=transformers"
             )
         return "vllm"
-    if lacking := [name for name in NEEDED if find_spec(name) is None]:
+    lacking = [name for name in NEEDED if find_spec(name) is None]
+    if tuple(map(int, version("transformers").split(".")[:2])) < OLDEST:
+        lacking.append("transformers>={}.{}".format(*OLDEST))
+    if lacking:
         where = "vLLM isn't installed" if gpu else "vLLM is for GPUs"
         raise ConfigError(
             f"no server for hardware.device={hardware.device}: {where}, and transformers serve lacks "
@@ -140,14 +145,7 @@ def running(words: Sequence[str], environ: Mapping[str, str], log: Path) -> Iter
     try:
         yield process
     finally:
-        try:
-            process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE_S)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        end([process], GRACE_S)
 
 
 def prepare() -> None:

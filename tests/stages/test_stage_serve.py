@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm_agents import stages
+from vlm_agents import stages, stopping
 from vlm_agents.config import RunConfig
 from vlm_agents.errors import ConfigError, ModelError
 from vlm_agents.handover import Served
@@ -31,6 +32,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         known = self.headers["Authorization"] == "Bearer " + os.environ["VLLM_API_KEY"]
         self.send_response(200 if known and self.path == "/v1/models" else 401)
         self.end_headers()
+        self.wfile.write(json.dumps({"data": [{"id": words["--served-model-name"]}]}).encode())
 http.server.HTTPServer((words["--host"], int(words["--port"])), Handler).serve_forever()
 """
 
@@ -61,10 +63,13 @@ def test_it_hands_itself_over_until_the_run_that_it_serves_is_finished(
         while not file.exists():
             time.sleep(0.01)
         seen.append(Served(**json.loads(file.read_text())))
-        assert seen[-1].answers()
-        assert not replace(seen[-1], key="another").answers()
-        asked.set()
-        (other / "DONE").touch()
+        try:
+            assert seen[-1].answers()
+            assert not replace(seen[-1], key="another").answers()
+            assert not replace(seen[-1], model="another").answers()
+            asked.set()
+        finally:
+            (other / "DONE").touch()
 
     asked = threading.Event()
     for _ in range(2):  # it is never finished itself: the same command starts it again
@@ -91,6 +96,22 @@ def test_it_ends_after_its_minutes(tmp_path: Path, compose_run: Callable[..., Ru
     words = ("stage=serve", "hardware.device=cuda", "stage.minutes=0.001")
     assert 0.06 <= run(compose_run(*words))["serve/served_s"] < 5  # 0.001 min are 0.06 s
     assert "stage.remote.url=auto stage.remote.server=" in capsys.readouterr().err
+
+
+def test_it_ends_when_it_is_asked_to(tmp_path: Path, compose_run: Callable[..., RunConfig]):
+    """As by Slurm, whose job then starts it again elsewhere."""
+    file = tmp_path / "run/server.json"
+
+    def ask() -> None:
+        while not file.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    cfg = compose_run("stage=serve", "hardware.device=cuda", "stage.minutes=0.05")  # 3 s, which it doesn't wait for
+    threading.Thread(target=ask, daemon=True).start()
+    with stopping.heeded(), pytest.raises(stopping.Stopped):
+        run(cfg)
+    assert not file.exists()
 
 
 def test_a_server_that_dies_is_told_with_the_end_of_its_log(

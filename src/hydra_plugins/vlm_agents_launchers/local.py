@@ -6,25 +6,40 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, NamedTuple
 
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobStatus
+from omegaconf import DictConfig
 
 from hydra_plugins.vlm_agents_launchers.side_by_side import GRACE_S, POLL_S, Overrides, SideBySide, told
+
+
+class Started(NamedTuple):
+    """A job under way."""
+
+    place: int  # among those that run at once
+    process: subprocess.Popen[bytes]
+    log_start: int  # the first byte of its log that is its own
 
 
 class LocalLauncher(SideBySide):
     """Processes of this machine, `jobs` of them at once. What each says goes into a file."""
 
+    def resources(self, config: DictConfig) -> Mapping[str, Any]:
+        """GPUs of its own; none for one that is to be on the CPU, or on a GPU that its settings name."""
+        hardware = config.hardware
+        return {"GPUs": hardware.processes if hardware.device == "cuda" else 0}
+
     def results(self, jobs: Mapping[int, Overrides]) -> Iterator[tuple[int, Exception | None]]:
         from vlm_agents.__main__ import terminate
+        from vlm_agents.processes import end
 
         before = signal.signal(signal.SIGHUP, terminate)  # the terminal's end is that of all jobs too
-        waiting, running = list(jobs), dict[int, tuple[int, subprocess.Popen[bytes]]]()
+        waiting, running = list(jobs), dict[int, Started]()
         limit = min(int(self.params["jobs"]), len(jobs))
         places = [*range(limit)]
         try:
@@ -32,27 +47,28 @@ class LocalLauncher(SideBySide):
                 while waiting and places:
                     number, place = waiting.pop(0), places.pop(0)
                     print(f"job {number} begins: {told(jobs, number)}; {self.log(number)}", flush=True)
-                    running[number] = place, self.started(jobs[number], number, self.environment(place, limit))
-                for number, (place, process) in [*running.items()]:
-                    if process.poll() is not None:
+                    running[number] = self.started(jobs[number], number, place, self.environment(place, limit))
+                for number, job in [*running.items()]:
+                    if job.process.poll() is not None:
                         del running[number]
-                        places.append(place)
-                        yield number, self.failure(number, process.returncode)
+                        places.append(job.place)
+                        yield number, self.failure(number, job.process.returncode, job.log_start)
                 time.sleep(POLL_S / 10)
         finally:
-            end([process for _, process in running.values()])
+            end([job.process for job in running.values()], GRACE_S)
             signal.signal(signal.SIGHUP, before)
 
     def log(self, number: int) -> Path:
         return self.folder / f"logs/{number}.log"
 
-    def started(self, overrides: Overrides, number: int, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    def started(self, overrides: Overrides, number: int, place: int, env: Mapping[str, str]) -> Started:
         import cloudpickle
 
         from vlm_agents.processes import end_with_parent
 
         self.log(number).parent.mkdir(exist_ok=True)
-        with open(self.log(number), "ab") as log:
+        with open(self.log(number), "ab") as log:  # behind what an earlier command's job said
+            start = log.tell()
             command = [sys.executable, "-m", __name__]
             # a group of its own: Ctrl-C comes from here, once
             process = subprocess.Popen(
@@ -67,25 +83,24 @@ class LocalLauncher(SideBySide):
         assert process.stdin is not None
         with suppress(BrokenPipeError), process.stdin as pipe:
             cloudpickle.dump((self, (overrides, number, Singleton.get_state())), pipe)
-        return process
+        return Started(place, process, start)
 
     def environment(self, place: int, limit: int) -> dict[str, str]:
         """What a job sees of the machine: its share of the cores, and GPUs of its own where there are enough."""
         from vlm_agents.cores import affinity
 
         env = {"OMP_NUM_THREADS": str(max(1, len(affinity()) // limit)), **os.environ}
-        hardware = self.config.hardware
-        if hardware.device == "cuda" and len(found := gpus()) >= limit * hardware.processes:
-            mine = found[place * hardware.processes :][: hardware.processes]
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+        if (count := self.given["GPUs"]) and len(found := gpus()) >= limit * count:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(found[place * count :][:count])
         return env
 
-    def failure(self, number: int, status: int) -> Exception | None:
+    def failure(self, number: int, status: int, log_start: int) -> Exception | None:
+        """What stopped a job that ended with this status, as it said behind that byte of its log."""
         from vlm_agents.errors import VlmAgentsError
 
         if not status:
             return None
-        lines = self.log(number).read_text(errors="replace").splitlines()
+        lines = self.log(number).read_bytes()[log_start:].decode(errors="replace").splitlines()
         said = next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), "")
         how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
         if status == 2 and said:
@@ -101,17 +116,6 @@ def gpus() -> list[str]:
     import torch
 
     return [str(index) for index in range(torch.cuda.device_count())]
-
-
-def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Have them end as by SIGTERM, resumable; kill those that don't."""
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        try:
-            process.wait(GRACE_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
 
 
 def main(stream: IO[bytes]) -> int:

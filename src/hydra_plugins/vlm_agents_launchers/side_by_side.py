@@ -7,7 +7,7 @@ which the launcher goes as a pickle. The command waits for all of them, whatever
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
@@ -21,8 +21,17 @@ POLL_S = 1.0
 GRACE_S = 30  # that a process, or a Slurm job, has to end in
 
 
+class Plan(NamedTuple):
+    """What is known of a job before it is begun."""
+
+    settings: dict[str, Any]  # nested, as config.yaml of its run has them
+    resources: Mapping[str, Any]
+
+
 class SideBySide(Launcher):
-    """What both launchers have in common; `prepare` and `results` are theirs."""
+    """What both launchers have in common; `resources`, `prepare` and `results` are theirs."""
+
+    given: Mapping[str, Any]  # what `resources` said of every job
 
     def __init__(self, **params: Any) -> None:
         self.params: dict[str, Any] = {
@@ -31,7 +40,8 @@ class SideBySide(Launcher):
         }
 
     def setup(self, *, hydra_context: HydraContext, task_function: Any, config: DictConfig) -> None:
-        self.context, self.task, self.config = hydra_context, task_function, config  # a vlm_agents.command_line.Jobs
+        self.context, self.config = hydra_context, config  # without what is swept over
+        self.task = task_function  # a vlm_agents.command_line.Jobs
 
     @property
     def folder(self) -> Path:
@@ -43,18 +53,24 @@ class SideBySide(Launcher):
         self.folder.mkdir(parents=True, exist_ok=True)
         self.task.sweeps.setdefault(self.folder, [])
         jobs = dict(enumerate(map(list, job_overrides), initial_job_idx))
-        settings = {number: self.settings(overrides, number) for number, overrides in jobs.items()}
-        started = {n: words for n, words in jobs.items() if settings[n] and not (self.folder / f"{n}/DONE").exists()}
+        good = {number: plan for number, words in jobs.items() if (plan := self.plan(words, number))}
+        started = {number: jobs[number] for number in good if not (self.folder / f"{number}/DONE").exists()}
+        if started:
+            self.given = same({number: good[number].resources for number in started}, jobs)
+            self.prepare()
         for number in jobs.keys() - started.keys():
             self.run(jobs[number], number)
         if started:
             from vlm_agents import tracking
 
-            self.prepare()
-            tracking.begin_sweep(next(filter(None, settings.values())), self.folder)
+            tracking.begin_sweep(next(iter(good.values())).settings, self.folder)
             for number, error in self.results(started):
                 self.task.tell(self.folder, number, error)
         return []  # the task knows how each ended
+
+    def resources(self, config: DictConfig) -> Mapping[str, Any]:
+        """What this launcher gives a job that is composed so, by name."""
+        raise NotImplementedError
 
     def prepare(self) -> None:
         """Raise what is wrong with this launcher, before anything is made."""
@@ -69,8 +85,8 @@ class SideBySide(Launcher):
             config.hydra.job.id = config.hydra.job.num = number
         return config
 
-    def settings(self, overrides: Overrides, number: int) -> dict[str, Any] | None:
-        """A job's settings as nested dictionaries; None where they are refused, which the job itself will tell."""
+    def plan(self, overrides: Overrides, number: int) -> Plan | None:
+        """A job's; None where its settings are refused, which the job itself will tell."""
         from vlm_agents.config import parse
         from vlm_agents.hydra_errors import REFUSALS
 
@@ -78,9 +94,10 @@ class SideBySide(Launcher):
         try:
             config = self.composed(overrides, number)
             HydraConfig.instance().set_config(config)
+            resources = self.resources(config)
             with open_dict(config):
                 del config["hydra"]
-            return asdict(parse(config))
+            return Plan(asdict(parse(config)), resources)
         except REFUSALS:
             return None
         finally:
@@ -97,6 +114,23 @@ class SideBySide(Launcher):
         Singleton.set_state(state)
         setup_globals()
         return self.run(overrides, number)
+
+
+def same(resources: Mapping[int, Mapping[str, Any]], jobs: Mapping[int, Overrides]) -> Mapping[str, Any]:
+    """What all jobs are given; ConfigError where that isn't the same for all."""
+    from vlm_agents.errors import ConfigError
+
+    (first, given), *others = resources.items()
+    for number, its in others:
+        if name := next((name for name in given if given[name] != its[name]), None):
+            pair = {first: jobs[first], number: jobs[number]}
+            one, other = (told(pair, job) for job in pair)
+            raise ConfigError(
+                f"jobs of one sweep are all given the same by hydra/launcher, and with {one} that is "
+                f"{name}={given[name]}, with {other} {name}={its[name]}: give one command with -m {one} "
+                f"name=<a name>, and another with -m {other} name=<another name>"
+            )
+    return given
 
 
 def told(jobs: Mapping[int, Overrides], number: int) -> str:

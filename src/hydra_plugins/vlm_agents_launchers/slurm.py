@@ -1,6 +1,5 @@
 """Jobs of a sweep as a Slurm array."""
 
-import json
 import re
 import shlex
 import shutil
@@ -39,6 +38,10 @@ class SlurmLauncher(SideBySide):
 
     The same command, given while jobs of an earlier one are still queued or running, waits for those."""
 
+    def resources(self, config: DictConfig) -> Mapping[str, Any]:
+        """All that is in conf/hydra/launcher/slurm.yaml, most of which follows from the job's hardware."""
+        return OmegaConf.to_container(config.hydra.launcher, resolve=True)  # type: ignore[return-value] - a mapping
+
     def prepare(self) -> None:
         self.executor()
 
@@ -48,7 +51,7 @@ class SlurmLauncher(SideBySide):
 
         if shutil.which("sbatch") is None:
             raise ConfigError("hydra/launcher=slurm: there is no sbatch here; give the command on a machine of a Slurm")
-        return executor(self.params, self.folder)
+        return executor(self.given, self.folder)
 
     def __call__(self, overrides: Overrides, number: int, state: dict[type, Any]) -> JobReturn:
         """A job that fails raises what stopped it: then Slurm sees that too, and ends the other nodes of the job. One
@@ -68,34 +71,57 @@ class SlurmLauncher(SideBySide):
     def results(self, jobs: Mapping[int, Overrides]) -> Iterator[tuple[int, Exception | None]]:
         import submitit
 
-        executor, nodes = self.executor(), self.params["nodes"]
-        note = executor.folder / "jobs.json"  # the Slurm job of each
-        known = json.loads(note.read_text()) if note.exists() else {}
-        there = queued(known.values()) if known else set()
-        going = {number: known[str(number)] for number in jobs if known.get(str(number)) in there}
-        if new := [number for number in jobs if number not in going]:
+        executor, nodes = self.executor(), self.given["nodes"]
+        names = under_way(executor.folder, jobs)
+        if new := [number for number in jobs if number not in names]:
             state = Singleton.get_state()
             made = submitted(executor, self, [(jobs[number], number, state) for number in new])
-            going |= {number: job.job_id for number, job in zip(new, made, strict=True)}
-            note.write_text(json.dumps(known | {str(number): name for number, name in going.items()}))
-        running = {number: submitit.SlurmJob(executor.folder, name) for number, name in going.items()}
+            names |= {number: job.job_id for number, job in zip(new, made, strict=True)}
+        running = {number: submitit.SlurmJob(executor.folder, name) for number, name in names.items()}
         for number, job in sorted(running.items()):
             print(f"job {number}: Slurm's {job.job_id}, {told(jobs, number)}; {job.paths.stdout}", flush=True)
-        names = [job.job_id for job in running.values()]
         try:
-            queue, asked = set(names), time.monotonic()
+            queue, asked = set(names.values()), time.monotonic()
             while running:
                 if time.monotonic() > asked + ASK_S:
-                    queue, asked = queued(names), time.monotonic()
+                    queue, asked = queued(names.values()), time.monotonic()
                 for number, job in [(number, job) for number, job in running.items() if ended(job, nodes, queue)]:
                     del running[number]
                     yield number, failure(job, nodes)
                 time.sleep(POLL_S)
-            release(names)
+            release(names.values())
         except KeyboardInterrupt:
             left = " ".join(job.job_id for job in running.values())
-            print(f"the jobs go on in Slurm, which scancel {left} ends", file=sys.stderr)
+            print(
+                f"the jobs go on in Slurm: the same command waits for them, scancel {left} ends them", file=sys.stderr
+            )
             raise
+
+
+def under_way(folder: Path, jobs: Mapping[int, Overrides]) -> dict[int, str]:
+    """Of these jobs those that Slurm has already, of an earlier command: its name for each.
+
+    No note of ours says so, before which the command could have been killed: Slurm knows where a job's script lies, and
+    beside that is what submitit was given to do. A job without that, whose command was killed in the very moment, ends
+    for want of it after some minutes."""
+    import submitit
+
+    from vlm_agents.errors import ConfigError
+
+    done = subprocess.run(["squeue", "--me", "-h", "-r", "-o", "%i %o"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ConfigError(
+            f"hydra/launcher=slurm: Slurm doesn't answer now ({' '.join(done.stderr.split())}): try later"
+        )
+    found = {}
+    for line in done.stdout.splitlines():
+        name, _, script = line.partition(" ")
+        job = submitit.SlurmJob(folder, name)
+        if Path(script).parent == folder and job.paths.submitted_pickle.exists():
+            overrides, number, _ = job.submission().args
+            if sorted(overrides) == sorted(jobs.get(number, ())):
+                found[number] = name
+    return found
 
 
 def tasks(job: Any, nodes: int) -> list[Any]:
@@ -109,7 +135,7 @@ def ended(job: Any, nodes: int, queue: Collection[str]) -> bool:
     return job.job_id not in queue or all(task.paths.result_pickle.exists() for task in tasks(job, nodes))
 
 
-def release(names: Sequence[str]) -> None:
+def release(names: Collection[str]) -> None:
     """Give back what Slurm still holds for jobs that have ended: it doesn't see that where its process was killed."""
     deadline = time.monotonic() + GRACE_S
     while (held := queued(names)) and time.monotonic() < deadline:
@@ -138,7 +164,9 @@ def executor(params: Mapping[str, Any], sweep: Path) -> Any:
     try:
         made.update_parameters(**given, teardown=killed.splitlines())
     except ValueError as error:
-        raise ConfigError(f"hydra/launcher=slurm: {str(error).splitlines()[0]}") from error
+        said = str(error).splitlines()[0]
+        others = "what else sbatch takes goes into hydra.launcher.additional_parameters"
+        raise ConfigError(f"hydra/launcher=slurm: {said}; {others}") from error
     return made
 
 
@@ -159,7 +187,7 @@ def submitted(executor: Any, function: Any, arguments: Sequence[tuple[Any, ...]]
         return executor.map_array(function, *zip(*arguments, strict=True))
     except (FailedSubmissionError, FailedJobError, subprocess.CalledProcessError) as error:
         said = " ".join(str(error).split())
-        raise ConfigError(f"Slurm took no job: {said}") from error
+        raise ConfigError(f"sbatch refused the jobs, and none was begun: {said}") from error
 
 
 def queued(names: Collection[str]) -> set[str]:
@@ -172,17 +200,19 @@ def queued(names: Collection[str]) -> set[str]:
 
 
 def failure(job: Any, nodes: int) -> Exception | None:
-    """What stopped a Slurm job that has ended. Where it was one of its nodes, others have just lost it."""
+    """What stopped a Slurm job that has ended. Where it was one of its nodes, others have just lost it: some say so,
+    and others tell of it whatever a library made of that, later than the one that it was."""
     from vlm_agents.errors import VlmAgentsError
     from vlm_agents.launch import LOST_ANOTHER
 
     told = [task for task in tasks(job, nodes) if task.paths.result_pickle.exists()]
+    told.sort(key=lambda task: task.paths.result_pickle.stat().st_mtime_ns)
     errors = [error for task in told if (error := raised(task))]
     if errors:
         return min(errors, key=lambda error: LOST_ANOTHER in str(error))
     if len(told) == nodes:
         return None
-    return VlmAgentsError(f"ended before its time, and isn't queued any more: {job.paths.stderr}")
+    return VlmAgentsError(f"ended before its time, and isn't queued any more: see {job.paths.stderr}")
 
 
 def raised(task: Any) -> Exception | None:

@@ -32,9 +32,9 @@ EPISODES = 4  # of random moves, whose longest prompt is taken for the longest t
 GIB = 1 << 30
 USUAL = (24, 48, 80)  # GiB of GPUs
 MACHINES = ((1, 24), (1, 80), (8, 80))  # GPUs, and GiB of each
-OFFLOADS_TOO_MUCH = (
-    "It fits the GPUs, and not the memory of the CPU, where hardware.offload puts the rest: set "
-    "hardware.offload=none, or have more nodes with fewer hardware.processes each"
+HOST_TOO_SMALL = (
+    "It fits the GPUs, and not the memory of the CPU, where ranks collect what they save, and where hardware.offload "
+    "puts the rest: have more nodes with fewer hardware.processes each, or set hardware.offload=none, where it is on"
 )
 Rows = list[tuple[str, ...]]
 
@@ -174,7 +174,7 @@ def table(cfg: RunConfig, agent: Agent, work: Work, need: Memory, there: int) ->
         ("update: optimizer step", need.optimizer_step, "after activations and logits are gone"),
         ("update in all", need.update, ""),
         ("peak", need.peak, f"and {ROOM - 1:.0%} of room for libraries and fragmentation"),
-        ("CPU memory", need.host, f"by offload, for each of {cfg.hardware.processes} ranks on a node"),
+        ("CPU memory", need.host, f"to save and by offload, for each of {cfg.hardware.processes} ranks on a node"),
     ]
     return [
         *((name, gib(count), says) for name, count, says in rows if count),  # without ZeRO some are nothing
@@ -191,7 +191,7 @@ def tell(cfg: RunConfig, work: Work, need: Memory, there: int, estimates: Estima
     for size in [there] if there else [gibs * GIB for gibs in USUAL]:
         where = "" if there else f" {size // GIB} GiB"
         if asked(need, cfg.hardware) <= size:
-            line = f"It fits{where}." if not there or host_suffices(need, cfg.hardware) else OFFLOADS_TOO_MUCH
+            line = f"It fits{where}." if not there or host_suffices(need, cfg.hardware) else HOST_TOO_SMALL
         elif settings := advice(cfg, work, size, estimates):
             phase = "update" if need.update >= need.sampling else "sampling"
             line = f"It doesn't fit{where}, for its {phase}. This does: {' '.join(words(settings))}"

@@ -1,6 +1,7 @@
 """A model served to other runs: a labeller, a judge, or one that was trained here. It trains and plays nothing.
 
-Its run is never finished, so that the same command starts the server again.
+Its run is never finished, so that the same command starts the server again. A Slurm job whose time is over does so too,
+once it is queued again.
 """
 
 import hashlib
@@ -53,16 +54,14 @@ def main(cfg: RunConfig, stage: ServeConfig, run: Run) -> dict[str, float]:
         )
         with under_way(f"loading {source} into {engine}, see {os.path.relpath(log)}"):
             while not served.answers():
-                refuse_dead(process, log, start, f"before it served {source}")
-                time.sleep(LOOK_S)
+                wait(run, process, start, f"before it served {source}")
         metrics = {"serve/loading_s": time.monotonic() - begun}
         run.log(0, metrics)
         begun = time.monotonic()
         with handed_over(run.path(FILE), served):
             say(f"{engine} serves {source} at {served.url}: other runs ask it by {words_for(cfg)}")
             while not (why := over(stage, begun)):
-                refuse_dead(process, log, start, f"after {duration(time.monotonic() - begun)}")
-                time.sleep(LOOK_S)
+                wait(run, process, start, f"after {duration(time.monotonic() - begun)}")
     say(f"the server has ended: {why}")
     metrics["serve/served_s"] = time.monotonic() - begun
     run.log(0, metrics)
@@ -84,11 +83,16 @@ def over(stage: ServeConfig, begun: float) -> str:
     return ""
 
 
-def refuse_dead(process: subprocess.Popen[bytes], log: Path, start: int, when: str) -> None:
-    """ModelError, after the last lines of its log, where the server has ended by itself."""
+def wait(run: Run, process: subprocess.Popen[bytes], start: int, when: str) -> None:
+    """For a moment, while the server is up. Stopped where the run was asked to stop; ModelError where the server has
+    ended by itself, after the last lines that it left in its log behind byte `start`."""
+    if run.asked_to_stop():
+        run.stop()
     status = process.poll()
     if status is None:
+        time.sleep(LOOK_S)
         return
+    log = run.path(LOG)
     lines = last_words(log, start, SHOWN)
     for line in lines:
         say(line)
