@@ -17,6 +17,7 @@ from hydra_plugins.vlm_agents_launchers.local import LocalLauncher
 from hydra_plugins.vlm_agents_launchers.slurm import failure
 from vlm_agents.command_line import end_sweep
 from vlm_agents.errors import DataError, VlmAgentsError
+from vlm_agents.stopping import STATUS
 
 WORDS = ["stage=eval", "stage.policy=random", "env=echo", "stage.episodes=2", "stage.baselines=false", "name=a"]
 WORDS += ["tracking=jsonl", "hardware.threads=1"]
@@ -143,6 +144,29 @@ def test_jobs_end_with_the_command(tmp_path: Path, sent: signal.Signals, status:
         time.sleep(0.05)
     assert not Path(f"/proc/{job}").exists()
     assert "terminated" in log.read_text()
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_asked_to_stop_has_its_jobs_save_and_begins_no_other(tmp_path: Path):
+    words = ["stage=ppo", "env=echo", "model=tiny", "prompt=action_only", "prompt.max_reply_tokens=4", "tracking=jsonl"]
+    words += ["stage.init=null", "stage.episodes=4", "stage.iterations=1000", "stage.eval_episodes=0", "name=a"]
+    words += ["hardware.threads=1", "-m", "hydra/launcher=local", "hydra.launcher.jobs=1", "seed=0,1"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = subprocess.Popen([sys.executable, "-m", "vlm_agents", *words], cwd=tmp_path, env=env)
+    sweep = tmp_path / "multirun/a/ppo"
+    while not (sweep / "0/metrics.jsonl").exists() and command.poll() is None:
+        time.sleep(0.05)
+    command.send_signal(signal.SIGUSR2)
+    assert command.wait(60) == STATUS
+    iterations = len((sweep / "0/metrics.jsonl").read_text().splitlines())
+    assert [path.name for path in (sweep / "0/checkpoints").iterdir()] == [f"step_{iterations:06d}"]
+    assert not (sweep / "1").exists()
+
+
+def test_some_jobs_must_run_at_once(cli, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    assert cli(*WORDS, "-m", "hydra/launcher=local", "hydra.launcher.jobs=0", "seed=0,1") == 2
+    assert "error: hydra.launcher.jobs=0 is how many jobs run at once: a number from 1" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,27 @@ def terminate(number: int, frame: FrameType | None) -> None:
     raise Terminated
 
 
+def told(stop: KeyboardInterrupt) -> int:
+    """Say what ended this command; the exit status."""
+    from vlm_agents.stopping import STATUS, Stopped
+
+    word, status = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+    if isinstance(stop, Stopped):
+        word, status = "stopped", STATUS
+    print(f"{word}; the same command with the run's name= continues it", file=sys.stderr)
+    return status
+
+
+def heed_signals() -> None:
+    """Of those that end a command, but for the one that Python heeds itself."""
+    from vlm_agents import stopping
+
+    signal.signal(signal.SIGUSR2, stopping.note)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as by nohup
+            signal.signal(number, terminate)
+
+
 def closed(stream: int) -> bool:
     """Has the reader of this pipe gone, as that of `| head`?"""
     poll = select.poll()
@@ -26,9 +47,7 @@ def closed(stream: int) -> bool:
 
 def main() -> int:
     """Run the command line in `sys.argv`; the exit status."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as by nohup
-            signal.signal(number, terminate)
+    heed_signals()
     try:
         from vlm_agents.command_line import run
 
@@ -41,13 +60,7 @@ def main() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1 if closed(1) else 2)  # for what Python flushes at its end
         return 141
     except KeyboardInterrupt as stop:
-        from vlm_agents.stopping import STATUS, Stopped
-
-        word, status = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
-        if isinstance(stop, Stopped):
-            word, status = "stopped", STATUS
-        print(f"{word}; the same command with the run's name= continues it", file=sys.stderr)
-        return status
+        return told(stop)
 
 
 if __name__ == "__main__":

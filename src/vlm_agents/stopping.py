@@ -40,7 +40,8 @@ def heeded(tell: Callable[[], Any] = lambda: None) -> Iterator[None]:
     """Within it the signal is noted, and `tell` called. A run that ends by Stopped has the earlier handler called,
     where there was one; so has one that doesn't end in time."""
     global _asked
-    earlier, alarm = signal.getsignal(signal.SIGUSR2), signal.getsignal(signal.SIGALRM)
+    before, alarm = signal.getsignal(signal.SIGUSR2), signal.getsignal(signal.SIGALRM)
+    earlier = None if before is note else before
 
     def hand_over(number: int, frame: FrameType | None) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -66,5 +67,5 @@ def heeded(tell: Callable[[], Any] = lambda: None) -> Iterator[None]:
         if _asked:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, alarm)
-        signal.signal(signal.SIGUSR2, earlier)
-        _asked = False
+        signal.signal(signal.SIGUSR2, before)
+        _asked = _asked and before is note  # a sweep or a chain may go on with others

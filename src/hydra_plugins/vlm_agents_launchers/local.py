@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import IO, Any, NamedTuple
 
 from hydra.core.singleton import Singleton
@@ -34,17 +35,30 @@ class LocalLauncher(SideBySide):
         hardware = config.hardware
         return {"GPUs": hardware.processes if hardware.device == "cuda" else 0}
 
+    def prepare(self) -> None:
+        from vlm_agents.errors import ConfigError
+
+        jobs = self.params["jobs"]
+        if not isinstance(jobs, int) or jobs < 1:
+            raise ConfigError(f"hydra.launcher.jobs={jobs} is how many jobs run at once: a number from 1")
+
     def results(self, jobs: Mapping[int, Overrides]) -> Iterator[tuple[int, Exception | None]]:
-        from vlm_agents.__main__ import terminate
+        from vlm_agents import stopping
         from vlm_agents.processes import end
 
-        before = signal.signal(signal.SIGHUP, terminate)  # the terminal's end is that of all jobs too
         waiting, running = list(jobs), dict[int, Started]()
-        limit = min(int(self.params["jobs"]), len(jobs))
+        limit = min(self.params["jobs"], len(jobs))
         places = [*range(limit)]
+
+        def pass_on(number: int, frame: FrameType | None) -> None:
+            stopping.note(number, frame)
+            for job in running.values():
+                job.process.send_signal(number)
+
+        before = signal.signal(signal.SIGUSR2, pass_on)
         try:
-            while waiting or running:
-                while waiting and places:
+            while running or (waiting and not stopping.asked()):
+                while waiting and places and not stopping.asked():
                     number, place = waiting.pop(0), places.pop(0)
                     print(f"job {number} begins: {told(jobs, number)}; {self.log(number)}", flush=True)
                     running[number] = self.started(jobs[number], number, place, self.environment(place, limit))
@@ -52,11 +66,15 @@ class LocalLauncher(SideBySide):
                     if job.process.poll() is not None:
                         del running[number]
                         places.append(job.place)
+                        if job.process.returncode == stopping.STATUS:
+                            continue
                         yield number, self.failure(number, job.process.returncode, job.log_start)
                 time.sleep(POLL_S / 10)
+            if stopping.asked():
+                raise stopping.Stopped
         finally:
             end([job.process for job in running.values()], GRACE_S)
-            signal.signal(signal.SIGHUP, before)
+            signal.signal(signal.SIGUSR2, before)
 
     def log(self, number: int) -> Path:
         return self.folder / f"logs/{number}.log"
@@ -122,16 +140,16 @@ def main(stream: IO[bytes]) -> int:
     """Run the job that a LocalLauncher wrote to `stream`; the exit status."""
     import cloudpickle
 
-    from vlm_agents.__main__ import terminate
+    from vlm_agents.__main__ import heed_signals
+    from vlm_agents.__main__ import told as told_why
     from vlm_agents.errors import VlmAgentsError
 
-    signal.signal(signal.SIGTERM, terminate)
+    heed_signals()
     try:
         launcher, arguments = cloudpickle.load(stream)
         job = launcher(*arguments)
-    except KeyboardInterrupt:
-        print("terminated; the same command with the run's name= continues it", flush=True)
-        return 143
+    except KeyboardInterrupt as stop:
+        return told_why(stop)
     error = None if job.status is JobStatus.COMPLETED else job._return_value
     if error and not isinstance(error, VlmAgentsError):
         traceback.print_exception(error)

@@ -56,9 +56,11 @@ class SlurmLauncher(SideBySide):
     def __call__(self, overrides: Overrides, number: int, state: dict[type, Any]) -> JobReturn:
         """A job that fails raises what stopped it: then Slurm sees that too, and ends the other nodes of the job. One
         whose slurmstepd is killed ends with it: Slurm knows nothing of it any more, and lets it be begun again."""
+        from vlm_agents import stopping
         from vlm_agents.processes import end_with_parent
 
         end_with_parent(signal.SIGKILL)  # submitit bypasses SIGTERM
+        stopping.grace = 0.75 * self.given["signal_delay_s"]  # the rest is for being queued again
         job = super().__call__(overrides, number, state)
         return job if job.status is JobStatus.COMPLETED else job.return_value
 

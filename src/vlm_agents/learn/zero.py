@@ -167,13 +167,19 @@ class ZeroEngine:
         rank, ranks = self.world.rank, self.world.ranks
         mine: dict[str, Tensor] = {}
         for place, (name, parameter) in enumerate(self.names.items()):
-            with telling_of_peers():
-                found: dict[str, Any] = {MASTER: safe_get_full_fp32_param(parameter)}
-                if self.steps:
-                    found |= {key: safe_get_full_optimizer_state(parameter, key) for key in KEPT}
-            if place % ranks == rank:
-                mine |= {f"{key}/{name}": tensor.cpu().contiguous() for key, tensor in found.items()}
+            for key in (MASTER, *KEPT) if self.steps else (MASTER,):
+                with telling_of_peers():
+                    whole = self._whole_of(parameter, key)
+                if place % ranks == rank:
+                    mine[f"{key}/{name}"] = whole.cpu().contiguous()
         save_file(mine, folder / f"optimizer_{rank:05d}_of_{ranks:05d}.safetensors", {"steps": str(self.steps)})
+
+    @staticmethod
+    def _whole_of(parameter: nn.Parameter, key: str) -> Tensor:
+        """Of all ranks' parts; its weights in fp32, or what Adam keeps of it."""
+        if key == MASTER:
+            return safe_get_full_fp32_param(parameter)  # type: ignore[return-value] - it is trained
+        return safe_get_full_optimizer_state(parameter, key)  # type: ignore[return-value] - it was stepped
 
     def load(self, folder: Path) -> None:
         """DataError where files are missing, or are of other parameters."""
