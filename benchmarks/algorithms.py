@@ -3,7 +3,7 @@
 Every conf/algo on four games, from the weights that ship with the package, until the same number of env steps.
 
 * search: each algorithm and game at three learning rates, fewer steps, with a run seed that no final run has. No
-  held-out seed is played; the rate whose last rollouts succeeded most often is taken.
+  held-out seed is played; an algorithm's rate is the one whose last rollouts succeeded most often, over all games.
 * final: at that rate, three seeds, and the held-out panel before and after. `python -m vlm_agents.compare
   outputs/algorithms/final` makes the tables and the picture.
 * thoughts: PPO by turn at several weights of the thought, and without one, on two games.
@@ -78,13 +78,13 @@ def searches() -> Iterator[Job]:
 def finals() -> Iterator[Job]:
     for seed, game, algo in product(SEEDS, GAMES, groups()["algo"]):  # a whole set of one seed first
         folder = OUT / f"final/{game}/{algo}/{seed}"
-        yield training(folder, game, algo, best_rate(game, algo), seed, STEPS[game], "stage.init=null", PANEL)
+        yield training(folder, game, algo, best_rate(algo), seed, STEPS[game], "stage.init=null", PANEL)
 
 
 def thoughts() -> Iterator[Job]:
     """All weights from one clone; without a thought from its own, of the same episodes."""
     for seed, game in product(SEEDS, ("number_line", "ezpoints")):
-        rate = best_rate(game, "ppo")
+        rate = best_rate("ppo")
         for name, prompt, coef in [*((f"{coef:g}", "cot_json", coef) for coef in THOUGHTS), ("none", "action_only", 1)]:
             clone = cloned(game, prompt)
             words = (f"prompt={prompt}", f"algo.thought_coef={coef:g}", f"stage.init={clone.folder}", PANEL)
@@ -102,9 +102,10 @@ def cloned(game: str, prompt: str) -> Job:
     return Job(place / "sft", words, (chats,))
 
 
-def best_rate(game: str, algo: str) -> float:
-    """The rate whose rollouts succeeded most often over the last quarter of the search; the lowest of equals."""
-    return max(RATES, key=lambda rate: searched(OUT / f"search/{game}/{algo}/{rate:g}"))
+def best_rate(algo: str) -> float:
+    """The rate whose rollouts succeeded most often over the last quarter of the search, as a mean over games: of one
+    game those are few starts, which differ in how hard they are. The lowest of equals."""
+    return max(RATES, key=lambda rate: sum(searched(OUT / f"search/{game}/{algo}/{rate:g}") for game in GAMES))
 
 
 def searched(folder: Path) -> float:
