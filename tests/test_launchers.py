@@ -159,7 +159,7 @@ def test_a_sweep_that_is_asked_to_stop_has_its_jobs_save_and_begins_no_other(tmp
     command.send_signal(signal.SIGUSR2)
     assert command.wait(60) == STATUS
     iterations = len((sweep / "0/metrics.jsonl").read_text().splitlines())
-    assert [path.name for path in (sweep / "0/checkpoints").iterdir()] == [f"step_{iterations:06d}"]
+    assert max(path.name for path in (sweep / "0/checkpoints").iterdir()) == f"step_{iterations:06d}"
     assert not (sweep / "1").exists()
 
 

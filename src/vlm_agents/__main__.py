@@ -32,7 +32,7 @@ def heed_signals() -> None:
     """Of those that end a command, but for the one that Python heeds itself."""
     from vlm_agents import stopping
 
-    signal.signal(signal.SIGUSR2, stopping.note)
+    stopping.heed()
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as by nohup
             signal.signal(number, terminate)

@@ -35,6 +35,13 @@ def note(number: int, frame: FrameType | None) -> None:
     _asked = True
 
 
+def heed() -> None:
+    """From here on the signal is noted, which a command hasn't seen before."""
+    global _asked
+    _asked = False
+    signal.signal(signal.SIGUSR2, note)
+
+
 @contextmanager
 def heeded(tell: Callable[[], Any] = lambda: None) -> Iterator[None]:
     """Within it the signal is noted, and `tell` called. A run that ends by Stopped has the earlier handler called,

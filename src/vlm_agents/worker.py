@@ -27,7 +27,7 @@ def main(note: Path) -> int:
     signal.signal(signal.SIGTERM, ended)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the launcher's to heed
     end_with_parent(signal.SIGKILL)  # a launcher that was killed can't end its ranks, which may wait for each other
-    signal.signal(signal.SIGUSR2, stopping.note)
+    stopping.heed()
     tempfile.tempdir = str(note.parent)  # so that nothing is left of a rank that is killed
     hush()
     job: Job = pickle.loads(note.read_bytes())
