@@ -36,7 +36,7 @@ GAMES = {
 }
 RATES = (3e-5, 1e-4, 3e-4)
 SEARCHED, SEEDS = 100, (0, 1, 2)
-STEPS = {"number_line": 3000, "ezpoints": 3000, "points24": 4000, "doorkey": 6000}  # turns played in training
+STEPS = {"number_line": 3000, "ezpoints": 3000, "points24": 3000, "doorkey": 4000}  # turns played in training
 SEARCH_STEPS = 2000
 DEMONSTRATIONS = 10  # episodes of the expert for the clones that `thoughts` begins from
 SHARED = (
@@ -51,6 +51,7 @@ SHARED = (
     "stage.keep_checkpoints=1",
 )
 PANEL = "stage.eval_episodes=100"  # held-out episodes, sampled and greedy, before and after
+THOUGHT_STEPS = 2000
 THOUGHTS = (0, 0.1, 0.3, 0.5, 0.7, 0.9, 1)
 # Turns don't share a row here: a reply is the sequence that the ratio is of.
 CHANGES = {"gspo": ("algo.ratio=turn",)}
@@ -88,7 +89,7 @@ def thoughts() -> Iterator[Job]:
         for name, prompt, coef in [*((f"{coef:g}", "cot_json", coef) for coef in THOUGHTS), ("none", "action_only", 1)]:
             clone = cloned(game, prompt)
             words = (f"prompt={prompt}", f"algo.thought_coef={coef:g}", f"stage.init={clone.folder}", PANEL)
-            job = training(OUT / f"thoughts/{game}/{name}/{seed}", game, "ppo", rate, seed, STEPS[game], *words)
+            job = training(OUT / f"thoughts/{game}/{name}/{seed}", game, "ppo", rate, seed, THOUGHT_STEPS, *words)
             yield job._replace(after=(clone,))
 
 
