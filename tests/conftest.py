@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import hypothesis
 import pytest
 from hydra import compose, initialize_config_dir
 
+from vlm_agents import stopping
 from vlm_agents.__main__ import main
 from vlm_agents.config import RunConfig, conf_dir, parse, register
 from vlm_agents.snapshot import settled
@@ -53,6 +55,8 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
     """`cli("stage=ppo", ...)` runs a command line in this process, in an empty folder; the exit status."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setattr(stopping, "_asked", False)  # what a command notes would be the next test's else
+    ending = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)}
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
 
@@ -61,6 +65,8 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
         return main()
 
     yield run
+    for number, handler in ending.items():
+        signal.signal(number, handler)
     root.handlers[:] = handlers  # Hydra configures logging
     root.setLevel(level)
 
