@@ -17,7 +17,7 @@ def terminate(number: int, frame: FrameType | None) -> None:
     raise Terminated
 
 
-def told(stop: KeyboardInterrupt) -> int:
+def say_why(stop: KeyboardInterrupt) -> int:
     """Say what ended this command; the exit status."""
     from vlm_agents.stopping import STATUS, Stopped
 
@@ -60,7 +60,7 @@ def main() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1 if closed(1) else 2)  # for what Python flushes at its end
         return 141
     except KeyboardInterrupt as stop:
-        return told(stop)
+        return say_why(stop)
 
 
 if __name__ == "__main__":

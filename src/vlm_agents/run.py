@@ -57,11 +57,10 @@ from vlm_agents.weights import (
 )
 from vlm_agents.world import ALONE, World
 
-LEASE = 120  # seconds that a Slurm job which is begun again waits for the lock of its earlier self
-
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
+LEASE = 120  # seconds that a Slurm job which is begun again waits for the lock of its earlier self
 
 
 def seed_everything(seed: int) -> None:

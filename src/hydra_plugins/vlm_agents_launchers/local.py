@@ -140,8 +140,7 @@ def main(stream: IO[bytes]) -> int:
     """Run the job that a LocalLauncher wrote to `stream`; the exit status."""
     import cloudpickle
 
-    from vlm_agents.__main__ import heed_signals
-    from vlm_agents.__main__ import told as told_why
+    from vlm_agents.__main__ import heed_signals, say_why
     from vlm_agents.errors import VlmAgentsError
 
     heed_signals()
@@ -149,7 +148,7 @@ def main(stream: IO[bytes]) -> int:
         launcher, arguments = cloudpickle.load(stream)
         job = launcher(*arguments)
     except KeyboardInterrupt as stop:
-        return told_why(stop)
+        return say_why(stop)
     error = None if job.status is JobStatus.COMPLETED else job._return_value
     if error and not isinstance(error, VlmAgentsError):
         traceback.print_exception(error)
