@@ -50,13 +50,22 @@ def composed(*overrides: str) -> RunConfig:
         return settled(parse(compose("config", list(overrides))))
 
 
+@pytest.fixture(autouse=True)
+def own_signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A command heeds signals from then on, and notes that it was asked to stop: the next test knows nothing of it."""
+    monkeypatch.setattr(stopping, "_asked", False)
+    heeded = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGALRM)
+    before = {number: signal.getsignal(number) for number in heeded}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
     """`cli("stage=ppo", ...)` runs a command line in this process, in an empty folder; the exit status."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    monkeypatch.setattr(stopping, "_asked", False)  # what a command notes would be the next test's else
-    ending = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)}
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
 
@@ -65,8 +74,6 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
         return main()
 
     yield run
-    for number, handler in ending.items():
-        signal.signal(number, handler)
     root.handlers[:] = handlers  # Hydra configures logging
     root.setLevel(level)
 
