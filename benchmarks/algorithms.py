@@ -39,7 +39,7 @@ SEARCHED = ("number_line", "ezpoints")  # in so few steps the others tell rates 
 SEARCH_SEED, SEEDS = 100, (0, 1, 2)
 STEPS = {"number_line": 3000, "ezpoints": 3000, "points24": 3000, "doorkey": 4000}  # turns played in training
 SEARCH_STEPS = 2000
-DEMONSTRATIONS = 10  # episodes of the expert for the clones that `thoughts` begins from
+DEMONSTRATIONS = 300  # episodes of the expert for the clones that `thoughts` begins from
 SHARED = (
     "stage=ppo",
     "tracking=jsonl",
@@ -84,7 +84,7 @@ def finals() -> Iterator[Job]:
 
 
 def thoughts() -> Iterator[Job]:
-    """All weights from one clone; without a thought from its own, of the same episodes."""
+    """All weights from one clone; without a thought from its own, of the same demonstrations."""
     for seed, game in product(SEEDS, ("number_line", "ezpoints")):
         rate = best_rate("ppo")
         for name, prompt, coef in [*((f"{coef:g}", "cot_json", coef) for coef in THOUGHTS), ("none", "action_only", 1)]:
@@ -95,12 +95,20 @@ def thoughts() -> Iterator[Job]:
 
 
 def cloned(game: str, prompt: str) -> Job:
-    """A few demonstrations, taught in this format."""
+    """The game as the shipped weights know it, taught in this format until it is learned: what `GAMES` asks beyond
+    that is left to learn."""
     place = OUT / f"clones/{game}/{prompt}"
-    shared = (*GAMES[game], f"prompt={prompt}", "tracking=jsonl", "hardware.threads=1")
+    shared = (GAMES[game][0], f"prompt={prompt}", "tracking=jsonl", "hardware.threads=1")
     collect = Job(place / "collect", ("stage=collect", *shared, f"stage.episodes={DEMONSTRATIONS}"))
     chats = Job(place / "preprocess", ("stage=preprocess", *shared, f"stage.data=[{collect.folder}]"), (collect,))
-    words = ("stage=sft", *shared, f"stage.data={chats.folder}", "stage.batch_size=16", "stage.lr=3e-4")
+    words = (
+        "stage=sft",
+        *shared,
+        f"stage.data={chats.folder}",
+        "stage.batch_size=16",
+        "stage.epochs=10",
+        "stage.lr=3e-4",
+    )
     return Job(place / "sft", words, (chats,))
 
 
