@@ -22,8 +22,9 @@ import pytest
 from safetensors.torch import load_file
 
 from vlm_agents.config import RunConfig
+from vlm_agents.errors import ConfigError
 from vlm_agents.episodes import read_episodes
-from vlm_agents.launch import has_ranks, idle
+from vlm_agents.launch import Nodes, has_ranks, idle
 from vlm_agents.stopping import STATUS
 
 Cli = Callable[..., int]
@@ -330,9 +331,34 @@ def test_too_many_ranks_are_told(words: list[str], line: str, compose_run: Compo
 def test_nodes_are_those_of_a_slurm_job(cli: Cli, capsys: pytest.CaptureFixture[str]):
     assert cli(*PPO, "hardware.nodes=2") == 2
     assert capsys.readouterr().err == (
-        "error: hardware.nodes=2: this is no task of Slurm's. Add -m hydra/launcher=slurm, or give it to srun, a task "
-        "a node\n"
+        "error: hardware.nodes=2: this is no task of Slurm's. Add -m hydra/launcher=slurm, or give it to srun, one task "
+        "a node: srun --nodes=2 --ntasks-per-node=1; each starts the ranks of its node\n"
     )
+    assert not list(Path().iterdir())
+
+
+def step(monkeypatch: pytest.MonkeyPatch, nodes: str, tasks: str) -> None:
+    """This process is a task on the second of two nodes of a Slurm job."""
+    slurm = {"JOB_ID": "7", "JOB_NUM_NODES": "2", "JOB_NODELIST": "n[0-1]", "NODEID": "1", "STEP_ID": "0"}
+    for name, value in {**slurm, "STEP_NUM_NODES": nodes, "STEP_NUM_TASKS": tasks}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "tasks", "told"),
+    [("2", "4", "srun began 4 tasks on 2 of this job's 2 nodes"), ("1", "1", "srun began 1 task on 1 of this job's 2")],
+)
+def test_a_step_has_one_task_on_each_node(nodes: str, tasks: str, told: str, monkeypatch: pytest.MonkeyPatch):
+    """Another would wait for one that nobody starts, or for a port that its neighbour has."""
+    step(monkeypatch, nodes, tasks)
+    with pytest.raises(ConfigError, match=f"hardware.nodes=2: {told}"):
+        Nodes.here(2)
+
+
+def test_nodes_are_given_the_name_of_their_run(cli: Cli, capsys: pytest.CaptureFixture[str], monkeypatch):
+    step(monkeypatch, nodes="2", tasks="2")
+    assert cli(*PPO, "hardware.nodes=2") == 2
+    assert capsys.readouterr().err == "error: hardware.nodes=2: set name=, or each node has one of its own\n"
     assert not list(Path().iterdir())
 
 

@@ -67,10 +67,10 @@ def test_without_a_slurm_a_sweep_leaves_nothing(cli, capsys: pytest.CaptureFixtu
     assert not list(tmp_path.iterdir())
 
 
-SLURM = {  # answers as one whose jobs end at once, but for what stands in the file `queue`
+SLURM = {  # answers as one whose jobs end at once, but for what stands in the files `queue` and, line by line, `states`
     "srun": "",
     "sbatch": "n=$(ls {place} | grep -c script); cp $1 {place}/script_$n; echo Submitted batch job 7$n",
-    "squeue": 'case "$*" in *--me*) cat {place}/queue;; esac',
+    "squeue": 'case "$*" in *--me*) cat {place}/queue;; *) head -n 1 {place}/states; sed -i 1d {place}/states;; esac',
 }
 
 
@@ -81,7 +81,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     for name, line in SLURM.items():
         (place / name).write_text(f"#!/bin/sh\n{line.format(place=place)}\n")
         (place / name).chmod(0o755)
-    (place / "queue").touch()
+    for name in ("queue", "states"):
+        (place / name).touch()
     monkeypatch.setenv("PATH", str(place), prepend=os.pathsep)
     monkeypatch.setattr(slurm_launcher, "ASK_S", 0)
     monkeypatch.setattr(slurm_launcher, "POLL_S", 0.01)
@@ -106,6 +107,26 @@ def test_what_slurm_has_already_is_not_given_to_it_again(cli, slurm: Path, tmp_p
     assert (
         slurm_launcher.under_way(tmp_path / "multirun/a/eval/.submitit", {0: [*WORDS, "seed=1"]}) == {}
     )  # another one
+
+
+def test_a_job_that_is_queued_again_is_told(cli, slurm: Path, capsys):
+    (slurm / "states").write_text("70 PENDING\n70 RUNNING\n70 RUNNING\n70 PENDING\n70 PENDING\n70 RUNNING\n")
+    assert cli(*WORDS, "-m", "hydra/launcher=slurm", "seed=0") == 2  # it has no result
+    assert capsys.readouterr().out.count("job 0 is queued again") == 1
+
+
+def test_of_a_sweep_that_slurm_refuses_mlflow_says_that_it_failed(cli, slurm: Path, tmp_path: Path, capsys):
+    (slurm / "sbatch").write_text("#!/bin/sh\necho too many cores >&2; exit 1\n")
+    words = [*WORDS, "tracking=mlflow", "-m", "hydra/launcher=slurm", "hardware.threads=9", "seed=0"]
+    assert cli(*words) == 2
+    said = capsys.readouterr().err
+    assert "sbatch refused the jobs, and none was begun: " in said
+    assert "too many cores" in said
+    assert "Each asks for nodes=1 ntasks_per_node=1 cpus_per_task=9 time=240: " in said
+    from mlflow import MlflowClient  # takes seconds
+
+    run = (tmp_path / "multirun/a/eval/mlflow_run_id").read_text()
+    assert MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(run).info.status == "FAILED"
 
 
 def test_jobs_that_need_different_resources_are_refused(cli, capsys, tmp_path: Path):

@@ -319,6 +319,8 @@ def run_stage(composed: DictConfig) -> dict[str, float]:
         if open_threads and cfg.hardware.threads == (choice := cores.choose())[0] and choice[1]:
             print(choice[1], flush=True)
         if not sweep and not any(word.startswith("name=") for word in overrides):
+            if launch.has_ranks(cfg) and cfg.hardware.nodes > 1:
+                raise ConfigError(f"hardware.nodes={cfg.hardware.nodes}: set name=, or each node has one of its own")
             print(f"continue with: {command([*overrides, f'name={cfg.name}'])}", flush=True)
         start = time.monotonic()
         metrics = launch.do(launch.Job(cfg, overrides, Path(job.sweep.dir) if sweep else None))

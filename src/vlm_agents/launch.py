@@ -64,12 +64,14 @@ class Nodes:
         where = "this is no task of Slurm's"
         if "SLURM_STEP_ID" in os.environ:
             job = SlurmJobEnvironment()
-            if (there := job.num_nodes) == nodes:
+            there, tasks = (int(os.environ.get(f"SLURM_STEP_NUM_{what}", nodes)) for what in ("NODES", "TASKS"))
+            if job.num_nodes == there == tasks == nodes:
                 port = 20_000 + stable_hash("rendezvous", job.job_id) % 10_000
                 return cls(job.node, job.hostnames[0], port)
-            where = f"this Slurm job has {there}"
+            where = f"srun began {tasks} task{'s' if tasks > 1 else ''} on {there} of this job's {job.num_nodes} nodes"
         raise ConfigError(
-            f"hardware.nodes={nodes}: {where}. Add -m hydra/launcher=slurm, or give it to srun, a task a node"
+            f"hardware.nodes={nodes}: {where}. Add -m hydra/launcher=slurm, or give it to srun, one task a node: "
+            f"srun --nodes={nodes} --ntasks-per-node=1; each starts the ranks of its node"
         )
 
 

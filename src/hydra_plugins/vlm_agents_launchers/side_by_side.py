@@ -62,10 +62,16 @@ class SideBySide(Launcher):
             self.run(jobs[number], number)
         if started:
             from vlm_agents import tracking
+            from vlm_agents.errors import VlmAgentsError
 
-            tracking.begin_sweep(next(iter(good.values())).settings, self.folder)
-            for number, error in self.results(started):
-                self.task.tell(self.folder, number, error)
+            settings = next(iter(good.values())).settings
+            tracking.begin_sweep(settings, self.folder)
+            try:
+                for number, error in self.results(started):
+                    self.task.tell(self.folder, number, error)
+            except VlmAgentsError:  # no job was begun
+                tracking.end_sweep(self.folder, "FAILED", settings)
+                raise
         return []  # the task knows how each ended
 
     def resources(self, config: DictConfig) -> Mapping[str, Any]:

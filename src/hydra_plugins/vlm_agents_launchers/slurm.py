@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from hydra_plugins.vlm_agents_launchers.side_by_side import GRACE_S, POLL_S, Overrides, SideBySide, told
 
+ASKED = "partition", "nodes", "ntasks_per_node", "cpus_per_task", "gpus_per_node", "gres", "mem", "time"  # of sbatch
 ASK_S = 10  # between two questions to Slurm, which has others to answer
 SBATCH = {"name": "job_name", "timeout_min": "time", "mem_gb": "mem", "tasks_per_node": "ntasks_per_node"}
 # Slurm queues a job again that was preempted or whose node is lost, and submitit one that was told of its end. Nobody
@@ -81,12 +82,16 @@ class SlurmLauncher(SideBySide):
             names |= {number: job.job_id for number, job in zip(new, made, strict=True)}
         running = {number: submitit.SlurmJob(executor.folder, name) for number, name in names.items()}
         for number, job in sorted(running.items()):
-            print(f"job {number}: Slurm's {job.job_id}, {told(jobs, number)}; {job.paths.stdout}", flush=True)
+            print(f"job {number}: Slurm's {job.job_id}, {told(jobs, number)}; {job.paths.stderr}", flush=True)
         try:
-            queue, asked = set(names.values()), time.monotonic()
+            queue, asked, begun = dict.fromkeys(names.values(), ""), time.monotonic(), set[int]()
             while running:
                 if time.monotonic() > asked + ASK_S:
                     queue, asked = queued(names.values()), time.monotonic()
+                    begun |= {number for number, name in names.items() if queue.get(name) == "RUNNING"}
+                    for number in [number for number in begun if queue.get(names[number]) == "PENDING"]:
+                        print(f"job {number} is queued again", flush=True)
+                        begun.remove(number)
                 for number, job in [(number, job) for number, job in running.items() if ended(job, nodes, queue)]:
                     del running[number]
                     yield number, failure(job, nodes)
@@ -189,16 +194,22 @@ def submitted(executor: Any, function: Any, arguments: Sequence[tuple[Any, ...]]
         return executor.map_array(function, *zip(*arguments, strict=True))
     except (FailedSubmissionError, FailedJobError, subprocess.CalledProcessError) as error:
         said = " ".join(str(error).split())
-        raise ConfigError(f"sbatch refused the jobs, and none was begun: {said}") from error
+        asked = " ".join(f"{name}={executor.parameters[name]}" for name in ASKED if executor.parameters.get(name))
+        raise ConfigError(
+            f"sbatch refused the jobs, and none was begun: {said}. Each asks for {asked}: hardware.nodes, "
+            "hardware.processes and hardware.threads, or hydra.launcher.<name>, change that"
+        ) from error
 
 
-def queued(names: Collection[str]) -> set[str]:
-    """Those of these Slurm jobs that wait or run; all of them, as far as is known, while Slurm doesn't answer."""
-    command = ["squeue", "-h", "-r", "-o", "%i", "-j", ",".join(names)]
+def queued(names: Collection[str]) -> dict[str, str]:
+    """The state of those of these Slurm jobs that wait or run; all of them, in an unknown one, while Slurm doesn't
+    answer."""
+    command = ["squeue", "-h", "-r", "-o", "%i %T", "-j", ",".join(names)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode and "Invalid job id" not in done.stderr:
-        return set(names)
-    return set(done.stdout.split()) & set(names)
+        return dict.fromkeys(names, "")
+    states = dict(line.split() for line in done.stdout.splitlines())
+    return {name: state for name, state in states.items() if name in names}
 
 
 def failure(job: Any, nodes: int) -> Exception | None:

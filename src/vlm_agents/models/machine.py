@@ -16,7 +16,10 @@ def refuse_no_bitsandbytes(quantize: str | None) -> None:
 def refuse_no_gpu(device: str, gpus: int, reason: str = "", processes: int = 1) -> None:
     """ConfigError where there are too few GPUs for a `device` of type cuda, and so many processes with one each."""
     if not gpus:
-        raise ConfigError(f"hardware.device={device}: torch sees no GPU here{reason}; set hardware=cpu")
+        several = ", or hardware.device=cpu hardware.dtype=float32, which leaves ranks as they are"
+        raise ConfigError(
+            f"hardware.device={device}: torch sees no GPU here{reason}; set hardware=cpu{several * (processes > 1)}"
+        )
     if int(device.partition(":")[2] or 0) >= gpus:
         raise ConfigError(f"hardware.device={device}: torch numbers {gpus} GPUs here, from 0 on")
     if processes > gpus:
@@ -33,12 +36,12 @@ def refuse_no_driver(device: str, processes: int = 1) -> None:
     if not device.startswith("cuda") or "+rocm" in build or sys.platform != "linux":
         return
     if "+cpu" in build:
-        refuse_no_gpu(device, 0, f" (its build, {build}, is for CPUs alone)")
+        refuse_no_gpu(device, 0, f" (its build, {build}, is for CPUs alone)", processes)
     count = ctypes.c_int(0)
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        refuse_no_gpu(device, 0, " (NVIDIA's driver isn't installed)")
+        refuse_no_gpu(device, 0, " (NVIDIA's driver isn't installed)", processes)
     else:
         if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
             count.value = 0
