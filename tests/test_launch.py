@@ -22,8 +22,8 @@ import pytest
 from safetensors.torch import load_file
 
 from vlm_agents.config import RunConfig
-from vlm_agents.errors import ConfigError
 from vlm_agents.episodes import read_episodes
+from vlm_agents.errors import ConfigError
 from vlm_agents.launch import Nodes, has_ranks, idle
 from vlm_agents.stopping import STATUS
 
@@ -331,8 +331,8 @@ def test_too_many_ranks_are_told(words: list[str], line: str, compose_run: Compo
 def test_nodes_are_those_of_a_slurm_job(cli: Cli, capsys: pytest.CaptureFixture[str]):
     assert cli(*PPO, "hardware.nodes=2") == 2
     assert capsys.readouterr().err == (
-        "error: hardware.nodes=2: this is no task of Slurm's. Add -m hydra/launcher=slurm, or give it to srun, one task "
-        "a node: srun --nodes=2 --ntasks-per-node=1; each starts the ranks of its node\n"
+        "error: hardware.nodes=2: this is no task of Slurm's. Add -m hydra/launcher=slurm, or give it to srun, one "
+        "task a node: srun --nodes=2 --ntasks-per-node=1; each starts the ranks of its node\n"
     )
     assert not list(Path().iterdir())
 

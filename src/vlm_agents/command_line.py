@@ -319,9 +319,7 @@ def run_stage(composed: DictConfig) -> dict[str, float]:
         if open_threads and cfg.hardware.threads == (choice := cores.choose())[0] and choice[1]:
             print(choice[1], flush=True)
         if not sweep and not any(word.startswith("name=") for word in overrides):
-            if launch.has_ranks(cfg) and cfg.hardware.nodes > 1:
-                raise ConfigError(f"hardware.nodes={cfg.hardware.nodes}: set name=, or each node has one of its own")
-            print(f"continue with: {command([*overrides, f'name={cfg.name}'])}", flush=True)
+            tell_name(cfg, overrides)
         start = time.monotonic()
         metrics = launch.do(launch.Job(cfg, overrides, Path(job.sweep.dir) if sweep else None))
         tell_end(cfg, time.monotonic() - start, metrics)
@@ -333,6 +331,15 @@ def run_stage(composed: DictConfig) -> dict[str, float]:
         raise Carried(error) from error
     except BrokenPipeError as error:
         raise Carried(error) from error
+
+
+def tell_name(cfg: RunConfig, overrides: Sequence[str]) -> None:
+    """Of a run that was given none. ConfigError where each node would give it another."""
+    from vlm_agents.launch import has_ranks
+
+    if has_ranks(cfg) and cfg.hardware.nodes > 1:
+        raise ConfigError(f"hardware.nodes={cfg.hardware.nodes}: set name=, or each node has one of its own")
+    print(f"continue with: {command([*overrides, f'name={cfg.name}'])}", flush=True)
 
 
 def tell_end(cfg: RunConfig, seconds: float, metrics: Mapping[str, float]) -> None:

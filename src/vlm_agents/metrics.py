@@ -388,9 +388,8 @@ def headline(stage: str, metrics: Mapping[str, float], where: str = "") -> str:
             return f"answered for {metrics['serve/served_s']:.0f} s, {metrics['serve/loading_s']:.0f} s after its start"
         case "doctor":
             need, there = (metrics[f"doctor/{part}_bytes"] / 2**30 for part in ("peak", "machine"))
-            if not there:
-                return f"needs {need:.2f} GiB; there is no such device here"
-            return f"needs {need:.2f} GiB of {there:.2f}, {'fits' if metrics['doctor/fits'] else 'does not fit'}"
+            fits = "fits" if metrics["doctor/fits"] else "does not fit"
+            return f"needs {need:.2f} GiB{f' of {there:.2f}, {fits}' if there else '; there is no such device here'}"
     raise AssertionError(f"no headline for stage={stage}")
 
 
