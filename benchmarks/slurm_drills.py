@@ -162,10 +162,16 @@ def lose_node(sweep: Sweep) -> None:
 
 
 def shorten(sweep: Sweep) -> None:
-    """Have its time be over in the next minute or two; Slurm tells it, and ends it."""
-    hours, minutes, seconds = map(int, ("0:0:" + squeue("%M", sweep.job())).split(":")[-3:])
+    """Have its time be over in the next minute or two; Slurm tells it, and ends it. Then it has what it asked for."""
+    job, asked = sweep.job(), squeue("%l", sweep.job())
+    hours, minutes, seconds = map(int, ("0:0:" + squeue("%M", job)).split(":")[-3:])
     limit = hours * 60 + minutes + (1 if seconds < 15 else 2)
-    slurm("scontrol", "update", f"JobId={sweep.job()}", f"TimeLimit={limit}")
+    slurm("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
+    deadline = time.monotonic() + PATIENCE_S
+    while squeue("%T", job) == "RUNNING" and time.monotonic() < deadline:
+        time.sleep(0.5)
+    if squeue("%T", job):
+        slurm("scontrol", "update", f"JobId={job}", f"TimeLimit={asked}")
 
 
 def kill_client(sweep: Sweep) -> None:
@@ -216,13 +222,14 @@ def drill(place: Path, ranks: str, kind: str, number: int) -> End:
         status = sweep.client.wait(PATIENCE_S)
     except subprocess.TimeoutExpired:
         sweep.client.kill()
+        slurm("scancel", sweep.job())
         status = "none"
     logs = "".join(path.read_text() for path in (sweep.folder / ".submitit").glob("*_0_log.*"))
     begun, again = logs.count("Loading pickle"), logs.count("all ranks begin again")
     differing = list(differences(place / f"multirun/{unbroken(ranks, sweep.length)}/ppo/0", sweep.folder / "0"))
     runs = mlflow_runs(place, name)
     print(
-        f"{name:<18} status {status}, begun {begun} times, ranks again {again}, differs: {differing}, {runs}",
+        f"{name:<18} status {status}, begun {begun} times, ranks again {again}, differs: {differing[:4]}, {runs}",
         flush=True,
     )
     return End(
