@@ -45,8 +45,8 @@ class Saying(NamedTuple):
 def solve(scene: Scene, side: int | None = None, quadrants: bool = False) -> list[Saying]:
     """The turns that answer a scene: a look at each card that matters, then the answer.
 
-    `side`: the longer side in pixels that a picture is shown with; if None, the largest that hides the answer. With `quadrants` it looks at
-    the four quarters first, and then at the cards.
+    `side`: the longer side in pixels that a picture is shown with; if None, the largest that hides the answer. With
+    `quadrants` it looks at the four quarters first, and then at the cards.
     """
     side = scene.hidden_up_to if side is None else side
     boxes = [view(scene, card, side) for card in scene.must_see]

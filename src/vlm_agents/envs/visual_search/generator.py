@@ -58,7 +58,7 @@ class Task(NamedTuple):
 
 
 def generate(level: str, seed: int) -> Scene:
-    """The scene of a level and a seed, held out if and only if the seed is. ConfigError for a level that isn't there."""
+    """The scene of a level and a seed, held out if and only if the seed is. ConfigError for an unknown level."""
     if level not in LEVELS:
         raise ConfigError(f"there is no level '{level}'; known: {', '.join(LEVELS)}.{did_you_mean(level, LEVELS)}")
     rng = Random(stable_hash("visual search", level, seed))

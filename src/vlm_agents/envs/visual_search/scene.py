@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vlm_agents.envs.visual_search.font import HEIGHT, WIDTH, glyph
+from vlm_agents.envs.visual_search.font import glyph
 from vlm_agents.envs.visual_search.question import Box, Question
 from vlm_agents.pictures import Picture
 from vlm_agents.seeds import stable_hash
