@@ -5,7 +5,6 @@ text is read again when its picture is called for.
 """
 
 import base64
-import binascii
 import json
 import re
 from collections.abc import Iterator
@@ -99,11 +98,12 @@ def _line(file: BinaryIO, tabs: bool) -> bytes:
 def _parsed(line: bytes, header: tuple[str, ...] | None) -> dict[str, Any]:
     try:
         words = line.decode("utf-8-sig")
-        if header is None:
-            return mapping(json.loads(words), "the row")
+        row = json.loads(words) if header is None else {}
     except (ValueError, RecursionError) as error:
         what = "JSON" if header is None else "UTF-8"
         raise DataError(f"it is not {what} ({short(str(error))}): mend it, or remove the row") from error
+    if header is None:
+        return mapping(row, "the row")
     fields = _fields(words)
     if len(fields) != len(header):
         raise DataError(f"it has {len(fields)} fields for {len(header)} columns: mend it, or remove the row")
@@ -142,12 +142,18 @@ def _embedded(place: Place, where: str) -> Picture:
         with open(place.path, "rb") as file:
             file.seek(place.offset)
             row = _parsed(_line(file, place.header is not None), place.header)
-        content = base64.b64decode(text(row, "image").rpartition(",")[2], validate=True)
+        return load(_decoded(text(row, "image")), where)
     except OSError as error:
         raise DataError(f"{where}: can't read the file ({error.strerror}): put it back") from error
-    except (binascii.Error, ValueError) as error:
-        raise DataError(f"{where}: its image is no base64 ({error}): mend it, or remove the row") from error
-    return load(content, where)
+    except DataError as error:
+        raise error if str(error).startswith(where) else DataError(f"{where}: {error}") from error
+
+
+def _decoded(image: str) -> bytes:
+    try:
+        return base64.b64decode(image.rpartition(",")[2], validate=True)
+    except ValueError as error:
+        raise DataError(f"its image is no base64 ({error}): mend it, or remove the row") from error
 
 
 def _boxes(picture: Path) -> tuple[Box, ...]:
