@@ -42,7 +42,7 @@ DOORS = {
     "peft": ["models"],
     "bitsandbytes": ["models"],
     "datasets": [],  # others read what we write with it
-    "pyarrow": ["chats.py", "models/tiny.py"],
+    "pyarrow": ["chats.py", "envs/visual_search/parquet.py", "models/tiny.py"],
     "minigrid": ["envs", "experts"],
     "gymnasium": ["envs", "env_pool.py"],
     "httpx2": ["endpoint.py"],

@@ -1,0 +1,142 @@
+"""PyVision-RL's rows in JSON: questions for RL, raw or as verl wants them, and conversations for SFT.
+
+A file is a list of rows, or has one on each line.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from vlm_agents.envs.visual_search.question import Question, load, short
+from vlm_agents.envs.visual_search.rows import Broken, inside, mapping, optional, questions, refuse, text, whole
+from vlm_agents.errors import DataError
+from vlm_agents.marks import IMAGE_MARK
+from vlm_agents.types import Role
+
+MARKS = re.compile(rf"</?image_clue_\d+>|{IMAGE_MARK}")
+ROLES: dict[str, Role] = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+
+
+def read_rl(path: Path, folder: Path | None = None, broken: Broken = refuse) -> Iterator[Question]:
+    """The questions of a file. Pictures' paths start from `folder`, by default the file's own.
+
+    DataError for a file that can't be read, and to `broken` one for each row.
+    """
+    folder = path.parent if folder is None else folder
+
+    def read(row: Any, where: str) -> Question:
+        row = mapping(row, "the row")
+        hint = mapping(row["mm_hint"], "mm_hint") if "mm_hint" in row else {"hint_path": row.get("image_path")}
+        if row.get("video_path") or hint.get("hint_type", "image") != "image":
+            raise DataError("it is about a video, and pictures alone are read: remove the row")
+        names = hint.get("hint_path")
+        files = [inside(folder, name) for name in (names if isinstance(names, list) and names else [names])]
+        return asked(row, where, *(partial(load, file, where) for file in files))
+
+    return questions(path, _rows(path), read, broken)
+
+
+def read_sft(path: Path, folder: Path | None = None, broken: Broken = refuse) -> Iterator[Question]:
+    """The same of conversations: the question is the first thing that a user says, the answer what is boxed last."""
+    folder = path.parent if folder is None else folder
+
+    def read(row: Any, where: str) -> Question:
+        row = mapping(row, "the row")
+        said = tuple(map(_said, _list(row, "conversations")))
+        names = _list(row, "images")
+        marks = sum(words.count(IMAGE_MARK) for _, words in said)
+        if marks != len(names):
+            raise DataError(f"{marks} {IMAGE_MARK} for {len(names)} images: make them as many, or remove the row")
+        if said[-1][0] != "assistant":
+            raise DataError(f"the last message is of role {said[-1][0]}: end with the assistant's, or remove the row")
+        first = next((words for role, words in said if role == "user"), "")
+        question, answer = MARKS.sub("", first).strip(), boxed(said[-1][1])
+        if not question or not answer:
+            what = "the user asks nothing" if not question else "nothing is boxed in the last message"
+            raise DataError(f"{what}: write it, or remove the row")
+        pictures = tuple(partial(load, inside(folder, name), where) for name in names)
+        source = optional(row, "source_dataset")
+        return Question(where, question, pictures, answer, source=source, conversation=said)
+
+    return questions(path, _rows(path), read, broken)
+
+
+def asked(row: dict[str, Any], where: str, *pictures: Any) -> Question:
+    """A row of verl's columns, or a raw one, about these pictures."""
+    extra = mapping(row.get("extra_info") or {}, "extra_info")
+    truth = mapping(row.get("reward_model") or {}, "reward_model")
+    if extra.get("question") or "prompt" not in row:
+        question = text({**row, **extra}, "question")
+    else:
+        said = [words for role, words in map(_said, _list(row, "prompt")) if role == "user"]
+        question = MARKS.sub("", said[-1] if said else "").strip()
+        if not question:
+            raise DataError("no question in prompt: write it, or remove the row")
+    return Question(
+        ident=text({"index": extra.get("index"), "id": row.get("id"), "where": where}, "id", "index", "where"),
+        text=question,
+        pictures=pictures,
+        answer=text(
+            {"ground_truth": truth.get("ground_truth"), "answer": extra.get("answer", row.get("answer"))},
+            "ground_truth",
+            "answer",
+        ),
+        category=optional(row, "ability"),
+        source=optional(row, "data_source"),
+    )
+
+
+def boxed(words: str) -> str:
+    """What stands in the last `\\boxed{}`, braces and all; empty where there is none."""
+    start = words.rfind("\\boxed{")
+    depth = 0
+    for place in range(start + 6, len(words) if start >= 0 else 0):
+        depth += (words[place] == "{") - (words[place] == "}")
+        if depth == 0:
+            return words[start + 7 : place].strip()
+    return ""
+
+
+def _said(message: Any) -> tuple[Role, str]:
+    message = mapping(message, "a message")
+    role, words = message.get("role", message.get("from")), message.get("content", message.get("value"))
+    if not isinstance(role, str) or role not in ROLES:
+        raise DataError(f"a message's role is {short(role)}: make it one of {', '.join(ROLES)}, or remove the row")
+    if not isinstance(words, str):
+        raise DataError(f"a message's content is {short(words)}: make it a text, or remove the row")
+    return ROLES[role], whole(words, "a message's content")
+
+
+def _list(row: dict[str, Any], name: str) -> list[Any]:
+    if not isinstance(row.get(name), list) or not row[name]:
+        raise DataError(f"{name} is {short(row.get(name))}: make it a list with something in it, or remove the row")
+    return row[name]
+
+
+def _rows(path: Path) -> list[Any]:
+    """Of a list, or of lines. A line that is no JSON is a row that is a text: no object, and refused as such."""
+    try:
+        content = path.read_bytes().decode("utf-8-sig")
+        if content.lstrip().startswith("["):
+            return json.loads(content)
+    except OSError as error:
+        raise DataError(f"can't read {path}: {error.strerror}. Name a file of rows in JSON") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON ({error}): mend it, or fetch it again") from error
+    return [_line(line) for line in content.split("\n") if line.strip()]
+
+
+def _line(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return line

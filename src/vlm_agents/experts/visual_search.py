@@ -1,0 +1,109 @@
+"""The expert of the scenes that `generator` makes: what to think, which Python to write, and the answer.
+
+It knows where things lie, and writes no more than a look at the picture would tell. Its code asks for Pillow alone, and
+for what a runtime of this kind gives: `image_clue_0`, the picture in its own size, and that `show()` shows it.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from vlm_agents.envs.visual_search.question import Box
+from vlm_agents.envs.visual_search.scene import LEGIBLE, Card, Scene
+
+ROUND = 10  # pixels that a box around a card is rounded to
+THIRDS = (
+    ("upper left", "upper middle", "upper right"),
+    ("left", "middle", "right"),
+    ("lower left", "lower middle", "lower right"),
+)
+SUMMARIES = {  # what is seen at last; {} is the answer
+    "pattern": "The pattern on it is {}.",
+    "digit": "The digit on it is {}.",
+    "dots": "I count {} on it.",
+    "text": "It reads {}.",
+    "position": "So the answer is {}.",
+    "odd_one": "The {} one is the odd one.",
+    "tally": "I count {}.",
+}
+
+
+class Saying(NamedTuple):
+    """One turn: a thought, and either code or the answer."""
+
+    thought: str
+    code: str = ""
+    answer: str = ""
+
+    @property
+    def text(self) -> str:
+        """As PyVision writes it."""
+        if self.code:
+            return f"{self.thought}\n<code>\n```python\n{self.code}\n```\n</code>"
+        return f"{self.thought}\n<answer>\n\\boxed{{{self.answer}}}\n</answer>"
+
+
+def solve(scene: Scene, side: int | None = None, quadrants: bool = False) -> list[Saying]:
+    """The turns that answer a scene: a look at each card that matters, then the answer.
+
+    `side`: the longer side in pixels that a picture is shown with; if None, the largest that hides the answer. With
+    `quadrants` it looks at the four quarters first, and then at the cards.
+    """
+    side = scene.hidden_up_to if side is None else side
+    boxes = [view(scene, card, side) for card in scene.must_see]
+    looks = [Saying(_whereabouts(scene), _code(boxes, side))]
+    if quadrants:
+        looks.insert(0, Saying("I look at the four quarters first.", _code(quarters(scene.size), side)))
+    return [*looks, Saying(SUMMARIES[scene.category].format(scene.answer), answer=scene.answer)]
+
+
+def view(scene: Scene, card: Card, side: int) -> Box:
+    """What to cut out so that the card's detail is seen with `side` pixels: its cell if that will do, for there are few
+    cells; else the card and a little around it."""
+    width, height = (length // scene.cells for length in scene.size)
+    if scene.stroke * side / max(width, height) >= LEGIBLE:
+        left, top = card.cell[0] * width, card.cell[1] * height
+        return left, top, left + width, top + height
+    left, top, right, bottom = card.box
+    edge = (right - left) // 8
+    return (
+        max(0, (left - edge) // ROUND * ROUND),
+        max(0, (top - edge) // ROUND * ROUND),
+        min(scene.size[0], -(-(right + edge) // ROUND) * ROUND),
+        min(scene.size[1], -(-(bottom + edge) // ROUND) * ROUND),
+    )
+
+
+def quarters(size: tuple[int, int]) -> list[Box]:
+    """Row by row."""
+    width, height = size
+    columns, rows = (0, width // 2, width), (0, height // 2, height)
+    return [(columns[x], rows[y], columns[x + 1], rows[y + 1]) for y in (0, 1) for x in (0, 1)]
+
+
+def place(scene: Scene, card: Card) -> str:
+    """Where in the picture, in thirds."""
+    column, row = ((card.box[axis] + card.box[axis + 2]) * 3 // (2 * scene.size[axis]) for axis in (0, 1))
+    return THIRDS[row][column]
+
+
+def _whereabouts(scene: Scene) -> str:
+    if len(scene.must_see) == 1:
+        card = scene.must_see[0]
+        return f"The {card.color} card is at the {place(scene, card)}."
+    if scene.category == "position":
+        one, other = (f"the {card.detail} at the {place(scene, card)}" for card in scene.must_see)
+        return f"I look at two cards, {one} and {other}."
+    return f"There are {len(scene.must_see)} cards. I look at each."
+
+
+def _code(boxes: Sequence[Box], side: int) -> str:
+    """Shows each cut at `side` pixels on its longer side."""
+    if len(boxes) == 1:
+        return f"image_clue_0.crop({boxes[0]}).resize({_fitted(boxes[0], side)}).show()"
+    pairs = "\n".join(f"    ({box}, {_fitted(box, side)})," for box in boxes)
+    return f"for box, size in [\n{pairs}\n]:\n    image_clue_0.crop(box).resize(size).show()"
+
+
+def _fitted(box: Box, side: int) -> tuple[int, int]:
+    width, height = box[2] - box[0], box[3] - box[1]
+    return round(width * side / max(width, height)), round(height * side / max(width, height))
