@@ -109,6 +109,15 @@ def test_what_slurm_has_already_is_not_given_to_it_again(cli, slurm: Path, tmp_p
     )  # another one
 
 
+def test_a_job_has_more_time_than_its_warning(cli, slurm: Path, capsys):
+    """120 s, in which it would be told at each start."""
+    assert cli(*WORDS, "-m", "hydra/launcher=slurm", "seed=0", "hydra.launcher.timeout_min=2") == 2
+    assert "error: hydra.launcher.timeout_min=2 is over before a job's warning, signal_delay_s=120 s" in (
+        capsys.readouterr().err
+    )
+    assert not list(slurm.glob("script_*"))
+
+
 def test_a_job_that_is_queued_again_is_told(cli, slurm: Path, capsys):
     (slurm / "states").write_text("70 PENDING\n70 RUNNING\n70 RUNNING\n70 PENDING\n70 PENDING\n70 RUNNING\n")
     assert cli(*WORDS, "-m", "hydra/launcher=slurm", "seed=0") == 2  # it has no result

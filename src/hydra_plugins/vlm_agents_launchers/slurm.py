@@ -162,6 +162,11 @@ def executor(params: Mapping[str, Any], sweep: Path) -> Any:
         def affinity(cls) -> int:  # a script can be made without a Slurm
             return 2
 
+    if (minutes := params["timeout_min"]) * 60 <= (warning := params["signal_delay_s"]):
+        raise ConfigError(
+            f"hydra.launcher.timeout_min={minutes} is over before a job's warning, signal_delay_s={warning} s, could "
+            "come: each start would be stopped at once. Give it more time"
+        )
     own = ("_target_", "max_num_killed", "max_num_timeout")
     folder = (sweep / ".submitit").absolute()
     killed = KILLED.format(folder=shlex.quote(str(folder)), times=params["max_num_killed"])
