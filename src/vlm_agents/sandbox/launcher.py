@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -40,9 +39,9 @@ class Zygote:
                 return
             refusals.append(f"{isolation}: {refused}")
         raise ConfigError(
-            f"sandbox.require={settings.require} can't be met on this machine. {'; '.join(refusals)}. Install bubblewrap, "
-            "allow user namespaces or use a kernel with Landlock (5.13 or later); sandbox.require=any goes without, "
-            "which confines neither files nor, without seccomp, the network"
+            f"sandbox.require={settings.require} can't be met on this machine. {'; '.join(refusals)}. "
+            "Install bubblewrap, allow user namespaces or use a kernel with Landlock (5.13 or later); "
+            "sandbox.require=any goes without, which confines no files and, without seccomp, no network"
         )
 
     def _start(self, settings: SandboxSettings, isolation: Isolation) -> str:

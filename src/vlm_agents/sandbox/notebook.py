@@ -118,13 +118,13 @@ class Notebook:
                 exec(line, self.names)
             except ImportError:
                 continue
-        self._plt = self.names.get("plt")
-        Image.Image.show = lambda picture, *_, **__: self.display(picture)
+        self._plt, display = self.names.get("plt"), self.display
+        Image.Image.show = lambda self, *_, **__: display(self)  # pyright: ignore[reportAttributeAccessIssue]
         if self._plt is not None:
             from matplotlib.figure import Figure
 
             self._plt.show = lambda *_, **__: self._show_figures()
-            Figure.show = lambda figure, *_, **__: self.display(figure)
+            Figure.show = lambda self, *_, **__: display(self)  # pyright: ignore[reportAttributeAccessIssue]
 
     def run(self, code: str) -> tuple[list[Shown], str | None]:
         """Run a cell: what it showed, and the traceback where it raised."""

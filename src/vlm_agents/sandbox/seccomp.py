@@ -10,21 +10,133 @@ import struct
 
 from vlm_agents.sandbox import syscalls
 
-ALLOWED = """
-access alarm brk chdir clock_getres clock_gettime clock_nanosleep close close_range copy_file_range dup dup2 dup3 exit
-exit_group faccessat faccessat2 fadvise64 fchdir fdatasync fstat fstatfs fsync ftruncate futex getcpu getcwd getdents64
-getegid geteuid getgid getgroups getitimer getpgid getpgrp getpid getppid getrandom getresgid getresuid getrlimit
-getrusage getsid gettid gettimeofday getuid lseek lstat madvise mincore mkdir mkdirat mmap mprotect mremap munmap
-nanosleep newfstatat open openat pause pipe pipe2 poll ppoll pread64 pselect6 pwrite64 read readlink readlinkat readv
-rename renameat renameat2 restart_syscall rmdir rt_sigaction rt_sigpending rt_sigprocmask rt_sigreturn sched_getaffinity
-sched_yield select sendfile setitimer sigaltstack stat statfs statx symlink symlinkat sysinfo time times umask uname
-unlink unlinkat wait4 waitid write writev
-""".split()
-# They seem to succeed and do nothing: shutil.copy calls them, and Landlock doesn't see them.
-PRETENDED = "chmod fchmod fchmodat fchmodat2 futimesat utime utimensat utimes".split()
+Numbers = tuple[int, int | None]  # on x86_64; on aarch64, which lacks the older calls
 
-_FCNTL = (0, 1, 2, 3, 4, 5, 6, 7, 1030)  # copies, flags and locks; not F_SETOWN, by which others get signals
-_IOCTL = (0x5401, 0x5413, 0x5450, 0x5451, 0x541B)  # is it a terminal, its size, close-on-exec, bytes to read
+ALLOWED: dict[str, Numbers] = {
+    "access": (21, None),
+    "alarm": (37, None),
+    "brk": (12, 214),
+    "chdir": (80, 49),
+    "clock_getres": (229, 114),
+    "clock_gettime": (228, 113),
+    "clock_nanosleep": (230, 115),
+    "close": (3, 57),
+    "close_range": (436, 436),
+    "copy_file_range": (326, 285),
+    "dup": (32, 23),
+    "dup2": (33, None),
+    "dup3": (292, 24),
+    "exit": (60, 93),
+    "exit_group": (231, 94),
+    "faccessat": (269, 48),
+    "faccessat2": (439, 439),
+    "fadvise64": (221, 223),
+    "fchdir": (81, 50),
+    "fdatasync": (75, 83),
+    "fstat": (5, 80),
+    "fstatfs": (138, 44),
+    "fsync": (74, 82),
+    "ftruncate": (77, 46),
+    "futex": (202, 98),
+    "getcpu": (309, 168),
+    "getcwd": (79, 17),
+    "getdents64": (217, 61),
+    "getegid": (108, 177),
+    "geteuid": (107, 175),
+    "getgid": (104, 176),
+    "getgroups": (115, 158),
+    "getitimer": (36, 102),
+    "getpgid": (121, 155),
+    "getpgrp": (111, None),
+    "getpid": (39, 172),
+    "getppid": (110, 173),
+    "getrandom": (318, 278),
+    "getresgid": (120, 150),
+    "getresuid": (118, 148),
+    "getrlimit": (97, 163),
+    "getrusage": (98, 165),
+    "getsid": (124, 156),
+    "gettid": (186, 178),
+    "gettimeofday": (96, 169),
+    "getuid": (102, 174),
+    "lseek": (8, 62),
+    "lstat": (6, None),
+    "madvise": (28, 233),
+    "mincore": (27, 232),
+    "mkdir": (83, None),
+    "mkdirat": (258, 34),
+    "mmap": (9, 222),
+    "mprotect": (10, 226),
+    "mremap": (25, 216),
+    "munmap": (11, 215),
+    "nanosleep": (35, 101),
+    "newfstatat": (262, 79),
+    "open": (2, None),
+    "openat": (257, 56),
+    "pause": (34, None),
+    "pipe": (22, None),
+    "pipe2": (293, 59),
+    "poll": (7, None),
+    "ppoll": (271, 73),
+    "pread64": (17, 67),
+    "pselect6": (270, 72),
+    "pwrite64": (18, 68),
+    "read": (0, 63),
+    "readlink": (89, None),
+    "readlinkat": (267, 78),
+    "readv": (19, 65),
+    "rename": (82, None),
+    "renameat": (264, 38),
+    "renameat2": (316, 276),
+    "restart_syscall": (219, 128),
+    "rmdir": (84, None),
+    "rt_sigaction": (13, 134),
+    "rt_sigpending": (127, 136),
+    "rt_sigprocmask": (14, 135),
+    "rt_sigreturn": (15, 139),
+    "sched_getaffinity": (204, 123),
+    "sched_yield": (24, 124),
+    "select": (23, None),
+    "sendfile": (40, 71),
+    "setitimer": (38, 103),
+    "sigaltstack": (131, 132),
+    "stat": (4, None),
+    "statfs": (137, 43),
+    "statx": (332, 291),
+    "symlink": (88, None),
+    "symlinkat": (266, 36),
+    "sysinfo": (99, 179),
+    "time": (201, None),
+    "times": (100, 153),
+    "umask": (95, 166),
+    "uname": (63, 160),
+    "unlink": (87, None),
+    "unlinkat": (263, 35),
+    "wait4": (61, 260),
+    "waitid": (247, 95),
+    "write": (1, 64),
+    "writev": (20, 66),
+}
+# They seem to succeed and do nothing: shutil.copy calls them, and Landlock doesn't see them.
+PRETENDED: dict[str, Numbers] = {
+    "chmod": (90, None),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "futimesat": (261, None),
+    "utime": (132, None),
+    "utimensat": (280, 88),
+    "utimes": (235, None),
+}
+# Allowed where an argument, the first of which is 0, has one of these values; OWN stands for this process.
+OWN = -1
+CONDITIONAL: dict[str, tuple[Numbers, int, tuple[int, ...]]] = {
+    "fcntl": ((72, 25), 1, (0, 1, 2, 3, 4, 5, 6, 7, 1030)),  # copies, flags, locks; no F_SETOWN: others get its signals
+    "ioctl": ((16, 29), 1, (0x5401, 0x5413, 0x5450, 0x5451, 0x541B)),  # a terminal? its size; close-on-exec; bytes left
+    "kill": ((62, 129), 0, (OWN,)),
+    "prlimit64": ((302, 261), 0, (0,)),  # 0: itself
+    "tgkill": ((234, 131), 0, (OWN,)),
+}
 
 _KILL_PROCESS, _ERRNO, _ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
 _LOAD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
@@ -40,26 +152,24 @@ def program(pid: int) -> bytes:
     refused = _op(_RETURN, _ERRNO | errno.EPERM)
     ops = [_op(_LOAD, _ARCHITECTURE), _op(_JUMP_IF_EQUAL, syscalls.AUDIT_ARCH or 0, 1, 0), _op(_RETURN, _KILL_PROCESS)]
     ops.append(_op(_LOAD, _NUMBER))
-    for names, verdict in ((ALLOWED, _ALLOW), (PRETENDED, _ERRNO)):
-        for number in filter(None.__ne__, map(syscalls.number, names)):
-            ops += [_op(_JUMP_IF_EQUAL, number, 0, 1), _op(_RETURN, verdict)]
-    # Only their lower halves count: the kernel takes these arguments as 32 bits.
-    conditions = {"fcntl": (1, _FCNTL), "ioctl": (1, _IOCTL), "prlimit64": (0, (0,)), "kill": (0, (pid,))}
-    for name, (argument, values) in (conditions | {"tgkill": (0, (pid,))}).items():
+    for calls, verdict in ((ALLOWED, _ALLOW), (PRETENDED, _ERRNO)):
+        for on_machines in calls.values():
+            if (number := syscalls.number(on_machines)) is not None:
+                ops += [_op(_JUMP_IF_EQUAL, number, 0, 1), _op(_RETURN, verdict)]
+    for on_machines, argument, values in CONDITIONAL.values():
+        # The lower half alone counts: the kernel takes these arguments as 32 bits.
         body = [_op(_LOAD, _ARGUMENTS + 8 * argument)]
         for value in values:
-            body += [_op(_JUMP_IF_EQUAL, value, 0, 1), _op(_RETURN, _ALLOW)]
-        body.append(refused)
-        ops += [_op(_JUMP_IF_EQUAL, syscalls.number(name) or 0, 0, len(body)), *body]
+            body += [_op(_JUMP_IF_EQUAL, pid if value == OWN else value, 0, 1), _op(_RETURN, _ALLOW)]
+        ops += [_op(_JUMP_IF_EQUAL, syscalls.number(on_machines) or 0, 0, len(body) + 1), *body, refused]
     return b"".join([*ops, refused])
 
 
 def install(pid: int) -> None:
-    """Filter the calls of this process from here on, `pid` its own; OSError where the kernel can't."""
-    if syscalls.AUDIT_ARCH is None:
-        raise OSError(f"the system calls of this machine ({syscalls.MACHINE or 'not Linux'}) are not known")
+    """Filter the calls of this process, whose id is `pid`, from here on. OSError where the kernel can't, or its calls
+    aren't known."""
+    syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
     code = program(pid)
     buffer = ctypes.create_string_buffer(code, len(code))
     pointer = struct.pack("@HP", len(code) // 8, ctypes.addressof(buffer))
-    syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
     syscalls.call("seccomp", 1, 0, pointer)  # SECCOMP_SET_MODE_FILTER

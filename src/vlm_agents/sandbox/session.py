@@ -26,8 +26,8 @@ BIRTH_S = 30.0  # until a forked process must have said that it is confined
 class Result:
     """What came of a turn: what the code printed and showed, in its order, pictures in RGB.
 
-    `ended`: done; error: the code raised; timeout: it ran too long; cpu, tmp: its process went over that limit; died: its
-    process ended, or talked nonsense. After the last four the process is a new one, with the session's pictures and
+    `ended`: done; error: the code raised; timeout: it ran too long; cpu, tmp: its process went over that limit; died:
+    its process ended, or talked nonsense. After the last four the process is a new one, with the session's pictures and
     without its variables, and `error` says so in words for a model.
     """
 
@@ -210,7 +210,7 @@ class _Process:
         for piece in wire.packed(header, (picture.tobytes() for picture in pictures.values())):
             self._channel.settimeout(self._left_s())
             self._channel.sendall(piece)
-        # A character is at most 12 bytes of JSON, a pair of escaped surrogates; text is that of cell, notes and traceback.
+        # A character is at most 12 bytes of JSON, a pair of escaped surrogates; some text is notes and the traceback.
         most_chars = 2 * settings.output_chars + 200 * (settings.pictures + 2)
         answer = wire.header(self._read, 12 * most_chars + 4096)
         if answer.get("id") != request:

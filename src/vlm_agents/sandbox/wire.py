@@ -1,7 +1,7 @@
 """Messages between a sandbox and who uses it: four bytes of length, a JSON header of that length, then raw bytes.
 
-Nothing is unpickled and no picture is decoded. How many raw bytes follow, the reader works out from the header, after it
-held its numbers against its limits: nothing is allocated on another's word.
+Nothing is unpickled and no picture is decoded. How many raw bytes follow, the reader works out from the header, after
+it held its numbers against its limits: nothing is allocated on another's word.
 """
 
 import json
@@ -22,7 +22,7 @@ def packed(header: dict[str, Any], blobs: Iterable[bytes] = ()) -> list[bytes]:
 
 
 def header(read: Callable[[int], bytes | bytearray], most_bytes: int) -> dict[str, Any]:
-    """The header of the next message; `read` gives as many bytes as it is asked for, or raises. Raises BrokenMessage."""
+    """The header of the next message, or BrokenMessage; `read` gives as many bytes as it is asked for, or raises."""
     length = int.from_bytes(read(_LENGTH), "big")
     if length > most_bytes:
         raise BrokenMessage(f"a header of {length} bytes, more than {most_bytes}")

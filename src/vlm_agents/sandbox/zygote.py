@@ -20,19 +20,10 @@ from vlm_agents.sandbox import child, landlock
 from vlm_agents.sandbox.confinement import DEVICES, NOBODY, Ground, trial
 from vlm_agents.sandbox.settings import SandboxSettings
 
-PRELOADED = (
-    "numpy",
-    "PIL.Image",
-    "PIL.ImageDraw",
-    "PIL.ImageFont",
-    "PIL.ImageFilter",
-    "PIL.ImageOps",
-    "PIL.ImageEnhance",
-)
-PRELOADED += ("matplotlib", "matplotlib.pyplot", "matplotlib.patches", "scipy.ndimage")
-PRELOADED += tuple(
-    f"skimage.{part}" for part in "color exposure feature filters measure morphology segmentation transform".split()
-)
+_PILLOW = ("Image", "ImageChops", "ImageColor", "ImageDraw", "ImageEnhance", "ImageFilter", "ImageFont", "ImageOps")
+_SKIMAGE = ("color", "exposure", "feature", "filters", "measure", "morphology", "segmentation", "transform")
+PRELOADED = ("numpy", "matplotlib.pyplot", "matplotlib.patches", "scipy.ndimage")
+PRELOADED += tuple(f"PIL.{part}" for part in _PILLOW) + tuple(f"skimage.{part}" for part in _SKIMAGE)
 LOOK_S = 0.1  # between two looks at the folders of sessions, where the kernel doesn't limit them
 
 
