@@ -15,6 +15,7 @@ from PIL import Image
 from vlm_agents.sandbox.settings import SandboxSettings
 
 Shown = str | Image.Image
+_OWN = __file__.rpartition("/")[0]
 _PRELUDE = "import base64, io, math\nimport PIL\nfrom PIL import Image\n"
 _PRELUDE_IF_THERE = ("import numpy as np", "import matplotlib", "import matplotlib.pyplot as plt")
 
@@ -110,6 +111,7 @@ class Notebook:
         self._settings = settings
         self.output = Output(settings)
         self._cells = 0
+        self._paths = [f"{path}/" for path in sorted(filter(None, sys.path), key=len, reverse=True)]
         self._stream: TextIO = _Stream(self)  # pyright: ignore[reportAttributeAccessIssue]
         self.names: dict[str, Any] = {"__name__": "__main__", "display": self.display}
         exec(_PRELUDE, self.names)
@@ -142,7 +144,7 @@ class Notebook:
         except SystemExit:
             pass  # a cell may say that it is at its end
         except BaseException as raised:  # noqa: BLE001 (whatever the code raised is its answer)
-            error = self._told(raised, file)
+            error = self._told(raised)
         finally:
             if self._plt is not None:
                 self._plt.close("all")
@@ -183,19 +185,25 @@ class Notebook:
         if self._plt is not None and getattr(figure, "number", None) is not None:
             self._plt.close(figure)
 
-    def _told(self, raised: BaseException, file: str) -> str:
-        """The traceback from the cell's own line on, without where things lie on this machine."""
+    def _told(self, raised: BaseException) -> str:
+        """The traceback without our own part of it, and without where things lie on this machine."""
         try:
-            trace = raised.__traceback__
-            while trace is not None and not trace.tb_frame.f_code.co_filename.startswith("<cell "):
-                trace = trace.tb_next
-            text = "".join(traceback.format_exception(type(raised), raised.with_traceback(trace), trace))
+            told = traceback.TracebackException.from_exception(raised)
+            _leave_out(told)
+            text = "".join(told.format())
         except BaseException:  # noqa: BLE001 (an exception that can't even be told)
             text = f"{type(raised).__name__}\n"
-        for path in sorted(filter(None, sys.path), key=len, reverse=True):
-            text = text.replace(f"{path}/", "")
+        for path in self._paths:
+            text = text.replace(path, "")
         most = self._settings.output_chars
         return text if len(text) <= most else f"{text[: most // 4]}\n[...]\n{text[-(most - most // 4) :]}"
+
+
+def _leave_out(told: traceback.TracebackException | None) -> None:
+    """Leave out the frames of this package, of what caused the error too."""
+    while told is not None:
+        told.stack[:] = [frame for frame in told.stack if not frame.filename.startswith(_OWN)]
+        told = told.__cause__ or told.__context__
 
 
 def _compiled(code: str, file: str) -> tuple[CodeType, CodeType | None]:
