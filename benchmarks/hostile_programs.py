@@ -662,25 +662,25 @@ def drill(require: Require, programs: list[Program] = PROGRAMS) -> list[str]:
     failures = []
     with world() as target, Sandbox(replace(SETTINGS, require=require)) as sandbox:
         neighbour = Neighbour(sandbox)
+        calm = descendants()
         for program in programs:
             with sandbox.open() as session:
                 found = wrong(program, session, target)
             found = found or target.harm() or neighbour.harm()
-            running = 0
-            for _ in range(50):  # a killed process is gone soon, not at once
-                if (running := descendants()) <= baseline(sandbox):
-                    break
-                time.sleep(0.02)
-            else:
-                found = found or f"{running} processes are left, more than {baseline(sandbox)}"
+            found = found or _left_over(calm)
             if found:
                 failures.append(f"{program.name}: {found}")
     return failures
 
 
-def baseline(sandbox: Sandbox) -> int:
-    """The victim, the neighbour, the zygote and, around it, bubblewrap's two processes."""
-    return 5 if sandbox.isolated == "bubblewrap" else 3
+def _left_over(calm: int) -> str:
+    """Are more processes there than before the program? A killed one is gone soon, not at once."""
+    deadline = time.monotonic() + 1
+    while (running := descendants()) > calm:
+        if time.monotonic() > deadline:
+            return f"{running - calm} processes are left"
+        time.sleep(0.02)
+    return ""
 
 
 # Where a secret may be put, and where it may be looked for. Both see `secret`, and SEEN collects what a hunt finds.
@@ -710,7 +710,7 @@ import os; print([(d, fs) for top in ('/tmp', '/sandbox', '/dev/shm', '/var/tmp'
 print([v for k, v in vars(np).items() if k.startswith('secret')])
 import sys; print([v for v in sys.modules.values() if isinstance(v, str)])
 import gc; print([o for o in gc.get_objects() if isinstance(o, dict) and 'secret' in o][:3])
-import gc; print([v for o in gc.get_objects() if isinstance(o, dict) for v in list(o.values()) if 'SECRET-' in str(v)[:9]])
+import gc; print([v for o in gc.get_objects() if isinstance(o, dict) for v in o.values() if 'SECRET-' in str(v)[:9]])
 import re; print(re.findall(rb'SECRET-[0-9]+-[0-9a-f]+', np.empty(1 << 22, dtype=np.uint8).tobytes())[:20])
 import ctypes; print(re.findall(rb'SECRET-[0-9]+-[0-9a-f]+', ctypes.string_at(id(secret) - (1 << 15), 1 << 16))[:20])
 import os; print([os.read(d, 4096) for d in range(4, 64) if os.path.exists('/dev/fd/%d' % d)])

@@ -32,7 +32,6 @@ def confine(ground: Ground, folder: str, memory_bytes: int) -> None:
 
     Raises OSError where the kernel lacks what `ground.isolation` stands for.
     """
-    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
     _limit(ground.settings, memory_bytes)
     if ground.isolation == "bubblewrap":
         _own_namespaces(ground.settings, folder)
@@ -44,9 +43,9 @@ def confine(ground: Ground, folder: str, memory_bytes: int) -> None:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
-        syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of user takes it back
     os.chdir(folder)
     try:
+        syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)  # not before: a change of user takes it back
         syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)  # not to be traced by others of the same user
         syscalls.drop_capabilities()
         seccomp.install(os.getpid())

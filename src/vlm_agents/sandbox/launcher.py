@@ -70,7 +70,7 @@ class Zygote:
             "parent": parent,
         }
         main = _MAIN.format(path=[*dict.fromkeys([*standard, *installed]), source])
-        command = [os.path.realpath(sys.executable), "-I", "-S", "-B", "-c", main, json.dumps(asked)]
+        command = [os.path.realpath(sys.executable), "-sSPB", "-c", main, json.dumps(asked)]
         if isolation == "bubblewrap":
             command = [*_bubblewrap([*readable, *package]), *command]
         passed = [theirs.fileno()] if parent is None else [theirs.fileno(), parent]
@@ -123,9 +123,14 @@ class Zygote:
                 end.close()
         return ours
 
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
     def close(self) -> None:
         """End it and its sessions, and remove their folders."""
-        self.control.close()
+        with suppress(OSError), self.control:
+            self.control.shutdown(socket.SHUT_RDWR)  # a process that was forked from this one may have it open too
         try:
             self._process.wait(END_S)
         except subprocess.TimeoutExpired:

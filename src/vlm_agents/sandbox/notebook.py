@@ -173,15 +173,16 @@ class Notebook:
 
     def _show_figure(self, figure: Any) -> None:
         """Draw at a resolution that keeps to the limit, before any memory is taken; and close it, if pyplot has it."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
         width, height = (side * figure.dpi for side in figure.get_size_inches())
         if width * height > self._settings.picture_pixels:
             scale = (self._settings.picture_pixels / (width * height)) ** 0.5
             figure.set_dpi(figure.dpi * scale * 0.999)  # 0.999: sizes are rounded
             self.output.text(f"[figure of {width:.0f}x{height:.0f} pixels scaled down]\n")
-        figure.canvas.draw()
-        self.output.picture(
-            Image.frombytes("RGBA", figure.canvas.get_width_height(), bytes(figure.canvas.buffer_rgba()))
-        )
+        canvas = FigureCanvasAgg(figure)  # a figure that was closed has lost its own
+        canvas.draw()
+        self.output.picture(Image.frombytes("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())))
         if self._plt is not None and getattr(figure, "number", None) is not None:
             self._plt.close(figure)
 

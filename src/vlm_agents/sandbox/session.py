@@ -86,13 +86,13 @@ class Sandbox:
                 self._zygote.close()
             self._zygote = None
 
-    def _running(self, instead_of: Zygote | None = None) -> Zygote:
+    def _running(self) -> Zygote:
         with self._lock:
             if self._owner != os.getpid():
                 if self._zygote is not None:
                     self._zygote.disown()
                 self._zygote, self._owner = None, os.getpid()
-            if self._zygote is not None and self._zygote is instead_of:
+            if self._zygote is not None and not self._zygote.alive:
                 self._zygote.close()
                 self._zygote = None
             if self._zygote is None:
@@ -100,12 +100,11 @@ class Sandbox:
             return self._zygote
 
     def _fork(self) -> "_Process":
-        """A new confined process. EnvError where there is none to be had, from a new zygote neither."""
-        zygote = self._running()
+        """A new confined process. EnvError where there is none to be had, at a second attempt neither."""
         try:
-            return _Process(zygote)
+            return _Process(self._running())
         except EnvError:
-            return _Process(self._running(instead_of=zygote))
+            return _Process(self._running())
 
 
 class Session:

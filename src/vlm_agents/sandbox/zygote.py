@@ -164,8 +164,13 @@ class Zygote:
             return False
         channel, lifeline = descriptors
         self._count += 1
-        folder = _own_folder(self._ground, str(self._count))
-        pid = os.fork()
+        try:
+            folder = _own_folder(self._ground, str(self._count))
+            pid = os.fork()
+        except OSError:  # no memory, no room: who asked sees both ends closed
+            os.close(channel)
+            os.close(lifeline)
+            return True
         if not pid:
             _become_session(self._ground, folder, channel, self._memory)
         os.close(channel)
@@ -229,27 +234,36 @@ def within_limits(folder: str, settings: SandboxSettings) -> bool:
 
 
 def remove(folder: str, keep: bool = False) -> None:
-    """Remove a folder and all in it, however deep: each folder inside is moved up to the first before its turn comes.
-
-    `keep`: what is in it alone.
+    """Remove a folder and all in it, however deep, with one descriptor and without following links; nobody else may be
+    at work in it. `keep`: what is in it alone.
     """
     with suppress(OSError):
-        moved = 0
-        todo = [folder]
-        while todo:
-            current = todo.pop()
-            os.chmod(current, 0o700)
-            with os.scandir(current) as entries:
-                found = [(entry.path, entry.is_dir(follow_symlinks=False)) for entry in entries]
-            for path, is_folder in found:
-                if not is_folder:
-                    os.unlink(path)
-                    continue
-                while os.path.lexists(up := os.path.join(folder, f".{moved}")):
-                    moved += 1
-                os.rename(path, up)
-                todo.append(up)
-            if current != folder:
-                os.rmdir(current)
+        here = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        above: list[tuple[str, list[str]]] = []  # where we came from: what we entered, what is left beside it
+        left = _emptied_of_files(here)
+        while left or above:
+            if left:
+                name = left.pop()
+                os.chmod(name, 0o700, dir_fd=here)
+                there = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=here)
+                above.append((name, left))
+                left = _emptied_of_files(there)
+            else:
+                there = os.open("..", os.O_RDONLY | os.O_DIRECTORY, dir_fd=here)
+                name, left = above.pop()
+                os.rmdir(name, dir_fd=there)
+            os.close(here)
+            here = there
+        os.close(here)
         if not keep:
             os.rmdir(folder)
+
+
+def _emptied_of_files(folder: int) -> list[str]:
+    """Remove what is no folder from this one, which is open; the names of the folders in it."""
+    with os.scandir(folder) as entries:
+        kinds = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+    for name, is_folder in kinds:
+        if not is_folder:
+            os.unlink(name, dir_fd=folder)
+    return [name for name, is_folder in kinds if is_folder]
