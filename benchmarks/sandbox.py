@@ -22,7 +22,7 @@ PICTURE = Image.effect_noise((2000, 1500), 60).convert("RGB")
 TURNS = {
     "text": "total = sum(range(1000))\nprint(total)",
     "a crop of 500 x 400": "image_clue_0.crop((100, 100, 600, 500)).show()",
-    "text, and a crop made larger": "box = (100, 100, 400, 300)\nprint(box)\nimage_clue_0.crop(box).resize((900, 600)).show()",
+    "text, and a crop made larger": "print(1)\nimage_clue_0.crop((100, 100, 400, 300)).resize((900, 600)).show()",
     "a figure of a crop": "plt.imshow(image_clue_0.crop((0, 0, 500, 400)))\nplt.axis('off')\nplt.show()",
 }
 EXPECTED_PICTURES = {"text": 0}

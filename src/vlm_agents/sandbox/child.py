@@ -49,7 +49,7 @@ def _serve(notebook: Notebook) -> None:
     while True:
         request = wire.header(_read, MOST_HEADER)
         for name, width, height in request["pictures"]:
-            notebook.names[name] = Image.frombytes("RGB", (width, height), bytes(_read(3 * width * height)))
+            notebook.names[name] = Image.frombytes("RGB", (width, height), _read(3 * width * height))
         shown, error = notebook.run(request["code"])
         parts = [part if isinstance(part, str) else list(part.size) for part in shown]
         answer = {"id": request["id"], "parts": parts, "error": error}

@@ -250,7 +250,7 @@ class _Process:
         width, height = part
         if width * height > most_pixels:
             raise wire.BrokenMessage(f"a picture of {width}x{height} pixels")
-        return Image.frombytes("RGB", (width, height), bytes(self._read(3 * width * height)))
+        return Image.frombytes("RGB", (width, height), self._read(3 * width * height))
 
     def _read(self, count: int) -> bytearray:
         found = bytearray(count)
