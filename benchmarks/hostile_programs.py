@@ -205,8 +205,8 @@ PROGRAMS = [
     Program(
         "a bomb of zlib",
         "import zlib\nx = zlib.compress(bytes(1 << 24) * 2)\ny = [zlib.decompress(x) for _ in range(1000)]",
-        ERROR,
-        "MemoryError",
+        ("error", "timeout"),
+        "MemoryError|TimeoutError",
     ),
     Program(
         "a picture that lies about its size",
@@ -543,13 +543,21 @@ class World:
             code = code.replace(name, value)
         return code
 
+    def restore(self) -> None:
+        self.folder.mkdir(exist_ok=True)
+        for path in self.folder.iterdir():
+            path.rmdir() if path.is_dir() else path.unlink()
+        self.secret.write_text(self.word)
+        self.secret.chmod(0o644)
+        self.signals.clear()
+
     def harm(self) -> str:
         """What has been done to it; an empty string where nothing has."""
+        if not self.folder.exists() or os.listdir(self.folder) != ["secret.txt"]:
+            return "the target's folder was changed"
         state = self.secret.stat()
-        if self.secret.read_text() != self.word or os.listdir(self.folder) != ["secret.txt"]:
-            return "the target's files were changed"
-        if state.st_mode & 0o777 != 0o644 or state.st_mtime < 1000:
-            return "the target's mode or times were changed"
+        if state.st_mode & 0o777 != 0o644 or state.st_mtime < 1000 or self.secret.read_text() != self.word:
+            return "the target's file was changed"
         if self.victim.poll() is not None or self.signals:
             return f"processes were signalled: {self.signals}, {self.victim.poll()}"
         for listener in self.listeners:
@@ -579,8 +587,7 @@ def world() -> Iterator[World]:
         stack.callback(victim.wait)
         stack.callback(victim.kill)
         found = World(folder, [tcp, unix], victim)
-        found.secret.write_text(found.word)
-        found.secret.chmod(0o644)
+        found.restore()
         os.environ["TARGET"] = found.word
         stack.callback(os.environ.pop, "TARGET")
 
@@ -670,6 +677,7 @@ def drill(require: Require, programs: list[Program] = PROGRAMS) -> list[str]:
             found = found or _left_over(calm)
             if found:
                 failures.append(f"{program.name}: {found}")
+                target.restore()
     return failures
 
 
