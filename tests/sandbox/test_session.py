@@ -71,6 +71,19 @@ def test_a_process_that_ends_is_told_apart(sandbox: Sandbox) -> None:
     assert str(killed.error).startswith("The process ended (signal 9).")
 
 
+@pytest.mark.slow
+def test_cpu_time_and_the_folder_have_their_limits(needs: Needs) -> None:
+    needs("landlock")
+    with Sandbox(SandboxSettings(require="landlock", cpu_s=2, turn_s=20.0, tmp_files=50)) as sandbox:
+        with sandbox.open() as session:
+            spun = session.run("while True: pass")
+            full = session.run("import time\nfor n in range(100): open(str(n), 'w').close()\ntime.sleep(10)")
+            assert session.run("import os\nprint(os.listdir())").text == "[]\n"
+    assert (spun.ended, full.ended) == ("cpu", "tmp")
+    assert str(spun.error).startswith("The process used its 2 s of CPU time and was ended. Python was started anew")
+    assert str(full.error).startswith("The process wrote more than 64 MiB or 50 files and was ended.")
+
+
 @pytest.mark.parametrize("words", ["a b", "1x", ""])
 def test_a_picture_needs_a_name(sandbox: Sandbox, words: str) -> None:
     with pytest.raises(ConfigError, match="must be a name of Python"):
@@ -116,13 +129,14 @@ import sys, time
 from vlm_agents.sandbox.session import Sandbox
 from vlm_agents.sandbox.settings import SandboxSettings
 sandbox = Sandbox(SandboxSettings(require=sys.argv[1], turn_s=60))
-sandbox.open().run("open('file', 'w').write('1')")
+first = sandbox.open()
+first.run("open('file', 'w').write('1')")
 print(sandbox._running()._process.pid, flush=True)
 sandbox.open().run("while True: pass")
 """
 
 
-@pytest.mark.parametrize("isolation", ["bubblewrap", pytest.param("landlock", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("isolation", KINDS)
 def test_a_killed_parent_leaves_nothing(needs: Needs, isolation: Isolation, tmp_path: Path) -> None:
     needs(isolation)
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
@@ -132,10 +146,12 @@ def test_a_killed_parent_leaves_nothing(needs: Needs, isolation: Isolation, tmp_
         zygote = int(parent.stdout.readline())
         group = set(_tree(zygote))
         deadline = time.monotonic() + 10
-        while len(group) < (4 if isolation == "bubblewrap" else 3) and time.monotonic() < deadline:
-            group = set(_tree(zygote))  # bubblewrap's two, the zygote, and the second session at least
+        while len(group) < (5 if isolation == "bubblewrap" else 3) and time.monotonic() < deadline:
+            group = set(_tree(zygote))  # bubblewrap's two, the zygote, two sessions
+        assert len(group) == (5 if isolation == "bubblewrap" else 3)
         assert len(os.listdir(tmp_path)) == (isolation == "landlock")
         parent.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 10
     while any(map(_runs, group)) or os.listdir(tmp_path):
         assert time.monotonic() < deadline, (group, os.listdir(tmp_path))
         time.sleep(0.02)

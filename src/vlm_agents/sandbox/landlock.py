@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from vlm_agents.sandbox import syscalls
 
-READ_FILE, READ_DIR = 1 << 2, 1 << 3
+WRITE_FILE, READ_FILE, READ_DIR, REMOVE_DIR = 1 << 1, 1 << 2, 1 << 3, 1 << 4
 # Not to be made, nor executed: devices, sockets, FIFOs.
 WRITE = sum(
     1 << bit for bit in (1, 4, 5, 7, 8, 12, 13, 14)
@@ -25,8 +25,10 @@ def version() -> int:
         return 0
 
 
-def restrict(readable: Iterable[str], writable: Iterable[str]) -> None:
+def restrict(readable: Iterable[str], writable: Iterable[str], emptied: Iterable[str] = ()) -> None:
     """From here on this process opens nothing but what is, or lies under, these paths; OSError where it can't be had.
+
+    From those that are `emptied` it can remove folders, and no more.
 
     Also, where the kernel knows how: no TCP, no signal to and no abstract socket of a process outside.
     """
@@ -38,11 +40,12 @@ def restrict(readable: Iterable[str], writable: Iterable[str]) -> None:
     scopes = 3 if known >= 6 else 0  # abstract sockets, signals
     size = 24 if known >= 6 else 16 if known >= 4 else 8
     rules = syscalls.call("landlock_create_ruleset", struct.pack("=QQQ", handled, network, scopes), size, 0)
-    for paths, rights in ((readable, READ_FILE | READ_DIR), (writable, READ_FILE | READ_DIR | WRITE)):
+    read = READ_FILE | READ_DIR
+    for paths, rights in ((readable, read), (writable, read | WRITE), (emptied, REMOVE_DIR)):
         for path in filter(os.path.exists, paths):
             allowed = rights & handled
             if not os.path.isdir(path):
-                allowed &= READ_FILE | 1 << 1  # a file itself: read, write
+                allowed &= READ_FILE | WRITE_FILE
             beneath = os.open(path, os.O_PATH | os.O_CLOEXEC)
             syscalls.call("landlock_add_rule", rules, 1, struct.pack("=Qi", allowed, beneath), 0)
             os.close(beneath)

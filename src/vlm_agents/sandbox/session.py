@@ -173,7 +173,7 @@ def _cause(status: str, broken: Exception, settings: SandboxSettings) -> tuple[E
     if status == "-24":  # SIGXCPU
         return "cpu", f"The process used its {settings.cpu_s} s of CPU time and was ended."
     if status == "tmp":
-        limits = f"{settings.tmp_mib} MiB and {settings.tmp_files} files"
+        limits = f"{settings.tmp_mib} MiB or {settings.tmp_files} files"
         return "tmp", f"The process wrote more than {limits} and was ended."
     if isinstance(broken, wire.BrokenMessage) or not status:
         return "died", "The process was ended: it gave no proper answer."

@@ -44,18 +44,29 @@ def main(arguments: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started us
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # short of memory, the kernel ends a session before the run
-    with open("/proc/self/statm") as statm:
+    try:
         if refused := _refusal(ground):
             _say(control, {"refused": refused})
             return
-        if ground.isolation == "landlock":  # sees what sessions see: its fonts, and no more to take over from it
-            landlock.restrict([*ground.readable, *asked["package"], *DEVICES], [ground.folder, "/dev/null"])
+        loaded, taken_bytes = _loaded(ground, asked["package"])
+        sys.path.remove(asked["source"])
+        _say(control, {"ready": loaded})
+        Zygote(ground, control, asked["parent"], taken_bytes + (settings.memory_mib << 20)).serve()
+    except ConnectionError:
+        pass  # nobody waits for us any more
+    finally:
+        remove(ground.folder, keep=ground.isolation == "bubblewrap")
+
+
+def _loaded(ground: Ground, package: list[str]) -> tuple[list[str], int]:
+    """Import the libraries: their names, and how much address space they take."""
+    with open("/proc/self/statm") as statm:
+        if ground.isolation == "landlock":  # sees what sessions see: the same fonts, and nothing to hand on
+            readable = [*ground.readable, *package, *DEVICES]
+            landlock.restrict(readable, [ground.folder, "/dev/null"], [os.path.dirname(ground.folder)])
         loaded = _preload()
         statm.seek(0)
-        memory_bytes = int(statm.read().split()[0]) * os.sysconf("SC_PAGE_SIZE") + (settings.memory_mib << 20)
-    sys.path[:] = [path for path in sys.path if path != asked["source"]]
-    _say(control, {"ready": loaded})
-    Zygote(ground, control, asked["parent"], memory_bytes).serve()
+        return loaded, int(statm.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _say(control: socket.socket, message: dict[str, object]) -> None:
@@ -131,8 +142,6 @@ class Zygote:
             for pid in list(self._sessions):
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
-            remove(self._ground.folder, keep=self._ground.isolation == "bubblewrap")
-            os._exit(0)
 
     def _turn(self) -> bool:
         """Wait for something to do and do it; False when it is time to go."""
