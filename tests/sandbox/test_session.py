@@ -74,11 +74,11 @@ def test_a_process_that_ends_is_told_apart(sandbox: Sandbox) -> None:
 @pytest.mark.slow
 def test_cpu_time_and_the_folder_have_their_limits(needs: Needs) -> None:
     needs("landlock")
-    with Sandbox(SandboxSettings(require="landlock", cpu_s=2, turn_s=20.0, tmp_files=50)) as sandbox:
-        with sandbox.open() as session:
-            spun = session.run("while True: pass")
-            full = session.run("import time\nfor n in range(100): open(str(n), 'w').close()\ntime.sleep(10)")
-            assert session.run("import os\nprint(os.listdir())").text == "[]\n"
+    settings = SandboxSettings(require="landlock", cpu_s=2, turn_s=20.0, tmp_files=50)
+    with Sandbox(settings) as sandbox, sandbox.open() as session:
+        spun = session.run("while True: pass")
+        full = session.run("import time\nfor n in range(100): open(str(n), 'w').close()\ntime.sleep(10)")
+        assert session.run("import os\nprint(os.listdir())").text == "[]\n"
     assert (spun.ended, full.ended) == ("cpu", "tmp")
     assert str(spun.error).startswith("The process used its 2 s of CPU time and was ended. Python was started anew")
     assert str(full.error).startswith("The process wrote more than 64 MiB or 50 files and was ended.")
