@@ -24,7 +24,7 @@ rollout | server
 policies episodes outcomes summary llava_data env_pool report frames chats inputs judge
 envs experts | prompting | models | learn | tracking backends stores | checkpoints | remote endpoint answers handover
 lineage weights snapshot
-config tensors | processes
+config tensors | processes | sandbox
 types upgrades errors imports files marks pictures progress versions metrics cores seeds ratings intervals
 world stopping
 """
@@ -48,7 +48,8 @@ DOORS = {
     "httpx2": ["endpoint.py"],
     "huggingface_hub": ["models/sources.py"],
     "scipy": ["intervals.py"],
-    "matplotlib": ["charts.py"],
+    "skimage": [],  # imported by name, inside of a sandbox
+    "matplotlib": ["charts.py", "sandbox"],
 }
 
 

@@ -45,7 +45,7 @@ def test_what_is_imported_is_required_and_what_is_required_is_imported():
 
 def test_what_the_tests_import_is_required_too():
     local = {path.stem for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
-    assert set(EXTRAS) == {"dev", "serve", "tensorboard", "wandb"}  # none that nothing uses
+    assert set(EXTRAS) == {"dev", "sandbox", "serve", "tensorboard", "wandb"}  # none that nothing uses
     required = [requirement for extra in EXTRAS.values() for requirement in extra]
     assert imported("tests") - local <= modules([*PROJECT["dependencies"], *required])
 

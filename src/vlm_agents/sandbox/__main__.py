@@ -1,0 +1,34 @@
+"""python -m vlm_agents.sandbox PROGRAM.py: runs a program as one turn and prints what came of it, as JSON."""
+
+import argparse
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from vlm_agents.errors import VlmAgentsError
+from vlm_agents.sandbox.session import Sandbox
+from vlm_agents.sandbox.settings import SandboxSettings
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m vlm_agents.sandbox", description=__doc__)
+    parser.add_argument("program", type=Path)
+    for field in fields(SandboxSettings):
+        kind = type(field.default)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help="%(default)s")
+    asked = vars(parser.parse_args())
+    try:
+        code = asked.pop("program").read_text()
+        with Sandbox(SandboxSettings(**asked)) as sandbox, sandbox.open() as session:
+            result = session.run(code)
+    except (VlmAgentsError, OSError, UnicodeDecodeError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    told = {"text": result.text, "images": len(result.images), "error": result.error, "isolated": result.isolated}
+    print(json.dumps(told | {"seconds": round(result.seconds, 4)}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""The limits of a sandbox, and what it may be without."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from vlm_agents.errors import ConfigError, did_you_mean
+
+Isolation = Literal["bubblewrap", "landlock", "rlimits"]  # from the strongest down
+Require = Literal["isolated", "bubblewrap", "landlock", "rlimits", "any"]
+
+
+@dataclass(frozen=True)
+class SandboxSettings:
+    """Limits of each session. A session is one process with one thread, and can't start another."""
+
+    require: Require = (
+        "isolated"  # isolated: bubblewrap or landlock; any: rlimits alone too; else this one and no other
+    )
+    turn_s: float = 10.0  # wall time of one turn
+    cpu_s: int = 120  # CPU time of a session's process, all its turns together
+    memory_mib: int = 1024  # beyond what the libraries take
+    file_mib: int = 16  # one file
+    tmp_mib: int = 64  # all files of the private folder
+    tmp_files: int = 1000  # files and folders in it
+    output_chars: int = 20_000  # text of one turn; what is beyond it is left out
+    pictures: int = 8  # of one turn; what is beyond it is left out
+    picture_pixels: int = 4_000_000  # of one returned picture; a larger one is scaled down
+    start_s: float = 120.0  # wall time until the libraries are imported
+
+    def __post_init__(self) -> None:
+        choices = get_args(Require)
+        if self.require not in choices:
+            raise ConfigError(
+                f"sandbox.require={self.require} is not one of {', '.join(choices)}."
+                f"{did_you_mean(str(self.require), choices)}"
+            )
+        for name in ("turn_s", "start_s"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"sandbox.{name}={getattr(self, name)} must be a number of seconds above 0")
+        least = {"cpu_s": 1, "memory_mib": 64, "file_mib": 1, "tmp_mib": 1, "tmp_files": 1, "output_chars": 100}
+        for name, low in (least | {"pictures": 0, "picture_pixels": 1024}).items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < low:
+                raise ConfigError(f"sandbox.{name}={value} must be a whole number, at least {low}")
+
+    @property
+    def accepted(self) -> tuple[Isolation, ...]:
+        """The kinds of isolation that will do, from the strongest down."""
+        if self.require == "isolated":
+            return ("bubblewrap", "landlock")
+        return ("bubblewrap", "landlock", "rlimits") if self.require == "any" else (self.require,)
