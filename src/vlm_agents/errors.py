@@ -53,3 +53,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def harmless(text: str) -> str:
     """The text with control characters spelled out, but for line ends and tabs: a terminal would obey them."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def short(value: object) -> str:
+    """A value as an error shows it."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "..."

@@ -79,6 +79,14 @@ def atomic_write(path: Path, content: bytes | str, durable: bool = True, mode: i
             temporary.unlink(missing_ok=True)
 
 
+def inside(folder: Path, name: str) -> Path | None:
+    """The path of that name in the folder, from the root; None for one that leads out of it. Links aren't resolved: one
+    in the folder may lead out, as whoever made it wanted."""
+    folder = Path(os.path.abspath(folder))
+    path = Path(os.path.abspath(folder / name))
+    return path if path.is_relative_to(folder) else None
+
+
 def append_line(path: Path, line: str) -> None:
     """Append one line, whole or not at all."""
     data = line.encode() + b"\n"

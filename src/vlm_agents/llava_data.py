@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from vlm_agents.errors import DataError
+from vlm_agents.errors import DataError, short
+from vlm_agents.files import inside
 from vlm_agents.marks import IMAGE_MARK, unmarked
 from vlm_agents.pictures import Picture, read_picture
 from vlm_agents.types import Message, Part, Prompt, Role
@@ -130,37 +131,31 @@ def _trimmed(parts: Sequence[Part]) -> tuple[Part, ...]:
 def _field(node: Any, key: str, kind: type) -> Any:
     """`node[key]`, which must be of this kind and not empty."""
     if not isinstance(node, dict) or key not in node:
-        raise BrokenRecord(f"no {key} in {_short(node)}")
+        raise BrokenRecord(f"no {key} in {short(node)}")
     if not isinstance(node[key], kind) or not node[key]:
-        raise BrokenRecord(f"{key} is {_short(node[key])}")
+        raise BrokenRecord(f"{key} is {short(node[key])}")
     return node[key]
 
 
 def _role(turn: dict[str, Any]) -> Role:
     speaker = _field(turn, "from", str)
     if speaker not in ROLES:
-        raise BrokenRecord(f"from is {_short(speaker)}, not one of {', '.join(ROLES)}")
+        raise BrokenRecord(f"from is {short(speaker)}, not one of {', '.join(ROLES)}")
     return ROLES[speaker]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:60] + "..."
 
 
 def _image(folder: Path, name: Any) -> Image.Image:
     if not isinstance(name, str):
-        raise BrokenRecord(f"can't read picture {_short(name)} (its name is no text)")
-    folder = Path(os.path.abspath(folder))
-    path = Path(os.path.abspath(folder / name))  # without "..", and not resolved: a link in the folder may lead out
-    if not path.is_relative_to(folder):
+        raise BrokenRecord(f"can't read picture {short(name)} (its name is no text)")
+    path = inside(folder, name)
+    if path is None:
         raise BrokenRecord(
-            f"picture {_short(name)} lies outside of {folder}: write its absolute path, and set stage.images to a "
-            "folder above it"
+            f"picture {short(name)} lies outside of {os.path.abspath(folder)}: write its absolute path, and set "
+            "stage.images to a folder above it"
         )
     try:
         return read_picture(path)
     except DataError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             raise BrokenRecord(f"no picture {path}") from error
-        raise BrokenRecord(f"can't read picture {_short(name)} ({error})") from error
+        raise BrokenRecord(f"can't read picture {short(name)} ({error})") from error

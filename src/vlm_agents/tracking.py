@@ -256,10 +256,9 @@ def end_sweep(sweep: Path, status: str, settings: Mapping[str, Any] | None = Non
     """End the MLflow run of a sweep as FINISHED or FAILED, as its jobs came out this time: of one that was refused
     before it began, no job's run knows. `settings` are those of a job, where none has written them down."""
     try:
-        settings = settings or yaml.safe_load(next(sweep.rglob("config.yaml")).read_text())
-        assert settings is not None
+        known = settings or yaml.safe_load(next(sweep.rglob("config.yaml")).read_text())
         stores.quieten()
-        stores.end_run(stores.address(settings["tracking"]), (sweep / "mlflow_run_id").read_text(), status)
+        stores.end_run(stores.address(known["tracking"]), (sweep / "mlflow_run_id").read_text(), status)
     except Exception as error:  # noqa: BLE001 - whatever ails the tracker must not stop the sweep
         log.warning("%s", harmless(masked(f"MLflow doesn't know that {sweep} is {status}: {error}")))
 

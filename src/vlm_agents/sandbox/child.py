@@ -57,14 +57,7 @@ def _serve(notebook: Notebook) -> None:
 
 
 def _read(count: int) -> bytearray:
-    found = bytearray(count)
-    view, done = memoryview(found), 0
-    while done < count:
-        got = os.readv(CHANNEL, [view[done:]])
-        if not got:
-            raise EOFError
-        done += got
-    return found
+    return wire.filled(count, lambda view: os.readv(CHANNEL, [view]))
 
 
 def _write(pieces: list[bytes]) -> None:

@@ -253,15 +253,11 @@ class _Process:
         return Image.frombytes("RGB", (width, height), self._read(3 * width * height))
 
     def _read(self, count: int) -> bytearray:
-        found = bytearray(count)
-        view, done = memoryview(found), 0
-        while done < count:
+        def receive(view: memoryview) -> int:
             self._channel.settimeout(self._left_s())
-            got = self._channel.recv_into(view[done:])
-            if not got:
-                raise EOFError
-            done += got
-        return found
+            return self._channel.recv_into(view)
+
+        return wire.filled(count, receive)
 
     def _left_s(self) -> float:
         left = self._deadline - time.monotonic()

@@ -21,6 +21,18 @@ def packed(header: dict[str, Any], blobs: Iterable[bytes] = ()) -> list[bytes]:
     return [len(text).to_bytes(_LENGTH, "big") + text, *blobs]
 
 
+def filled(count: int, receive: Callable[[memoryview], int]) -> bytearray:
+    """So many bytes, as `receive` puts them into what it is given, and says how many; EOFError where it says none."""
+    found = bytearray(count)
+    view, done = memoryview(found), 0
+    while done < count:
+        got = receive(view[done:])
+        if not got:
+            raise EOFError
+        done += got
+    return found
+
+
 def header(read: Callable[[int], bytes | bytearray], most_bytes: int) -> dict[str, Any]:
     """The header of the next message, or BrokenMessage; `read` gives as many bytes as it is asked for, or raises."""
     length = int.from_bytes(read(_LENGTH), "big")

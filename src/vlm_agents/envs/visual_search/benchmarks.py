@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from vlm_agents.envs.visual_search.question import LETTERS, MOST_BYTES, Box, Question, load, short
+from vlm_agents.envs.visual_search.question import LETTERS, MOST_BYTES, Box, Question, load
 from vlm_agents.envs.visual_search.rows import Broken, inside, mapping, optional, questions, refuse, text
-from vlm_agents.errors import DataError
+from vlm_agents.errors import DataError, short
 from vlm_agents.pictures import Picture
 
 MOST_OF_ROW = 2 * MOST_BYTES
@@ -120,11 +120,9 @@ def _source(
     row: dict[str, Any], ident: str, place: Place, folder: Path, known: dict[str, Place], where: str
 ) -> tuple[partial[Picture], tuple[Box, ...]]:
     """How to load a row's picture, and the boxes that a file beside it names."""
-    if row.get("image_path"):
-        file = inside(folder, row["image_path"])
-        return partial(load, file, where), _boxes(file)
-    image = text(row, "image")
-    if "." in image[:512] and not image.startswith("data:"):  # base64 has no dots
+    path = row.get("image_path")
+    image = path or text(row, "image")
+    if path or ("." in image[:512] and not image.startswith("data:")):  # base64 has no dots
         file = inside(folder, image)
         return partial(load, file, where), _boxes(file)
     if len(image) < 64:

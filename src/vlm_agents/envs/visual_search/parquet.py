@@ -14,9 +14,9 @@ import pyarrow
 import pyarrow.parquet
 
 from vlm_agents.envs.visual_search.pyvision import asked
-from vlm_agents.envs.visual_search.question import Question, load, short
+from vlm_agents.envs.visual_search.question import Question, load
 from vlm_agents.envs.visual_search.rows import Broken, questions, refuse
-from vlm_agents.errors import DataError
+from vlm_agents.errors import DataError, short
 from vlm_agents.marks import IMAGE_MARK
 from vlm_agents.pictures import Picture
 

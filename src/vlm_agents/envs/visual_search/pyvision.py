@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vlm_agents.envs.visual_search.question import Question, load, short
+from vlm_agents.envs.visual_search.question import Question, load
 from vlm_agents.envs.visual_search.rows import Broken, inside, mapping, optional, questions, refuse, text, whole
-from vlm_agents.errors import DataError
+from vlm_agents.errors import DataError, short
 from vlm_agents.marks import IMAGE_MARK
 from vlm_agents.types import Role
 

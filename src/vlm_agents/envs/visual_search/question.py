@@ -6,7 +6,6 @@ Pictures are loaded when they are called for: a set holds more of them than memo
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vlm_agents.errors import DataError
 from vlm_agents.pictures import Picture, opened, read_picture
@@ -63,9 +62,3 @@ def load(source: Path | bytes, where: str) -> Picture:
     except (DataError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{where}: can't read the picture ({reason}). Mend it, or remove the row") from error
-
-
-def short(value: Any) -> str:
-    """A value for an error."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:60] + "..."

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vlm_agents.envs.visual_search.question import Question, short
-from vlm_agents.errors import DataError
+from vlm_agents import files
+from vlm_agents.envs.visual_search.question import Question
+from vlm_agents.errors import DataError, short
 
 Row = TypeVar("Row")
 Broken = Callable[[DataError], None]  # is told of each broken row, which is then left out
@@ -72,11 +73,11 @@ def inside(folder: Path, name: Any) -> Path:
     """The file of that name in the folder. A link there may lead out of it, as whoever made the link wanted."""
     if not isinstance(name, str):
         raise DataError(f"the picture's path is {short(name)}: make it a text, or remove the row")
-    folder = Path(os.path.abspath(folder))
-    path = Path(os.path.abspath(folder / name))
-    if not path.is_relative_to(folder):
+    path = files.inside(folder, name)
+    if path is None:
         raise DataError(
-            f"the picture {short(name)} lies outside of {folder}: name a folder above it, or remove the row"
+            f"the picture {short(name)} lies outside of {os.path.abspath(folder)}: name a folder above it, or remove "
+            "the row"
         )
     if not os.path.isfile(path):
         raise DataError(f"no picture {short(name)} in {folder}: put it there, or name the folder that paths start from")
