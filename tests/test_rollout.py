@@ -376,6 +376,7 @@ def test_the_summary_worked_by_hand():
             "eval/failure_rate": 0,
             "eval/all_invalid_rate": 0,
             "eval/env_errors": 1,
+            "eval/unscored": 0,
             "eval/invalid_rate": 2 / 8,
             "eval/loop_rate": 2 / 8,  # the second (A, l) and the second (A, None); A, B, C with l are three states
             "eval/random_rate": 1 / 8,

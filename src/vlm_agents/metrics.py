@@ -55,6 +55,7 @@ EPISODES = {
     ),
     "entropy": Metric("nats a token", "how spread the policy's choice of a token is", "falls slowly, not to 0 at once"),
     "env_errors": Metric("episodes", "episodes that an error of the env ended; they are in no mean", "0"),
+    "unscored": Metric("episodes", "episodes whose answer no referee could judge; they are in no mean", "0"),
 }
 SERVER = {
     "answers": Metric("answers", "what the server was asked for"),

@@ -14,29 +14,31 @@ from vlm_agents.metrics import EPISODES
 from vlm_agents.types import Trajectory, Turn
 
 GRAM = 4  # tokens: a shorter run comes back in sound text too
+COUNTED = {"env_error": "env_errors", "unscored": "unscored"}  # by `Trajectory.stop`
 TAG_VALUES = 16  # of a tag; one with more of them names each episode rather than kinds of them
 
 
 def summarise(trajectories: Iterable[Trajectory], prefix: str = "rollout") -> dict[str, float]:
-    """Means over episodes, turns or replies; `env_errors` is a count, and those episodes are in no mean.
+    """Means over episodes, turns or replies; `env_errors` and `unscored` are counts, and those episodes are in no mean.
 
     `reply_tokens` and `entropy` are there if a model sampled; `steps_over_expert`, the turns that a solved episode took
     over those that the expert would need, if an expert counts them; and the env's own metrics of an episode's last
     step, under their names, but for those that mean something else here. TrainingError if no episode is usable.
     """
     values: defaultdict[str, list[float]] = defaultdict(list)
-    errors: list[str] = []
+    counts, errors = dict.fromkeys(COUNTED.values(), 0.0), list[str]()
     for trajectory in trajectories:
-        if trajectory.stop == "env_error":
+        if not trajectory.known:
+            counts[COUNTED[trajectory.stop]] += 1
             errors.append(str(trajectory.error))
             continue
         for name, found in _figures(trajectory).items():
             values[name] += found
     if not values:
-        told = f"mend the env. The first error: {errors[0]}" if errors else "none was played"
-        raise TrainingError(f"none of {len(errors)} episodes came to an end: {told}")
+        told = f"mend that. The first error: {errors[0]}" if errors else "none was played"
+        raise TrainingError(f"of none of {len(errors)} episodes it is known what came of it: {told}")
     means = {name: float(np.mean(found)) for name, found in values.items() if found}
-    return {f"{prefix}/{name}": value for name, value in {**means, "env_errors": float(len(errors))}.items()}
+    return {f"{prefix}/{name}": value for name, value in {**means, **counts}.items()}
 
 
 def _figures(trajectory: Trajectory) -> dict[str, list[float]]:
@@ -77,10 +79,15 @@ def _repeats(turns: Sequence[Turn]) -> list[float]:
     return repeats
 
 
+def unknown(metrics: Mapping[str, float], prefix: str, suffix: str = "") -> int:
+    """How many of the episodes in `metrics` are in no mean."""
+    return round(sum(metrics.get(f"{prefix}/{name}{suffix}", 0.0) for name in COUNTED.values()))
+
+
 def bonuses(trajectories: Iterable[Trajectory], prefix: str = "rollout") -> dict[str, float]:
     """`<prefix>/bonus/<name>`: the sum of each bonus over an episode, a mean over episodes."""
     sums: Counter[str] = Counter()
-    episodes = [one for one in trajectories if one.stop != "env_error"]
+    episodes = [one for one in trajectories if one.known]
     for turn in (turn for one in episodes for turn in one.turns):
         sums.update(turn.bonuses)
     return {f"{prefix}/bonus/{name}": float(total / len(episodes)) for name, total in sorted(sums.items())}
@@ -102,7 +109,7 @@ class Tags:
     def count(self, trajectory: Trajectory) -> None:
         for tag, value in trajectory.tags.items():
             counts = self._counts[plain(tag)]
-            if trajectory.stop != "env_error" and len(counts) <= TAG_VALUES:
+            if trajectory.known and len(counts) <= TAG_VALUES:
                 count = counts.setdefault(plain(value), [0, 0])
                 count[0] += trajectory.success
                 count[1] += 1

@@ -17,6 +17,7 @@ from typing import Any
 from vlm_agents.errors import ConfigError, DataError, did_you_mean, harmless
 from vlm_agents.outcomes import Outcome, read_outcomes
 from vlm_agents.tracking import points_in
+from vlm_agents.types import UNKNOWN
 from vlm_agents.weights import flat_settings
 
 PLAYING = ("ppo", "eval")
@@ -58,7 +59,7 @@ class Played:
 
     @cached_property
     def solved(self) -> dict[int, bool]:
-        """In the end, as sampled: was it, by held-out seed? Without those that an error of the env ended."""
+        """In the end, as sampled: was it, by held-out seed? Without those of which nobody knows that."""
         last = max((one.step for one in self.outcomes), default=0)
         return self._successes(last, "")
 
@@ -69,7 +70,7 @@ class Played:
 
     def _successes(self, step: int, variant: str) -> dict[int, bool]:
         those = (one for one in self.outcomes if (one.step, one.variant) == (step, variant))
-        return {one.seed: one.success for one in those if one.stop != "env_error"}
+        return {one.seed: one.success for one in those if one.stop not in UNKNOWN}
 
 
 def found(arguments: Iterable[str]) -> tuple[list[Played], list[str]]:

@@ -15,7 +15,8 @@ import numpy as np
 from vlm_agents.pictures import Picture
 
 Role = Literal["system", "user", "assistant", "tool"]
-Stop = Literal["success", "failure", "time_limit", "invalid", "too_long", "env_error"]
+Stop = Literal["success", "failure", "time_limit", "invalid", "too_long", "env_error", "unscored"]
+UNKNOWN: tuple[Stop, ...] = ("env_error", "unscored")  # nobody knows what would have come of it
 Source = Literal["model", "expert", "random", "server"]
 Span = tuple[int, int]
 Part = str | Picture
@@ -37,6 +38,7 @@ class Advice:
 class Observation:
     """What an env shows before a turn. `legal_actions` None means free text.
 
+    `places` say before which character of the text each of the pictures stands; without them all stand before it.
     `state_key` names the state of the world for loop counting: equal keys, equal situation. `tags` say of what kind an
     episode is (task, game file, category); those of its first observation count.
     """
@@ -47,6 +49,33 @@ class Observation:
     state_key: str = ""
     advice: Advice | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
+    places: tuple[int, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Texts and pictures in the order in which they are read."""
+        if not self.places:
+            return (*self.images, self.text)
+        starts = (0, *self.places)
+        texts = [self.text[start:end] for start, end in zip(starts, (*self.places, None), strict=True)]
+        pairs = zip(texts, (*self.images, ""), strict=True)
+        return tuple(part for pair in pairs for part in pair if part != "")
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """An answer of which a referee has to say whether it is right, in the light of the right one.
+
+    `options` in the order of their letters, where the question had any. `source` names the data set, for the examples
+    that a referee is shown. Being right earns `reward`.
+    """
+
+    question: str
+    answer: str
+    right: str
+    options: tuple[str, ...] = ()
+    source: str = ""
+    reward: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +83,8 @@ class Step:
     """What came of an action: was it `legal`, has it `changed` what `state_key` names, is the game won?
 
     `reward` is what the env paid. `metrics` are the env's own figures, such as progress; those of an episode's last
-    step are averaged over episodes.
+    step are averaged over episodes. With a `claim` a referee says whether the game is won, and `success` and `reward`
+    are without its word.
     """
 
     observation: Observation
@@ -65,6 +95,7 @@ class Step:
     legal: bool
     changed: bool
     metrics: Mapping[str, float] = field(default_factory=dict)
+    claim: Claim | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +202,7 @@ class Trajectory:
     """One whole episode. The members of one seed began alike and were played apart.
 
     `bootstrap` is the value after the last turn, not zero only if the episode was cut off there: by the env, or since
-    the next prompt was too long. Then, and after an env's error, `error` says what was wrong.
+    the next prompt was too long. Then, after an env's error, and where it is unscored, `error` says what was wrong.
     """
 
     env: str
@@ -196,3 +227,8 @@ class Trajectory:
     @property
     def success(self) -> bool:
         return self.stop == "success"
+
+    @property
+    def known(self) -> bool:
+        """Does anybody know what came of it? If not, there is nothing to learn from and nothing to average."""
+        return self.stop not in UNKNOWN

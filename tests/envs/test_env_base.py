@@ -4,14 +4,16 @@ from dataclasses import replace
 
 import pytest
 import yaml
+from PIL import Image
 
 from vlm_agents.config import FAMILIES, EchoConfig, EnvConfig, MiniGridConfig, conf_dir
 from vlm_agents.envs import check_contract, make_env
-from vlm_agents.envs.base import checked_observation, state_key
+from vlm_agents.envs.base import checked_observation, checked_step, state_key
 from vlm_agents.envs.echo import EchoEnv
 from vlm_agents.errors import EnvError
 from vlm_agents.experts import with_expert
-from vlm_agents.types import Advice, Observation, Step
+from vlm_agents.pictures import Picture
+from vlm_agents.types import Advice, Claim, Observation, Step
 
 
 def small(env_id: str, view: str = "full") -> MiniGridConfig:
@@ -200,6 +202,29 @@ def test_where_nothing_is_legal_any_more_advice_is_no_fault() -> None:
     """As after the last turn of an episode that is truncated."""
     seen = Observation("", legal_actions=(), state_key="x", advice=Advice("", "wait"))
     assert checked_observation(seen) == seen
+
+
+def test_pictures_stand_before_the_text_or_at_their_places_in_it() -> None:
+    red, blue = (Picture(Image.new("RGB", (1, 1), color)) for color in ("red", "blue"))
+    assert Observation("ab", (red, blue)).parts == (red, blue, "ab")
+    assert Observation("ab", (red, blue), places=(1, 1)).parts == ("a", red, blue, "b")
+    assert Observation("ab", (red, blue), places=(0, 2)).parts == (red, "ab", blue)
+
+
+@pytest.mark.parametrize("places", [(1,), (2, 1), (-1, 0), (0, 3), (0, 0.5)])
+def test_a_place_outside_of_the_text_is_named(places: tuple[int, ...]) -> None:
+    picture = Picture(Image.new("RGB", (1, 1)))
+    with pytest.raises(EnvError, match="places is .*, not where each of 2 pictures stands"):
+        checked_observation(Observation("ab", (picture, picture), places=places))
+
+
+def test_a_claim_is_made_at_the_end_and_leaves_success_to_the_referee() -> None:
+    claim = Claim("how many?", "3", "three")
+    step = Step(Observation("over"), 0.0, True, False, False, True, True, claim=claim)
+    assert checked_step(step) == step
+    for wrong in (replace(step, terminated=False), replace(step, success=True), replace(step, claim="3")):
+        with pytest.raises(EnvError, match="the claim is"):
+            checked_step(wrong)
 
 
 def test_unknown_family_says_which_there_are() -> None:

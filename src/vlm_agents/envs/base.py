@@ -7,14 +7,14 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Protocol
 
 import numpy as np
 
 from vlm_agents.errors import EnvError
 from vlm_agents.pictures import Picture
-from vlm_agents.types import Advice, Observation, Step
+from vlm_agents.types import Advice, Claim, Observation, Step
 
 FLAGS = ("terminated", "truncated", "success", "legal", "changed")  # of a step
 
@@ -73,7 +73,11 @@ def checked_observation(seen: Observation) -> Observation:
     images = tuple(map(_picture, seen.images))
     _expect(isinstance(seen.tags, Mapping), "tags", seen.tags, "no mapping of names to texts")
     tags = {_text("a tag's name", name): _text(f"tags['{name}']", value) for name, value in seen.tags.items()}
-    return Observation(_text("the text", seen.text), images, legal, _text("state_key", seen.state_key), advice, tags)
+    words, key, places = _text("the text", seen.text), _text("state_key", seen.state_key), tuple(seen.places)
+    inside = all(isinstance(one, Integral) and 0 <= one <= len(words) for one in places)
+    fit = inside and sorted(places) == list(places) and len(places) in (0, len(images))
+    _expect(fit, "places", places, f"not where each of {len(images)} pictures stands in the text, in order")
+    return Observation(words, images, legal, key, advice, tags, tuple(map(int, places)))
 
 
 def checked_advice(advice: Advice | None, legal: tuple[str, ...] | None) -> Advice | None:
@@ -99,7 +103,10 @@ def checked_step(step: Step) -> Step:
     metrics = {_text("a metric's name", name): _number(f"metrics['{name}']", x) for name, x in step.metrics.items()}
     terminated, truncated, success, legal, changed = (bool(getattr(step, name)) for name in FLAGS)
     reward, truncated = _number("the reward", step.reward), truncated and not terminated
-    return Step(checked_observation(step.observation), reward, terminated, truncated, success, legal, changed, metrics)
+    seen, claim = checked_observation(step.observation), step.claim
+    _expect(isinstance(claim, Claim | None), "the claim", claim, "neither a Claim nor None")
+    _expect(claim is None or (terminated and not success), "the claim", claim, "made before the end, or after success")
+    return Step(seen, reward, terminated, truncated, success, legal, changed, metrics, claim)
 
 
 def _picture(picture: Picture) -> Picture:

@@ -53,14 +53,14 @@ class Targets:
 
 
 def usable(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-    """The episodes that say something about the policy: those that no broken env cut short.
+    """The episodes that say something about the policy: those of which it is known what came of them.
 
     TrainingError where there is none.
     """
-    found = [trajectory for trajectory in trajectories if trajectory.turns and trajectory.stop != "env_error"]
+    found = [trajectory for trajectory in trajectories if trajectory.turns and trajectory.known]
     if not found:
         first = next((trajectory.error or trajectory.stop for trajectory in trajectories), "there is none")
-        raise TrainingError(f"none of {len(trajectories)} episodes is usable ({first}): mend the env first")
+        raise TrainingError(f"none of {len(trajectories)} episodes is usable ({first}): mend that first")
     return found
 
 

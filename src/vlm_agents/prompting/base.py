@@ -86,14 +86,13 @@ class Fitted:
 def chat(system: str, history: Sequence[Turn], now: Observation, cfg: PromptConfig) -> Prompt:
     """System message, the past as `cfg.history` wants it, and what is seen now."""
     messages = [Message("system", (system,))]
-    text = now.text
     if cfg.history == "full":
         for turn in history:
-            messages.append(Message("user", (*turn.observation.images, turn.observation.text)))
+            messages.append(Message("user", turn.observation.parts))
             messages.append(Message("assistant", (turn.reply.text,), token_ids=turn.reply.token_ids or None))
     elif cfg.history == "last_k" and history:
-        text = "\n".join(filter(None, (text, past_line(history[-cfg.last_k :]))))
-    return (*messages, Message("user", (*now.images, text)))
+        now = replace(now, text="\n".join(filter(None, (now.text, past_line(history[-cfg.last_k :])))))
+    return (*messages, Message("user", now.parts))
 
 
 def past_line(turns: Sequence[Turn]) -> str:

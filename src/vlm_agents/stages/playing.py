@@ -17,7 +17,7 @@ from vlm_agents.prompting import Fitted, PromptFormat, make_format
 from vlm_agents.remote import ChatClient
 from vlm_agents.rollout import collect
 from vlm_agents.seeds import Deal, panel_seeds
-from vlm_agents.summary import Tags, summarise
+from vlm_agents.summary import Tags, summarise, unknown
 from vlm_agents.types import Prompt, Sampling, Trajectory
 from vlm_agents.world import ALONE, World
 
@@ -152,7 +152,7 @@ def play_panel(
             yield trajectory
 
     metrics = summarise(shown(), "eval") | tags.figures()
-    played = episodes - round(metrics["eval/env_errors"])
+    played = episodes - unknown(metrics, "eval")
     for share in SHARES:
         low, high = wilson_interval(round(metrics[share] * played), played)
         metrics |= {f"{share}_low": low, f"{share}_high": high}

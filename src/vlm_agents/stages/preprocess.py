@@ -29,7 +29,7 @@ SPLITS = ("train", "validation")
 # Why something isn't in the data, by the name that it is counted under.
 LEFT_OUT = {
     "episodes_unsuccessful": "of {episodes} episodes without success (stage.success_only)",
-    "episodes_broken": "of {episodes} episodes that an error of the env ended",
+    "episodes_broken": "of {episodes} episodes that an error of the env ended, or that nobody scored",
     "turns_illegal": "turns whose reply holds no legal action",
     "turns_badly_rated": "turns rated under {stage.min_score:g} (stage.min_score)",
     "turns_not_rated": "turns without a rating (stage.min_score)",
@@ -144,7 +144,7 @@ def chats(
 ) -> Iterator[dict]:
     """The turns of an episode that are worth learning from; `counts` says why the others aren't."""
     counts["episodes"] += 1
-    broken = trajectory.stop == "env_error"
+    broken = not trajectory.known
     if broken or (stage.success_only and not trajectory.success):
         counts["episodes_left_out"] += 1
         counts["episodes_broken" if broken else "episodes_unsuccessful"] += 1

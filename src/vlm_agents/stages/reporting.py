@@ -13,6 +13,7 @@ from vlm_agents.policies import NOISE
 from vlm_agents.progress import say
 from vlm_agents.report import Curve, Example, Result, Shown, read_curves, write_report
 from vlm_agents.run import METRICS, Run
+from vlm_agents.summary import COUNTED, unknown
 from vlm_agents.types import Trajectory
 from vlm_agents.weights import init_of, run_of
 
@@ -164,7 +165,7 @@ def results(cfg: RunConfig, metrics: Mapping[str, float]) -> list[Result]:
     """Each policy that was played, as far as `metrics` has its success."""
     stage = cfg.stage
     if isinstance(stage, CollectConfig):
-        share, episodes = metrics["collect/success"], metrics["collect/episodes"] - metrics["collect/env_errors"]
+        share, episodes = metrics["collect/success"], metrics["collect/episodes"] - unknown(metrics, "collect")
         interval = share, *wilson_interval(share * episodes, episodes)
         others = {words: metrics[f"collect/{name}"] for words, name in COLUMNS.items()}
         policy = with_noise(display_name(stage.policy), stage.noise)
@@ -191,9 +192,10 @@ def ends(metrics: Mapping[str, float], group: str, episodes: int, suffix: str = 
     names = {stop: f"{group}/{name}{suffix}" for stop, name in ENDS.items()}
     if not all(name in metrics for name in names.values()):
         return {}
-    errors = round(metrics[f"{group}/env_errors{suffix}"])
-    counts = {stop: round(metrics[name] * (episodes - errors)) for stop, name in names.items()}
-    return counts | {"time_limit": episodes - errors - sum(counts.values()), "env_error": errors}
+    known = episodes - unknown(metrics, group, suffix)
+    counts = {stop: round(metrics[name] * known) for stop, name in names.items()}
+    others = {stop: round(metrics.get(f"{group}/{name}{suffix}", 0.0)) for stop, name in COUNTED.items()}
+    return counts | {"time_limit": known - sum(counts.values())} | others
 
 
 def curves(run: Run) -> list[Curve]:
@@ -210,8 +212,8 @@ def curves(run: Run) -> list[Curve]:
 
 def with_intervals(curve: Curve, found: Mapping[str, Sequence[tuple[float, float]]], episodes: int) -> Curve:
     """rollout/success with its 95 % intervals, and eval/success over it."""
-    errors = dict(found.get("rollout/env_errors", ()))
-    played = [(share, episodes - errors.get(step, 0)) for step, share in curve.points]
+    counts = [dict(found.get(f"rollout/{name}", ())) for name in COUNTED.values()]
+    played = [(share, episodes - sum(each.get(step, 0) for each in counts)) for step, share in curve.points]
     bounds = [wilson_interval(share * count, count) for share, count in played]
     sides = [dict(found.get(f"eval/success_{bound}", ())) for bound in ("low", "high")]
     marks = [
