@@ -267,7 +267,7 @@ class Short:
             raise TooLongError("too many turns")
         return FORMAT.prompt(instructions, history, now)
 
-    parse, write = FORMAT.parse, FORMAT.write
+    stop, parse, write = (), FORMAT.parse, FORMAT.write
 
 
 class Values(Says):

@@ -192,14 +192,14 @@ CONTROL = re.compile(
 def message_json(message: Message) -> dict[str, Any]:
     """The message as OpenAI's API has it: bare text, or its parts where there are pictures among them."""
     if not message.images:
-        return {"role": message.role, "content": plain(message.text)}
+        return {"role": message.speaker, "content": plain(message.text)}
     content: list[dict[str, Any]] = [
         {"type": "image_url", "image_url": {"url": data_url(part)}}
         if isinstance(part, Picture)
         else {"type": "text", "text": plain(part)}
         for part in message.parts
     ]
-    return {"role": message.role, "content": content}
+    return {"role": message.speaker, "content": content}
 
 
 def plain(text: str) -> str:

@@ -111,6 +111,11 @@ class Message:
     token_ids: tuple[int, ...] | None = None
 
     @property
+    def speaker(self) -> Role:
+        """The role that a chat template is told: the user's for a tool, which most templates don't know."""
+        return "user" if self.role == "tool" else self.role
+
+    @property
     def text(self) -> str:
         """All that is said in words."""
         return "".join(part for part in self.parts if isinstance(part, str))

@@ -14,7 +14,7 @@ class PromptConfig(Part, place="prompt"):
     format: str = setting(
         MISSING,
         "what a reply looks like; chosen by prompt=",
-        choices=Literal["cot_json", "action_only", "action_scores", "rl4vlm", "custom"],
+        choices=Literal["cot_json", "action_only", "action_scores", "rl4vlm", "tool_call", "custom"],
     )
     history: str = setting(
         "last_k",
@@ -35,6 +35,10 @@ class PromptConfig(Part, place="prompt"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.format == "tool_call" and self.history != "full":
+            raise ConfigError(
+                f"prompt.history={self.history} would leave out what code showed: with prompt=tool_call it is full"
+            )
         if self.factory is not None and self.format != "custom":
             raise ConfigError(f"prompt.factory={self.factory} is a format of its own: add prompt=custom")
         if self.factory is None and self.format == "custom":

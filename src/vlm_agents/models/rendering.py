@@ -85,7 +85,8 @@ class HFRenderer:
         marks = map(MARK.format, itertools.count())
         messages = [
             _message(
-                message.role, *(part if isinstance(part, Picture) else _marked(part, marks) for part in _told(message))
+                message.speaker,
+                *(part if isinstance(part, Picture) else _marked(part, marks) for part in _told(message)),
             )
             for message in prompt
         ]
@@ -173,7 +174,7 @@ class HFRenderer:
         return shorter[dropped]
 
     def _too_long(self, turn: Prompt, tokens: int, max_tokens: int | None, reply_tokens: int) -> TooLongError:
-        pictures = len(turn[-1].images)
+        pictures = sum(len(message.images) for message in turn)
         what = f"the last turn and the instructions are a prompt of {tokens} tokens with its {pictures} pictures"
         if max_tokens is not None and tokens + reply_tokens <= self.context:
             return TooLongError(f"{what}: raise prompt.max_prompt_tokens={max_tokens}, or show less")

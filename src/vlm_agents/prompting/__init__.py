@@ -1,6 +1,6 @@
 """What a policy is told and how its reply is read. Knows no env, no model and no tensor.
 
-A new format is a module with a class that has the three methods of `PromptFormat`, a line in `FORMATS`, its name in
+A new format is a module with a class that has what `PromptFormat` names, a line in `FORMATS`, its name in
 `PromptConfig` and a YAML in conf/prompt/. Outside the package it is the class alone, and `prompt.factory` names it.
 """
 
@@ -38,12 +38,14 @@ from vlm_agents.prompting.base import (
 )
 from vlm_agents.prompting.cot_json import CotJson
 from vlm_agents.prompting.rl4vlm import RL4VLM
+from vlm_agents.prompting.tool_call import ToolCall
 
 FORMATS: dict[str, Callable[[PromptConfig], PromptFormat]] = {
     "cot_json": CotJson,
     "action_only": ActionOnly,
     "action_scores": ActionScores,
     "rl4vlm": RL4VLM,
+    "tool_call": ToolCall,
 }
 
 
@@ -53,7 +55,7 @@ def custom(cfg: PromptConfig) -> PromptFormat:
     found = made("prompt.factory", str(cfg.factory), cfg, needs=methods)
     check_format(found, name)
     guards = {method: partial(_guarded, name, getattr(found, method)) for method in methods}
-    return cast(PromptFormat, SimpleNamespace(**guards))
+    return cast(PromptFormat, SimpleNamespace(stop=tuple(getattr(found, "stop", ())), **guards))
 
 
 def _guarded(name: str, method: Callable[..., Any], *arguments: Any) -> Any:

@@ -13,6 +13,8 @@ RULE = "Answer with the action only."
 class ActionOnly:
     """The action is everything behind the thinking, but for the white space around it."""
 
+    stop = ()
+
     def __init__(self, cfg: PromptConfig) -> None:
         self.cfg = cfg
 

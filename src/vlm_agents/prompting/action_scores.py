@@ -17,6 +17,8 @@ LOW, HIGH = 1, 5
 class ActionScores:
     """The action is drawn from softmax(scores / score_temperature); the action span is the whole scores object."""
 
+    stop = ()
+
     def __init__(self, cfg: PromptConfig) -> None:
         self.cfg = cfg
 

@@ -23,6 +23,11 @@ LegalActions = tuple[str, ...] | None
 class PromptFormat(Protocol):
     """How an observation becomes a prompt, a reply an action, and an expert's advice a reply."""
 
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Texts that end a reply, beside its own end; they stay in it."""
+        ...
+
     def prompt(self, instructions: str, history: Sequence[Turn], now: Observation) -> Prompt: ...
 
     def parse(self, text: str, legal_actions: LegalActions) -> Parsed:
@@ -30,8 +35,8 @@ class PromptFormat(Protocol):
 
         What stands behind a reasoning model's thinking is the answer; a draft within the thinking never counts.
         Errors begin with words that can be counted: empty reply, no answer, no JSON, no <key> key, empty action,
-        illegal action, cut off after, no scores, no score for, bad score. Spans are set wherever the reply has the
-        part, even beside an error. A format that leaves the choice to chance gives `choices`.
+        illegal action, cut off after, no code or answer, no scores, no score for, bad score. Spans are set wherever
+        the reply has the part, even beside an error. A format that leaves the choice to chance gives `choices`.
         """
         ...
 
@@ -71,6 +76,10 @@ class Fitted:
 
     format: PromptFormat
     fit: Callable[[Prompt], Prompt]
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        return self.format.stop
 
     def prompt(self, instructions: str, history: Sequence[Turn], now: Observation) -> Prompt:
         return self.fit(self.format.prompt(instructions, history, now))

@@ -13,6 +13,8 @@ RULE = 'Answer in JSON: {"thoughts": "...", "action": "..."}'
 class CotJson:
     """The action is the value of the key `action`."""
 
+    stop = ()
+
     def __init__(self, cfg: PromptConfig) -> None:
         self.cfg = cfg
 

@@ -20,6 +20,8 @@ KEY = re.compile('"action":', re.IGNORECASE | re.ASCII)
 class RL4VLM:
     """The action is the one word that is found behind the key. All before the key are the thoughts."""
 
+    stop = ()
+
     def __init__(self, cfg: PromptConfig) -> None:
         self.cfg = cfg
 

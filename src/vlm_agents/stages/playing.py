@@ -54,7 +54,7 @@ def make_policy(
     legal. What is to play as the model does has one try.
     """
     prompt_format = make_format(cfg.prompt)
-    sampling = Sampling(cfg.prompt.max_reply_tokens, greedy=name == "model_greedy")
+    sampling = Sampling(cfg.prompt.max_reply_tokens, prompt_format.stop, greedy=name == "model_greedy")
     if name == "remote":
         assert client is not None
         return RemotePolicy(client, prompt_format, sampling, cfg.model.temperature, samples)

@@ -162,7 +162,7 @@ def chats(
 
 def chat(prompt: Prompt, answer: str, pngs: "Pngs") -> dict:
     """The columns of a row that sft reads."""
-    messages = [{"role": m.role, "content": marked(m.parts)} for m in prompt]
+    messages = [{"role": m.speaker, "content": marked(m.parts)} for m in prompt]
     images = [image for message in prompt for image in message.images]
     return {
         "messages": [*messages, {"role": "assistant", "content": answer}],
