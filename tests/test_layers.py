@@ -24,7 +24,8 @@ rollout | server
 policies episodes outcomes summary llava_data env_pool report frames chats inputs judge
 envs experts | prompting | models | learn | tracking backends stores | checkpoints | remote endpoint answers handover
 lineage weights snapshot
-config tensors | processes | sandbox
+config tensors | processes
+sandbox
 types upgrades errors imports files marks pictures progress versions metrics cores seeds ratings intervals
 world stopping
 """

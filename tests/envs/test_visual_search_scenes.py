@@ -260,11 +260,9 @@ def test_what_it_says_on_a_tiny_scene() -> None:
     column, row = scene.cards[0].cell
     box = (column * 333, row * 333, column * 333 + 333, row * 333 + 333)
     look, last = solve(scene)
-    assert look.text == (
-        f"The {scene.cards[0].color} card is at the {place(scene, scene.cards[0])}.\n"
-        f"<code>\n```python\nimage_clue_0.crop({box}).resize((84, 84)).show()\n```\n</code>"
-    )
-    assert last.text == f"The pattern on it is {scene.answer}.\n<answer>\n\\boxed{{{scene.answer}}}\n</answer>"
+    assert look.thought == f"The {scene.cards[0].color} card is at the {place(scene, scene.cards[0])}."
+    assert look.action == f"```python\nimage_clue_0.crop({box}).resize((84, 84)).show()\n```"
+    assert (last.thought, last.action) == (f"The pattern on it is {scene.answer}.", f"\\boxed{{{scene.answer}}}")
     assert len({solve(generate("tiny", seed))[0].code for seed in range(200)}) == 9
 
 

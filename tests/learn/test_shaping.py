@@ -16,7 +16,16 @@ from vlm_agents.errors import TrainingError
 from vlm_agents.learn.batches import Shares
 from vlm_agents.learn.kl_reward import KlReward
 from vlm_agents.learn.losses import k1, k2, k3
-from vlm_agents.learn.shaping import CountBonus, TurnShaper, overlong, penalised, progress, with_bonuses
+from vlm_agents.learn.shaping import (
+    CountBonus,
+    TurnShaper,
+    overlong,
+    penalised,
+    progress,
+    tools,
+    unreadable,
+    with_bonuses,
+)
 from vlm_agents.tensors import Renderer, reply_row
 from vlm_agents.types import Advice, Observation, Parsed, Reply, Step, Trajectory, Turn
 
@@ -143,6 +152,33 @@ def test_a_reply_is_charged_for_the_last_tokens_before_its_limit(make_turn: Make
     # DAPO: (limit - buffer - length) / buffer, here of 20 and a fifth of that
     expected = [0.0, 0.0, 0.0, -0.25 * 0.5, -0.5 * 0.5, -0.5]
     assert overlong(0.5, 20, 0.2)(episode) == pytest.approx(expected)
+
+
+def counted(make_turn: MakeTurn, calls: int, pictures: int) -> Turn:
+    turn = make_turn([2], [9])
+    return replace(turn, step=replace(turn.step, metrics={"tool_calls": calls, "tool_pictures": pictures}))
+
+
+def test_tools_earn_where_the_episode_succeeds(make_turn: MakeTurn, make_episode: MakeEpisode):
+    """Counts are of the episode so far: code in turns 0, 1 and 3; pictures, two at once, in turn 1."""
+    turns = [counted(make_turn, *counts) for counts in ((1, 0), (2, 2), (2, 2), (3, 2), (3, 2))]
+    right = make_episode(*turns, stop="success")
+    assert tools(0.1)(right) == [0.1, 0.1, 0.0, 0.1, 0.0]
+    assert tools(1.2, once=True)(right) == [0.0, 1.2, 0.0, 0.0, 0.0]
+    wrong = replace(right, stop="failure")
+    assert tools(0.1)(wrong) == tools(1.2, once=True)(wrong) == [0.0] * 5
+
+
+def test_tools_are_counted_by_the_env(make_turn: MakeTurn, make_episode: MakeEpisode):
+    for once, name in ((False, "tool_coef"), (True, "tool_once_coef")):
+        with pytest.raises(TrainingError, match=rf"doesn't count its tool_\w+: set algo\.{name}=0"):
+            tools(0.1, once)(make_episode(make_turn([2], [9])))
+
+
+def test_an_episode_with_an_unreadable_reply_is_charged_once(make_turn: MakeTurn, make_episode: MakeEpisode):
+    good, bad = make_turn([2], [9]), replace(make_turn([2], [9]), parsed=Parsed(None, error="no code or answer"))
+    assert unreadable(0.2)(make_episode(bad, bad, good)) == [0.0, 0.0, -0.2]
+    assert unreadable(0.2)(make_episode(good, good)) == [0.0, 0.0]
 
 
 def test_replies_without_a_legal_action_are_charged(make_turn: MakeTurn, make_episode: MakeEpisode):

@@ -21,6 +21,8 @@ from vlm_agents.config.env import (
     MiniGridConfig,
     NumberLineConfig,
     PointsConfig,
+    SandboxConfig,
+    VisualSearchConfig,
 )
 from vlm_agents.config.fields import at_least, between, one_of
 from vlm_agents.config.hardware import HardwareConfig
@@ -74,6 +76,7 @@ __all__ = [
     "PromptConfig",
     "RemoteConfig",
     "RunConfig",
+    "SandboxConfig",
     "ServeConfig",
     "SftConfig",
     "StageConfig",
@@ -81,6 +84,7 @@ __all__ = [
     "TrackingConfig",
     "TrainableConfig",
     "ValueHeadConfig",
+    "VisualSearchConfig",
     "at_least",
     "between",
     "command",

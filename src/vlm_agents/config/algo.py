@@ -77,6 +77,15 @@ class AlgoConfig(Part, place="algo"):
     progress_coef: float = setting(
         0.0, "reward for the whole way to success by the expert's count of steps, paid step by step", low=0
     )
+    tool_coef: float = setting(
+        0.0, "reward for each turn that used a tool, where the episode succeeds; PyVision-RL has 0.1", low=0
+    )
+    tool_once_coef: float = setting(
+        0.0, "reward, once, for a picture from a tool, where the episode succeeds; DeepEyes has 1.2", low=0
+    )
+    format_coef: float = setting(
+        0.0, "penalty of an episode with a reply that couldn't be read; DeepEyes has 0.2", low=0
+    )
     overlong_coef: float = setting(0.0, "penalty of a reply as long as prompt.max_reply_tokens", low=0)
     overlong_share: float = setting(
         0.25, "last share of prompt.max_reply_tokens over which that penalty rises from 0", low=0.01, high=1

@@ -12,6 +12,7 @@ from omegaconf import MISSING
 
 from vlm_agents.config.fields import Part, check_kwargs, setting
 from vlm_agents.errors import ConfigError
+from vlm_agents.sandbox.settings import Require, SandboxSettings
 
 if TYPE_CHECKING:
     from vlm_agents.config.run import RunConfig
@@ -37,6 +38,8 @@ class EnvConfig(Part, place="env"):
     expert: str | None = setting(
         None, "a scripted expert of your own, as package.module:attribute, called with the env; null: the env's own"
     )
+
+    free_text: ClassVar[bool] = False  # are actions texts of any kind? Then there are no random ones
 
     @property
     def one_turn(self) -> bool:
@@ -205,6 +208,75 @@ class GymnasiumConfig(EnvConfig):
         if self.success_return is not None:
             rule = f"a return of {self.success_return:g} or more"
         return f"another env.success or env.success_return, for success is now a game that terminates with {rule}"
+
+
+@dataclass
+class SandboxConfig(Part, place="env.sandbox"):
+    """Limits of what an agent's Python may do; see docs/sandbox.md."""
+
+    require: str = setting(
+        SandboxSettings.require,
+        "what must keep it in: isolated, bubblewrap or landlock; any, rlimits alone will do; else this one",
+        choices=Require,
+    )
+    turn_s: float = setting(SandboxSettings.turn_s, "seconds of a turn; longer code is ended", positive=True)
+    cpu_s: int = setting(SandboxSettings.cpu_s, "seconds of CPU time of all code of an episode", low=1)
+    memory_mib: int = setting(SandboxSettings.memory_mib, "memory beyond what the libraries take", low=64)
+    file_mib: int = setting(SandboxSettings.file_mib, "size of a file", low=1)
+    tmp_mib: int = setting(SandboxSettings.tmp_mib, "size of all files", low=1)
+    tmp_files: int = setting(SandboxSettings.tmp_files, "files and folders", low=1)
+    output_chars: int = setting(SandboxSettings.output_chars, "characters of text that a turn gives", low=100)
+    pictures: int = setting(SandboxSettings.pictures, "pictures that a turn gives", low=0)
+    picture_pixels: int = setting(
+        SandboxSettings.picture_pixels, "pixels of a picture that comes back; a larger one is scaled down", low=1024
+    )
+    start_s: float = setting(SandboxSettings.start_s, "seconds until the libraries are imported", positive=True)
+
+
+@dataclass
+class VisualSearchConfig(EnvConfig):
+    """Questions on large pictures, and Python to look closer."""
+
+    makes = "vlm_agents.envs.visual_search.env:VisualSearch"
+    advises = "vlm_agents.experts.visual_search:VisualSearchExpert"
+    free_text = True
+
+    family: str = "visual_search"
+    id: str = "vlm_agents/VisualSearch-v0"
+    max_steps: int | None = setting(5, "turns before an episode is truncated; null: no limit", low=1)
+    level: str = setting(
+        "easy",
+        "how hard made-up scenes are",
+        choices=Literal["tiny", "easy", "medium", "hard", "extreme"],
+    )
+    data: list[str] = setting(list, "files of questions to train on, in place of made-up scenes")
+    eval_data: list[str] = setting(list, "files of held-out questions, in place of made-up scenes")
+    pictures: str | None = setting(None, "folder that their pictures' paths start from; null: the file's own")
+    tool: bool = setting(True, "run the agent's Python; if not, it has to answer from what it is shown")
+    picture_in: str = setting(
+        "prompt",
+        "where the question's pictures are: shown, and in Python; or in Python alone",
+        choices=Literal["prompt", "runtime"],
+    )
+    side: int | None = setting(
+        None, "longest side in pixels of a picture that is shown; null: as it is, or as the level has it", low=28
+    )
+    max_pictures: int = setting(32, "pictures of an episode that Python may show", low=0)
+    on_error: str = setting(
+        "tell",
+        "what an error of the agent's Python does: the traceback is told; or the episode ends, as PyVision-RL's do",
+        choices=Literal["tell", "end"],
+    )
+    sandbox: SandboxConfig = setting(SandboxConfig, "limits of the agent's Python")
+
+    def check(self, run: "RunConfig") -> None:
+        if getattr(run.stage, "policy", "") == "random" or getattr(run.stage, "noise", 0) > 0:
+            raise ConfigError(
+                f"env={self.family} takes free text, and nobody can draw that at random: set stage.noise=0 and another "
+                "stage.policy than random"
+            )
+        if self.picture_in == "runtime" and not self.tool:
+            raise ConfigError("env.picture_in=runtime shows nothing, and env.tool=false runs no Python: set one")
 
 
 @dataclass

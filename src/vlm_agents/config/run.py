@@ -132,9 +132,17 @@ def env_of_id(env_id: str) -> str | None:
 
 
 def env_of(settings: Mapping[str, Any]) -> EnvConfig:
-    """The env of these settings, as a run's config.yaml has them; KeyError, TypeError or ConfigError where they are of
-    another version."""
-    return FAMILIES[settings["family"]](**settings)
+    """The env of these settings, by dotted names; KeyError or ConfigError where they are of another
+    version."""
+    node = OmegaConf.structured(FAMILIES[settings["family"]])
+    try:
+        for name, value in settings.items():
+            OmegaConf.update(node, name, value)
+        found = OmegaConf.to_object(node)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"env: {error}") from error
+    assert isinstance(found, EnvConfig)
+    return found
 
 
 def parse(cfg: DictConfig) -> RunConfig:

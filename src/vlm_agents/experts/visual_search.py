@@ -7,8 +7,10 @@ for what a runtime of this kind gives: `image_clue_0`, the picture in its own si
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from vlm_agents.envs.visual_search.env import VisualSearch
 from vlm_agents.envs.visual_search.question import Box
 from vlm_agents.envs.visual_search.scene import LEGIBLE, Card, Scene
+from vlm_agents.types import Advice
 
 ROUND = 10  # pixels that a box around a card is rounded to
 THIRDS = (
@@ -35,11 +37,30 @@ class Saying(NamedTuple):
     answer: str = ""
 
     @property
-    def text(self) -> str:
-        """As PyVision writes it."""
-        if self.code:
-            return f"{self.thought}\n<code>\n```python\n{self.code}\n```\n</code>"
-        return f"{self.thought}\n<answer>\n\\boxed{{{self.answer}}}\n</answer>"
+    def action(self) -> str:
+        return f"```python\n{self.code}\n```" if self.code else f"\\boxed{{{self.answer}}}"
+
+
+class VisualSearchExpert:
+    """Plays what `solve` says: looks until all that matters was shown, then answers. Lost in what wasn't made up."""
+
+    def __init__(self, env: VisualSearch) -> None:
+        self.env = env
+
+    def start(self) -> Advice | None:
+        scene = self.env.scene
+        self.plan = solve(scene, self.env.side) if scene else []
+        if not self.env.cfg.tool:
+            self.plan = self.plan[-1:]
+        return self._next()
+
+    def follow(self, action: str | None) -> Advice | None:
+        if self.plan and action == self.plan[0].action:
+            self.plan = self.plan[1:]
+        return self._next()
+
+    def _next(self) -> Advice | None:
+        return Advice(self.plan[0].thought, self.plan[0].action, len(self.plan)) if self.plan else None
 
 
 def solve(scene: Scene, side: int | None = None, quadrants: bool = False) -> list[Saying]:

@@ -118,6 +118,34 @@ def progress(coef: float, gamma: float) -> Callable[[Trajectory], list[float]]:
     return bonuses
 
 
+def tools(coef: float, once: bool = False) -> Callable[[Trajectory], list[float]]:
+    """`coef` for each turn that used a tool, where the episode succeeds (PyVision-RL); or `once`, for the last turn
+    that had a picture from one (DeepEyes). TrainingError where an env doesn't count `tool_calls` and `tool_pictures`."""
+    name = "tool_pictures" if once else "tool_calls"
+
+    def bonuses(trajectory: Trajectory) -> list[float]:
+        turns = trajectory.turns
+        if turns and name not in turns[0].step.metrics:
+            setting = "algo.tool_once_coef" if once else "algo.tool_coef"
+            raise TrainingError(f"{trajectory.env} doesn't count its {name}: set {setting}=0")
+        counts = np.diff([0.0, *(turn.step.metrics[name] for turn in turns)])
+        used = [place for place, count in enumerate(counts) if count > 0] if trajectory.success else []
+        used = used[-1:] if once else used
+        return [coef * (place in used) for place in range(len(turns))]
+
+    return bonuses
+
+
+def unreadable(coef: float) -> Callable[[Trajectory], list[float]]:
+    """A penalty of `coef`, at the end of an episode any of whose replies couldn't be read (DeepEyes' format term)."""
+
+    def bonuses(trajectory: Trajectory) -> list[float]:
+        broken = any(turn.parsed.error is not None for turn in trajectory.turns)
+        return [0.0] * (len(trajectory.turns) - 1) + [-coef * broken] * bool(trajectory.turns)
+
+    return bonuses
+
+
 def overlong(coef: float, limit: int, share: float) -> Callable[[Trajectory], list[float]]:
     """A penalty that rises from 0 to `coef` over the last `share` of the `limit` of tokens (DAPO's soft punishment)."""
     buffer = share * limit

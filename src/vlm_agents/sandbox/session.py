@@ -68,6 +68,9 @@ class Sandbox:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        self.close()
+
     @property
     def isolated(self) -> Isolation:
         """What keeps sessions away from the machine. ConfigError where nothing does that the settings accept."""

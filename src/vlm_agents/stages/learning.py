@@ -19,7 +19,7 @@ from vlm_agents.learn.kl_reward import KlReward
 from vlm_agents.learn.learner import Learner
 from vlm_agents.learn.losses import ESTIMATORS
 from vlm_agents.learn.novelty import Novelty
-from vlm_agents.learn.shaping import CountBonus, Shaper, TurnShaper, overlong, progress
+from vlm_agents.learn.shaping import CountBonus, Shaper, TurnShaper, overlong, progress, tools, unreadable
 from vlm_agents.models import Agent
 from vlm_agents.progress import say
 from vlm_agents.run import Run
@@ -40,10 +40,14 @@ def make_learner(
     shapers: dict[str, Shaper] = {}
     if algo.count_coef:
         shapers["count"] = CountBonus(algo.count_coef)
-    if algo.progress_coef:
-        shapers["progress"] = TurnShaper("progress", progress(algo.progress_coef, algo.gamma))
-    if algo.overlong_coef:
-        shapers["overlong"] = TurnShaper("overlong", overlong(algo.overlong_coef, reply_tokens, algo.overlong_share))
+    by_turn = {
+        "progress": (algo.progress_coef, progress(algo.progress_coef, algo.gamma)),
+        "tool": (algo.tool_coef, tools(algo.tool_coef)),
+        "tool_once": (algo.tool_once_coef, tools(algo.tool_once_coef, once=True)),
+        "format": (algo.format_coef, unreadable(algo.format_coef)),
+        "overlong": (algo.overlong_coef, overlong(algo.overlong_coef, reply_tokens, algo.overlong_share)),
+    }
+    shapers |= {name: TurnShaper(name, bonuses) for name, (coef, bonuses) in by_turn.items() if coef}
     if algo.kl_reward_coef:
         shapers["kl"] = KlReward(agent, agent.renderer, algo.kl_reward_coef, ESTIMATORS[algo.kl], shares)
     if algo.novelty.coef:

@@ -182,8 +182,9 @@ def play_baselines(
     on_episode: Callable[[Trajectory], object] = lambda _: None,
     world: World = ALONE,
 ) -> dict[str, float]:
-    """The panel by chance and, where there is one, by the expert: what a model's figures are held against."""
+    """The panel by chance and by the expert, where there are such: what a model's figures are held against."""
     metrics: dict[str, float] = {}
-    for name in ["random", *(["expert"] if envs.has_expert else [])]:
+    players = {"random": not cfg.env.free_text, "expert": envs.has_expert}
+    for name in (name for name, there in players.items() if there):
         metrics |= play_panel(cfg, envs, make_policy(cfg, name), episodes, f"_{name}", on_episode, world)
     return metrics
