@@ -120,7 +120,8 @@ def progress(coef: float, gamma: float) -> Callable[[Trajectory], list[float]]:
 
 def tools(coef: float, once: bool = False) -> Callable[[Trajectory], list[float]]:
     """`coef` for each turn that used a tool, where the episode succeeds (PyVision-RL); or `once`, for the last turn
-    that had a picture from one (DeepEyes). TrainingError where an env doesn't count `tool_calls` and `tool_pictures`."""
+    that had a picture from one (DeepEyes). TrainingError where an env doesn't count `tool_calls` or `tool_pictures`.
+    """
     name = "tool_pictures" if once else "tool_calls"
 
     def bonuses(trajectory: Trajectory) -> list[float]:
