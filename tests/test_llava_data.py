@@ -122,6 +122,26 @@ def test_a_folder_of_pictures_holds_what_its_own_links_point_to(folder: Path, tm
     assert [example.record for example in read_llava(path, other, Counter())] == [3]  # its absolute path lies there
 
 
+def test_conversations_of_pyvision_are_read(folder: Path):
+    """Each reply is an example, with what code gave as the user says it."""
+    said = [
+        ("user", "<image_clue_0><image></image_clue_0>\n\nWhich colour?"),
+        ("assistant", "Look.\n<code>\n```python\nimage_clue_0.show()\n```\n</code>"),
+        ("user", "<interpreter><image_clue_1><image></image_clue_1></interpreter>"),
+        ("assistant", "Red.\n<answer>\n\\boxed{red}\n</answer>"),
+    ]
+    rows = [{"role": role, "content": text} for role, text in said]
+    row = {"conversations": rows, "images": ["7/red.png", "7/blue.jpg"], "source_dataset": "mmpr"}
+    look, answer = read_llava(written(folder, row), folder, Counter())
+    assert (look.turn, look.answer) == (0, said[1][1])
+    assert (answer.turn, answer.answer) == (1, said[3][1])
+    assert [message.role for message in answer.prompt] == ["user", "assistant", "user"]
+    assert [picture.image.getpixel((0, 0)) for message in answer.prompt for picture in message.images] == [
+        (255, 0, 0),
+        (0, 0, 254),
+    ]
+
+
 SOUND = (human("<image>\nWhich colour?"), gpt("red"))
 TWO = ["7/red.png", "7/blue.jpg"]
 BROKEN = [
@@ -138,6 +158,7 @@ BROKEN = [
     (record(SOUND[0]), "no gpt turn in conversations"),
     (record(gpt("red"), SOUND[0]), "conversations begin with a gpt turn"),
     (record({"from": "bot", "value": "red"}), "from is 'bot', not one of system, human, gpt"),
+    (record({"role": "bot", "content": "red"}), "role is 'bot', not one of system, human, gpt"),
     (record({"value": "red"}), "no from in {'value': 'red'}"),
     (record(SOUND[0], {"from": "gpt"}), "no value in {'from': 'gpt'}"),
     (record(SOUND[0], {"from": "gpt", "value": 3}), "value is 3"),

@@ -3,6 +3,8 @@
     {"image": "7/0.png",
      "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", "value": "..."}]}
 
+or, as PyVision's data has it, with `images`, and messages of `role` user or assistant and `content`.
+
 A mark stands anywhere in a human turn, and its picture stays there (LLaVA's own code moves a single one to the front).
 A picture lies inside the folder of pictures by its path; a link there may lead out of it, as whoever made the link
 wanted.
@@ -30,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 NAMED = 5  # broken records of a file; the others are counted
 ROLES: dict[str, Role] = {"system": "system", "human": "user", "gpt": "assistant"}
+ROLES |= {"user": "user", "assistant": "assistant"}
 
 
 class Example(NamedTuple):
@@ -103,7 +106,7 @@ def _load(path: Path) -> list[Any]:
 def _messages(record: Any, folder: Path) -> Prompt:
     """The whole conversation, pictures and all."""
     said = _field(record, "conversations", list)
-    texts = [_field(turn, "value", str) for turn in said]
+    texts = [_field(turn, _spelled(turn, "value", "content"), str) for turn in said]
     roles: list[Role] = [_role(turn) for turn in said]
     if "assistant" not in roles:
         raise BrokenRecord("no gpt turn in conversations")
@@ -111,8 +114,8 @@ def _messages(record: Any, folder: Path) -> Prompt:
         raise BrokenRecord("conversations begin with a gpt turn")
     if any(IMAGE_MARK in text for role, text in zip(roles, texts, strict=True) if role != "user"):
         raise BrokenRecord(f"{IMAGE_MARK} outside of the human turns")
-    image = record.get("image")
-    names = image if isinstance(image, list) and image else [_field(record, "image", str)]
+    key = _spelled(record, "image", "images")
+    names = record[key] if isinstance(record.get(key), list) and record[key] else [_field(record, key, str)]
     if (marks := sum(text.count(IMAGE_MARK) for text in texts)) != len(names):
         raise BrokenRecord(f"{marks} {IMAGE_MARK} for {len(names)} pictures")
     pictures = iter([Picture(_image(folder, name)) for name in names])
@@ -138,10 +141,16 @@ def _field(node: Any, key: str, kind: type) -> Any:
 
 
 def _role(turn: dict[str, Any]) -> Role:
-    speaker = _field(turn, "from", str)
+    key = _spelled(turn, "from", "role")
+    speaker = _field(turn, key, str)
     if speaker not in ROLES:
-        raise BrokenRecord(f"from is {short(speaker)}, not one of {', '.join(ROLES)}")
+        raise BrokenRecord(f"{key} is {short(speaker)}, not one of {', '.join(ROLES)}")
     return ROLES[speaker]
+
+
+def _spelled(node: Any, usual: str, other: str) -> str:
+    """The one of two names that the node has."""
+    return other if isinstance(node, dict) and other in node and usual not in node else usual
 
 
 def _image(folder: Path, name: Any) -> Image.Image:

@@ -18,7 +18,7 @@ from PIL import Image
 from vlm_agents.envs.visual_search import question as limits
 from vlm_agents.envs.visual_search.benchmarks import read_benchmark
 from vlm_agents.envs.visual_search.parquet import read_parquet
-from vlm_agents.envs.visual_search.pyvision import boxed, read_rl, read_sft
+from vlm_agents.envs.visual_search.pyvision import boxed, read_rl
 from vlm_agents.envs.visual_search.question import Question
 from vlm_agents.errors import DataError
 
@@ -78,16 +78,6 @@ VERL = {
     "extra_info": {"answer": "blue", "index": 3, "question": "Which colour?", "split": "train"},
     "mm_hint": {"hint_path": "pictures/blue.png", "hint_type": "image"},
 }
-SFT = {
-    "conversations": [
-        {"role": "user", "content": "<image_clue_0><image></image_clue_0>\n\nWhich colour?"},
-        {"role": "assistant", "content": "Look.\n<code>\n```python\nimage_clue_0.show()\n```\n</code>"},
-        {"role": "user", "content": "<interpreter><image_clue_1><image></image_clue_1></interpreter>"},
-        {"role": "assistant", "content": "Red.\n<answer>\n\\boxed{\\text{red}}\n</answer>"},
-    ],
-    "images": ["pictures/red.png", "pictures/blue.png"],
-    "source_dataset": "mmpr",
-}
 
 
 @pytest.mark.parametrize("write", [whole, lines])
@@ -103,14 +93,6 @@ def test_without_a_question_of_its_own_the_prompt_is_asked(folder: Path) -> None
     row = {**VERL, "extra_info": {"index": 0, "answer": "green"}}
     (asked,) = read_rl(whole(folder / "prompt.json", row))
     assert (asked.ident, asked.text, asked.answer) == ("0", "You are an agent. Which colour?", "blue")
-
-
-def test_a_conversation_is_a_question_and_what_was_said(folder: Path) -> None:
-    (asked,) = read_sft(whole(folder / "sft.json", SFT))
-    assert (asked.text, asked.answer, asked.source) == ("Which colour?", "\\text{red}", "mmpr")
-    assert [role for role, _ in asked.conversation] == ["user", "assistant"] * 2
-    assert asked.conversation[3][1] == SFT["conversations"][3]["content"]
-    assert [picture().image.getpixel((0, 0)) for picture in asked.pictures] == [(255, 0, 0), (0, 0, 255)]
 
 
 @pytest.mark.parametrize(
@@ -145,21 +127,6 @@ def test_a_broken_rl_row_is_told_and_left_out(folder: Path, row: Any, problem: s
     assert len(problems) == 1
     with pytest.raises(DataError, match=f"^{path}, row 1: .*{problem}"):
         list(read_rl(path))
-
-
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        ({"images": ["pictures/red.png"]}, "2 <image> for 1 images"),
-        ({"conversations": SFT["conversations"][:3]}, "the last message is of role user"),
-        ({"conversations": []}, r"conversations is \[\]"),
-        ({"conversations": [{"role": "robot", "content": ""}]}, "role is 'robot': make it one of system"),
-        ({"conversations": [*SFT["conversations"][:3], {"role": "assistant", "content": "Red."}]}, "nothing is boxed"),
-    ],
-)
-def test_a_broken_conversation_is_told(folder: Path, change: dict[str, Any], problem: str) -> None:
-    with pytest.raises(DataError, match=f"broken.json, row 0: .*{problem}"):
-        list(read_sft(whole(folder / "broken.json", {**SFT, **change})))
 
 
 @pytest.mark.parametrize("content", [b"[1, ", b"\xff\xfe", b"[" * 100_000], ids=["cut", "binary", "deep"])
@@ -357,8 +324,8 @@ def damaged(draw: st.DrawFn, row: Any) -> Any:
 @given(data=st.data())
 @pytest.mark.parametrize(
     ("read", "row", "write"),
-    [(read_rl, RAW, whole), (read_rl, VERL, whole), (read_sft, SFT, whole), (read_benchmark, V_STAR, lines)],
-    ids=["raw", "verl", "sft", "v_star"],
+    [(read_rl, RAW, whole), (read_rl, VERL, whole), (read_benchmark, V_STAR, lines)],
+    ids=["raw", "verl", "v_star"],
 )
 def test_a_damaged_row_is_a_question_or_a_data_error(
     folder: Path, read: Read, row: dict[str, Any], write: Callable[..., Path], data: st.DataObject

@@ -1,4 +1,4 @@
-"""PyVision-RL's rows in JSON: questions for RL, raw or as verl wants them, and conversations for SFT.
+"""PyVision-RL's questions in JSON, raw or as verl wants them. (Its conversations for SFT, stage=preprocess reads.)
 
 A file is a list of rows, or has one on each line.
 """
@@ -41,31 +41,6 @@ def read_rl(path: Path, folder: Path | None = None, broken: Broken = refuse) -> 
         names = hint.get("hint_path")
         files = [inside(folder, name) for name in (names if isinstance(names, list) and names else [names])]
         return asked(row, where, *(partial(load, file, where) for file in files))
-
-    return questions(path, _rows(path), read, broken)
-
-
-def read_sft(path: Path, folder: Path | None = None, broken: Broken = refuse) -> Iterator[Question]:
-    """The same of conversations: the question is the first thing that a user says, the answer what is boxed last."""
-    folder = path.parent if folder is None else folder
-
-    def read(row: Any, where: str) -> Question:
-        row = mapping(row, "the row")
-        said = tuple(map(_said, _list(row, "conversations")))
-        names = _list(row, "images")
-        marks = sum(words.count(IMAGE_MARK) for _, words in said)
-        if marks != len(names):
-            raise DataError(f"{marks} {IMAGE_MARK} for {len(names)} images: make them as many, or remove the row")
-        if said[-1][0] != "assistant":
-            raise DataError(f"the last message is of role {said[-1][0]}: end with the assistant's, or remove the row")
-        first = next((words for role, words in said if role == "user"), "")
-        question, answer = MARKS.sub("", first).strip(), boxed(said[-1][1])
-        if not question or not answer:
-            what = "the user asks nothing" if not question else "nothing is boxed in the last message"
-            raise DataError(f"{what}: write it, or remove the row")
-        pictures = tuple(partial(load, inside(folder, name), where) for name in names)
-        source = optional(row, "source_dataset")
-        return Question(where, question, pictures, answer, source=source, conversation=said)
 
     return questions(path, _rows(path), read, broken)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from vlm_agents.errors import DataError
 from vlm_agents.pictures import Picture, opened, read_picture
-from vlm_agents.types import Role
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; the last two just outside
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -22,7 +21,6 @@ class Question:
     """`answer` is one of the `options` where there are any. `boxes`: what must be seen, in pixels of the first picture.
 
     `hidden_up_to`: the longest side in pixels of a picture shown from which it can't be answered, where that is known.
-    `conversation`: what was said by whom, `<image>` for each of the pictures, where a row shows how to answer.
     """
 
     ident: str
@@ -34,7 +32,6 @@ class Question:
     source: str = ""
     boxes: tuple[Box, ...] = ()
     hidden_up_to: int | None = None
-    conversation: tuple[tuple[Role, str], ...] = ()
 
     @property
     def asked(self) -> str:
