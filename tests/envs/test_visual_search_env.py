@@ -51,11 +51,11 @@ def test_code_gives_text_and_pictures_in_their_order_and_variables_live() -> Non
     env.reset(0)
     first = env.step(fenced("cut = image_clue_0.crop((0, 0, 300, 200))\nprint('one')\ncut.show()\nprint('two')"))
     assert words(first.observation) == (
-        "Text Result:\none\nImage Result:\n<image_clue_1>[100x67]</image_clue_1>\nText Result:\ntwo\n"
+        "Text Result:\none\nImage Result:\n<image_clue_1>[100x67]</image_clue_1>\nText Result:\ntwo"
     )
     assert (first.legal, first.changed, first.terminated, first.truncated) == (True, True, False, False)
     second = env.step(fenced("image_clue_1.size, cut.size"))  # what was shown is bound, in its own size
-    assert words(second.observation) == "Text Result:\n((300, 200), (300, 200))\n"
+    assert words(second.observation) == "Text Result:\n((300, 200), (300, 200))"
     assert words(env.step(fenced("x = 1")).observation) == "Nothing was printed or shown."
     metrics = dict(env.step(fenced("1 / 0")).metrics)
     assert metrics.pop("seconds_tool") > 0
@@ -95,7 +95,7 @@ def test_limits_are_told() -> None:
     step = env.step(fenced("for x in (1, 2, 3):\n    image_clue_0.resize((x, x)).show()"))
     assert words(step.observation) == (
         "Image Result:\n<image_clue_1>[1x1]</image_clue_1>\nImage Result:\n<image_clue_2>[2x2]</image_clue_2>\n"
-        "1 pictures more are not shown: there are at most 2.\n"
+        "1 pictures more are not shown: there are at most 2."
     )
     step = env.step(None)
     assert words(step.observation) == "Write Python to be run, or the answer."
@@ -121,7 +121,7 @@ def test_a_picture_may_be_in_python_alone() -> None:
     assert seen.images == ()
     assert words(seen).startswith("image_hint_0 Image Width: 1000; Image Height: 1000\n")
     assert "image_hint_0" in env.instructions
-    assert words(env.step(fenced("image_hint_0.size")).observation) == "Text Result:\n(1000, 1000)\n"
+    assert words(env.step(fenced("image_hint_0.size")).observation) == "Text Result:\n(1000, 1000)"
     env.close()
 
 

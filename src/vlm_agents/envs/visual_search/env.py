@@ -5,6 +5,7 @@ an answer is right is for the referee to say: the last step holds a claim.
 """
 
 import re
+from functools import cache
 from weakref import WeakValueDictionary
 
 from PIL import Image
@@ -21,10 +22,11 @@ from vlm_agents.sandbox.session import Result, Sandbox, Session
 from vlm_agents.sandbox.settings import SandboxSettings
 from vlm_agents.types import Claim, Observation, Step
 
-TOOL = """You answer a question on pictures. What you are shown may be reduced; in Python each picture is there in \
-its own size, as a PIL image named {name}_0, {name}_1 and so on. numpy is np, PIL.Image is Image, matplotlib.pyplot is \
-plt. What your code prints or shows, by show(), comes back to you, and variables stay. Pictures that come back have \
-the next names: image_clue_1 and so on."""
+TOOL = (
+    "You answer a question on pictures. Python has them in their own size, as PIL images {name}_0 and so on; np, Image "
+    "and plt are there. What your code prints or shows comes back, its pictures under the next names, image_clue_1 and "
+    "so on. Variables stay."
+)
 NO_TOOL = "You answer a question on pictures. There is no Python here: answer at once."
 FENCE = re.compile(r"\s*```(?:python|py)?[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
 UNREADABLE = "Write Python to be run, or the answer."
@@ -62,12 +64,13 @@ class VisualSearch:
         tags = {"category": self.question.category, "source": self.question.source}
         text = Composed()
         for place, picture in enumerate(self._pictures):
+            text.line("")
             if self.cfg.picture_in == "prompt":
                 self._show(text, place, picture, self._whole_side)
             else:
                 text.say(f"{self._hinted}_{place}")
-            text.say(f" Image Width: {picture.size[0]}; Image Height: {picture.size[1]}\n")
-        text.say(self.question.asked)
+            text.say(f" Image Width: {picture.size[0]}; Image Height: {picture.size[1]}")
+        text.line(self.question.asked)
         return text.observation(self._key, {name: value for name, value in tags.items() if value})
 
     def step(self, action: str | None) -> Step:
@@ -134,7 +137,8 @@ class VisualSearch:
         left_out = 0
         for part in (*result.parts, *([result.error] if result.error else [])):
             if isinstance(part, str):
-                text.say(f"Text Result:\n{part.strip()}\n" if part.strip() else "")
+                if part.strip():
+                    text.line(f"Text Result:\n{part.strip()}")
             elif self._shown == self.cfg.max_pictures:
                 left_out += 1
             else:
@@ -142,13 +146,12 @@ class VisualSearch:
                 place, picture = len(self._pictures), Picture(part)
                 self._pictures.append(picture)
                 self._session.bind({f"image_clue_{place}": picture.image})
-                text.say("Image Result:\n")
+                text.line("Image Result:\n")
                 self._show(text, place, picture, self.side)
-                text.say("\n")
         if left_out:
-            text.say(f"{left_out} pictures more are not shown: there are at most {self.cfg.max_pictures}.\n")
+            text.line(f"{left_out} pictures more are not shown: there are at most {self.cfg.max_pictures}.")
         elif not text:
-            text.say("Nothing was printed or shown.")
+            text.line("Nothing was printed or shown.")
 
     def _show(self, text: "Composed", place: int, picture: Picture, side: int | None) -> None:
         text.say(f"<image_clue_{place}>")
@@ -189,6 +192,10 @@ class Composed:
     def say(self, words: str) -> None:
         self._text += words
 
+    def line(self, words: str) -> None:
+        """On a line of its own."""
+        self._text += "\n" * bool(self._text) + words
+
     def show(self, picture: Picture) -> None:
         self._pictures.append(picture)
         self._places.append(len(self._text))
@@ -213,5 +220,10 @@ def sandbox_of(settings: SandboxSettings) -> Sandbox:
     sandbox = _SANDBOXES.get(settings)
     if sandbox is None:
         sandbox = _SANDBOXES[settings] = Sandbox(settings)
-        say(f"Python runs in a sandbox by {sandbox.isolated}")
+        _tell_isolation(sandbox.isolated)
     return sandbox
+
+
+@cache
+def _tell_isolation(isolated: str) -> None:
+    say(f"the agent's Python is kept in by {isolated}")
