@@ -82,9 +82,10 @@ GROUPS = {
         "Held-out panel",
         "The same held-out seeds every time, which no training sees. Without a suffix: sampled at the policy's own "
         "temperature; `_greedy`: its likeliest tokens; `_random`, `_expert`: the scripted policies on the same seeds; "
+        "`_bare`: sampled without its tool; `_votes`: the same, its most frequent answer of as many as take the time; "
         "`_before`: before training. What else an env measures of an episode stands here, and in the other groups of "
         "episodes, under the env's own name.",
-        EPISODES | BOUNDS | BY_TAG | SERVER,
+        EPISODES | BOUNDS | BY_TAG | SERVER | {"votes": Metric("answers", "how many `_votes` has of each question")},
     ),
     "rollout": Group(
         "Rollout",
@@ -260,8 +261,10 @@ GROUPS = {
     ),
     "time": Group(
         "Time",
-        "Of an iteration of stage=ppo.",
+        "Of an iteration of stage=ppo; of a panel where it is compared with one without a tool, `panel_bare`.",
         {
+            "panel": Metric("s", "playing the held-out panel, sampled"),
+            "panel_bare": Metric("s", "playing it without a tool"),
             "rollout": Metric("s", "collecting the episodes"),
             "update": Metric("s", "learning from them"),
             "training": Metric("s", "both, over all iterations"),
@@ -285,7 +288,7 @@ GROUPS = {
     ),
 }
 MOSTLY = 0.5  # share of illegal replies
-VARIANTS = ("_greedy", "_random", "_expert")
+VARIANTS = ("_greedy", "_random", "_expert", "_bare", "_votes")
 
 
 class Name(NamedTuple):

@@ -25,7 +25,7 @@ from vlm_agents.types import Parsed, Prompt, Trajectory, Turn
 
 Points = Sequence[tuple[float, float]]
 Interval = tuple[float, float, float]  # a share, and its 95 % interval
-TAGGED = {"": "sampled", "_greedy": "greedy", "_random": "random", "_expert": "expert"}  # panels, by tag
+TAGGED = {"": "sampled", "_greedy": "greedy", "_random": "random", "_expert": "expert", "_bare": "without its tool"}
 BLANK = names.Metric("", "")
 DIGITS = 6  # of a curve's numbers, significant ones: what a screen shows is less
 

@@ -97,7 +97,7 @@ def test_the_report_shows_sampled_and_greedy_episodes(played: Path):
     experts = [int(one["seed"]) for one in told["episodes"] if one["policy"] == "expert"]
     assert experts == seeds[:16]  # how each of them would have been done
     chance, expert = (next(row for row in told["results"] if row["policy"] == name) for name in ("random", "expert"))
-    none = dict.fromkeys(("success", "failure", "invalid", "too_long", "time_limit", "env_error"), 0)
+    none = dict.fromkeys(("success", "failure", "invalid", "too_long", "time_limit", "env_error", "unscored"), 0)
     assert told["results"][0]["ends"] == none | {"invalid": 30}
     assert expert["ends"] == none | {"success": 30}
     assert sum(chance["ends"].values()) == 30

@@ -5,7 +5,7 @@ FAMILIES. Nothing here imports a game.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from omegaconf import MISSING
@@ -45,6 +45,11 @@ class EnvConfig(Part, place="env"):
     def one_turn(self) -> bool:
         """Does every episode end with its first turn?"""
         return self.max_steps == 1
+
+    @property
+    def bare(self) -> "EnvConfig | None":
+        """The same game without the help whose worth an evaluation tells; None where there is none to leave out."""
+        return None
 
     @property
     def success_remedy(self) -> str:
@@ -268,6 +273,10 @@ class VisualSearchConfig(EnvConfig):
         choices=Literal["tell", "end"],
     )
     sandbox: SandboxConfig = setting(SandboxConfig, "limits of the agent's Python")
+
+    @property
+    def bare(self) -> EnvConfig | None:
+        return replace(self, tool=False) if self.tool and self.picture_in == "prompt" else None
 
     def check(self, run: "RunConfig") -> None:
         if getattr(run.stage, "policy", "") == "random" or getattr(run.stage, "noise", 0) > 0:

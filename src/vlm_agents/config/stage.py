@@ -171,7 +171,9 @@ class EvalConfig(StageConfig):
     init: str | None = setting(AUTO, WEIGHTS)
     episodes: int = setting(200, "size of the panel", low=1)
     num_envs: int = setting(64, "episodes played at the same time", low=1)
-    baselines: bool = setting(True, "also play random and expert on the same panel")
+    baselines: bool = setting(
+        True, "also play random and expert on the same panel, and the model without its tool where it has one"
+    )
     report_episodes: int = setting(12, "episodes shown in report.html", low=0)
     remote: RemoteConfig = setting(RemoteConfig, "the server of policy=remote")
 

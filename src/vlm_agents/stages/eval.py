@@ -1,5 +1,6 @@
 """Play the held-out panel: the policy sampled and greedy, beside chance and the scripted expert. Trains nothing."""
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 
@@ -10,6 +11,7 @@ from vlm_agents.progress import say
 from vlm_agents.remote import ChatClient
 from vlm_agents.report import Result
 from vlm_agents.run import Run
+from vlm_agents.stages.bare import play_bare
 from vlm_agents.stages.playing import (
     check_first_prompt,
     load_sampler,
@@ -26,7 +28,7 @@ from vlm_agents.types import Trajectory
 
 
 def main(cfg: RunConfig, stage: EvalConfig, run: Run) -> dict[str, float]:
-    album, first = Album(stage.report_episodes), list[Trajectory]()
+    album, first, ended = Album(stage.report_episodes), list[Trajectory](), 0.0
     sampler = load_sampler(cfg, stage.init) if stage.policy == "model" else None
     with open_envs(cfg.env, stage.num_envs, "always", run.world) as envs:
         if sampler:
@@ -37,11 +39,14 @@ def main(cfg: RunConfig, stage: EvalConfig, run: Run) -> dict[str, float]:
         writer = EpisodeWriter(run.dir, anew=True, world=run.world)
 
         def keep(trajectory: Trajectory) -> None:
+            nonlocal ended
             writer.append(trajectory)
             album.keep(trajectory)
+            ended = time.monotonic()
             if not first:  # for the animation
                 first.append(trajectory)
 
+        began = time.monotonic()
         if sampler:
             metrics = play_model(cfg, envs, sampler, stage.episodes, keep, album.keep, run.world)
         elif stage.policy == "remote":
@@ -54,6 +59,8 @@ def main(cfg: RunConfig, stage: EvalConfig, run: Run) -> dict[str, float]:
             metrics = play_panel(cfg, envs, make_policy(cfg, stage.policy), stage.episodes, on_episode=keep)
         if stage.baselines and stage.policy in ("model", "remote"):
             metrics |= play_baselines(cfg, envs, stage.episodes, album.keep_too, run.world)
+    if stage.baselines and sampler:
+        metrics |= play_bare(cfg, stage, run, make_policy(cfg, "model", sampler), ended - began)
     writer.sync()
     return conclude(cfg, stage, run, metrics, album, first) if run.world.main else metrics
 

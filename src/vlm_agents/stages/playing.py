@@ -154,9 +154,14 @@ def play_panel(
     metrics = summarise(shown(), "eval") | tags.figures()
     played = episodes - unknown(metrics, "eval")
     for share in SHARES:
-        low, high = wilson_interval(round(metrics[share] * played), played)
-        metrics |= {f"{share}_low": low, f"{share}_high": high}
+        metrics |= with_bounds(share, metrics[share], played)
     return {f"{name}{variant}": value for name, value in metrics.items()}
+
+
+def with_bounds(name: str, share: float, episodes: int, variant: str = "") -> dict[str, float]:
+    """A share of so many episodes, with the ends of its 95 % interval."""
+    low, high = wilson_interval(round(share * episodes), episodes)
+    return {f"{name}{variant}": share, f"{name}_low{variant}": low, f"{name}_high{variant}": high}
 
 
 def play_model(

@@ -44,6 +44,8 @@ PANELS = {
     "_greedy": GREEDY,
     "_random": "random",
     "_expert": "expert",
+    "_bare": f"{SAMPLED}, without its tool",
+    "_votes": "the same, by vote in equal time",
 }
 
 
