@@ -31,10 +31,10 @@ from vlm_agents.envs.echo import COLORS, OVER
 from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import ConfigError, DataError, ModelError
 from vlm_agents.handover import Served, find, handed_over, with_model
-from vlm_agents.judge import Judge, read_score
 from vlm_agents.pictures import Picture
 from vlm_agents.policies import RemotePolicy
 from vlm_agents.prompting import make_format
+from vlm_agents.rater import Rater, read_score
 from vlm_agents.remote import ChatClient, message_json
 from vlm_agents.run import Run
 from vlm_agents.snapshot import as_yaml
@@ -1207,7 +1207,7 @@ def test_a_rater_is_told_what_was_thought_and_done(server: Server, client):
         Parsed("go", thought_span=(14, 25)),
         Step(Observation("a hall", (grey,)), 0.625, False, False, False, True, True),
     )
-    assert Judge(client()).rate([turn]) == [5.0]
+    assert Rater(client()).rate([turn]) == [5.0]
     (request,) = server.requests
     assert [message["role"] for message in request["messages"]] == ["system", "user"]
     assert [color_of(picture) for picture in pictures_of(request)] == [(255, 255, 255), (128, 128, 128)]

@@ -214,7 +214,7 @@ def test_pictures_stand_before_the_text_or_at_their_places_in_it() -> None:
 @pytest.mark.parametrize("places", [(1,), (2, 1), (-1, 0), (0, 3), (0, 0.5)])
 def test_a_place_outside_of_the_text_is_named(places: tuple[int, ...]) -> None:
     picture = Picture(Image.new("RGB", (1, 1)))
-    with pytest.raises(EnvError, match="places is .*, not where each of 2 pictures stands"):
+    with pytest.raises(EnvError, match=r"places is .*, not where each of 2 pictures stands"):
         checked_observation(Observation("ab", (picture, picture), places=places))
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from vlm_agents.config import CollectConfig, RunConfig
 from vlm_agents.env_pool import EnvPool
 from vlm_agents.episodes import EpisodeWriter, read_episodes
-from vlm_agents.judge import Judge
 from vlm_agents.policies import NoisyPolicy
 from vlm_agents.progress import say, track
+from vlm_agents.rater import Rater
 from vlm_agents.ratings import quality
 from vlm_agents.remote import ChatClient
 from vlm_agents.run import Run
@@ -140,7 +140,7 @@ def ratings(turns: Sequence[Turn], stage: CollectConfig, client: ChatClient | No
         return [quality(turn) for turn in turns]
     if stage.rater == "remote":
         assert client is not None
-        return Judge(client).rate(turns)
+        return Rater(client).rate(turns)
     return [None] * len(turns)
 
 
