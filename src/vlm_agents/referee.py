@@ -198,7 +198,7 @@ def case(claim: Claim) -> str:
 
 
 # ---- the verdict -----------------------------------------------------------------------------------------------------
-JUDGEMENT = re.compile(r"""judge?ment["*]*:["*\s]*([01])(?![\d.])""", re.IGNORECASE)
+JUDGEMENT = re.compile(r"""judge?ment["*]*:["*\s]*([01])(?!\.?\d)""", re.IGNORECASE)
 END = " \t\n*`.}"  # may stand around a verdict
 
 

@@ -188,7 +188,8 @@ class ForgivingClient(ChatClient):
     def cancel(self) -> None:
         """Give up what another thread asks: its `complete` raises CancelledError."""
         loop = self._loop.get_loop()
-        loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
+        for task in asyncio.all_tasks(loop):  # those of now: what comes later, such as `close`, goes on
+            loop.call_soon_threadsafe(task.cancel)
 
     async def _said(self, request: dict[str, Any]) -> Completion:
         try:
