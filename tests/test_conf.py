@@ -23,6 +23,7 @@ from vlm_agents.config import (
     PpoConfig,
     PreprocessConfig,
     PromptConfig,
+    RefereeConfig,
     ServeConfig,
     SftConfig,
     StageConfig,
@@ -45,6 +46,7 @@ GROUP_TYPES = {
     "model": ModelConfig,
     "hardware": HardwareConfig,
     "tracking": TrackingConfig,
+    "referee": RefereeConfig,
     "stage": StageConfig,
     "algo": AlgoConfig,
 }

@@ -21,12 +21,12 @@ worker
 preflight launch
 stages run
 rollout | server
-policies episodes outcomes summary llava_data env_pool report frames chats inputs judge
+policies episodes outcomes summary llava_data env_pool report frames chats inputs rater referee
 envs experts | prompting | models | learn | tracking backends stores | checkpoints | remote endpoint answers handover
 lineage weights snapshot
 config tensors | processes
 sandbox
-types upgrades errors imports files marks pictures progress versions metrics cores seeds ratings intervals
+types upgrades errors imports files marks pictures progress versions metrics cores seeds ratings intervals verdicts
 world stopping
 """
 CELLS = [[cell.split() for cell in line.split("|")] for line in LAYERS.strip().splitlines()]
@@ -49,6 +49,7 @@ DOORS = {
     "httpx2": ["endpoint.py"],
     "huggingface_hub": ["models/sources.py"],
     "scipy": ["intervals.py"],
+    "math_verify": ["verdicts.py"],
     "skimage": [],  # imported by name, inside of a sandbox
     "matplotlib": ["charts.py", "sandbox"],
 }

@@ -37,15 +37,15 @@ def modules(requirements: list[str]) -> set[str]:
 
 
 def test_what_is_imported_is_required_and_what_is_required_is_imported():
-    optional = {"tensorboardX", "wandb"}  # tracking=tensorboard, tracking=wandb
+    optional = {"tensorboardX", "wandb", "math_verify"}  # tracking=tensorboard, tracking=wandb, and equal formulas
     assert imported("src") | set(CALLED) == modules(PROJECT["dependencies"]) | optional
-    assert optional <= modules([*EXTRAS["tensorboard"], *EXTRAS["wandb"]])
+    assert optional <= modules([*EXTRAS["tensorboard"], *EXTRAS["wandb"], *EXTRAS["math"]])
     assert not imported("src") & set(CALLED)
 
 
 def test_what_the_tests_import_is_required_too():
     local = {path.stem for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
-    assert set(EXTRAS) == {"dev", "sandbox", "serve", "tensorboard", "wandb"}  # none that nothing uses
+    assert set(EXTRAS) == {"dev", "math", "sandbox", "serve", "tensorboard", "wandb"}  # none that nothing uses
     required = [requirement for extra in EXTRAS.values() for requirement in extra]
     assert imported("tests") - local <= modules([*PROJECT["dependencies"], *required])
 

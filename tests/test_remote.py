@@ -10,17 +10,17 @@ import subprocess
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pytest
+from chat_server import Answer, Server, chat_completion, text_of
 from PIL import Image
 
 from vlm_agents import endpoint, handover, remote, stages
@@ -31,110 +31,16 @@ from vlm_agents.envs.echo import COLORS, OVER
 from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import ConfigError, DataError, ModelError
 from vlm_agents.handover import Served, find, handed_over, with_model
-from vlm_agents.judge import Judge, read_score
 from vlm_agents.pictures import Picture
 from vlm_agents.policies import RemotePolicy
 from vlm_agents.prompting import make_format
+from vlm_agents.rater import Rater, read_score
 from vlm_agents.remote import ChatClient, message_json
 from vlm_agents.run import Run
 from vlm_agents.snapshot import as_yaml
 from vlm_agents.types import Message, Observation, Parsed, Prompt, Query, Reply, Sampling, Step, Turn
 
 Play = Callable[..., dict[str, float]]
-
-
-@dataclass
-class Answer:
-    """One HTTP answer as it stands; status 0: hang up. `more` follows the body, piece by piece, until it is hung up."""
-
-    status: int = 200
-    body: bytes = b""
-    headers: dict[str, str] = field(default_factory=dict)
-    more: Iterable[bytes] = ()
-
-
-class Server:
-    """Answers each chat request with what `answer` makes of it, and notes what it was asked."""
-
-    def __init__(self) -> None:
-        self.answer: Callable[[dict[str, Any]], str | Answer] = lambda request: "yes"
-        self.requests: list[dict[str, Any]] = []
-        self.blanks: list[dict[str, Any]] = []  # asked to learn whether it answers anything
-        self.headers: list[dict[str, str]] = []
-        self.times: list[float] = []
-        self.models: list[str] | None = None
-        self.most_at_once = 0
-        self._at_once = 0
-        self._lock = threading.Lock()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler(self))
-        self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
-        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,))
-        self._thread.start()
-
-    def close(self) -> None:
-        self._http.shutdown()
-        self._thread.join()
-        self._http.server_close()
-
-    def post(self, path: str, headers: dict[str, str], body: bytes) -> Answer:
-        if path != "/v1/chat/completions":
-            return Answer(404, b"no such page")
-        request = json.loads(body)
-        with self._lock:
-            (self.blanks if text_of(request) == "Say yes." else self.requests).append(request)
-            self.headers.append(headers)
-            self.times.append(time.monotonic())
-            self._at_once += 1
-            self.most_at_once = max(self.most_at_once, self._at_once)
-        try:
-            answer = self.answer(request)
-        finally:
-            with self._lock:
-                self._at_once -= 1
-        return chat_completion(answer) if isinstance(answer, str) else answer
-
-
-def handler(server: Server) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        wbufsize = -1  # an answer in one piece: in two, TCP waits 40 ms for the second
-
-        def do_POST(self) -> None:
-            body = self.rfile.read(length := int(self.headers["Content-Length"]))
-            if len(body) == length:  # else the client has given up
-                self._send(server.post(self.path, dict(self.headers), body))
-
-        def do_GET(self) -> None:
-            listed = self.path == "/v1/models" and server.models is not None
-            server.headers.append(dict(self.headers))
-            models = json.dumps({"data": [{"id": name} for name in server.models or ()]}).encode()
-            self._send(Answer(200, models) if listed else Answer(404, b"no such page"))
-
-        def _send(self, answer: Answer) -> None:
-            if answer.status == 0:
-                self.close_connection = True
-                return
-            self.send_response(answer.status)
-            for key, value in {"Content-Length": str(len(answer.body)), **answer.headers}.items():
-                self.send_header(key, value)
-            self.end_headers()
-            self.wfile.write(answer.body)
-            with suppress(ConnectionError):
-                for piece in answer.more:
-                    self.close_connection = True
-                    self.wfile.write(piece)
-                    self.wfile.flush()
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    return Handler
-
-
-def chat_completion(text: str | None, finish: str = "stop") -> Answer:
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
-    usage = {"prompt_tokens": 11, "completion_tokens": 3, "total_tokens": 14}
-    return Answer(200, json.dumps({"id": "x", "choices": [choice], "usage": usage}).encode())
 
 
 @pytest.fixture
@@ -173,12 +79,6 @@ def say(text: str) -> Prompt:
 def complete(client: ChatClient, *texts: str, **settings: Any) -> list[str]:
     answers = client.complete([say(text) for text in texts], Sampling(8), temperature=0.7, **settings)
     return [answer.text for answer in answers]
-
-
-def text_of(request: dict[str, Any]) -> str:
-    """What the last message of a request says."""
-    content = request["messages"][-1]["content"]
-    return content if isinstance(content, str) else content[-1]["text"]
 
 
 def pictures_of(request: dict[str, Any]) -> list[Image.Image]:
@@ -1207,7 +1107,7 @@ def test_a_rater_is_told_what_was_thought_and_done(server: Server, client):
         Parsed("go", thought_span=(14, 25)),
         Step(Observation("a hall", (grey,)), 0.625, False, False, False, True, True),
     )
-    assert Judge(client()).rate([turn]) == [5.0]
+    assert Rater(client()).rate([turn]) == [5.0]
     (request,) = server.requests
     assert [message["role"] for message in request["messages"]] == ["system", "user"]
     assert [color_of(picture) for picture in pictures_of(request)] == [(255, 255, 255), (128, 128, 128)]

@@ -165,22 +165,20 @@ class Endpoint:
         return gone and self._last_answer is not None and self._last_answer < begun
 
     def _gave_up(self, failure: Failure, tries: int, wait: float) -> ModelError:
-        again = "Then give the same command again: what was answered is kept"
+        place, again = self._cfg.place, "Then give the same command again: what was answered is kept"
         match failure:
             case Said():
-                fix = (
-                    f"wait for {wait:.0f} s" if wait > PATIENCE_S else "see its log, or lower stage.remote.concurrency"
-                )
+                fix = f"wait for {wait:.0f} s" if wait > PATIENCE_S else f"see its log, or lower {place}.concurrency"
                 error = self._error(f"status {failure.status}, {tries} times", f"{fix}. {again}", failure.body)
                 passing = wait > PATIENCE_S or failure.status in (408, 409, 429)
                 return Unavailable(str(error)) if passing else error
             case Unreadable():
-                fix = "is stage.remote.url the part before /chat/completions of an OpenAI-compatible server?"
+                fix = f"is {place}.url the part before /chat/completions of an OpenAI-compatible server?"
                 return self._error(f"{tries} times, what came back is no chat completion", fix, failure.body)
             case TimeoutError():
-                fix = "raise stage.remote.timeout_s or lower stage.remote.concurrency"
+                fix = f"raise {place}.timeout_s or lower {place}.concurrency"
                 return self._error(f"no answer within {self._cfg.timeout_s:g} s, {tries} times", f"{fix}. {again}")
-        fix = f"is the server running there, and is stage.remote.url right? {again}"
+        fix = f"is the server running there, and is {place}.url right? {again}"
         error = self._error(f"can't be reached ({self._quoted(reason(failure))}), {tries} times", fix)
         return Unavailable(str(error)) if isinstance(failure, httpx2.ConnectError) else error
 
@@ -194,7 +192,7 @@ class Endpoint:
         """How to mend what the server refused."""
         cfg = self._cfg
         if 300 <= said.status < 400 and (elsewhere := said.headers.get("Location")):
-            return f"it moved to {self._quoted(elsewhere)}: set stage.remote.url accordingly"
+            return f"it moved to {self._quoted(elsewhere)}: set {cfg.place}.url accordingly"
         if said.status == 402 or b"insufficient_quota" in said.body:
             return "the account is used up: fill it, then give the same command again: what was answered is kept"
         if said.status in (401, 403) and cfg.auto:
@@ -202,12 +200,12 @@ class Endpoint:
         if said.status in (401, 403):
             return f"${cfg.key_env} {'holds a key that is refused' if self._key else 'is empty'}: set it to a key"
         if said.status in (400, 422) and (name := field_named(said.body, request)):
-            return how_to_leave_out(name, request)
+            return how_to_leave_out(name, request, cfg.place)
         if said.status in (400, 404) and (models := await self._models()) and cfg.model not in models:
             known = ", ".join(models[:LISTED])
-            return f"set stage.remote.model to one of {known}.{did_you_mean(cfg.model, models)}"
+            return f"set {cfg.place}.model to one of {known}.{did_you_mean(cfg.model, models)}"
         if said.status in (404, 405):
-            return "stage.remote.url is the part before /chat/completions and mostly ends in /v1: is it right?"
+            return f"{cfg.place}.url is the part before /chat/completions and mostly ends in /v1: is it right?"
         return "the server can't serve this request, see what it says"
 
     async def _models(self) -> list[str]:
@@ -272,11 +270,11 @@ def field_named(body: bytes, request: Mapping[str, Any]) -> str | None:
     return next((name for name in names if name in words), None)
 
 
-def how_to_leave_out(name: str, request: Mapping[str, Any]) -> str:
+def how_to_leave_out(name: str, request: Mapping[str, Any], place: str) -> str:
     if name == "max_tokens":
         new = f"max_tokens: null, max_completion_tokens: {request[name]}"
-        return f"set 'stage.remote.request={{{new}}}' for a model that has another name for it; else a smaller number"
-    return f"set 'stage.remote.request={{{name}: null}}', which leaves it out, or another value there"
+        return f"set '{place}.request={{{new}}}' for a model that has another name for it; else a smaller number"
+    return f"set '{place}.request={{{name}: null}}', which leaves it out, or another value there"
 
 
 def reason(error: BaseException | None) -> str:

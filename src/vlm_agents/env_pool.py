@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import cloudpickle
 
@@ -73,7 +73,7 @@ class EnvPool:
         self._seen: set[str] = set()
         self.name, self.instructions, self.has_expert = self._first("describe")
 
-    def __enter__(self) -> "EnvPool":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, raised: type[BaseException] | None, *_: object) -> None:

@@ -14,7 +14,7 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from vlm_agents.config import UNNAMED, RemoteConfig, RunConfig, command
+from vlm_agents.config import CollectConfig, EvalConfig, PpoConfig, RemoteConfig, RunConfig, command
 from vlm_agents.errors import ConfigError, DataError, ModelError
 from vlm_agents.files import atomic_write
 from vlm_agents.progress import duration, say, under_way
@@ -81,9 +81,9 @@ def find(remote: RemoteConfig) -> Served:
     """The server of `remote`, whose url is auto, once it answers. ModelError where it doesn't within `wait_s`."""
     end, told = time.monotonic() + remote.wait_s, ""
     with under_way(f"waiting for the server of stage=serve name={remote.server}"):
-        while isinstance(found := look(remote.server), str):
+        while isinstance(found := look(remote.server, remote.place), str):
             if time.monotonic() >= end:
-                raise ModelError(f"{found}. Waited for {duration(remote.wait_s)}; stage.remote.wait_s says how long")
+                raise ModelError(f"{found}. Waited for {duration(remote.wait_s)}; {remote.place}.wait_s says how long")
             if found != told:
                 say(f"{found}. Waits for it, {duration(remote.wait_s)} at most")
                 told = found
@@ -91,18 +91,19 @@ def find(remote: RemoteConfig) -> Served:
     return found
 
 
-def look(server: str) -> Served | str:
-    """The server of that name, or run directory, if it answers; else what is wrong with it, and the fix."""
+def look(server: str, place: str) -> Served | str:
+    """The server of that name, or run directory, if it answers; else what is wrong with it, and the fix. `place` is
+    where the settings that name it stand."""
     places = places_of(server)
     there = [served for place in places if (served := read(place / FILE))]
     if not there:
-        place = "run_dir" if len(Path(server).parts) > 1 else "name"
-        start = command(["stage=serve", f"{place}={server}", "model=..."])
+        word = "run_dir" if len(Path(server).parts) > 1 else "name"
+        start = command(["stage=serve", f"{word}={server}", "model=..."])
         return f"no server is up under {places[0]}: start one in another terminal or job, by {start}"
     served = max(there, key=lambda served: served.since)
     if served.host != socket.gethostname() and (urlsplit(served.url).hostname or "").startswith("127."):
         raise ConfigError(
-            f"the server of stage.remote.server={server} takes requests on {served.host} alone: start it with "
+            f"the server of {place}.server={server} takes requests on {served.host} alone: start it with "
             "stage.host=node, or this run there"
         )
     if served.answers():
@@ -133,15 +134,19 @@ def read(path: Path) -> Served | None:
 
 
 def with_model(cfg: RunConfig) -> RunConfig:
-    """`cfg` with the name of the model that the server gives it, where `stage.remote.url=auto` leaves that open: waits
-    for the server."""
-    remote = asked(cfg)
-    if remote is None or not remote.auto or remote.model != UNNAMED:
-        return cfg
-    return replace(cfg, stage=replace(cfg.stage, remote=replace(remote, model=find(remote).model)))
+    """`cfg` with the names of the models that servers give them, where `url=auto` leaves that open: waits for those."""
+    for name, remote in asked(cfg).items():
+        if remote.unnamed:
+            named = replace(remote, model=find(remote).model)
+            cfg = replace(cfg, **{name: replace(getattr(cfg, name), remote=named)})
+    return cfg
 
 
-def asked(cfg: RunConfig) -> RemoteConfig | None:
-    """The server that plays or rates in this run; None where none does."""
-    parts = {getattr(cfg.stage, part, None) for part in ("policy", "rater")}
-    return getattr(cfg.stage, "remote", None) if "remote" in parts else None
+def asked(cfg: RunConfig) -> dict[str, RemoteConfig]:
+    """The servers that have a part in this run, by where they are set: one plays or rates, one judges."""
+    stage, servers = cfg.stage, dict[str, RemoteConfig]()
+    if isinstance(stage, CollectConfig | EvalConfig) and "remote" in (stage.policy, getattr(stage, "rater", None)):
+        servers["stage"] = stage.remote
+    if isinstance(stage, CollectConfig | EvalConfig | PpoConfig) and cfg.referee.name == "server":
+        servers["referee"] = cfg.referee.remote
+    return servers

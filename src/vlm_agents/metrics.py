@@ -66,6 +66,11 @@ SERVER = {
     "cached_completion_tokens": Metric("tokens", "of the answers that were found in the cache"),
     "unparsable": Metric("answers", "answers that could not be read", "few"),
 }
+REFEREE = {
+    "referee_asked": Metric(
+        "share of answers", "answers that rules couldn't judge, so that a server was asked; of those with a verdict"
+    ),
+}
 BOUNDS = {
     f"{share}_{bound}": Metric("share of episodes", f"{end} end of the 95 % interval (Wilson) of {share}")
     for share in ("success", "positive_return")
@@ -85,12 +90,18 @@ GROUPS = {
         "`_bare`: sampled without its tool; `_votes`: the same, its most frequent answer of as many as take the time; "
         "`_before`: before training. What else an env measures of an episode stands here, and in the other groups of "
         "episodes, under the env's own name.",
-        EPISODES | BOUNDS | BY_TAG | SERVER | {"votes": Metric("answers", "how many `_votes` has of each question")},
+        EPISODES
+        | REFEREE
+        | BOUNDS
+        | BY_TAG
+        | SERVER
+        | {"votes": Metric("answers", "how many `_votes` has of each question")},
     ),
     "rollout": Group(
         "Rollout",
         "Over the episodes that an iteration of stage=ppo collects, before it learns from them.",
         EPISODES
+        | REFEREE
         | {
             "env_steps": Metric("turns", "turns played in training so far, this iteration's too"),
             "bonus/<name>": Metric(
@@ -178,6 +189,7 @@ GROUPS = {
         "Over all episodes of stage=collect.",
         {"episodes": Metric("episodes", "episodes on file")}
         | EPISODES
+        | REFEREE
         | SERVER
         | {"unrated": Metric("turns", "turns that the rater gave no rating", "0")},
     ),

@@ -63,15 +63,7 @@ class ChatClient:
         """
         seeds = [0] * len(prompts) if seeds is None else seeds
         requests = [
-            {
-                "model": self._cfg.model,
-                "messages": [message_json(message) for message in prompt],
-                "max_tokens": sampling.max_tokens,
-                "temperature": 0.0 if sampling.greedy else temperature,
-                "seed": seed,
-                **({"stop": list(sampling.stop)} if sampling.stop else {}),
-            }
-            for prompt, seed in zip(prompts, seeds, strict=True)
+            self._request(prompt, sampling, temperature, seed) for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         questions = [self._question(request) for request in requests]
         places = {question: index for index, question in enumerate(questions)}  # none is asked twice at once
@@ -107,7 +99,7 @@ class ChatClient:
         cut = sum(answer.finish == "length" for answer in unread)
         field = next((name for name in self._cfg.request or () if name.startswith("max_")), "max_tokens")
         reasons = [
-            f"{cut} were cut off ('stage.remote.request={{{field}: 1024}}' allows more)" if cut else "",
+            f"{cut} were cut off ('{self._cfg.place}.request={{{field}: 1024}}' allows more)" if cut else "",
             f"{len(refused)} were refused ({refused[0]})" if refused else "",
             f"{other} say something else (a bigger model may do better)"
             if (other := len(unread) - cut - len(refused))
@@ -115,6 +107,16 @@ class ChatClient:
         ]
         said = ", ".join(filter(None, reasons))
         return f"of {len(answers)} answers {len(unread)} can't be read: {said}. See {os.path.relpath(self._folder)}"
+
+    def _request(self, prompt: Prompt, sampling: Sampling, temperature: float, seed: int) -> dict[str, Any]:
+        return {
+            "model": self._cfg.model,
+            "messages": [message_json(message) for message in prompt],
+            "max_tokens": sampling.max_tokens,
+            "temperature": 0.0 if sampling.greedy else temperature,
+            "seed": seed,
+            **({"stop": list(sampling.stop)} if sampling.stop else {}),
+        }
 
     async def _ask(self, request: dict[str, Any], readable: Callable[[str], bool], samples: int) -> Completion:
         answer = await self._answer(request, readable)
@@ -172,6 +174,31 @@ class ChatClient:
     def _sent(self, request: dict[str, Any]) -> dict[str, Any]:
         fields = request | (self._cfg.request or {})
         return {name: value for name, value in fields.items() if value is not None}
+
+
+class ForgivingClient(ChatClient):
+    """One question's failure is that question's alone: its answer is empty, and `refused` says why. No failure is kept,
+    for another time it may be answered."""
+
+    def probe(self, prompt: Prompt, sampling: Sampling) -> None:
+        """Ask the server, whatever is kept; ModelError where it doesn't answer."""
+        request = self._sent(self._request(prompt, sampling, temperature=0.0, seed=0))
+        self._loop.run(self._endpoint.complete(request, self._cfg.retries, 0.0))
+
+    def cancel(self) -> None:
+        """Give up what another thread asks: its `complete` raises CancelledError."""
+        loop = self._loop.get_loop()
+        for task in asyncio.all_tasks(loop):  # those of now: what comes later, such as `close`, goes on
+            loop.call_soon_threadsafe(task.cancel)
+
+    async def _said(self, request: dict[str, Any]) -> Completion:
+        try:
+            return await self._endpoint.complete(request, self._cfg.retries, 0.0)
+        except ModelError as error:
+            return Completion("", "stop", 0, 0, refused=str(error))
+
+    def _keep_refused(self) -> None:
+        self._refused.clear()
 
 
 # ---- requests --------------------------------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ from vlm_agents.lineage import as_taught
 from vlm_agents.weights import as_saved, begun, earlier_model, flat_settings, has_model, init_of
 
 # What an option of a group is called inside the group, and the word that chooses it: each brings settings of its own.
-CHOSEN = {"env.family": "env", "model.name": "model", "prompt.format": "prompt", "hardware.name": "hardware"}
+CHOSEN = {"env.family": "env", "prompt.format": "prompt"}
+CHOSEN |= {f"{group}.name": group for group in ("model", "hardware", "referee")}
 
 
 def settled(cfg: RunConfig) -> RunConfig:
@@ -42,10 +43,12 @@ def settled(cfg: RunConfig) -> RunConfig:
         if isinstance(stage, MergeConfig):  # without an adapter it can't be: that it isn't there is told as of any
             init = init or f"outputs/{cfg.name}/ppo"
         cfg = dataclasses.replace(cfg, stage=dataclasses.replace(stage, init=init))
-    remote = getattr(stage, "remote", None)
-    if remote and remote.auto and remote.model == UNNAMED:  # of a new run, the server says it
-        remote = dataclasses.replace(remote, model=old.get("stage.remote.model", UNNAMED))
-        cfg = dataclasses.replace(cfg, stage=dataclasses.replace(stage, remote=remote))
+    for name in ("stage", "referee"):
+        part = getattr(cfg, name)
+        remote = getattr(part, "remote", None)
+        if remote and remote.unnamed:  # of a new run, the server says it
+            remote = dataclasses.replace(remote, model=old.get(f"{name}.remote.model", UNNAMED))
+            cfg = dataclasses.replace(cfg, **{name: dataclasses.replace(part, remote=remote)})
     if hardware.threads is None and has_model(cfg):
         threads = (
             old["hardware.threads"] if "hardware.threads" in old else max(1, cores.choose()[0] // hardware.processes)

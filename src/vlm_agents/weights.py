@@ -5,7 +5,7 @@ Read from run directories as they lie there, by files alone: no model is loaded.
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from vlm_agents.config import (
     ModelConfig,
     PpoConfig,
     PreprocessConfig,
+    RefereeConfig,
     RunConfig,
     ServeConfig,
     TemperatureHeadConfig,
@@ -51,10 +52,12 @@ def holds_work(folder: Path) -> bool:
 
 
 def flat_settings(snapshot: Path, mend: str) -> dict[str, Any]:
-    """What a run's config.yaml says, by dotted names; DataError, with what to do, where it can't be read."""
+    """What a run's config.yaml says, by dotted names; DataError, with what to do, where it can't be read. One that is
+    older than referees are had that of today's default."""
     try:
-        return dict(flat(yaml.safe_load(snapshot.read_text(encoding="utf-8"))))
-    except (OSError, AttributeError, ValueError, yaml.YAMLError) as error:
+        said = yaml.safe_load(snapshot.read_text(encoding="utf-8"))
+        return dict(flat({"referee": asdict(RefereeConfig()), **said}))
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         raise DataError(f"{snapshot} is unreadable: {mend}") from error
 
 

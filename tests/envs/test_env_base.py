@@ -226,6 +226,9 @@ def test_a_claim_is_made_at_the_end_and_leaves_success_to_the_referee() -> None:
     for wrong in (replace(step, terminated=False), replace(step, success=True), replace(step, claim="3")):
         with pytest.raises(EnvError, match="the claim is"):
             checked_step(wrong)
+    for part, value in (("answer", None), ("right", 3), ("reward", float("nan"))):
+        with pytest.raises(EnvError, match=f"the claim's {part} is"):
+            checked_step(replace(step, claim=replace(claim, **{part: value})))
 
 
 def test_unknown_family_says_which_there_are() -> None:

@@ -29,6 +29,7 @@ from vlm_agents.config.hardware import HardwareConfig
 from vlm_agents.config.listing import entries, listing
 from vlm_agents.config.model import LoraConfig, ModelConfig, TemperatureHeadConfig, TrainableConfig, ValueHeadConfig
 from vlm_agents.config.prompt import PromptConfig
+from vlm_agents.config.referee import RefereeConfig
 from vlm_agents.config.remote import UNNAMED, RemoteConfig
 from vlm_agents.config.run import RunConfig, env_of, env_of_id, flat, may_change, off_by_default, parse, read, register
 from vlm_agents.config.secrets import refuse_secrets
@@ -74,6 +75,7 @@ __all__ = [
     "PpoConfig",
     "PreprocessConfig",
     "PromptConfig",
+    "RefereeConfig",
     "RemoteConfig",
     "RunConfig",
     "SandboxConfig",

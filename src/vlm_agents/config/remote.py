@@ -1,4 +1,4 @@
-"""A model on a server that plays or rates."""
+"""A model on a server that plays, rates or judges."""
 
 import json
 from dataclasses import dataclass
@@ -56,10 +56,15 @@ class RemoteConfig(Part, place="stage.remote"):
         except ValueError:
             plain = False
         if not plain:
-            raise ConfigError(f"stage.remote.url must be {ADDRESS}, or auto")
-        refuse_secrets("stage.remote.url", self.url)
-        refuse_secrets("stage.remote.key_env", self.key_env)
+            raise ConfigError(f"{self.place}.url must be {ADDRESS}, or auto")
+        refuse_secrets(f"{self.place}.url", self.url)
+        refuse_secrets(f"{self.place}.key_env", self.key_env)
         self._check_request()
+
+    @property
+    def unnamed(self) -> bool:
+        """Is its server to say the model's name?"""
+        return self.auto and self.model == UNNAMED
 
     @property
     def auto(self) -> bool:
@@ -69,13 +74,15 @@ class RemoteConfig(Part, place="stage.remote"):
     def _check_request(self) -> None:
         if self.request is None:
             return
+        place = f"{self.place}.request"
         if not (isinstance(self.request, dict) and all(isinstance(name, str) for name in self.request)):
-            raise ConfigError("stage.remote.request must be fields: 'stage.remote.request={seed: null, top_p: 0.9}'")
+            raise ConfigError(f"{place} must be fields: '{place}={{seed: null, top_p: 0.9}}'")
         for name in {"model", "messages", "n", "stream"} & set(self.request):
-            fix = "set stage.remote.model" if name == "model" else "what is asked and how it is answered stays as it is"
-            raise ConfigError(f"stage.remote.request can't have a field {name}: {fix}")
+            fix = "what is asked and how it is answered stays as it is"
+            fix = f"set {self.place}.model" if name == "model" else fix
+            raise ConfigError(f"{place} can't have a field {name}: {fix}")
         try:
             text = json.dumps(self.request, allow_nan=False)
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"stage.remote.request can't be sent as JSON: {error}") from error
-        refuse_secrets("stage.remote.request", text)
+            raise ConfigError(f"{place} can't be sent as JSON: {error}") from error
+        refuse_secrets(place, text)

@@ -19,6 +19,7 @@ from vlm_agents.config.fields import Part, dotted, setting, settings_of
 from vlm_agents.config.hardware import HardwareConfig
 from vlm_agents.config.model import ModelConfig
 from vlm_agents.config.prompt import PromptConfig
+from vlm_agents.config.referee import JudgeConfig, RefereeConfig
 from vlm_agents.config.remote import RemoteConfig
 from vlm_agents.config.stage import (
     CollectConfig,
@@ -52,6 +53,7 @@ class RunConfig(Part, place=""):
     hardware: HardwareConfig = setting(MISSING, "what the run computes on")
     tracking: TrackingConfig = setting(MISSING, "where metrics go besides metrics.jsonl", may_change=True)
     stage: StageConfig = setting(MISSING, "what the run does")
+    referee: RefereeConfig = setting(RefereeConfig, "who says whether an answer is right")
     algo: AlgoConfig | None = setting(None, "how the policy learns from reward", bring_in="stage=ppo brings it in")
 
     def __post_init__(self) -> None:
@@ -69,6 +71,7 @@ SCHEMAS: dict[str, type[Part]] = {
     "model": ModelConfig,
     "hardware": HardwareConfig,
     "tracking": TrackingConfig,
+    "referee": RefereeConfig,
     "algo": AlgoConfig,
     **{f"env/{family}": env for family, env in FAMILIES.items()},
     **{f"stage/{stage.name}": stage for stage in STAGES},
@@ -111,7 +114,7 @@ def gpus_of(device: str, processes: int, gres: str | None) -> int | None:
 
 def may_change() -> set[str]:
     """Settings, or whole parts, that a resumed run may have different: they change nothing in what it does."""
-    parts = (RunConfig, HardwareConfig, RemoteConfig, ServeConfig)
+    parts = (RunConfig, HardwareConfig, RemoteConfig, RefereeConfig, JudgeConfig, ServeConfig)
     return {dotted(part, name) for part in parts for name, (_, rules) in settings_of(part).items() if rules.may_change}
 
 

@@ -12,10 +12,11 @@ def refuse_secrets(setting: str, value: str) -> None:
 
     For the command line too: Hydra notes the overrides of a sweep before anybody else sees them.
     """
-    key_goes = "a key belongs into the environment variable that stage.remote.key_env names"
-    if setting == "stage.remote.url" and re.search(r"[@?#]", value):
+    part, of_server, name = setting.partition(".remote.")
+    key_goes = f"a key belongs into the environment variable that {part}.remote.key_env names"
+    if of_server and name == "url" and re.search(r"[@?#]", value):
         raise ConfigError(f"{setting} must be {ADDRESS}: {key_goes}")
-    if setting == "stage.remote.key_env" and re.search(r"[^A-Z0-9_,]", value):
+    if of_server and name == "key_env" and re.search(r"[^A-Z0-9_,]", value):
         raise ConfigError(f"{setting} must be a variable's name, of A-Z, 0-9 and _: {key_goes}")
     if setting == "tracking.uri" and not value.startswith(("sqlite:", "file:")) and re.search(r"[@?#]", value):
         raise ConfigError(
@@ -23,5 +24,5 @@ def refuse_secrets(setting: str, value: str) -> None:
             "with them into the environment variable MLFLOW_TRACKING_URI, and leave tracking.uri out"
         )
     secret = r"(?i)api_?key|authorization|password|secret"
-    if setting.startswith("stage.remote.request") and re.search(secret, f"{setting} {value}"):
-        raise ConfigError(f"stage.remote.request holds what looks like a key: {key_goes}")
+    if of_server and name.startswith("request") and re.search(secret, f"{setting} {value}"):
+        raise ConfigError(f"{part}.remote.request holds what looks like a key: {key_goes}")

@@ -107,7 +107,15 @@ def checked_step(step: Step) -> Step:
     seen, claim = checked_observation(step.observation), step.claim
     _expect(isinstance(claim, Claim | None), "the claim", claim, "neither a Claim nor None")
     _expect(claim is None or (terminated and not success), "the claim", claim, "made before the end, or after success")
-    return Step(seen, reward, terminated, truncated, success, legal, changed, metrics, claim)
+    return Step(seen, reward, terminated, truncated, success, legal, changed, metrics, claim and checked_claim(claim))
+
+
+def checked_claim(claim: Claim) -> Claim:
+    """The same in plain types. EnvError where a part isn't what `Claim` says."""
+    texts = ("question", "answer", "right", "source")
+    words = {name: _text(f"the claim's {name}", getattr(claim, name)) for name in texts}
+    options = tuple(_text("a claim's option", option) for option in claim.options)
+    return Claim(**words, options=options, reward=_number("the claim's reward", claim.reward))
 
 
 def _picture(picture: Picture) -> Picture:

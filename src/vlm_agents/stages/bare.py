@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from vlm_agents.config import EvalConfig, RunConfig
 from vlm_agents.policies import Policy
+from vlm_agents.referee import Referee
 from vlm_agents.run import Run
 from vlm_agents.seeds import Deal, panel_seeds
 from vlm_agents.stages.playing import EVAL_SEED, open_envs, play, play_panel, with_bounds
@@ -23,7 +24,7 @@ def play_bare(cfg: RunConfig, stage: EvalConfig, run: Run, policy: Policy, secon
     if env is None:
         return {}
     cfg = replace(cfg, env=env)
-    with open_envs(env, stage.num_envs, "never", run.world) as envs:
+    with open_envs(env, stage.num_envs, "never", run.world, Referee(cfg.referee, run.path("referee"))) as envs:
         played, began = list[Trajectory](), time.monotonic()
         metrics = play_panel(cfg, envs, policy, stage.episodes, "_bare", played.append, run.world)
         bare_seconds = time.monotonic() - began

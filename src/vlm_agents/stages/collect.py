@@ -12,16 +12,17 @@ from itertools import islice
 from pathlib import Path
 
 from vlm_agents.config import CollectConfig, RunConfig
-from vlm_agents.env_pool import EnvPool
 from vlm_agents.episodes import EpisodeWriter, read_episodes
-from vlm_agents.judge import Judge
 from vlm_agents.policies import NoisyPolicy
 from vlm_agents.progress import say, track
+from vlm_agents.rater import Rater
 from vlm_agents.ratings import quality
+from vlm_agents.referee import Referee
 from vlm_agents.remote import ChatClient
 from vlm_agents.run import Run
 from vlm_agents.seeds import Deal, training_seed
 from vlm_agents.stages.playing import (
+    RefereedPool,
     check_first_prompt,
     load_sampler,
     make_policy,
@@ -49,7 +50,7 @@ def main(cfg: RunConfig, stage: CollectConfig, run: Run) -> dict[str, float]:
     writer = EpisodeWriter(run.dir)
     blocks = run.world.of_main(lambda: lacking((one.seed for one in read_episodes(run.dir)), cfg.seed, stage))
 
-    def playing(envs: EnvPool) -> Iterator[Trajectory]:
+    def playing(envs: RefereedPool) -> Iterator[Trajectory]:
         for block in blocks:
             if sampler:
                 sampler.sync()
@@ -58,7 +59,10 @@ def main(cfg: RunConfig, stage: CollectConfig, run: Run) -> dict[str, float]:
             yield from (trajectory for trajectory, (_, lacks) in zip(together, block, strict=True) if lacks)
 
     there = already(blocks, stage.episodes)
-    with open_envs(cfg.env, stage.num_envs, "always", run.world) as envs, closing(client) if client else nullcontext():
+    with (
+        open_envs(cfg.env, stage.num_envs, "always", run.world, Referee(cfg.referee, run.path("referee"))) as envs,
+        closing(client) if client else nullcontext(),
+    ):
         if sampler:
             check_first_prompt(cfg, envs, sampler)
         if not client:  # a server may not be there, or take no request of ours: its first answer begins the run
@@ -140,7 +144,7 @@ def ratings(turns: Sequence[Turn], stage: CollectConfig, client: ChatClient | No
         return [quality(turn) for turn in turns]
     if stage.rater == "remote":
         assert client is not None
-        return Judge(client).rate(turns)
+        return Rater(client).rate(turns)
     return [None] * len(turns)
 
 

@@ -8,6 +8,7 @@ from vlm_agents.config import EvalConfig, RunConfig
 from vlm_agents.episodes import EpisodeWriter
 from vlm_agents.frames import episode_gif
 from vlm_agents.progress import say
+from vlm_agents.referee import Referee
 from vlm_agents.remote import ChatClient
 from vlm_agents.report import Result
 from vlm_agents.run import Run
@@ -30,7 +31,7 @@ from vlm_agents.types import Trajectory
 def main(cfg: RunConfig, stage: EvalConfig, run: Run) -> dict[str, float]:
     album, first, ended = Album(stage.report_episodes), list[Trajectory](), 0.0
     sampler = load_sampler(cfg, stage.init) if stage.policy == "model" else None
-    with open_envs(cfg.env, stage.num_envs, "always", run.world) as envs:
+    with open_envs(cfg.env, stage.num_envs, "always", run.world, Referee(cfg.referee, run.path("referee"))) as envs:
         if sampler:
             check_first_prompt(cfg, envs, sampler)
         if stage.policy != "remote":  # which begins with the server's first answer

@@ -4,18 +4,17 @@ import numpy as np
 
 from vlm_agents import imports
 from vlm_agents.config import PpoConfig, RunConfig
-from vlm_agents.env_pool import EnvPool
 from vlm_agents.learn.learner import Learner
 from vlm_agents.policies import Policy
 from vlm_agents.progress import track
 from vlm_agents.run import Run
 from vlm_agents.seeds import Deal, training_seed
-from vlm_agents.stages.playing import play
+from vlm_agents.stages.playing import RefereedPool, play
 from vlm_agents.types import Trajectory
 
 
 def gather(
-    cfg: RunConfig, stage: PpoConfig, run: Run, envs: EnvPool, policy: Policy, learner: Learner
+    cfg: RunConfig, stage: PpoConfig, run: Run, envs: RefereedPool, policy: Policy, learner: Learner
 ) -> tuple[list[Trajectory], list[Trajectory], dict[str, float]]:
     """Whole episodes for the learner's next iteration: as they were played, as they are learned from, and what the
     shapers tell of them, a mean over waves.
@@ -39,7 +38,7 @@ def gather(
 
 
 def play_wave(
-    cfg: RunConfig, stage: PpoConfig, run: Run, envs: EnvPool, policy: Policy, iteration: int, wave: int
+    cfg: RunConfig, stage: PpoConfig, run: Run, envs: RefereedPool, policy: Policy, iteration: int, wave: int
 ) -> list[Trajectory]:
     """Starts that no other wave or iteration plays, each as often as a group is large."""
     algo = cfg.algo

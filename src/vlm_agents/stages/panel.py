@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
 from vlm_agents.config import PpoConfig, RunConfig
-from vlm_agents.env_pool import EnvPool
 from vlm_agents.episodes import LINES, read_episodes
 from vlm_agents.metrics import headline
 from vlm_agents.models import Agent
@@ -14,7 +13,7 @@ from vlm_agents.policies import Sampler
 from vlm_agents.progress import say
 from vlm_agents.run import Run
 from vlm_agents.stages.cards import save_model
-from vlm_agents.stages.playing import SHARES, play_baselines, play_model
+from vlm_agents.stages.playing import SHARES, RefereedPool, play_baselines, play_model
 from vlm_agents.stages.reporting import Album, remember, remembered, report, shown
 from vlm_agents.stages.watch import conclude
 from vlm_agents.types import Trajectory
@@ -36,24 +35,24 @@ class Panel:
     ) -> None:
         self.cfg, self.stage, self.run, self.sampler, self.whole = cfg, stage, run, sampler, whole
 
-    def before(self, envs: EnvPool) -> dict[str, float]:
+    def before(self, envs: RefereedPool) -> dict[str, float]:
         """Before training; its episodes are kept for the report."""
         metrics = self._play(envs, 0, album := Album())
         remember(self.run, album)
         return metrics
 
-    def now_and_then(self, envs: EnvPool, done: int) -> None:
+    def now_and_then(self, envs: RefereedPool, done: int) -> None:
         """After `done` iterations, which aren't all, if it is time for it."""
         stage = self.stage
         if stage.eval_episodes and stage.eval_every and done % stage.eval_every == 0:
             self._play(envs, done, Album(first=0))
 
-    def after(self, envs: EnvPool, done: int) -> tuple[dict[str, float], Album]:
+    def after(self, envs: RefereedPool, done: int) -> tuple[dict[str, float], Album]:
         """After training, of `done` iterations, beside chance and the expert."""
         album = Album()
         return self._play(envs, done, album, last=True) if self.stage.eval_episodes else {}, album
 
-    def _play(self, envs: EnvPool, step: int, album: Album, last: bool = False) -> dict[str, float]:
+    def _play(self, envs: RefereedPool, step: int, album: Album, last: bool = False) -> dict[str, float]:
         def record(episode: Trajectory) -> None:
             append_outcome(self.run.dir, step, episode)
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from vlm_agents.config import EnvConfig, RunConfig
+from vlm_agents.config import EnvConfig, RefereeConfig, RunConfig
 from vlm_agents.env_pool import EnvPool
 from vlm_agents.envs import make_env, modules
 from vlm_agents.errors import ConfigError, EnvError
@@ -14,6 +15,7 @@ from vlm_agents.metrics import wilson_interval
 from vlm_agents.policies import ExpertPolicy, ModelPolicy, Policy, RandomPolicy, RemotePolicy, Sampler
 from vlm_agents.progress import track
 from vlm_agents.prompting import Fitted, PromptFormat, make_format
+from vlm_agents.referee import Referee
 from vlm_agents.remote import ChatClient
 from vlm_agents.rollout import collect
 from vlm_agents.seeds import Deal, panel_seeds
@@ -28,14 +30,27 @@ SHARES = ("eval/success", "eval/positive_return")  # of episodes; told with thei
 EVAL_SEED = 0  # of the randomness of a panel's policies: like its seeds, the same for every run
 
 
-def open_envs(cfg: EnvConfig, num_envs: int, advice: Advising, world: World = ALONE) -> EnvPool:
+class RefereedPool(EnvPool):
+    """A pool, and who judges what is answered in its envs; both are closed together."""
+
+    def __init__(self, referee: Referee, *args: Any, **kwargs: Any) -> None:
+        self.referee = referee
+        super().__init__(*args, **kwargs)
+
+    def __exit__(self, raised: type[BaseException] | None, *rest: object) -> None:
+        self.referee.close()
+        super().__exit__(raised, *rest)
+
+
+def open_envs(
+    cfg: EnvConfig, num_envs: int, advice: Advising, world: World = ALONE, referee: Referee | None = None
+) -> RefereedPool:
     """A pool of the configured env, of a rank's share of `num_envs`; `advice` says which of its observations hold the
-    expert's."""
+    expert's. Without a `referee` there is one that knows rules alone."""
+    referee = referee or Referee(RefereeConfig(), Path())
     advise = partial(with_expert, cfg=cfg)
-    make, preload = partial(make_env, cfg), modules(cfg)
-    return EnvPool(
-        make, -(-num_envs // world.ranks), cfg.workers, cfg.timeout_s, advise=advise, advice=advice, preload=preload
-    )
+    make, preload, slots = partial(make_env, cfg), modules(cfg), -(-num_envs // world.ranks)
+    return RefereedPool(referee, make, slots, cfg.workers, cfg.timeout_s, advise=advise, advice=advice, preload=preload)
 
 
 def load_sampler(cfg: RunConfig, init: str | None) -> Sampler:
@@ -106,20 +121,21 @@ def first_prompts(cfg: RunConfig, envs: EnvPool, episodes: int) -> list[Prompt]:
 
 def play(
     cfg: RunConfig,
-    envs: EnvPool,
+    envs: RefereedPool,
     policy: Policy,
     deals: Sequence[Deal],
     run_seed: int,
     advice: Advising | None = None,
     world: World = ALONE,
 ) -> Iterator[Trajectory]:
-    """`rollout.collect` under the configured penalty for a reply without a legal action.
+    """`rollout.collect`, judged, under the configured penalty for a reply without a legal action.
 
-    Each rank plays some of the starts, all members of a group, and then has the episodes of all ranks.
+    Each rank plays and judges some of the starts, all members of a group, and then has the episodes of all ranks.
     """
     own = set(world.share(list(dict.fromkeys(deal.seed for deal in deals))))
     mine = [deal for deal in deals if deal.seed in own]
-    played = penalised(collect(envs, policy, mine, run_seed=run_seed, advice=advice), cfg.env.invalid_penalty)
+    judged = envs.referee.judged(collect(envs, policy, mine, run_seed=run_seed, advice=advice))
+    played = penalised(judged, cfg.env.invalid_penalty)
     if world.ranks == 1:
         yield from played
         return
@@ -129,7 +145,7 @@ def play(
 
 def play_panel(
     cfg: RunConfig,
-    envs: EnvPool,
+    envs: RefereedPool,
     policy: Policy,
     episodes: int,
     variant: str = "",
@@ -166,7 +182,7 @@ def with_bounds(name: str, share: float, episodes: int, variant: str = "") -> di
 
 def play_model(
     cfg: RunConfig,
-    envs: EnvPool,
+    envs: RefereedPool,
     sampler: Sampler,
     episodes: int,
     on_episode: Callable[[Trajectory], object] = lambda _: None,
@@ -182,7 +198,7 @@ def play_model(
 
 def play_baselines(
     cfg: RunConfig,
-    envs: EnvPool,
+    envs: RefereedPool,
     episodes: int,
     on_episode: Callable[[Trajectory], object] = lambda _: None,
     world: World = ALONE,

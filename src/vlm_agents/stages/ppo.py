@@ -13,6 +13,7 @@ from vlm_agents.config import PpoConfig, RunConfig
 from vlm_agents.episodes import LINES, EpisodeWriter
 from vlm_agents.models import HFSampler, load_agent
 from vlm_agents.outcomes import PANEL
+from vlm_agents.referee import Referee
 from vlm_agents.run import Run, seed_everything
 from vlm_agents.stages.collapse import Collapse
 from vlm_agents.stages.gathering import gather
@@ -43,7 +44,7 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
 
     watch, collapse = Watch(cfg, *state["watch"]), Collapse(stage.stop_on_collapse, state.get("collapse"))
     writer, panel = EpisodeWriter(run.dir, world=run.world), Panel(cfg, stage, run, sampler, learner.whole)
-    with open_envs(cfg.env, stage.num_envs, "always", run.world) as envs:
+    with open_envs(cfg.env, stage.num_envs, "always", run.world, Referee(cfg.referee, run.path("referee"))) as envs:
         check_first_prompt(cfg, envs, sampler)
         run.begin()
         if stage.eval_episodes and not checkpoint:

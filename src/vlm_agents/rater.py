@@ -1,4 +1,4 @@
-"""A chat model as judge: rates each step of an episode 0-10. Rates what was seen and done, and knows no reward.
+"""A chat model that rates each step of an episode 0-10. It knows what was seen and done, and no reward.
 
 A rating that can't be read stays out; it is never 0, for that would be a verdict.
 """
@@ -22,7 +22,7 @@ Rate from 0 to 10 how much the step helps to reach the agent's goal: 10 is the b
 Answer in JSON, and with nothing else: {"score": 7}"""
 
 
-class Judge:
+class Rater:
     """Asks a chat model for the ratings."""
 
     def __init__(self, client: ChatClient) -> None:
