@@ -85,7 +85,7 @@ def tell(found: Iterable[Result], metrics: Mapping[str, float]) -> None:
     for result in found:
         share, low, high = result.success
         figures = {"success (95 %)": f"{share:.3f} [{low:.3f}, {high:.3f}]"}
-        figures |= {words: f"{value:.3f}" for words, value in result.others.items()}
+        figures |= {words: f"{value:.3f}" for words, value in result.others.items() if value is not None}
         say("  ".join(f"{words}: {figure}" for words, figure in {"policy": result.policy, **figures}.items()))
     for tag, values in by_tag(metrics).items():
         shares = (f"{value} {share:.3f} ({episodes})" for value, (share, episodes) in values.items())
