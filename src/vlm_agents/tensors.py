@@ -47,6 +47,17 @@ def reply_row(
     return Row(ident, ids, images, ((len(prompt_ids), len(ids)),))
 
 
+def joined(earlier: Row, later: Row) -> Row | None:
+    """One row of both, where the first prompt of the later one starts with all that the earlier holds, pictures too."""
+    length = len(earlier)
+    extends = (
+        length <= later.spans[0][0]
+        and np.array_equal(later.input_ids[:length], earlier.input_ids)
+        and later.images[: len(earlier.images)] == earlier.images
+    )
+    return Row(earlier.ident, later.input_ids, later.images, earlier.spans + later.spans) if extends else None
+
+
 @dataclass(frozen=True, slots=True)
 class Rendered:
     """A prompt as the model sees it, up to and including the assistant header."""

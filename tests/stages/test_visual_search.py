@@ -6,14 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from vlm_agents.chats import read_chats
 from vlm_agents.envs.visual_search.env import sandbox_of
 from vlm_agents.episodes import read_episodes
+from vlm_agents.errors import DataError
 from vlm_agents.learn.samples import build
 from vlm_agents.models import load_agent
 from vlm_agents.sandbox.settings import SandboxSettings
 from vlm_agents.stages.bare import elected
+from vlm_agents.stages.sft_data import Chat, Chats
 from vlm_agents.types import Claim, Observation, Parsed, Reply, Step, Stop, Trajectory, Turn
 
 WORDS = ("env=visual_search", "env.level=tiny", "prompt=tool_call", "prompt.max_reply_tokens=24", "env.max_steps=2")
@@ -51,7 +54,42 @@ def test_its_chats_are_learned_from(run_stage, collected: Path, tmp_path: Path) 
         "</tool_response>"
     )
     data = f"stage.data={tmp_path / 'data'}"
-    run_stage(tmp_path / "sft", "stage=sft", *WORDS, data, "stage.epochs=1", "stage.batch_size=4")
+    folder = run_stage(tmp_path / "sft", "stage=sft", *WORDS, data, "stage.epochs=1", "stage.batch_size=4")
+    assert json.loads((folder / "summary.json").read_text())["metrics"]["sft/rows"] == 6
+
+
+def test_turns_of_a_chat_are_one_row_with_the_log_probs_of_each(run_stage, echo_run, collected: Path, tmp_path: Path):
+    run_stage(tmp_path, "stage=preprocess", *WORDS, f"stage.data=[{collected}]", "stage.val_fraction=0")
+    cfg = echo_run(tmp_path / "x", "stage=eval", *WORDS)
+    agent = load_agent(cfg.model, cfg.hardware, None)
+    chats = Chats(tmp_path / "train.parquet", agent.renderer)
+    apart = [chats[index] for index in range(len(chats))]
+    assert chats.problems() == {}
+    together = [chats[index] for index in range(len(chats))]
+    assert (len(apart), len(together)) == (12, 6)
+    assert [row.reply_lengths for row in together] == [
+        one.reply_lengths + other.reply_lengths for one, other in zip(apart[::2], apart[1::2], strict=True)
+    ]
+    assert chats.question(0)[1] == list(read_chats(tmp_path / "train.parquet"))[1]["messages"][-1]["content"]
+    with torch.no_grad():
+        singly, jointly = agent.score(apart[:4]).logprobs, agent.score(together[:2]).logprobs
+    assert torch.allclose(singly, jointly, atol=1e-5)
+
+
+def test_chats_that_show_other_pictures_stay_apart(run_stage, echo_run, collected: Path, tmp_path: Path) -> None:
+    """Of two rows with one text, as of one size; and one behind a row that is left out."""
+    run_stage(tmp_path, "stage=preprocess", *WORDS, f"stage.data=[{collected}]", "stage.val_fraction=0")
+    agent_cfg = echo_run(tmp_path / "x", "stage=eval", *WORDS)
+    renderer = load_agent(agent_cfg.model, agent_cfg.hardware, None).renderer
+    chats = Chats(tmp_path / "train.parquet", renderer)
+    look, answer = chats.records[:2]
+    assert isinstance(look, Chat)
+    assert isinstance(answer, Chat)
+    chats.records[1] = replace(answer, pictures=(answer.pictures[1], *answer.pictures[1:]))
+    chats.records[2] = DataError("broken")
+    assert chats.problems() == {2: "broken"}
+    chats.leave_out([2])
+    assert chats.used == [[0], [1], [3], [4, 5], [6, 7], [8, 9], [10, 11]]
 
 
 def test_an_update_learns_from_a_group(run_stage, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ class SftConfig(StageConfig):
     )
     init: str | None = setting(None, "run directory or HF folder to start from; null: the model's own weights")
     epochs: float = setting(1.0, "passes over the data; a fraction will do", positive=True)
-    batch_size: int = setting(64, "chats an optimizer step", low=1)
+    batch_size: int = setting(64, "chats an optimizer step; turns of one chat that extend each other count once", low=1)
     lr: float = setting(1e-3, "learning rate", low=0)
     warmup_steps: int = setting(
         50, "optimizer steps in which the learning rate rises; half of all steps at most", low=0

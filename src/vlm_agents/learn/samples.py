@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlm_agents.errors import TrainingError
 from vlm_agents.learn.credit import Credit, lengths_of, spread
-from vlm_agents.tensors import Renderer, Row, reply_row
+from vlm_agents.tensors import Renderer, Row, joined, reply_row
 from vlm_agents.types import Parsed, Reply, Trajectory, Turn
 
 
@@ -75,8 +75,8 @@ def build(episodes: Sequence[Trajectory], renderer: Renderer, thought_coef: floa
         for index, turn in enumerate(episode.turns):
             emphasis = token_emphasis(turn.reply, turn.parsed, renderer, thought_coef)
             sample = _turn_sample(f"{episode.ident}/turn {index}", turn, emphasis)
-            if merged and _extends(sample.row, merged[-1].row):
-                merged[-1] = _merge(merged[-1], sample)
+            if merged and (row := joined(merged[-1].row, sample.row)):
+                merged[-1] = _merge(row, merged[-1], sample)
             else:
                 merged.append(sample)
         built.extend(merged)
@@ -143,18 +143,7 @@ def _turn_sample(ident: str, turn: Turn, emphasis: np.ndarray) -> Sample:
     return Sample(row, logprobs, emphasis, advantages=none, returns=none, old=logprobs)
 
 
-def _extends(later: Row, earlier: Row) -> bool:
-    """Does the prompt of the one-turn row `later` start with all that `earlier` holds, pictures too?"""
-    length, prompt_length = len(earlier), later.spans[0][0]
-    return (
-        length <= prompt_length
-        and np.array_equal(later.input_ids[:length], earlier.input_ids)
-        and later.images[: len(earlier.images)] == earlier.images
-    )
-
-
-def _merge(earlier: Sample, later: Sample) -> Sample:
-    row = Row(earlier.row.ident, later.row.input_ids, later.row.images, earlier.row.spans + later.row.spans)
+def _merge(row: Row, earlier: Sample, later: Sample) -> Sample:
     names = ("behaviour", "emphasis", "advantages", "returns", "old")
     return Sample(row, *(np.concatenate([getattr(earlier, name), getattr(later, name)]) for name in names))
 

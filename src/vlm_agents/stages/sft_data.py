@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from vlm_agents.errors import DataError
 from vlm_agents.marks import unmarked
 from vlm_agents.models.rendering import HFRenderer
 from vlm_agents.pictures import Picture, read_picture
-from vlm_agents.tensors import Row, reply_row
+from vlm_agents.tensors import Row, joined, reply_row
 from vlm_agents.types import Message, Prompt, Role
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,8 @@ class Chats(Dataset[Row]):
     """The chats of a file, without their oldest turns where they are longer than `max_prompt_tokens`, or than the model
     has positions for.
 
-    DataError where the file can't be read. What is wrong with a single row, `problems` says.
+    DataError where the file can't be read. What is wrong with a single row of it, `problems` says. After that, rows of
+    the file that extend the one before, as later turns of a chat do, are one row here: all their answers are learned.
     """
 
     def __init__(self, path: Path, renderer: HFRenderer, max_prompt_tokens: int | None = None) -> None:
@@ -44,17 +45,22 @@ class Chats(Dataset[Row]):
         self.renderer = renderer
         self.max_prompt_tokens = max_prompt_tokens
         self.records = read_records(path)
-        self.used = list(range(len(self.records)))  # the row in the file of each row of this dataset
+        self.used = [[number] for number in range(len(self.records))]  # rows of the file that each row here is
 
     def __len__(self) -> int:
         return len(self.used)
 
     def __getitem__(self, index: int) -> Row:
-        return self._row(self.used[index], read_picture)
+        first, *others = (self._row(number, read_picture) for number in self.used[index])
+        for other in others:
+            row = joined(first, other)
+            assert row, f"{self.path}: its rows {self.used[index]} don't extend each other any more"
+            first = row
+        return first
 
     def question(self, index: int) -> tuple[Prompt, str, list[int]]:
-        """What row `index` asks, as a model is asked it, and its answer, as text and as the tokens to learn."""
-        return self._question(self.used[index], read_picture)
+        """What row `index` asks at last, as a model is asked it, and its answer, as text and as the tokens to learn."""
+        return self._question(self.used[index][-1], read_picture)
 
     def _question(self, number: int, see: Callable[[bytes], Image.Image]) -> tuple[Prompt, str, list[int]]:
         chat = self.records[number]
@@ -75,13 +81,13 @@ class Chats(Dataset[Row]):
 
     def example(self) -> tuple[Message, ...]:
         """What is asked in the first row, with blanks for pictures."""
-        chat = self.records[self.used[0]]
+        chat = self.records[self.used[0][0]]
         assert isinstance(chat, Chat)
         blank = Picture(Image.new("RGB", (1, 1)))
         return tuple(Message(role, unmarked(text, repeat(blank))) for role, text in chat.prompt)
 
     def problems(self) -> dict[int, str]:
-        """What is wrong with each row that can't be trained on, by its number in the file.
+        """What is wrong with each row that can't be trained on, by its number in the file. Joins the others.
 
         Every distinct picture is decoded once; rows are then rendered with blank ones of its size.
         """
@@ -95,22 +101,37 @@ class Chats(Dataset[Row]):
                     raise DataError(f"one of its pictures can't be read ({error})") from error
             return Image.new("RGB", sizes[picture])
 
-        found = {}
-        for number in self.used:
+        found: dict[int, str] = {}
+        chains: list[list[int]] = []
+        before: tuple[int, Row] | None = None
+        for number in chain.from_iterable(self.used):
             try:
-                self._row(number, blank)
+                row = self._row(number, blank)
             except DataError as error:
-                found[number] = str(error)
+                found[number], before = str(error), None
+                chains.append([number])
+                continue
+            if before and self._shows(before[0], number) and joined(before[1], row):
+                chains[-1].append(number)
+            else:
+                chains.append([number])
+            before = number, row
+        self.used = chains
         return found
+
+    def _shows(self, earlier: int, later: int) -> bool:
+        """Does the later row of the file begin with the pictures of the earlier? Blank ones can't tell."""
+        shown = [chat.pictures for chat in (self.records[earlier], self.records[later]) if isinstance(chat, Chat)]
+        return shown[1][: len(shown[0])] == shown[0]
 
     def leave_out(self, numbers: Sequence[int]) -> None:
         """Go on without these rows of the file."""
         out = set(numbers)
-        self.used = [number for number in self.used if number not in out]
+        self.used = [numbers for numbers in self.used if not out & set(numbers)]
 
     def lengths(self) -> list[tuple[int, int]]:
         """(number of pictures, characters of text) of each row: what rows are grouped by, without decoding any."""
-        chats = [chat for chat in map(self.records.__getitem__, self.used) if isinstance(chat, Chat)]
+        chats = [chat for chat in (self.records[numbers[-1]] for numbers in self.used) if isinstance(chat, Chat)]
         return [(len(c.pictures), sum(len(text) for _, text in c.prompt) + len(c.answer)) for c in chats]
 
 
@@ -124,8 +145,9 @@ def check(splits: Sequence[Chats], skip: bool) -> int:
             chats.leave_out(list(problems))
     if told and not skip:
         more = f"; and {len(told) - NAMED} more" if len(told) > NAMED else ""
+        rows = sum(len(chats.records) for chats in splits)
         raise DataError(
-            f"{len(told)} of {sum(map(len, splits))} rows can't be trained on. {'; '.join(told[:NAMED])}{more}. "
+            f"{len(told)} of {rows} rows can't be trained on. {'; '.join(told[:NAMED])}{more}. "
             "Mend that, or leave them out with stage.skip_bad=true"
         )
     for line in told:
