@@ -13,16 +13,13 @@ A run that is there is not run again, so the command goes on where it was stoppe
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
+from jobs import Job, play_all
 
 from vlm_agents.config import groups
 
@@ -56,14 +53,6 @@ THOUGHT_STEPS = 2000
 THOUGHTS = (0, 0.1, 0.3, 0.5, 0.7, 0.9, 1)
 # Turns don't share a row here: a reply is the sequence that the ratio is of.
 CHANGES = {"gspo": ("algo.ratio=turn",)}
-
-
-class Job(NamedTuple):
-    """A run directory, and the settings of the run in it; `after` are those that it takes something from."""
-
-    folder: Path
-    words: tuple[str, ...]
-    after: tuple["Job", ...] = ()
 
 
 def training(folder: Path, game: str, algo: str, rate: float, seed: int, steps: int, *words: str) -> Job:
@@ -127,20 +116,6 @@ def searched(folder: Path) -> float:
     return float(np.mean(success[-max(3, len(success) // 4) :]))
 
 
-def play(job: Job) -> None:
-    """The run, unless it is there, and before it those that it needs."""
-    if (job.folder / "DONE").exists():
-        return
-    for needed in job.after:
-        play(needed)
-    job.folder.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "vlm_agents", *job.words, f"run_dir={job.folder}", f"name={job.folder.name}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with (job.folder.parent / f"{job.folder.name}.log").open("w") as log:
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False, env=environment)
-    print(f"{job.folder}: {'done' if done.returncode == 0 else f'failed, see {log.name}'}", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
@@ -148,11 +123,7 @@ def main() -> None:
     parser.add_argument("--only", choices=parts, help="that part alone")
     asked = parser.parse_args()
     for name in [asked.only] if asked.only else parts:
-        jobs = list(parts[name]())
-        for needed in dict.fromkeys(one for job in jobs for one in job.after):  # several may need it: one after another
-            play(needed)
-        with ThreadPoolExecutor(asked.jobs) as pool:
-            list(pool.map(play, jobs))
+        play_all(list(parts[name]()), asked.jobs)
 
 
 if __name__ == "__main__":
