@@ -1,0 +1,101 @@
+"""A judge that fails at 30 % of its calls: `python benchmarks/failing_judge.py [--seeds 3] [--iterations 8]`.
+
+The clone of benchmarks/visual_search.py is trained on the reward, once with a sound judge and once with one that hangs,
+hangs up, answers 500 or babbles. It is asked about every answer (referee.rules=false). Shown is the success of each
+iteration's rollout, a mean over seeds, and how many episodes stayed unscored; and that none of those was learned from.
+"""
+
+import argparse
+import json
+import random
+import threading
+from pathlib import Path
+
+import numpy as np
+from chat_server import Answer, Server, text_of
+from jobs import Job, play
+from visual_search import MODEL, OUT, job
+
+from vlm_agents.episodes import read_episodes
+
+FAILING, TIMEOUT_S = 0.3, 2.0
+
+
+def fair(request: dict) -> str:
+    said = json.loads(text_of(request))
+    return str(int(said["given answer"].strip().lower() == said["right answer"].strip().lower()))
+
+
+class Faulty:
+    """Fails at a share of the calls, each of four ways as often."""
+
+    def __init__(self) -> None:
+        self.rng, self.lock, self.failed = random.Random(0), threading.Lock(), 0
+
+    def __call__(self, request: dict) -> str | Answer:
+        with self.lock:
+            fails, way = self.rng.random() < FAILING, self.rng.randrange(4)
+            self.failed += fails
+        if not fails:
+            return fair(request)
+        if way == 0:
+            threading.Event().wait(2 * TIMEOUT_S)
+        return (fair(request), Answer(0), Answer(500, b"out of memory"), "Well, that depends.")[way]
+
+
+def train(kind: str, seed: int, iterations: int, url: str) -> Job:
+    folder = f"judged/{kind}/{seed}"
+    words = (
+        MODEL,
+        f"seed={seed}",
+        f"stage.init={OUT / 'clone/sft'}",
+        "stage.eval_episodes=0",
+        f"stage.iterations={iterations}",
+        "referee=server",
+        "referee.rules=false",
+        f"referee.remote.url={url}",
+        f"referee.remote.timeout_s={TIMEOUT_S}",
+        f"referee.remote.cache={OUT / folder}.answers",
+    )
+    return job(folder, "ppo", *words)
+
+
+def curve(folder: Path, name: str) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--iterations", type=int, default=8)
+    asked = parser.parse_args()
+    faulty, runs = Faulty(), dict[str, list[Path]]()
+    for kind, answer in (("sound", fair), ("faulty", faulty)):
+        server = Server()
+        server.answer = answer
+        jobs = [train(kind, seed, asked.iterations, server.url) for seed in range(asked.seeds)]
+        for one in jobs:
+            play(one)
+        server.close()
+        runs[kind] = [one.folder for one in jobs]
+        print(f"{kind}: {len(server.requests)} calls" + (f", {faulty.failed} of them failed" * (kind == "faulty")))
+    print("\n| iteration | sound judge | faulty judge | unscored |\n|---|---|---|---|")
+    curves = {kind: np.array([curve(one, "rollout/success") for one in folders]) for kind, folders in runs.items()}
+    lost = np.array([curve(one, "rollout/unscored") for one in runs["faulty"]])
+    for step in range(asked.iterations):
+        means = (f"{curves[kind][:, step].mean():.3f} ± {curves[kind][:, step].std(ddof=1):.3f}" for kind in runs)
+        print(f"| {step + 1} | {' | '.join(means)} | {lost[:, step].mean():.1f} |")
+    wrong = sum(
+        not one.success
+        and one.known
+        and one.turns[-1].step.claim is not None
+        and one.turns[-1].step.claim.answer.strip().lower() == one.turns[-1].step.claim.right.lower()
+        for folder in runs["faulty"]
+        for one in read_episodes(folder, pictures=False)
+    )
+    print(f"\nright answers that were taken for wrong, of the recorded episodes: {wrong}")
+
+
+if __name__ == "__main__":
+    main()
