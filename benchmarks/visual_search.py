@@ -18,6 +18,7 @@ from jobs import Job, play, play_all
 OUT = Path("outputs/visual_search")
 SEEDS = (0, 1, 2)
 EPISODES, PANEL = 6000, 400  # of the expert; held-out scenes
+BLIND = ("env.tool=false", "prompt=boxed")
 MODEL = f"model.path={OUT / 'tiny'}"
 
 
@@ -54,7 +55,7 @@ def evaluated() -> list[Job]:
     weights = {"clone": OUT / "clone/sft", **{str(one.folder.name): one.folder for one in trained()}}
     panel = (MODEL, f"stage.episodes={PANEL}")
     jobs = [job(f"eval/{name}", "eval", *panel, f"stage.init={folder}") for name, folder in weights.items()]
-    blind = (*panel, f"stage.init={OUT / 'blind/sft'}", "env.tool=false")
+    blind = (*panel, f"stage.init={OUT / 'blind/sft'}", *BLIND)
     return [*jobs, job("eval/blind", "eval", *blind)]
 
 
@@ -62,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     parts = {
-        "clone": lambda: [clone("clone"), clone("blind", "env.tool=false")],
+        "clone": lambda: [clone("clone"), clone("blind", *BLIND)],
         "train": trained,
         "eval": evaluated,
     }

@@ -25,8 +25,8 @@ policies episodes outcomes summary llava_data env_pool report frames chats input
 envs experts | prompting | models | learn | tracking backends stores | checkpoints | remote endpoint answers handover
 lineage weights snapshot
 config tensors | processes
-sandbox
-types upgrades errors imports files marks pictures progress versions metrics cores seeds ratings intervals verdicts
+sandbox | verdicts blocks
+types upgrades errors imports files marks pictures progress versions metrics cores seeds ratings intervals
 world stopping
 """
 CELLS = [[cell.split() for cell in line.split("|")] for line in LAYERS.strip().splitlines()]

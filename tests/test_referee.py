@@ -186,9 +186,8 @@ def test_a_fault_of_the_server_is_no_fault_of_an_episode(server: Server, ask: Ma
 
     server.answer = lambda request: "1"
     again = list(ask("again", max_unscored=0.5).judged(episode(name, seed=n) for n, name in enumerate(names)))
-    assert {said(request).split()[0] for request in server.requests} == {"hang", "reset", "500"}
-    # what was said is kept, babble too: 7 of the 30 (every fourth, from the fourth on)
-    assert stops(again).count("unscored") == 7
+    assert {said(request).split()[0] for request in server.requests} == set(FAULTS)  # verdicts alone are kept
+    assert stops(again).count("unscored") == 0
     both = zip(again, found, strict=True)
     assert all(new.stop == old.stop for new, old in both if old.known)
 

@@ -25,6 +25,7 @@ from PIL import Image
 
 from vlm_agents import endpoint, handover, remote, stages
 from vlm_agents.__main__ import main
+from vlm_agents.blocks import fenced
 from vlm_agents.config import PromptConfig, RemoteConfig
 from vlm_agents.endpoint import on_this_machine, retry_after
 from vlm_agents.envs.echo import COLORS, OVER
@@ -942,6 +943,17 @@ def test_a_remote_reply_is_meant_and_seeded_by_its_query(server: Server, client)
     seeds = sorted(request["seed"] for request in server.requests)
     first, second = (int(np.random.default_rng(n).integers(2**31)) for n in range(2))
     assert seeds == sorted([first, second, second + 1])  # only the illegal reply was asked for again
+
+
+def test_a_remote_reply_ends_with_what_ends_it(server: Server, client):
+    """Servers would leave a stop text out: none is asked for, and what is said behind it is cut off."""
+    prompt_format = make_format(PromptConfig("tool_call", "full"))
+    code = prompt_format.write("I look.", fenced("print(1)"), None)
+    server.answer = lambda request: f"{code}\n<interpreter>1</interpreter>"
+    policy = RemotePolicy(client(), prompt_format, Sampling(64, prompt_format.stop), 0.7, samples=1)
+    (reply,) = policy.reply([Query(say("?"), Observation(""), np.random.default_rng(0))])
+    assert reply.text == code
+    assert "stop" not in server.requests[0]
 
 
 def looks(request: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from vlm_agents.config import MiniGridConfig, PromptConfig
 from vlm_agents.env_pool import EnvPool
 from vlm_agents.envs import make_env
 from vlm_agents.envs.base import Env, check_contract, out_of_turn
-from vlm_agents.errors import EnvError, TooLongError, TrainingError
+from vlm_agents.errors import DataError, EnvError, TooLongError, TrainingError
 from vlm_agents.learn.shaping import penalised
 from vlm_agents.pictures import Picture
 from vlm_agents.policies import NoisyPolicy, RandomPolicy
@@ -254,6 +254,25 @@ def test_members_of_a_seed_are_different_plays_of_the_same_start():
     assert len({episode.turns[0].observation.state_key for episode in group}) == 1
     assert len({tuple(turn.parsed.action for turn in episode.turns) for episode in group}) == 4
     assert group[4] == group[0]
+
+
+class Refused:
+    """A format whose second prompt holds what no model takes."""
+
+    stop, parse, write = (), FORMAT.parse, FORMAT.write
+
+    def prompt(self, instructions: str, history: Sequence[Turn], now: Observation) -> Prompt:
+        if history:
+            raise DataError("the model's image processor takes no picture of 336x1 pixels")
+        return FORMAT.prompt(instructions, history, now)
+
+
+def test_what_no_model_can_be_asked_costs_its_episode_alone():
+    (episode,) = play(Says(RIGHT, Refused()), [3])
+    assert (episode.stop, len(episode.turns)) == ("env_error", 1)
+    assert episode.error == (
+        "seed 3, turn 1: no model can be asked this: the model's image processor takes no picture of 336x1 pixels"
+    )
 
 
 class Short:

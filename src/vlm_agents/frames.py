@@ -73,7 +73,9 @@ def _picture(observation: Observation) -> Image.Image:
     """The observation's images in a row, or its text where it has none, at a size that can be looked at."""
     if not observation.images:
         return _text_picture(observation.text)
-    images = [picture.image for picture in observation.images]
+    images = [picture.image.copy() for picture in observation.images]
+    for image in images:
+        image.thumbnail((LARGE_SIDE, LARGE_SIDE))
     row = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)), PAPER)
     left = 0
     for image in images:

@@ -176,17 +176,22 @@ class RemotePolicy:
 
     def reply(self, queries: Sequence[Query]) -> list[Reply]:
         def readable(index: int, text: str) -> bool:
-            return self.format.parse(text, queries[index].observation.legal_actions).error is None
+            return self.format.parse(self._cut(text), queries[index].observation.legal_actions).error is None
 
         answers = self._client.complete(
             [query.prompt for query in queries],
-            self._sampling,
+            self._sampling._replace(stop=()),  # servers leave such a text out of the reply
             self._temperature,
             seeds=[int(query.rng.integers(2**31)) for query in queries],
             readable=readable,
             samples=self._samples,
         )
-        return [Reply(answer.text, finish=answer.finish, source="server") for answer in answers]
+        return [Reply(self._cut(answer.text), finish=answer.finish, source="server") for answer in answers]
+
+    def _cut(self, text: str) -> str:
+        """Up to and with the first text that ends a reply."""
+        ends = [text.index(stop) + len(stop) for stop in self._sampling.stop if stop in text]
+        return text[: min(ends, default=len(text))]
 
     def value(self, queries: Sequence[Query]) -> list[float]:
         return [0.0] * len(queries)

@@ -40,8 +40,8 @@ Reply with 1 if the answers are consistent, with 0 if they are not, and with not
 Examples:
 """
 Example = tuple[str, str, str, int]  # question, right answer, given answer, verdict
-EXAMPLES: dict[str, tuple[Example, ...]] = {  # by the claim's source
-    "visual_search": (
+EXAMPLES: dict[str, tuple[Example, ...]] = {  # by a word of the claim's source
+    "search": (
         ("What colour is the woman's bag?", "The bag is red.", "dark red", 1),
         ("What colour is the woman's bag?", "red", "red or blue", 0),
         ("Is the dog left or right of the bench?", "left of the bench", "It stands on the left side.", 1),
@@ -185,9 +185,16 @@ def prompt_for(claim: Claim) -> Prompt:
     """Rule and examples, and the two answers to be compared."""
     examples = (
         f"{case(Claim(question, given, right))}\n{verdict}"
-        for question, right, given, verdict in EXAMPLES.get(claim.source, OTHERS)
+        for question, right, given, verdict in examples_for(claim.source)
     )
     return Message("system", (RULE + "\n\n".join(examples),)), Message("user", (case(claim),))
+
+
+def examples_for(source: str) -> tuple[Example, ...]:
+    """By what data sets are called: `visual_search`, `vstar`, `hr_bench_4k`; `chart_qa`, `arxivqa`; `mathvista`."""
+    words = {"vstar": "search", "v_star": "search", "hr_bench": "search", "hrbench": "search", "arxivqa": "chart"}
+    known = {name: name for name in EXAMPLES} | words
+    return next((EXAMPLES[kind] for word, kind in known.items() if word in source.lower()), OTHERS)
 
 
 def case(claim: Claim) -> str:

@@ -141,7 +141,7 @@ class ChatClient:
             self._refused.append((question, answer))
         else:
             self._keep_refused()
-            self._answers.keep(question, answer)
+            self._keep(question, answer)
         self._heard()
         return answer
 
@@ -161,6 +161,9 @@ class ChatClient:
                 raise ModelError(f"{error} ({in_a_row} prompts in a row came to this)") from error
             return Completion("", "stop", 0, 0, refused=str(error))
 
+    def _keep(self, question: bytes, answer: Completion) -> None:
+        self._answers.keep(question, answer)
+
     def _keep_refused(self) -> None:
         """The server answers: what it refused before stays refused, and a resumed run won't ask for it."""
         while self._refused:
@@ -177,8 +180,8 @@ class ChatClient:
 
 
 class ForgivingClient(ChatClient):
-    """One question's failure is that question's alone: its answer is empty, and `refused` says why. No failure is kept,
-    for another time it may be answered."""
+    """One question's failure is that question's alone: its answer is empty, and `refused` says why. Neither that is
+    kept nor what can't be read, for another time it may be answered."""
 
     def probe(self, prompt: Prompt, sampling: Sampling) -> None:
         """Ask the server, whatever is kept; ModelError where it doesn't answer."""
@@ -196,6 +199,10 @@ class ForgivingClient(ChatClient):
             return await self._endpoint.complete(request, self._cfg.retries, 0.0)
         except ModelError as error:
             return Completion("", "stop", 0, 0, refused=str(error))
+
+    def _keep(self, question: bytes, answer: Completion) -> None:
+        if answer.readable:
+            super()._keep(question, answer)
 
     def _keep_refused(self) -> None:
         self._refused.clear()

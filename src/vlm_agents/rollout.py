@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vlm_agents.env_pool import EnvPool
-from vlm_agents.errors import EnvError, TooLongError
+from vlm_agents.errors import DataError, EnvError, TooLongError
 from vlm_agents.experts import Advising
 from vlm_agents.policies import Policy
 from vlm_agents.prompting import PromptFormat, drawn
@@ -51,14 +51,17 @@ class _Episode:
         self.broken = f"{env}, seed {self.deal.seed}: {error}"
 
     def query(self, instructions: str, prompt_format: PromptFormat) -> Query | None:
-        """What is to be asked next; None, and then `too_long` says so, where no model could be asked it."""
+        """What is to be asked next; None, and then `too_long` or `broken` says so, where that can't be asked."""
         assert self.now is not None
         try:
             return Query(prompt_format.prompt(instructions, self.turns, self.now), self.now, self.rng)
         except TooLongError as error:
             self.too_long = f"seed {self.deal.seed}, turn {len(self.turns)}: {error}"
             logger.warning("too long for the model: %s", self.too_long)
-            return None
+        except DataError as error:  # as of a picture that its image processor refuses
+            self.broken = f"seed {self.deal.seed}, turn {len(self.turns)}: no model can be asked this: {error}"
+            logger.warning("%s", self.broken)
+        return None
 
 
 def collect(

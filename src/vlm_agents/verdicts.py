@@ -24,7 +24,7 @@ WHOLE = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
 NUMBER = re.compile(
     rf"([+-]?)\s*(?:(?:({WHOLE})\s+)?({WHOLE})\s*/\s*({WHOLE})|({WHOLE}(?:\.\d*)?|\.\d+))\s*(%?)", re.ASCII
 )
-LETTER = re.compile(r"\(?([a-z])(?:\)|[.:]|\Z)\s*(.*)", re.DOTALL)
+LETTER = re.compile(r"(?:option\s+)?\(?([a-z])(?:\)|[.:,]|\s|\Z)\s*(.*)", re.DOTALL)
 
 
 def by_rule(claim: Claim) -> bool | None:
@@ -33,6 +33,15 @@ def by_rule(claim: Claim) -> bool | None:
         return False
     same = _same(claim.answer, claim.right)
     return _of_options(claim) if same is None else same
+
+
+def canonical(claim: Claim) -> str:
+    """The answer so that equal ones are equal texts: by option, number or words."""
+    options = [_without_letter(index, option) for index, option in enumerate(claim.options)]
+    if (option := _option(claim.answer, options)) is not None:
+        return f"option {option}"
+    number = _number(claim.answer)
+    return _plain(claim.answer) if number is None else "".join(map(str, number))
 
 
 def hopeless(answer: str) -> bool:

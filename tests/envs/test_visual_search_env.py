@@ -12,6 +12,8 @@ from vlm_agents.env_pool import EnvPool
 from vlm_agents.envs import make_env
 from vlm_agents.envs.visual_search.env import VisualSearch, reduced
 from vlm_agents.errors import DataError, EnvError
+from vlm_agents.experts import NoExpert
+from vlm_agents.experts.visual_search import VisualSearchExpert
 from vlm_agents.pictures import Picture
 from vlm_agents.seeds import panel_seeds
 from vlm_agents.types import Claim, Observation, Step
@@ -154,11 +156,28 @@ def test_equal_seeds_give_equal_episodes_in_worker_processes_too() -> None:
     assert [step.claim for step in here] == [step.claim for step in there]
 
 
+def test_a_picture_that_models_refuse_is_told_of() -> None:
+    env = env_of()
+    env.reset(0)
+    step = env.step(fenced("image_clue_0.crop((0, 0, 1000, 2)).show()\nimage_clue_0.crop((0, 0, 100, 2)).show()"))
+    assert words(step.observation) == (
+        "Image Result:\n<image_clue_1>too thin to be shown: 1000x2 pixels</image_clue_1>\n"
+        "Image Result:\n<image_clue_2>[84x2]</image_clue_2>"
+    )
+    env.close()
+
+
+def test_the_expert_is_there_where_it_can_see(files: dict[str, str]) -> None:
+    for lacking in ({"data": [files["train.json"]]}, {"picture_in": "runtime"}, {"max_pictures": 0}):
+        with pytest.raises(NoExpert, match="an expert of made-up scenes"):
+            VisualSearchExpert(env_of(**lacking))
+    VisualSearchExpert(env_of(max_pictures=0, tool=False))
+
+
 def test_a_reduced_picture_keeps_its_shape() -> None:
     picture = Picture(Image.new("RGB", (400, 100)))
     assert reduced(picture, 100).size == (100, 25)
     assert reduced(picture, 400) is picture
-    assert reduced(Picture(Image.new("RGB", (1000, 1))), 100).size == (100, 1)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -190,7 +209,19 @@ def test_files_that_lack_or_are_no_questions_are_named(files: dict[str, str], tm
     with pytest.raises(DataError, match=r"train.json is in env.data and in env.eval_data"):
         env_of(data=[train], eval_data=[held, train])
     with pytest.raises(DataError, match=r"notes.txt is no file of questions: their names end in .json, .jsonl, "):
-        env_of(data=[str(tmp_path / "notes.txt")]).reset(0)
+        env_of(data=[str(tmp_path / "notes.txt")])
+    with pytest.raises(DataError, match=r"no .*gone.json: env.data and env.eval_data name files"):
+        env_of(eval_data=[held], data=[str(tmp_path / "gone.json")])
     (tmp_path / "empty.json").write_text("[]")
     with pytest.raises(DataError, match=r"there is none in .*empty.json"):
         env_of(data=[str(tmp_path / "empty.json")]).reset(0)
+
+
+def test_broken_rows_end_it_or_are_left_out(files: dict[str, str], tmp_path: Path, caplog) -> None:
+    path = tmp_path / "broken.json"
+    path.write_text(json.dumps([{"id": 1}, *json.loads(Path(files["train.json"]).read_text())]))
+    with pytest.raises(DataError, match=r"broken.json, row 0: "):
+        env_of(data=[str(path)]).reset(0)
+    env = env_of(data=[str(path)], skip_bad=True)
+    assert len({words(env.reset(seed)) for seed in range(40)}) == 3
+    assert "broken.json, row 0: " in caplog.text

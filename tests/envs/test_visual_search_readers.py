@@ -18,7 +18,7 @@ from PIL import Image
 from vlm_agents.envs.visual_search import question as limits
 from vlm_agents.envs.visual_search.benchmarks import read_benchmark
 from vlm_agents.envs.visual_search.parquet import read_parquet
-from vlm_agents.envs.visual_search.pyvision import boxed, read_rl
+from vlm_agents.envs.visual_search.pyvision import read_rl
 from vlm_agents.envs.visual_search.question import Question
 from vlm_agents.errors import DataError
 
@@ -86,21 +86,17 @@ def test_both_kinds_of_rl_rows(folder: Path, write: Callable[..., Path]) -> None
     assert (one.ident, one.text, one.answer, one.category, one.source) == ("7", "Which colour?", "red", "search", "vs")
     assert (other.ident, other.text, other.answer) == ("3", "Which colour?", "blue")
     assert [question.pictures[0]().image.getpixel((0, 0)) for question in (one, other)] == [(255, 0, 0), (0, 0, 255)]
-    assert one.letter is None
+
+
+def test_a_picture_s_mark_is_no_word_of_the_question(folder: Path) -> None:
+    rows = {**RAW, "question": "<image>\nWhich colour?"}, {**VERL, "extra_info": {"question": "<image> Which colour?"}}
+    assert [one.text for one in read_rl(whole(folder / "marked.json", *rows))] == ["Which colour?"] * 2
 
 
 def test_without_a_question_of_its_own_the_prompt_is_asked(folder: Path) -> None:
     row = {**VERL, "extra_info": {"index": 0, "answer": "green"}}
     (asked,) = read_rl(whole(folder / "prompt.json", row))
     assert (asked.ident, asked.text, asked.answer) == ("0", "You are an agent. Which colour?", "blue")
-
-
-@pytest.mark.parametrize(
-    ("words", "inner"),
-    [("\\boxed{1} or \\boxed{2}", "2"), ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"), ("\\boxed{1", ""), ("none", "")],
-)
-def test_what_is_boxed(words: str, inner: str) -> None:
-    assert boxed(words) == inner
 
 
 BROKEN_RL = [
@@ -235,7 +231,7 @@ def test_rows_of_v_star(folder: Path) -> None:
     (folder / "pictures" / "red.json").write_text(json.dumps({"bbox": [[1, 0, 2, 3]], "target_object": ["glove"]}))
     (asked,) = read_benchmark(lines(folder / "test_questions.jsonl", V_STAR))
     assert (asked.ident, asked.text, asked.category) == ("0", "What is it made of?", "direct_attributes")
-    assert (asked.options, asked.answer, asked.letter) == (("rubber", "cotton"), "cotton", "B")
+    assert (asked.options, asked.answer) == (("rubber", "cotton"), "cotton")
     assert asked.boxes == ((1, 0, 3, 3),)  # left, top, width, height
     assert asked.pictures[0]().size == (4, 3)
 
@@ -262,7 +258,7 @@ def test_rows_of_hr_bench(tmp_path: Path) -> None:
 def test_pictures_in_json_lines(tmp_path: Path) -> None:
     row = {"question": "Which?", "answer": "two", "options": ["one", "two"], "image": f"data:image/png;base64,{RED64}"}
     (asked,) = read_benchmark(lines(tmp_path / "own.jsonl", row))
-    assert (asked.letter, asked.pictures[0]().size) == ("B", (4, 3))
+    assert (asked.answer, asked.pictures[0]().size) == ("two", (4, 3))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from vlm_agents.envs.visual_search.font import GLYPHS, glyph
 from vlm_agents.envs.visual_search.generator import CHARACTERS, DIGITS, LEVELS, TASKS, generate, is_held_out
 from vlm_agents.envs.visual_search.scene import DOTS, HIDDEN, LEGIBLE, PATTERNS, Card, Scene, detail_tile
 from vlm_agents.errors import ConfigError
-from vlm_agents.experts.visual_search import Saying, place, quarters, solve, view
+from vlm_agents.experts.visual_search import Saying, place, solve, view
 from vlm_agents.seeds import TRAINING_SEEDS, held_out
 
 SMALL = ("tiny", "easy", "medium")  # quickly drawn
@@ -161,8 +161,8 @@ def test_every_answer_is_right_and_no_answer_is_usual(level: str) -> None:
 
 def test_the_right_option_stands_anywhere() -> None:
     scenes = [scene for seed in range(300) if (scene := generate("hard", seed)).category == "text"]
-    letters = [scene.question().letter for scene in scenes]
-    assert {letters.count(letter) > len(scenes) / 8 for letter in "ABCD"} == {True}
+    places = [scene.options.index(scene.answer) for scene in scenes]
+    assert {places.count(place) > len(scenes) / 8 for place in range(4)} == {True}
 
 
 # ---- the answer can't be seen from afar, and is seen in what the expert shows ----------------------------------------
@@ -206,7 +206,6 @@ def test_shown_larger_it_is_seen() -> None:
     """The bound bites: with strokes of 1.2 pixels the patterns of a scene differ by far more than 20 levels."""
     scene = generate("tiny", 0)
     assert scene.hidden_up_to == 84  # 0.42 * 1000 / 5
-    assert scene.stroke_at(84) == pytest.approx(0.42)
     side = round(LEGIBLE * 1000 / scene.stroke)
     whole = np.stack([small(picture, side) for picture in alternatives(scene)])
     assert (whole.max(0) - whole.min(0)).max() >= 60
@@ -246,14 +245,6 @@ def test_the_expert_s_code_shows_each_card_that_matters(scene: Scene, monkeypatc
         assert scene.stroke * shown_side / max(right - left, bottom - top) >= LEGIBLE
 
 
-def test_it_may_look_at_the_quarters_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    scene = generate("medium", 0)
-    first, look, last = solve(scene, 336, quadrants=True)
-    assert [look, last] == solve(scene, 336)
-    assert len(shown_by(first, scene.draw(), monkeypatch)) == 4
-    assert quarters((5, 4)) == [(0, 0, 2, 2), (2, 0, 5, 2), (0, 2, 2, 4), (2, 2, 5, 4)]
-
-
 def test_what_it_says_on_a_tiny_scene() -> None:
     """Few programs: one a cell. The nine cells are 333 pixels wide."""
     scene = generate("tiny", 3)
@@ -276,9 +267,7 @@ def test_a_scene_is_a_question_whose_picture_is_drawn_when_called_for() -> None:
     scene = generate("easy", 7)
     question = scene.question()
     assert question.asked == f"{scene.text}\n(A) horizontal\n(B) vertical\n(C) checked\n(D) plain"
-    assert question.letter == "ABCD"[PATTERNS.index(scene.answer)]
     assert question.boxes == (scene.cards[0].box,)
-    assert question.hidden_up_to == 168
     file = io.BytesIO()
     question.pictures[0]().image.save(file, "PNG")
     assert Image.open(file).size == (1200, 1200)

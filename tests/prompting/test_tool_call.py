@@ -43,6 +43,9 @@ def test_what_is_written_is_read() -> None:
         ("\\boxed{7} and \\boxed{8", "\\boxed{7}", "7"),  # the last one isn't closed
         ("<code>\nprint(1)\n</code>", PRINT, "print(1)"),  # without a fence
         ("<code>```py\nprint(1)```</code>", PRINT, "print(1)"),
+        ("<code>\n```Python3\r\nprint(1)\r\n```\n</code>", PRINT, "print(1)"),
+        ("<code>\n```python\nx = '```'\n```\n</code>", "```python\nx = '```'\n```", "x = '```'"),
+        ("<answer>\\boxed{\\{1}</answer>", "\\boxed{\\{1}", "\\{1"),
         ("```python\nx\n```\nthen\n```python\nprint(1)\n```", PRINT, "print(1)"),
         ("\\boxed{7}\n```python\nprint(1)\n```", PRINT, "print(1)"),
         ("```python\nx\n```\n\\boxed{7}", "\\boxed{7}", "7"),
@@ -120,6 +123,12 @@ def test_the_chat_tells_what_code_gave_as_a_tool() -> None:
     assert FORMAT.stop == ("</code>",)
 
 
-def test_a_chat_without_its_past_is_refused() -> None:
-    with pytest.raises(ConfigError, match="history=none would leave out what code showed"):
-        PromptConfig(format="tool_call", history="none")
+def test_without_a_tool_it_is_told_of_none() -> None:
+    (system, _) = make_format(PromptConfig("boxed", "full")).prompt("Rules.", (), Observation("Which?"))
+    assert system.text == "Rules.\nThink first. Then write the answer:\n<answer>\n\\boxed{...}\n</answer>"
+
+
+@pytest.mark.parametrize("name", ["tool_call", "boxed"])
+def test_a_chat_without_its_past_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="history=none would leave out what was asked"):
+        PromptConfig(format=name, history="none")

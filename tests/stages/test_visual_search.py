@@ -45,9 +45,11 @@ def test_the_expert_looks_answers_and_is_right(collected: Path) -> None:
 
 
 def test_its_chats_are_learned_from(run_stage, collected: Path, tmp_path: Path) -> None:
-    words = ("stage=preprocess", *WORDS, f"stage.data=[{collected}]", "stage.val_fraction=0")
-    rows = list(read_chats(run_stage(tmp_path / "data", *words) / "train.parquet"))
-    assert len(rows) == 12  # two turns an episode
+    words = ("stage=preprocess", *WORDS, f"stage.data=[{collected}]", "stage.val_fraction=0.3")
+    folder = run_stage(tmp_path / "data", *words)
+    rows, held_out = (list(read_chats(folder / f"{split}.parquet")) for split in ("train", "validation"))
+    assert len(rows) + len(held_out) == 12  # two turns an episode
+    assert held_out
     assert [message["role"] for message in rows[1]["messages"]] == ["system", "user", "assistant", "user", "assistant"]
     assert rows[1]["messages"][3]["content"] == (
         "<tool_response>\n<interpreter>\nImage Result:\n<image_clue_1><image></image_clue_1>\n</interpreter>\n"
@@ -55,7 +57,8 @@ def test_its_chats_are_learned_from(run_stage, collected: Path, tmp_path: Path) 
     )
     data = f"stage.data={tmp_path / 'data'}"
     folder = run_stage(tmp_path / "sft", "stage=sft", *WORDS, data, "stage.epochs=1", "stage.batch_size=4")
-    assert json.loads((folder / "summary.json").read_text())["metrics"]["sft/rows"] == 6
+    metrics = json.loads((folder / "summary.json").read_text())["metrics"]
+    assert (metrics["sft/rows"], metrics["sft/val_rows"]) == (len(rows) / 2, len(held_out) / 2)
 
 
 def test_turns_of_a_chat_are_one_row_with_the_log_probs_of_each(run_stage, echo_run, collected: Path, tmp_path: Path):
@@ -144,7 +147,7 @@ def test_turns_share_a_row_and_what_a_tool_said_is_in_no_loss(collected: Path, e
 
 # ---- votes -----------------------------------------------------------------------------------------------------------
 def said(seed: int, answer: str | None, stop: Stop) -> Trajectory:
-    claim = None if answer is None else Claim("?", answer, "red")
+    claim = None if answer is None else Claim("?", answer, "red", ("blue", "red"))
     step = Step(Observation(""), 0.0, True, False, stop == "success", True, True, claim=claim)
     return Trajectory("search", seed, "model", (Turn(Observation(""), (), Reply(""), Parsed("x"), step),), stop)
 
@@ -164,5 +167,10 @@ def test_the_most_frequent_answer_is_elected() -> None:
         (5, "red", "success"),  # as many: the first
         (5, "blue", "failure"),
         (6, "red", "unscored"),  # nobody knows: no vote, and no question
+        (7, "B", "success"),  # spelled otherwise, and one answer
+        (7, "(B)", "success"),
+        (7, "Red.", "success"),
+        (7, "A", "failure"),
+        (7, "A", "failure"),
     ]
-    assert elected([said(*play) for play in plays]) == [False, True, True, False, True]  # pyright: ignore[reportArgumentType]
+    assert elected([said(*play) for play in plays]) == [False, True, True, False, True, True]  # pyright: ignore[reportArgumentType]

@@ -268,6 +268,11 @@ class AlgoConfig(Part, place="algo"):
                     f"algo.{name} > 0 needs a reference policy, which is the model with its adapter off: "
                     f"add model/lora=adapter, or set algo.{name}=0"
                 )
+        for name in ("tool_coef", "tool_once_coef"):
+            if getattr(self, name) > 0 and not (run.env.counts_tools or run.env.foreign):
+                raise ConfigError(
+                    f"algo.{name} > 0 pays for tools, and env={run.env.family} has none: set algo.{name}=0"
+                )
         if self.ratio == "row" and not run.env.one_turn and run.prompt.history != "full":
             raise ConfigError(
                 f"algo.ratio=row is the ratio of a whole episode, and with prompt.history={run.prompt.history} an "

@@ -39,6 +39,7 @@ class EnvConfig(Part, place="env"):
         None, "a scripted expert of your own, as package.module:attribute, called with the env; null: the env's own"
     )
 
+    counts_tools: ClassVar[bool] = False  # do its metrics say `tool_calls` and `tool_pictures`?
     free_text: ClassVar[bool] = False  # are actions texts of any kind? Then there are no random ones
 
     @property
@@ -244,7 +245,7 @@ class VisualSearchConfig(EnvConfig):
 
     makes = "vlm_agents.envs.visual_search.env:VisualSearch"
     advises = "vlm_agents.experts.visual_search:VisualSearchExpert"
-    free_text = True
+    free_text = counts_tools = True
 
     family: str = "visual_search"
     id: str = "vlm_agents/VisualSearch-v0"
@@ -257,6 +258,7 @@ class VisualSearchConfig(EnvConfig):
     data: list[str] = setting(list, "files of questions to train on, in place of made-up scenes")
     eval_data: list[str] = setting(list, "files of held-out questions, in place of made-up scenes")
     pictures: str | None = setting(None, "folder that their pictures' paths start from; null: the file's own")
+    skip_bad: bool = setting(False, "leave out broken rows of these files, each with a warning, instead of stopping")
     tool: bool = setting(True, "run the agent's Python; if not, it has to answer from what it is shown")
     picture_in: str = setting(
         "prompt",
@@ -275,6 +277,11 @@ class VisualSearchConfig(EnvConfig):
     sandbox: SandboxConfig = setting(SandboxConfig, "limits of the agent's Python")
 
     @property
+    def files(self) -> bool:
+        """Are its questions from files?"""
+        return bool(self.data or self.eval_data)
+
+    @property
     def bare(self) -> EnvConfig | None:
         return replace(self, tool=False) if self.tool and self.picture_in == "prompt" else None
 
@@ -283,6 +290,16 @@ class VisualSearchConfig(EnvConfig):
             raise ConfigError(
                 f"env={self.family} takes free text, and nobody can draw that at random: set stage.noise=0 and another "
                 "stage.policy than random"
+            )
+        if run.prompt.history != "full" and not self.one_turn:
+            raise ConfigError(
+                f"with prompt.history={run.prompt.history} the agent would see the question in its first turn alone: "
+                "set prompt=tool_call, or prompt.history=full"
+            )
+        if self.workers and self.timeout_s <= self.sandbox.turn_s:
+            raise ConfigError(
+                f"env.timeout_s={self.timeout_s:g} would end a worker before its code is by "
+                f"env.sandbox.turn_s={self.sandbox.turn_s:g}: have more of the one or less of the other"
             )
         if self.picture_in == "runtime" and not self.tool:
             raise ConfigError("env.picture_in=runtime shows nothing, and env.tool=false runs no Python: set one")

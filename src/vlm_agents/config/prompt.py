@@ -14,7 +14,7 @@ class PromptConfig(Part, place="prompt"):
     format: str = setting(
         MISSING,
         "what a reply looks like; chosen by prompt=",
-        choices=Literal["cot_json", "action_only", "action_scores", "rl4vlm", "tool_call", "custom"],
+        choices=Literal["cot_json", "action_only", "action_scores", "rl4vlm", "tool_call", "boxed", "custom"],
     )
     history: str = setting(
         "last_k",
@@ -23,7 +23,10 @@ class PromptConfig(Part, place="prompt"):
     )
     last_k: int = setting(4, "actions that history=last_k tells", low=1)
     max_prompt_tokens: int | None = setting(
-        None, "a longer chat loses its oldest turns; null: the model's positions bound it", low=1
+        None,
+        "a longer chat loses its oldest turns, or, with tool_call and boxed, ends its episode; null: the model's "
+        "positions bound it",
+        low=1,
     )
     max_reply_tokens: int = setting(96, "a longer reply is cut off there", low=1)
     score_temperature: float = setting(
@@ -33,11 +36,16 @@ class PromptConfig(Part, place="prompt"):
         None, "format=custom only: package.module:attribute that is called with these settings and gives the format"
     )
 
+    @property
+    def whole(self) -> bool:
+        """Does a chat begin with a question, without which the rest has no sense?"""
+        return self.format in ("tool_call", "boxed")
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.format == "tool_call" and self.history != "full":
+        if self.whole and self.history != "full":
             raise ConfigError(
-                f"prompt.history={self.history} would leave out what code showed: with prompt=tool_call it is full"
+                f"prompt.history={self.history} would leave out what was asked: with prompt={self.format} it is full"
             )
         if self.factory is not None and self.format != "custom":
             raise ConfigError(f"prompt.factory={self.factory} is a format of its own: add prompt=custom")

@@ -7,9 +7,11 @@ for what a runtime of this kind gives: `image_clue_0`, the picture in its own si
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from vlm_agents.blocks import boxed, fenced
 from vlm_agents.envs.visual_search.env import VisualSearch
 from vlm_agents.envs.visual_search.question import Box
 from vlm_agents.envs.visual_search.scene import LEGIBLE, Card, Scene
+from vlm_agents.experts import NoExpert
 from vlm_agents.types import Advice
 
 ROUND = 10  # pixels that a box around a card is rounded to
@@ -38,20 +40,27 @@ class Saying(NamedTuple):
 
     @property
     def action(self) -> str:
-        return f"```python\n{self.code}\n```" if self.code else f"\\boxed{{{self.answer}}}"
+        return fenced(self.code) if self.code else boxed(self.answer)
 
 
 class VisualSearchExpert:
-    """Plays what `solve` says: looks until all that matters was shown, then answers. Lost in what wasn't made up."""
+    """Plays what `solve` says: looks until all that matters was shown, then answers.
+
+    NoExpert for questions that weren't made up, and where it couldn't see what it talks of.
+    """
 
     def __init__(self, env: VisualSearch) -> None:
+        cfg = env.cfg
+        if cfg.files or cfg.picture_in == "runtime" or (cfg.tool and not cfg.max_pictures):
+            raise NoExpert(
+                "env=visual_search has an expert of made-up scenes alone, that are shown: of none of env.data"
+            )
         self.env = env
 
     def start(self) -> Advice | None:
         scene = self.env.scene
-        self.plan = solve(scene, self.env.side) if scene else []
-        if not self.env.cfg.tool:
-            self.plan = self.plan[-1:]
+        assert scene
+        self.plan = solve(scene, self.env.side)[0 if self.env.cfg.tool else -1 :]
         return self._next()
 
     def follow(self, action: str | None) -> Advice | None:
@@ -63,18 +72,17 @@ class VisualSearchExpert:
         return Advice(self.plan[0].thought, self.plan[0].action, len(self.plan)) if self.plan else None
 
 
-def solve(scene: Scene, side: int | None = None, quadrants: bool = False) -> list[Saying]:
+def solve(scene: Scene, side: int | None = None) -> list[Saying]:
     """The turns that answer a scene: a look at each card that matters, then the answer.
 
-    `side`: the longer side in pixels that a picture is shown with; if None, the largest that hides the answer. With
-    `quadrants` it looks at the four quarters first, and then at the cards.
+    `side`: the longer side in pixels that a picture is shown with; if None, the largest that hides the answer.
     """
     side = scene.hidden_up_to if side is None else side
     boxes = [view(scene, card, side) for card in scene.must_see]
-    looks = [Saying(_whereabouts(scene), _code(boxes, side))]
-    if quadrants:
-        looks.insert(0, Saying("I look at the four quarters first.", _code(quarters(scene.size), side)))
-    return [*looks, Saying(SUMMARIES[scene.category].format(scene.answer), answer=scene.answer)]
+    return [
+        Saying(_whereabouts(scene), _code(boxes, side)),
+        Saying(SUMMARIES[scene.category].format(scene.answer), answer=scene.answer),
+    ]
 
 
 def view(scene: Scene, card: Card, side: int) -> Box:
@@ -92,13 +100,6 @@ def view(scene: Scene, card: Card, side: int) -> Box:
         min(scene.size[0], -(-(right + edge) // ROUND) * ROUND),
         min(scene.size[1], -(-(bottom + edge) // ROUND) * ROUND),
     )
-
-
-def quarters(size: tuple[int, int]) -> list[Box]:
-    """Row by row."""
-    width, height = size
-    columns, rows = (0, width // 2, width), (0, height // 2, height)
-    return [(columns[x], rows[y], columns[x + 1], rows[y + 1]) for y in (0, 1) for x in (0, 1)]
 
 
 def place(scene: Scene, card: Card) -> str:

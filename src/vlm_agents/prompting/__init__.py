@@ -5,6 +5,7 @@ A new format is a module with a class that has what `PromptFormat` names, a line
 """
 
 __all__ = [
+    "WITHOUT_TOOL",
     "Fitted",
     "PromptFormat",
     "chat",
@@ -46,6 +47,7 @@ FORMATS: dict[str, Callable[[PromptConfig], PromptFormat]] = {
     "action_scores": ActionScores,
     "rl4vlm": RL4VLM,
     "tool_call": ToolCall,
+    "boxed": ToolCall,
 }
 
 
@@ -68,6 +70,9 @@ def _guarded(name: str, method: Callable[..., Any], *arguments: Any) -> Any:
 
 
 FORMATS["custom"] = custom
+
+
+WITHOUT_TOOL = {"tool_call": "boxed"}  # how an agent is asked that has no tool, by how it is asked with one
 
 
 def make_format(cfg: PromptConfig) -> PromptFormat:

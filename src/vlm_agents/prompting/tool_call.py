@@ -13,38 +13,42 @@ The whole chat is shown, what code gave in turns of its own. The action is the f
 import re
 from collections.abc import Sequence
 
+from vlm_agents.blocks import BOX, boxed, fenced, last_box, last_fence
 from vlm_agents.config import PromptConfig
 from vlm_agents.prompting.base import LegalActions, match_action, quoted
 from vlm_agents.prompting.thinking import answer_start
 from vlm_agents.types import Message, Observation, Parsed, Part, Prompt, Span, Turn
 
-RULE = r"""Think first. Then write either Python to be run:
+ANSWER = r"""<answer>
+\boxed{...}
+</answer>"""
+TOOL_RULE = f"""Think first. Then write either Python to be run:
 <code>
 ```python
 ...
 ```
 </code>
 or, to end, the answer:
-<answer>
-\boxed{...}
-</answer>"""
+{ANSWER}"""
+ANSWER_RULE = f"Think first. Then write the answer:\n{ANSWER}"
 BLOCK = re.compile(r"<(code|answer)>(.*?)</\1>", re.DOTALL)
 OPEN = re.compile(r"<(?:code|answer)>")
-FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL)
-BOX = "\\boxed{"
 
 
 class ToolCall:
-    """The last block of a reply counts. A fence or a box that stands in no block is read as if it did."""
+    """The last block of a reply counts. A fence or a box that stands in no block is read as if it did.
+
+    With `prompt=boxed` the agent is told of no Python, and all else is the same.
+    """
 
     stop = ("</code>",)
 
     def __init__(self, cfg: PromptConfig) -> None:
-        self.cfg = cfg
+        self.rule = TOOL_RULE if cfg.format == "tool_call" else ANSWER_RULE
 
     def prompt(self, instructions: str, history: Sequence[Turn], now: Observation) -> Prompt:
         """One user asks; what comes of actions is a tool's: a chat can't lose the question, however long it is."""
-        messages = [Message("system", (f"{instructions}\n{RULE}",)), Message("user", _first(history, now).parts)]
+        messages = [Message("system", (f"{instructions}\n{self.rule}",)), Message("user", _first(history, now).parts)]
         for turn in history:
             messages.append(Message("assistant", (turn.reply.text,), token_ids=turn.reply.token_ids or None))
             messages.append(Message("tool", _response(turn.step.observation.parts)))
@@ -74,14 +78,6 @@ class ToolCall:
         return f"{thought}\n<answer>\n{action if action.startswith(BOX) else boxed(action)}\n</answer>"
 
 
-def fenced(code: str) -> str:
-    return f"```python\n{code}\n```"
-
-
-def boxed(answer: str) -> str:
-    return f"{BOX}{answer}}}"
-
-
 def _first(history: Sequence[Turn], now: Observation) -> Observation:
     return history[0].observation if history else now
 
@@ -95,18 +91,17 @@ def _block(text: str, block: re.Match[str]) -> tuple[str, Span, int]:
     """What a block is, where that which it says stands, and where the block begins."""
     kind, (begin, end) = block[1], block.span(2)
     if kind == "code":
-        fences = list(FENCE.finditer(text, begin, end))
-        return kind, fences[-1].span(1) if fences else (begin, end), block.start()
-    return kind, _box(text, begin, end) or (begin, end), block.start()
+        return kind, last_fence(text, begin, end) or (begin, end), block.start()
+    return kind, last_box(text, begin, end) or (begin, end), block.start()
 
 
 def _bare(text: str, start: int) -> tuple[str | None, Span, int]:
     """The same where there is no block: of the last fence, or of the last box where it stands behind that."""
-    fences, box = list(FENCE.finditer(text, start)), _box(text, start, len(text))
-    if box and not (fences and fences[-1].end() > box[1]):
+    fence, box = last_fence(text, start, len(text)), last_box(text, start, len(text))
+    if box and not (fence and fence[1] > box[1]):
         return "answer", box, box[0] - len(BOX)
-    if fences:
-        return "code", fences[-1].span(1), fences[-1].start()
+    if fence:
+        return "code", fence, text.rindex("```", start, fence[0])
     return None, (start, start), start
 
 
@@ -116,16 +111,3 @@ def _trimmed(text: str, span: Span, characters: str | None) -> Span:
     bare = text[begin:end].strip(characters)
     begin = text.index(bare, begin, end)
     return begin, begin + len(bare)
-
-
-def _box(text: str, begin: int, end: int) -> Span | None:
-    """Where the inside of the last box lies that is closed, braces within it included."""
-    first = text.rfind(BOX, begin, end)
-    while first >= 0:
-        depth, inside = 1, first + len(BOX)
-        for place in range(inside, end):
-            depth += (text[place] == "{") - (text[place] == "}")
-            if depth == 0:
-                return inside, place
-        first = text.rfind(BOX, begin, first)
-    return None

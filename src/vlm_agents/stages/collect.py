@@ -67,19 +67,35 @@ def main(cfg: RunConfig, stage: CollectConfig, run: Run) -> dict[str, float]:
             check_first_prompt(cfg, envs, sampler)
         if not client:  # a server may not be there, or take no request of ours: its first answer begins the run
             run.begin()
-        for trajectory in track(playing(envs), "collect", stage.episodes, "episodes", there):
-            if run.world.main:  # else each rank would ask a remote rater
-                writer.append(rated(trajectory, ratings(trajectory.turns, stage, client)))
+        played = track(playing(envs), "collect", stage.episodes, "episodes", there)
+        unscored = record(played, writer if run.world.main else None, stage, client)
     if not run.world.main:  # the record is the first rank's
         return {}
     writer.sync()
-    return conclude(cfg, stage, run, client)
+    return conclude(cfg, stage, run, client, unscored)
 
 
-def conclude(cfg: RunConfig, stage: CollectConfig, run: Run, client: ChatClient | None) -> dict[str, float]:
+def record(
+    played: Iterable[Trajectory], writer: EpisodeWriter | None, stage: CollectConfig, client: ChatClient | None
+) -> int:
+    """Rate and write the episodes, in the rank that has a writer: else each would ask a remote rater. How many were
+    left out, as nobody could judge their answers: should the run be stopped, they are played again."""
+    unscored = 0
+    for trajectory in played:
+        unscored += trajectory.stop == "unscored"
+        if writer and trajectory.stop != "unscored":
+            writer.append(rated(trajectory, ratings(trajectory.turns, stage, client)))
+    if unscored:
+        say(f"{unscored} episodes were left out, whose answers nobody could judge")
+    return unscored
+
+
+def conclude(
+    cfg: RunConfig, stage: CollectConfig, run: Run, client: ChatClient | None, unscored: int
+) -> dict[str, float]:
     """Metrics and report of all episodes that are there, and the run's end."""
     metrics = {"collect/episodes": float(stage.episodes)}
-    metrics |= summarise(read_episodes(run.dir, pictures=False), "collect")
+    metrics |= summarise(read_episodes(run.dir, pictures=False), "collect") | {"collect/unscored": float(unscored)}
     if client:
         metrics |= {f"collect/{name}": count for name, count in client.counts().items()}
         unrated = tell_unread(run.dir, client, stage.policy == "remote", stage.rater == "remote")

@@ -61,7 +61,7 @@ def main(cfg: RunConfig, stage: EvalConfig, run: Run) -> dict[str, float]:
         if stage.baselines and stage.policy in ("model", "remote"):
             metrics |= play_baselines(cfg, envs, stage.episodes, album.keep_too, run.world)
     if stage.baselines and sampler:
-        metrics |= play_bare(cfg, stage, run, make_policy(cfg, "model", sampler), ended - began)
+        metrics |= play_bare(cfg, stage, run, sampler, ended - began)
     writer.sync()
     return conclude(cfg, stage, run, metrics, album, first) if run.world.main else metrics
 

@@ -49,7 +49,9 @@ def main(cfg: RunConfig, stage: SftConfig, run: Run) -> dict[str, float]:
     refuse_too_long(agent.renderer.context, "prompt.max_prompt_tokens", budget, cfg.prompt.max_reply_tokens)
     paths = [Path(stage.data) / f"{split}.parquet" for split in ("train", "validation")]
     # preprocess writes no file of no rows
-    splits = [Chats(path, agent.renderer, budget) for path in paths if path == paths[0] or path.exists()]
+    splits = [
+        Chats(path, agent.renderer, budget, cfg.prompt.whole) for path in paths if path == paths[0] or path.exists()
+    ]
     with under_way("sft: looking at every row"):
         skipped = check(splits, stage.skip_bad)
     train, *held_out = splits
@@ -244,9 +246,10 @@ def validate(agent: Agent, chats: Chats, batch_size: int, shares: Shares) -> dic
             logprobs = agent.score(part).logprobs
             tokens.append(logprobs)
             sums = [reply.sum() for reply in logprobs.split([length for row in part for length in row.reply_lengths])]
-            for row, total in zip(part, sums, strict=True):
+            idents = [row.ident for row in part for _ in row.spans]
+            for ident, total in zip(idents, sums, strict=True):
                 if not torch.isfinite(total):
-                    raise TrainingError(f"sft/val_loss is {-total.item()} on row {row.ident}: lower stage.lr")
+                    raise TrainingError(f"sft/val_loss is {-total.item()} on row {ident}: lower stage.lr")
             replies += sums
     found = shares.world.gather((tokens, replies))
     tokens, replies = (list(chain.from_iterable(theirs)) for theirs in zip(*found, strict=True))

@@ -40,8 +40,11 @@ class Chats(Dataset[Row]):
     the file that extend the one before, as later turns of a chat do, are one row here: all their answers are learned.
     """
 
-    def __init__(self, path: Path, renderer: HFRenderer, max_prompt_tokens: int | None = None) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, renderer: HFRenderer, max_prompt_tokens: int | None = None, whole: bool = False
+    ) -> None:
+        """`whole`: a chat that is too long is wrong, as without its oldest turn it would lose the question."""
+        self.path, self.whole = path, whole
         self.renderer = renderer
         self.max_prompt_tokens = max_prompt_tokens
         self.records = read_records(path)
@@ -71,7 +74,10 @@ class Chats(Dataset[Row]):
         reply = self.renderer.encode_reply(chat.answer)
         if self.renderer.vocabulary.reserved & set(reply[:-1]):
             raise DataError("its answer has characters that the model's tokenizer has no token for")
-        return self.renderer.fit(prompt, self.max_prompt_tokens, len(reply)), chat.answer, reply
+        fitted = self.renderer.fit(prompt, self.max_prompt_tokens, len(reply))
+        if self.whole and len(fitted) < len(prompt):
+            raise DataError("it is too long, and would lose what was asked first: raise prompt.max_prompt_tokens")
+        return fitted, chat.answer, reply
 
     def _row(self, number: int, see: Callable[[bytes], Image.Image]) -> Row:
         """The row in place `number` of the file, its pictures as `see` has them."""

@@ -4,16 +4,16 @@ An action is Python in a fence, as Markdown has it, or `\\boxed{the answer}`; an
 an answer is right is for the referee to say: the last step holds a claim.
 """
 
-import re
+import multiprocessing
 from functools import cache
 from weakref import WeakValueDictionary
 
 from PIL import Image
 
+from vlm_agents.blocks import unboxed, unfenced
 from vlm_agents.config import VisualSearchConfig
 from vlm_agents.envs.base import out_of_turn, state_key
 from vlm_agents.envs.visual_search.generator import LEVELS
-from vlm_agents.envs.visual_search.pyvision import boxed
 from vlm_agents.envs.visual_search.scene import Scene
 from vlm_agents.envs.visual_search.sources import Files, made_up
 from vlm_agents.pictures import Picture
@@ -24,13 +24,14 @@ from vlm_agents.types import Claim, Observation, Step
 
 TOOL = (
     "You answer a question on pictures. Python has them in their own size, as PIL images {name}_0 and so on; np, Image "
-    "and plt are there. What your code prints or shows comes back, its pictures under the next names, image_clue_1 and "
-    "so on. Variables stay."
+    "and plt are there. What your code prints or shows comes back, pictures under the next names of image_clue. "
+    "Variables stay."
 )
 NO_TOOL = "You answer a question on pictures. There is no Python here: answer at once."
-FENCE = re.compile(r"\s*```(?:python|py)?[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
 UNREADABLE = "Write Python to be run, or the answer."
+ANSWER = "Write the answer."
 WITHOUT = "There is no Python here. Answer the question."
+THIN = 50  # sides of a picture: models' processors refuse one of 200, and reducing rounds
 _SANDBOXES: WeakValueDictionary[SandboxSettings, Sandbox] = WeakValueDictionary()
 
 
@@ -40,7 +41,7 @@ class VisualSearch:
     def __init__(self, cfg: VisualSearchConfig) -> None:
         self.cfg, self.name = cfg, cfg.id
         self._ask = (
-            Files(cfg.id, cfg.data, cfg.eval_data, cfg.pictures) if cfg.data or cfg.eval_data else made_up(cfg.level)
+            Files(cfg.id, cfg.data, cfg.eval_data, cfg.pictures, cfg.skip_bad) if cfg.files else made_up(cfg.level)
         )
         self._sandbox = sandbox_of(SandboxSettings(**vars(cfg.sandbox))) if cfg.tool else None
         self._hinted = "image_hint" if cfg.picture_in == "runtime" else "image_clue"
@@ -77,17 +78,17 @@ class VisualSearch:
         if not self._running:
             raise out_of_turn(self.name)
         self.turns += 1
-        before, text, fence = self._key, Composed(), FENCE.fullmatch(action or "")
+        before, text, code = self._key, Composed(), unfenced(action or "")
         broken = legal = False
         if not (action or "").strip():
-            text.say(UNREADABLE)
-        elif fence is None:
+            text.say(UNREADABLE if self._session else ANSWER)
+        elif code is None:
             return self._answered(str(action))
         elif self._session is None:
             text.say(WITHOUT)
         else:
-            legal, broken = True, self._run(fence[1], text)
-            self._played.append(fence[1])
+            legal, broken = True, self._run(code, text)
+            self._played.append(code)
         terminated = broken and self.cfg.on_error == "end"
         truncated = not terminated and self.turns == self.cfg.max_steps
         return self._step(text, before, legal=legal, terminated=terminated, truncated=truncated)
@@ -100,7 +101,8 @@ class VisualSearch:
 
     def _answered(self, action: str) -> Step:
         question, before = self.question, self._key
-        answer = boxed(action) or action.strip()
+        inside = unboxed(action)
+        answer = action.strip() if inside is None else inside
         claim = Claim(question.text, answer, question.answer, question.options, question.source)
         self._played.append(f"answer: {answer}")
         return self._step(Composed(), before, legal=True, terminated=True, claim=claim)
@@ -154,8 +156,12 @@ class VisualSearch:
             text.line("Nothing was printed or shown.")
 
     def _show(self, text: "Composed", place: int, picture: Picture, side: int | None) -> None:
+        width, height = picture.size
         text.say(f"<image_clue_{place}>")
-        text.show(reduced(picture, side))
+        if max(width, height) > THIN * min(width, height):
+            text.say(f"too thin to be shown: {width}x{height} pixels")
+        else:
+            text.show(reduced(picture, side))
         text.say(f"</image_clue_{place}>")
 
     @property
@@ -226,4 +232,5 @@ def sandbox_of(settings: SandboxSettings) -> Sandbox:
 
 @cache
 def _tell_isolation(isolated: str) -> None:
-    say(f"the agent's Python is kept in by {isolated}")
+    if multiprocessing.parent_process() is None:  # else each worker would
+        say(f"the agent's Python is kept in by {isolated}")

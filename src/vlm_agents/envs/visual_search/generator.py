@@ -160,9 +160,8 @@ def _position(rng: Random, boxes: Sequence[Box]) -> Task:
     letters = _shuffled(rng, LETTERS)[: len(boxes)]
     color = _pick(rng, list(COLORS))
     across, down = (boxes[0][axis] - boxes[1][axis] for axis in (0, 1))
-    options = ("left", "right") if abs(across) >= abs(down) else ("above", "below")
-    first, second = options if abs(across) < abs(down) else (f"{option} of" for option in options)
-    text = f"Is the card {letters[0]} {first} or {second} the card {letters[1]}?"
+    options = ("left of", "right of") if abs(across) >= abs(down) else ("above", "below")
+    text = f"Is the card {letters[0]} {' or '.join(options)} the card {letters[1]}?"
     answer = options[(across if abs(across) >= abs(down) else down) > 0]
     return Task([color] * len(boxes), letters, text, answer, options, [0, 1])
 

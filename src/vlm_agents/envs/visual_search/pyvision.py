@@ -14,16 +14,8 @@ from vlm_agents.envs.visual_search.question import Question, load
 from vlm_agents.envs.visual_search.rows import Broken, inside, mapping, optional, questions, refuse, text, whole
 from vlm_agents.errors import DataError, short
 from vlm_agents.marks import IMAGE_MARK
-from vlm_agents.types import Role
 
 MARKS = re.compile(rf"</?image_clue_\d+>|{IMAGE_MARK}")
-ROLES: dict[str, Role] = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-}
 
 
 def read_rl(path: Path, folder: Path | None = None, broken: Broken = refuse) -> Iterator[Question]:
@@ -50,12 +42,12 @@ def asked(row: dict[str, Any], where: str, *pictures: Any) -> Question:
     extra = mapping(row.get("extra_info") or {}, "extra_info")
     truth = mapping(row.get("reward_model") or {}, "reward_model")
     if extra.get("question") or "prompt" not in row:
-        question = text({**row, **extra}, "question")
+        question, column = text({**row, **extra}, "question"), "question"
     else:
-        said = [words for role, words in map(_said, _list(row, "prompt")) if role == "user"]
-        question = MARKS.sub("", said[-1] if said else "").strip()
-        if not question:
-            raise DataError("no question in prompt: write it, or remove the row")
+        question, column = _last_of_user(_list(row, "prompt")), "prompt"
+    question = MARKS.sub("", question).strip()
+    if not question:
+        raise DataError(f"no question in {column}: write it, or remove the row")
     return Question(
         ident=text({"index": extra.get("index"), "id": row.get("id"), "where": where}, "id", "index", "where"),
         text=question,
@@ -70,25 +62,14 @@ def asked(row: dict[str, Any], where: str, *pictures: Any) -> Question:
     )
 
 
-def boxed(words: str) -> str:
-    """What stands in the last `\\boxed{}`, braces and all; empty where there is none."""
-    start = words.rfind("\\boxed{")
-    depth = 0
-    for place in range(start + 6, len(words) if start >= 0 else 0):
-        depth += (words[place] == "{") - (words[place] == "}")
-        if depth == 0:
-            return words[start + 7 : place].strip()
-    return ""
-
-
-def _said(message: Any) -> tuple[Role, str]:
-    message = mapping(message, "a message")
-    role, words = message.get("role", message.get("from")), message.get("content", message.get("value"))
-    if not isinstance(role, str) or role not in ROLES:
-        raise DataError(f"a message's role is {short(role)}: make it one of {', '.join(ROLES)}, or remove the row")
-    if not isinstance(words, str):
-        raise DataError(f"a message's content is {short(words)}: make it a text, or remove the row")
-    return ROLES[role], whole(words, "a message's content")
+def _last_of_user(messages: list[Any]) -> str:
+    said = ""
+    for message in messages:
+        role, words = (mapping(message, "a message").get(key) for key in ("role", "content"))
+        if not isinstance(role, str) or not isinstance(words, str):
+            raise DataError(f"a message is {short(message)}: give it a role and a content, or remove the row")
+        said = whole(words, "a message's content") if role == "user" else said
+    return said
 
 
 def _list(row: dict[str, Any], name: str) -> list[Any]:

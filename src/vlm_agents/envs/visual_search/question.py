@@ -18,10 +18,7 @@ MOST_PIXELS = 1 << 26  # a picture of 8K has half of that
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """`answer` is one of the `options` where there are any. `boxes`: what must be seen, in pixels of the first picture.
-
-    `hidden_up_to`: the longest side in pixels of a picture shown from which it can't be answered, where that is known.
-    """
+    """`answer` is one of the `options` where there are any. `boxes`: what must be seen, in the first picture."""
 
     ident: str
     text: str
@@ -31,18 +28,12 @@ class Question:
     category: str = ""
     source: str = ""
     boxes: tuple[Box, ...] = ()
-    hidden_up_to: int | None = None
 
     @property
     def asked(self) -> str:
         """The question, with its options by letter below it."""
         lines = (f"({letter}) {option}" for letter, option in zip(LETTERS, self.options, strict=False))
         return "\n".join([self.text, *lines])
-
-    @property
-    def letter(self) -> str | None:
-        """Of the right option."""
-        return LETTERS[self.options.index(self.answer)] if self.options else None
 
 
 def load(source: Path | bytes, where: str) -> Picture:

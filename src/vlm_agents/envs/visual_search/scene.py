@@ -90,10 +90,6 @@ class Scene:
         """The longest side in pixels of a picture shown from which the question can't be answered."""
         return int(HIDDEN[self.kind] * max(self.size) / self.stroke + 1e-9)
 
-    def stroke_at(self, side: int) -> float:
-        """Pixels of a stroke where the whole is shown with `side` pixels on its longer side."""
-        return self.stroke * side / max(self.size)
-
     def question(self) -> Question:
         return Question(
             ident=f"{self.level}/{self.seed}",
@@ -104,7 +100,6 @@ class Scene:
             category=self.category,
             source="visual_search",
             boxes=tuple(card.box for card in self.must_see),
-            hidden_up_to=self.hidden_up_to,
         )
 
     def picture(self) -> Picture:

@@ -1,20 +1,25 @@
 """Where an env's questions come from: made-up scenes, or files. A seed decides which one is asked."""
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, partial
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 from vlm_agents.envs.visual_search.benchmarks import read_benchmark
 from vlm_agents.envs.visual_search.generator import generate
 from vlm_agents.envs.visual_search.parquet import read_parquet
 from vlm_agents.envs.visual_search.pyvision import read_rl
 from vlm_agents.envs.visual_search.question import Question
+from vlm_agents.envs.visual_search.rows import refuse
 from vlm_agents.envs.visual_search.scene import Scene
 from vlm_agents.errors import DataError
 from vlm_agents.seeds import held_out, panel_seeds, stable_hash
 
+logger = logging.getLogger(__name__)
+
 Asked = tuple[Question, Scene | None]  # a made-up scene is known to an expert, and to nobody else
-READERS = {".json": read_rl, ".jsonl": read_benchmark, ".tsv": read_benchmark, ".parquet": read_parquet}
+READERS: dict[str, Any] = {".json": read_rl, ".jsonl": read_benchmark, ".tsv": read_benchmark, ".parquet": read_parquet}
 
 
 def made_up(level: str) -> Callable[[int], Asked]:
@@ -33,9 +38,17 @@ class Files:
     The first panel seeds are the held-out questions in their order, so that a panel of as many asks each once.
     """
 
-    def __init__(self, env_id: str, train: Sequence[str], held_out: Sequence[str], folder: str | None) -> None:
+    def __init__(
+        self, env_id: str, train: Sequence[str], held_out: Sequence[str], folder: str | None, skip_bad: bool
+    ) -> None:
+        """DataError for a file that isn't there, or of another kind; its rows are read when the first is asked for."""
         self._env_id, self._train, self._held_out = env_id, train, held_out
-        self._folder = Path(folder) if folder else None
+        self._folder, self._skip_bad = Path(folder) if folder else None, skip_bad
+        for path in map(Path, (*train, *held_out)):
+            if path.suffix not in READERS:
+                raise DataError(f"{path} is no file of questions: their names end in {', '.join(READERS)}")
+            if not path.is_file():
+                raise DataError(f"no {path}: env.data and env.eval_data name files of questions")
         if both := {*map(_real, train)} & {*map(_real, held_out)}:
             raise DataError(f"{min(both)} is in env.data and in env.eval_data: what is held out can't be trained on")
 
@@ -60,19 +73,30 @@ class Files:
         return {seed: place for place, seed in enumerate(seeds)}
 
     def _read(self, setting: str, paths: Sequence[str], what: str) -> list[Question]:
-        found = [question for path in paths for question in read(Path(path), self._folder)]
+        found = [
+            question
+            for path in map(Path, paths)
+            for question in read(path, path.stat().st_mtime_ns, self._folder, self._skip_bad)
+        ]
         if not found:
             where = f"there is none in {', '.join(paths)}" if paths else f"{setting} names no file"
             raise DataError(f"a question {what} is asked for, and {where}: set {setting}=[questions.json]")
         return found
 
 
-def read(path: Path, folder: Path | None) -> Iterator[Question]:
-    """The questions of a file, by the reader of its ending. DataError for a broken row, or another kind of file."""
-    reader = READERS.get(path.suffix)
-    if reader is None:
-        raise DataError(f"{path} is no file of questions: their names end in {', '.join(READERS)}")
-    return read_parquet(path) if reader is read_parquet else partial(reader, folder=folder)(path)
+@cache
+def read(path: Path, changed: int, folder: Path | None, skip_bad: bool) -> tuple[Question, ...]:
+    """The questions of a file, by the reader of its ending; once for all envs of this process, unless it was `changed`.
+    DataError for a broken row, which is told and left out with `skip_bad`."""
+    broken = _told if skip_bad else refuse
+    reader = READERS[path.suffix]
+    if reader is read_parquet:
+        return tuple(read_parquet(path, broken=broken))
+    return tuple(reader(path, folder=folder, broken=broken))
+
+
+def _told(error: DataError) -> None:
+    logger.warning("%s; left out", error)
 
 
 def _real(path: str) -> str:
