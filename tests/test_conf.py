@@ -64,6 +64,7 @@ EXACT_TYPES = {
 GIVEN = {
     "env=gymnasium": ["env.id=CartPole-v1", "env.actions=[left,right]", "env.instructions=Balance."],
     "env=custom": ["env.factory=a:b"],
+    "env=visual_search": ["prompt=tool_call"],
     "algo=gspo": ["prompt.history=full"],
     "prompt=custom": ["prompt.factory=a:b"],
 }

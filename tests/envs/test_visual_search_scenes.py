@@ -137,8 +137,8 @@ def expected_answer(scene: Scene) -> str:
         return str(sum(card.detail == match[1] for card in scene.cards))
     if match := re.search(r"Is the card (\w) .* the card (\w)\?", scene.text):
         one, other = (next(card for card in scene.cards if card.detail == letter).box for letter in match.groups())
-        if "left" in scene.options:
-            return "left" if one[0] < other[0] else "right"
+        if "left of" in scene.options:
+            return "left of" if one[0] < other[0] else "right of"
         return "above" if one[1] < other[1] else "below"
     (odd,) = [card for card in scene.cards if [other.detail for other in scene.cards].count(card.detail) == 1]
     return odd.color

@@ -313,7 +313,7 @@ def test_episodes_of_several_runs_are_one_dataset(run_stage: RunStage, preproces
 
 
 def test_broken_episodes_teach_nothing_and_nothing_left_is_an_error(preprocess):
-    with pytest.raises(DataError, match=r"left out: 1 of 1 episodes that an error of the env ended\): collect more"):
+    with pytest.raises(DataError, match=r"left out: 1 of 1 episodes that an error of the env ended, or that nobody"):
         preprocess([TURNS], "stage.success_only=false", stop="env_error")
     with pytest.raises(DataError, match=r"left out: 1 turns rated under 9 \(stage\.min_score\)\).*or loosen"):
         preprocess([TURNS[1:2]], "stage.min_score=9", name="b")
