@@ -8,10 +8,13 @@ iteration's rollout, a mean over seeds, and how many episodes stayed unscored; a
 import argparse
 import json
 import random
+import sys
 import threading
 from pathlib import Path
 
 import numpy as np
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))  # for the server that answers as it is told
 from chat_server import Answer, Server, text_of
 from jobs import Job, play
 from visual_search import MODEL, OUT, job
