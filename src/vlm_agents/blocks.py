@@ -9,9 +9,8 @@ from vlm_agents.types import Span
 
 OPENED = r"```(?i:py(?:thon)?3?)?[ \t]*\r?\n"
 WHOLE = re.compile(rf"\s*{OPENED}(.*?)(?:\r?\n)?[ \t]*```\s*", re.DOTALL)
-LINES = re.compile(
-    rf"{OPENED}(.*?)(?:\r?\n)?^[ \t]*```[ \t]*\r?$", re.DOTALL | re.MULTILINE
-)  # code may hold ``` itself
+# code may hold ``` itself
+LINES = re.compile(rf"{OPENED}(.*?)(?:\r?\n)?^[ \t]*```[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 LOOSE = re.compile(rf"{OPENED}(.*?)```", re.DOTALL)
 BOX = "\\boxed{"
 
