@@ -12,7 +12,7 @@ from omegaconf import MISSING
 
 from vlm_agents.config.fields import Part, check_kwargs, setting
 from vlm_agents.errors import ConfigError
-from vlm_agents.sandbox.settings import Require, SandboxSettings
+from vlm_agents.sandbox.settings import LEAST, Require, SandboxSettings
 
 if TYPE_CHECKING:
     from vlm_agents.config.run import RunConfig
@@ -226,15 +226,21 @@ class SandboxConfig(Part, place="env.sandbox"):
         choices=Require,
     )
     turn_s: float = setting(SandboxSettings.turn_s, "seconds of a turn; longer code is ended", positive=True)
-    cpu_s: int = setting(SandboxSettings.cpu_s, "seconds of CPU time of all code of an episode", low=1)
-    memory_mib: int = setting(SandboxSettings.memory_mib, "memory beyond what the libraries take", low=64)
-    file_mib: int = setting(SandboxSettings.file_mib, "size of a file", low=1)
-    tmp_mib: int = setting(SandboxSettings.tmp_mib, "size of all files", low=1)
-    tmp_files: int = setting(SandboxSettings.tmp_files, "files and folders", low=1)
-    output_chars: int = setting(SandboxSettings.output_chars, "characters of text that a turn gives", low=100)
-    pictures: int = setting(SandboxSettings.pictures, "pictures that a turn gives", low=0)
+    cpu_s: int = setting(SandboxSettings.cpu_s, "seconds of CPU time of all code of an episode", low=LEAST["cpu_s"])
+    memory_mib: int = setting(
+        SandboxSettings.memory_mib, "memory beyond what the libraries take", low=LEAST["memory_mib"]
+    )
+    file_mib: int = setting(SandboxSettings.file_mib, "size of a file", low=LEAST["file_mib"])
+    tmp_mib: int = setting(SandboxSettings.tmp_mib, "size of all files", low=LEAST["tmp_mib"])
+    tmp_files: int = setting(SandboxSettings.tmp_files, "files and folders", low=LEAST["tmp_files"])
+    output_chars: int = setting(
+        SandboxSettings.output_chars, "characters of text that a turn gives", low=LEAST["output_chars"]
+    )
+    pictures: int = setting(SandboxSettings.pictures, "pictures that a turn gives", low=LEAST["pictures"])
     picture_pixels: int = setting(
-        SandboxSettings.picture_pixels, "pixels of a picture that comes back; a larger one is scaled down", low=1024
+        SandboxSettings.picture_pixels,
+        "pixels of a picture that comes back; a larger one is scaled down",
+        low=LEAST["picture_pixels"],
     )
     start_s: float = setting(SandboxSettings.start_s, "seconds until the libraries are imported", positive=True)
 

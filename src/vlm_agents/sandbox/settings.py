@@ -8,6 +8,10 @@ from vlm_agents.errors import ConfigError, did_you_mean
 Isolation = Literal["bubblewrap", "landlock", "rlimits"]  # from the strongest down
 Require = Literal["isolated", "bubblewrap", "landlock", "rlimits", "any"]
 
+# of the settings that are whole numbers
+LEAST = {"cpu_s": 1, "memory_mib": 64, "file_mib": 1, "tmp_mib": 1, "tmp_files": 1, "output_chars": 100}
+LEAST |= {"pictures": 0, "picture_pixels": 1024}
+
 
 @dataclass(frozen=True)
 class SandboxSettings:
@@ -37,8 +41,7 @@ class SandboxSettings:
         for name in ("turn_s", "start_s"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"sandbox.{name}={getattr(self, name)} must be a number of seconds above 0")
-        least = {"cpu_s": 1, "memory_mib": 64, "file_mib": 1, "tmp_mib": 1, "tmp_files": 1, "output_chars": 100}
-        for name, low in (least | {"pictures": 0, "picture_pixels": 1024}).items():
+        for name, low in LEAST.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise ConfigError(f"sandbox.{name}={value} must be a whole number, at least {low}")
