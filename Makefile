@@ -9,7 +9,7 @@ NAME := demo_$(shell date +%Y-%m-%d_%H-%M-%S)
 DEMO = $(AGENTS) experiment=empty_room
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ppo demo reproduce study compare ui tiny-weights test slurm-test check format clean
+.PHONY: help setup ppo demo reproduce study alfworld compare ui tiny-weights test slurm-test check format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,7 @@ setup: .venv/.installed ## make .venv and install the package with its tools
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(TORCH)
 	$(BIN)/python -m pip install -e '.[dev]'
+	$(BIN)/python -m pip install --no-deps alfworld==0.4.2 # its files of rules and texts, nothing of it is imported
 	touch $@
 
 ppo: setup ## watch a tiny agent get better at MiniGrid within minutes
@@ -46,6 +47,10 @@ RUNS ?=
 study: setup ## every algorithm on four games, side by side (hours; goes on where it was stopped)
 	$(BIN)/python benchmarks/algorithms.py
 	$(COMPARE) outputs/algorithms/final
+
+alfworld: setup ## TextWorld, too, to hold our ALFWorld against (compiles for minutes)
+	$(BIN)/python -m pip install -e '.[alfworld]'
+	$(BIN)/python -m pytest -q -m alfworld
 
 compare: setup ## finished runs held against each other: RUNS=multirun/<name>/ppo, or any words of the command
 	$(COMPARE) $(if $(RUNS),$(RUNS),--help)

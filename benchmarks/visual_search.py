@@ -1,6 +1,6 @@
 """A tiny model learns to look closer by Python: `python benchmarks/visual_search.py [--only clone|train|eval]`.
 
-* clone: the expert's episodes, a tiny model whose tokenizer knows such chats, and one clone of them.
+* clone: the expert's episodes, the packaged weights with a tokenizer that knows such chats, and one clone of them.
 * train: the clone on the reward, three seeds, by algo=oversample_rank.
 * eval: the clone and each of the trained on held-out scenes, with Python and, in equal time, without; beside them a
   clone that was taught to answer at once: what can be told from the reduced picture.
@@ -15,9 +15,11 @@ from pathlib import Path
 
 from jobs import Job, play, play_all
 
+from vlm_agents.models.adapters import SHIPPED
+
 OUT = Path("outputs/visual_search")
 SEEDS = (0, 1, 2)
-EPISODES, PANEL = 6000, 400  # of the expert; held-out scenes
+EPISODES, PANEL = 12000, 400  # of the expert; held-out scenes
 BLIND = ("env.tool=false", "prompt=boxed")
 MODEL = f"model.path={OUT / 'tiny'}"
 
@@ -38,12 +40,14 @@ def clone(name: str, *words: str) -> Job:
 
 
 def make_tiny() -> None:
-    """A tiny model with random weights, whose tokenizer knows the chats of both clones."""
+    """The packaged tiny model, its tokenizer's words those of the chats of both clones."""
     folder, data = OUT / "tiny", chats("clone")
     play(data)
     if not (folder / "config.json").exists():
         path = data.folder / "train.parquet"
-        subprocess.run([sys.executable, "-m", "vlm_agents.models.tiny", str(folder), str(path)], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "vlm_agents.models.tiny", str(folder), str(path), str(SHIPPED)], check=True
+        )
 
 
 def trained() -> list[Job]:

@@ -39,6 +39,7 @@ class Observation:
     """What an env shows before a turn. `legal_actions` None means free text.
 
     `places` say before which character of the text each of the pictures stands; without them all stand before it.
+    `task` is what the episode is about, where the text doesn't say it: it is part of every prompt.
     `state_key` names the state of the world for loop counting: equal keys, equal situation. `tags` say of what kind an
     episode is (task, game file, category); those of its first observation count.
     """
@@ -50,6 +51,7 @@ class Observation:
     advice: Advice | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
     places: tuple[int, ...] = ()
+    task: str = ""
 
     @property
     def parts(self) -> tuple[Part, ...]:

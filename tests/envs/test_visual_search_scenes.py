@@ -251,14 +251,30 @@ def test_what_it_says_on_a_tiny_scene() -> None:
     column, row = scene.cards[0].cell
     box = (column * 333, row * 333, column * 333 + 333, row * 333 + 333)
     look, last = solve(scene)
-    assert look.thought == f"The {scene.cards[0].color} card is at the {place(scene, scene.cards[0])}."
+    assert look.thought == (
+        f"I see {said(scene)}. The {scene.cards[0].color} card is at ({column},{row})."  # its cell is a third, too
+    )
     assert look.action == f"```python\nimage_clue_0.crop({box}).resize((84, 84)).show()\n```"
     assert (last.thought, last.action) == (f"The pattern on it is {scene.answer}.", f"\\boxed{{{scene.answer}}}")
     assert len({solve(generate("tiny", seed))[0].code for seed in range(200)}) == 9
 
 
-@pytest.mark.parametrize(("box", "words"), [((0, 0, 9, 9), "upper left"), ((495, 495, 505, 505), "middle")])
-def test_a_place_in_words(box: tuple[int, int, int, int], words: str) -> None:
+def said(scene: Scene) -> str:
+    """All that lies there, from the upper left on, row by row."""
+    things = [(card.cell, f"{card.color} card") for card in scene.cards]
+    things += [(shape.cell, f"{shape.color} {shape.kind}") for shape in scene.shapes]
+    inorder = sorted(things, key=lambda thing: (thing[0][1], thing[0][0]))
+    return ", ".join(f"{words} ({cell[0]},{cell[1]})" for cell, words in inorder)
+
+
+def test_where_there_is_much_the_card_alone_is_named() -> None:
+    scene = next(scene for seed in range(99) if (scene := generate("hard", seed)).category == "text")
+    card = scene.must_see[0]
+    assert solve(scene)[0].thought == f"The {card.color} card is at {place(scene, card)}."
+
+
+@pytest.mark.parametrize(("box", "words"), [((0, 0, 9, 9), "(0,0)"), ((495, 0, 505, 9), "(1,0)")])
+def test_a_place_in_thirds(box: tuple[int, int, int, int], words: str) -> None:
     scene = generate("tiny", 0)
     assert place(scene, replace(scene.cards[0], box=box)) == words
 

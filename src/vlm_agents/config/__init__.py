@@ -8,7 +8,9 @@ docs/configuration.md show what stands here.
 from vlm_agents.config.algo import AlgoConfig, NoveltyConfig
 from vlm_agents.config.conf import command, conf_dir, described, groups
 from vlm_agents.config.env import (
+    ALFWORLD_TASKS,
     FAMILIES,
+    AlfWorldConfig,
     BlackjackConfig,
     CardsConfig,
     Compat,
@@ -48,9 +50,11 @@ from vlm_agents.config.stage import (
 from vlm_agents.config.tracking import TrackingConfig
 
 __all__ = [
+    "ALFWORLD_TASKS",
     "AUTO",
     "FAMILIES",
     "UNNAMED",
+    "AlfWorldConfig",
     "AlgoConfig",
     "BlackjackConfig",
     "CardsConfig",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from omegaconf import MISSING
 
 from vlm_agents.config.fields import Part, check_kwargs, setting
-from vlm_agents.errors import ConfigError
+from vlm_agents.errors import ConfigError, did_you_mean
 from vlm_agents.sandbox.settings import LEAST, Require, SandboxSettings
 
 if TYPE_CHECKING:
@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 
 Compat = Literal["ours", "rl4vlm"]
 Faces = Literal["ten", "rank"]
+ALFWORLD_TASKS = (
+    "pick_and_place_simple",
+    "look_at_obj_in_light",
+    "pick_clean_then_place_in_recep",
+    "pick_heat_then_place_in_recep",
+    "pick_cool_then_place_in_recep",
+    "pick_two_obj_and_place",
+)
 
 
 @dataclass
@@ -40,6 +48,7 @@ class EnvConfig(Part, place="env"):
     )
 
     counts_tools: ClassVar[bool] = False  # do its metrics say `tool_calls` and `tool_pictures`?
+    actions_vary: ClassVar[bool] = False  # do its legal actions differ from turn to turn?
     free_text: ClassVar[bool] = False  # are actions texts of any kind? Then there are no random ones
 
     @property
@@ -309,6 +318,53 @@ class VisualSearchConfig(EnvConfig):
             )
         if self.picture_in == "runtime" and not self.tool:
             raise ConfigError("env.picture_in=runtime shows nothing, and env.tool=false runs no Python: set one")
+
+
+@dataclass
+class AlfWorldConfig(EnvConfig):
+    """Household tasks of ALFWorld: its own games, or games made here."""
+
+    makes = "vlm_agents.envs.alfworld.env:AlfWorld"
+    advises = "vlm_agents.experts.alfworld:AlfWorldExpert"
+    actions_vary = True
+
+    family: str = "alfworld"
+    id: str = "vlm_agents/ALFWorld-v0"
+    max_steps: int | None = setting(50, "turns before an episode is truncated; null: no limit", low=1)
+    invalid_penalty: float = 1.0
+    level: str = setting(
+        "small",
+        "how large households are that are made here: 4 to 5 receptacles, 6 to 9, 10 to 18, 20 to 30",
+        choices=Literal["tiny", "small", "medium", "large"],
+    )
+    tasks: list[str] = setting(list, "kinds of tasks, as ALFWorld names them; empty: all six")
+    data: str | None = setting(
+        None, "folder of ALFWorld's own games, with train, valid_seen and valid_unseen in it; null: games made here"
+    )
+    eval_split: str = setting(
+        "valid_unseen", "folder in env.data whose games are held out", choices=Literal["valid_seen", "valid_unseen"]
+    )
+    observation: str = setting(
+        "both",
+        "what the agent gets: a schematic picture, what the game tells, or both",
+        choices=Literal["image", "text", "both"],
+    )
+    tile_size: int = setting(
+        84, "pixels of each receptacle and object in the picture; from 56 on their names are written", low=14, high=256
+    )
+    success_reward: float = setting(50.0, "what success earns, beside 1 for all goal conditions together")
+    compat: str = setting(
+        "ours",
+        "rl4vlm: the share of goal conditions that are met is paid in every turn, not its growth",
+        choices=Compat,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for kind in self.tasks:
+            if kind not in ALFWORLD_TASKS:
+                hint = did_you_mean(kind, ALFWORLD_TASKS)
+                raise ConfigError(f"env.tasks: there is no '{kind}'; known: {', '.join(ALFWORLD_TASKS)}.{hint}")
 
 
 @dataclass

@@ -18,10 +18,14 @@ class PromptConfig(Part, place="prompt"):
     )
     history: str = setting(
         "last_k",
-        "what the prompt tells of earlier turns: nothing; the last actions and what they did, as text; the whole chat",
-        choices=Literal["none", "last_k", "full"],
+        "what the prompt tells of earlier turns: nothing; the last actions and whether they did something; the last "
+        "actions and what was seen before each, as text; the whole chat",
+        choices=Literal["none", "last_k", "answers", "full"],
     )
-    last_k: int = setting(4, "actions that history=last_k tells", low=1)
+    last_k: int = setting(4, "actions that history=last_k and answers tell", low=1)
+    show_actions: bool | None = setting(
+        None, "list the legal actions below what is seen; null: where the env's differ from turn to turn"
+    )
     max_prompt_tokens: int | None = setting(
         None,
         "a longer chat loses its oldest turns, or, with tool_call and boxed, ends its episode; null: the model's "

@@ -61,6 +61,8 @@ class RunConfig(Part, place=""):
         if not re.fullmatch(r"\w[\w.+-]*", self.name):
             wrong = f"name={self.name!r} names a folder" if self.name else "name= is empty, and it names a folder"
             raise ConfigError(f"{wrong}: use letters, digits and . _ + - only")
+        if self.prompt.show_actions is None:
+            self.prompt.show_actions = self.env.actions_vary
         for part in parts_of(self):
             part.check(self)
 

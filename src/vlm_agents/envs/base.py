@@ -75,10 +75,11 @@ def checked_observation(seen: Observation) -> Observation:
     _expect(isinstance(seen.tags, Mapping), "tags", seen.tags, "no mapping of names to texts")
     tags = {_text("a tag's name", name): _text(f"tags['{name}']", value) for name, value in seen.tags.items()}
     words, key, places = _text("the text", seen.text), _text("state_key", seen.state_key), tuple(seen.places)
+    task = _text("the task", seen.task)
     inside = all(isinstance(one, Integral) and 0 <= one <= len(words) for one in places)
     fit = inside and sorted(places) == list(places) and len(places) in (0, len(images))
     _expect(fit, "places", places, f"not where each of {len(images)} pictures stands in the text, in order")
-    return Observation(words, images, legal, key, advice, tags, tuple(map(int, places)))
+    return Observation(words, images, legal, key, advice, tags, tuple(map(int, places)), task)
 
 
 def checked_advice(advice: Advice | None, legal: tuple[str, ...] | None) -> Advice | None:

@@ -10,16 +10,12 @@ from typing import NamedTuple
 from vlm_agents.blocks import boxed, fenced
 from vlm_agents.envs.visual_search.env import VisualSearch
 from vlm_agents.envs.visual_search.question import Box
-from vlm_agents.envs.visual_search.scene import LEGIBLE, Card, Scene
+from vlm_agents.envs.visual_search.scene import LEGIBLE, Card, Scene, Shape
 from vlm_agents.experts import NoExpert
 from vlm_agents.types import Advice
 
 ROUND = 10  # pixels that a box around a card is rounded to
-THIRDS = (
-    ("upper left", "upper middle", "upper right"),
-    ("left", "middle", "right"),
-    ("lower left", "lower middle", "lower right"),
-)
+FEW = 6  # things that are all named, where there are no more
 SUMMARIES = {  # what is seen at last; {} is the answer
     "pattern": "The pattern on it is {}.",
     "digit": "The digit on it is {}.",
@@ -102,20 +98,27 @@ def view(scene: Scene, card: Card, side: int) -> Box:
     )
 
 
-def place(scene: Scene, card: Card) -> str:
-    """Where in the picture, in thirds."""
-    column, row = ((card.box[axis] + card.box[axis + 2]) * 3 // (2 * scene.size[axis]) for axis in (0, 1))
-    return THIRDS[row][column]
+def place(scene: Scene, thing: Card | Shape) -> str:
+    """Where in the picture, in thirds: `(2,0)` is in the upper right corner."""
+    column, row = ((thing.box[axis] + thing.box[axis + 2]) * 3 // (2 * scene.size[axis]) for axis in (0, 1))
+    return f"({column},{row})"
 
 
 def _whereabouts(scene: Scene) -> str:
-    if len(scene.must_see) == 1:
-        card = scene.must_see[0]
-        return f"The {card.color} card is at the {place(scene, card)}."
+    """What is seen from afar, and what of it is looked at."""
     if scene.category == "position":
-        one, other = (f"the {card.detail} at the {place(scene, card)}" for card in scene.must_see)
+        one, other = (f"the {card.detail} at {place(scene, card)}" for card in scene.must_see)
         return f"I look at two cards, {one} and {other}."
-    return f"There are {len(scene.must_see)} cards. I look at each."
+    card, *others = scene.must_see
+    if others:
+        return f"There are {len(scene.must_see)} cards. I look at each."
+    there = f"The {card.color} card is at {place(scene, card)}."
+    things = sorted((*scene.cards, *scene.shapes), key=lambda thing: thing.cell[::-1])
+    if len(things) > FEW:
+        return there
+    kinds = (one.kind if isinstance(one, Shape) else "card" for one in things)
+    named = (f"{one.color} {kind} {place(scene, one)}" for one, kind in zip(things, kinds, strict=True))
+    return f"I see {', '.join(named)}. {there}"
 
 
 def _code(boxes: Sequence[Box], side: int) -> str:

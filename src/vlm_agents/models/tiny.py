@@ -120,11 +120,16 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
     )
 
 
-def build(folder: Path, texts: Iterable[str], seed: int = 0) -> None:
-    """Write a tiny model with random weights and a tokenizer trained on `texts` to `folder`."""
+def build(folder: Path, texts: Iterable[str], seed: int = 0, start: Path | None = None) -> None:
+    """Write a tiny model with random weights and a tokenizer trained on `texts` to `folder`.
+
+    With `start`, another tiny model, its weights in place of random ones: but for tokens that it doesn't know.
+    """
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(texts)
     model = Qwen2_5_VLForConditionalGeneration(tiny_config(tokenizer))
+    if start is not None:
+        _begin_with(model, tokenizer, start)
     ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[1])
     model.save_pretrained(folder)
@@ -132,13 +137,30 @@ def build(folder: Path, texts: Iterable[str], seed: int = 0) -> None:
     Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}).save_pretrained(folder)
 
 
+def _begin_with(model: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, start: Path) -> None:
+    old = Qwen2_5_VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
+    known = PreTrainedTokenizerFast.from_pretrained(start).get_vocab()
+    words, learned = model.get_input_embeddings().weight, old.get_input_embeddings().weight
+    assert isinstance(words, torch.Tensor)
+    assert isinstance(learned, torch.Tensor)
+    both = [(now, known[token]) for token, now in tokenizer.get_vocab().items() if token in known]
+    kept = words.detach().clone()
+    kept[[now for now, _ in both]] = learned.detach()[[then for _, then in both]]
+    rows = ("embed_tokens.weight", "lm_head.weight")  # the same, once as input and once as output
+    model.load_state_dict({n: v for n, v in old.state_dict().items() if not n.endswith(rows)}, strict=False)
+    with torch.no_grad():
+        words.copy_(kept)
+
+
 def main() -> int:
-    """`python -m vlm_agents.models.tiny FOLDER CHATS.parquet`: a fresh tiny model whose tokenizer knows these chats."""
-    if len(sys.argv) != 3:
-        print("usage: python -m vlm_agents.models.tiny FOLDER CHATS.parquet", file=sys.stderr)
+    """`python -m vlm_agents.models.tiny FOLDER CHATS.parquet [START]`: a tiny model whose tokenizer knows these chats,
+    with random weights, or those of the tiny model in the folder START."""
+    if len(sys.argv) not in (3, 4):
+        print("usage: python -m vlm_agents.models.tiny FOLDER CHATS.parquet [START]", file=sys.stderr)
         return 2
     chats = pyarrow.parquet.read_table(sys.argv[2], columns=["messages"])["messages"]
-    build(Path(sys.argv[1]), (message["content"] for chat in chats.to_pylist() for message in chat))
+    texts = (message["content"] for chat in chats.to_pylist() for message in chat)
+    build(Path(sys.argv[1]), texts, start=Path(sys.argv[3]) if len(sys.argv) == 4 else None)
     return 0
 
 

@@ -93,20 +93,40 @@ class Fitted:
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 def chat(system: str, history: Sequence[Turn], now: Observation, cfg: PromptConfig) -> Prompt:
-    """System message, the past as `cfg.history` wants it, and what is seen now."""
-    messages = [Message("system", (system,))]
+    """System message with the task, the past as `cfg.history` wants it, and what is seen now."""
+    messages = [Message("system", ("\n".join(filter(None, (system, now.task))),))]
+    recent = history[-cfg.last_k :]
     if cfg.history == "full":
         for turn in history:
-            messages.append(Message("user", turn.observation.parts))
+            messages.append(Message("user", _shown(turn.observation, cfg).parts))
             messages.append(Message("assistant", (turn.reply.text,), token_ids=turn.reply.token_ids or None))
     elif cfg.history == "last_k" and history:
-        now = replace(now, text="\n".join(filter(None, (now.text, past_line(history[-cfg.last_k :])))))
-    return (*messages, Message("user", now.parts))
+        now = replace(now, text="\n".join(filter(None, (now.text, past_line(recent)))))
+    elif cfg.history == "answers" and history:
+        now = _after(past_lines(recent), now)
+    return (*messages, Message("user", _shown(now, cfg).parts))
+
+
+def _shown(seen: Observation, cfg: PromptConfig) -> Observation:
+    """With the legal actions below, where they are to be shown."""
+    if not cfg.show_actions or seen.legal_actions is None:
+        return seen
+    return replace(seen, text="\n".join(filter(None, (seen.text, f"Actions: {', '.join(seen.legal_actions)}"))))
+
+
+def _after(past: str, now: Observation) -> Observation:
+    """With what was before in front of the text."""
+    return replace(now, text=f"{past}\n{now.text}", places=tuple(len(past) + 1 + place for place in now.places))
 
 
 def past_line(turns: Sequence[Turn]) -> str:
     """`Before: turn left; go forward, no effect; invalid`, oldest first."""
     return "Before: " + "; ".join(map(outcome, turns))
+
+
+def past_lines(turns: Sequence[Turn]) -> str:
+    """What was seen and done, in lines, oldest first; what the last action led to is what is seen now."""
+    return "\n".join(f"{turn.observation.text}\n> {turn.parsed.action or 'invalid'}" for turn in turns)
 
 
 def outcome(turn: Turn) -> str:

@@ -1,19 +1,16 @@
-"""Makes scenes: a pure function of a level and a seed. Held-out seeds draw from scenes of their own.
-
-Only `Random.random` is drawn from: its numbers are the same in every version of Python.
-"""
+"""Makes scenes: a pure function of a level and a seed. Held-out seeds draw from scenes of their own."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
+from vlm_agents.draws import between, pick, shuffled
 from vlm_agents.envs.visual_search.question import Box
 from vlm_agents.envs.visual_search.scene import COLORS, DOTS, HIDDEN, PATTERNS, ROOM, SHAPES, Card, Detail, Scene, Shape
 from vlm_agents.errors import ConfigError, did_you_mean
 from vlm_agents.seeds import held_out, stable_hash
 
-Any_ = TypeVar("Any_")
 DIGITS = "123456789"
 CHARACTERS = "ABCDEFGHJKLMNPRTUVWXY346789"  # none that is easily taken for another: no O and 0, no S and 5, no I and 1
 LETTERS = [character for character in CHARACTERS if character.isalpha()]
@@ -76,13 +73,13 @@ def is_held_out(scene: Scene) -> bool:
 
 def _scene(level: str, seed: int, rng: Random) -> Scene:
     rules = LEVELS[level]
-    name = _pick(rng, rules.tasks)
+    name = pick(rng, rules.tasks)
     kind, most, task = TASKS[name]
-    size = _between(rng, *rules.sides), _between(rng, *rules.sides)
+    size = between(rng, *rules.sides), between(rng, *rules.sides)
     stroke = int(HIDDEN[kind] * max(size) / rules.shown + 1e-9)
-    cells = _shuffled(rng, [(column, row) for column in range(rules.cells) for row in range(rules.cells)])
-    cards = min(_between(rng, *rules.cards), most)
-    shapes = _between(rng, *rules.shapes)
+    cells = shuffled(rng, [(column, row) for column in range(rules.cells) for row in range(rules.cells)])
+    cards = min(between(rng, *rules.cards), most)
+    shapes = between(rng, *rules.shapes)
     least = ROOM[kind] * stroke * 3 // 2 + 3  # its face is two thirds of a card
     boxes = [_placed(rng, cell, rules.cells, size, rules.span, least) for cell in cells[:cards]]
     asked = task(rng, boxes)
@@ -92,9 +89,9 @@ def _scene(level: str, seed: int, rng: Random) -> Scene:
         seed=seed,
         size=size,
         cells=rules.cells,
-        ground=(_between(rng, 205, 240), _between(rng, 205, 240), _between(rng, 205, 240)),
+        ground=(between(rng, 205, 240), between(rng, 205, 240), between(rng, 205, 240)),
         shapes=tuple(
-            Shape(_pick(rng, SHAPES), _pick(rng, list(COLORS)), _placed(rng, cell, rules.cells, size, (0.2, 0.8)), cell)
+            Shape(pick(rng, SHAPES), pick(rng, list(COLORS)), _placed(rng, cell, rules.cells, size, (0.2, 0.8)), cell)
             for cell in cells[cards : cards + shapes]
         ),
         cards=tuple(drawn),
@@ -114,51 +111,51 @@ def _placed(
     """A square somewhere within a cell: nothing overlaps."""
     width, height = size[0] // cells, size[1] // cells
     side = max(least, int(min(width, height) * (span[0] + (span[1] - span[0]) * rng.random())))
-    left, top = cell[0] * width + _between(rng, 0, width - side), cell[1] * height + _between(rng, 0, height - side)
+    left, top = cell[0] * width + between(rng, 0, width - side), cell[1] * height + between(rng, 0, height - side)
     return left, top, left + side, top + side
 
 
 # ---- tasks: each asks something of cards that lie in these boxes -----------------------------------------------------
 def _of_one(rng: Random, boxes: Sequence[Box], details: Sequence[str]) -> tuple[str, Sequence[str]]:
     """The colour of the first card, which no other has, and everyone's."""
-    color, *others = _shuffled(rng, list(COLORS))
+    color, *others = shuffled(rng, list(COLORS))
     return color, [color, *(others[index % len(others)] for index in range(len(details) - 1))]
 
 
 def _pattern(rng: Random, boxes: Sequence[Box]) -> Task:
-    details = [_pick(rng, PATTERNS) for _ in boxes]
+    details = [pick(rng, PATTERNS) for _ in boxes]
     color, colors = _of_one(rng, boxes, details)
     return Task(colors, details, f"Which pattern is on the {color} card?", details[0], PATTERNS, [0])
 
 
 def _digit(rng: Random, boxes: Sequence[Box]) -> Task:
-    details = [_pick(rng, DIGITS) for _ in boxes]
+    details = [pick(rng, DIGITS) for _ in boxes]
     color, colors = _of_one(rng, boxes, details)
     return Task(colors, details, f"Which digit is on the {color} card?", details[0], (), [0])
 
 
 def _dots(rng: Random, boxes: Sequence[Box]) -> Task:
-    details = ["".join(sorted(_shuffled(rng, DOTS)[: _between(rng, 1, len(DOTS))])) for _ in boxes]
+    details = ["".join(sorted(shuffled(rng, DOTS)[: between(rng, 1, len(DOTS))])) for _ in boxes]
     color, colors = _of_one(rng, boxes, details)
     return Task(colors, details, f"How many dots are on the {color} card?", str(len(details[0])), (), [0])
 
 
 def _text(rng: Random, boxes: Sequence[Box]) -> Task:
     """The wrong options differ from what is written in one character."""
-    details = ["".join(_pick(rng, CHARACTERS) for _ in range(CODE)) for _ in boxes]
+    details = ["".join(pick(rng, CHARACTERS) for _ in range(CODE)) for _ in boxes]
     color, colors = _of_one(rng, boxes, details)
     right, options = details[0], [details[0]]
     while len(options) < 4:
-        place = _between(rng, 0, CODE - 1)
-        wrong = right[:place] + _pick(rng, CHARACTERS) + right[place + 1 :]
+        place = between(rng, 0, CODE - 1)
+        wrong = right[:place] + pick(rng, CHARACTERS) + right[place + 1 :]
         options += [wrong] if wrong not in options else []
-    return Task(colors, details, f"What is written on the {color} card?", right, _shuffled(rng, options), [0])
+    return Task(colors, details, f"What is written on the {color} card?", right, shuffled(rng, options), [0])
 
 
 def _position(rng: Random, boxes: Sequence[Box]) -> Task:
     """Of two cards that are told apart by their letters alone; along the axis on which they are farther apart."""
-    letters = _shuffled(rng, LETTERS)[: len(boxes)]
-    color = _pick(rng, list(COLORS))
+    letters = shuffled(rng, LETTERS)[: len(boxes)]
+    color = pick(rng, list(COLORS))
     across, down = (boxes[0][axis] - boxes[1][axis] for axis in (0, 1))
     options = ("left of", "right of") if abs(across) >= abs(down) else ("above", "below")
     text = f"Is the card {letters[0]} {' or '.join(options)} the card {letters[1]}?"
@@ -167,18 +164,18 @@ def _position(rng: Random, boxes: Sequence[Box]) -> Task:
 
 
 def _odd_one(rng: Random, boxes: Sequence[Box]) -> Task:
-    common, odd = _shuffled(rng, LETTERS)[:2]
-    colors = _shuffled(rng, list(COLORS))[: len(boxes)]
+    common, odd = shuffled(rng, LETTERS)[:2]
+    colors = shuffled(rng, list(COLORS))[: len(boxes)]
     text = "All cards but one show the same letter. What colour is the other one?"
-    options = _shuffled(rng, [colors[0], *_shuffled(rng, colors[1:])[:3]])
+    options = shuffled(rng, [colors[0], *shuffled(rng, colors[1:])[:3]])
     return Task(colors, [odd, *[common] * (len(boxes) - 1)], text, colors[0], options, range(len(boxes)))
 
 
 def _tally(rng: Random, boxes: Sequence[Box]) -> Task:
-    asked, *others = _shuffled(rng, LETTERS)
-    count = _between(rng, 1, len(boxes))
-    details = [asked] * count + [_pick(rng, others) for _ in boxes[count:]]
-    color = _pick(rng, list(COLORS))
+    asked, *others = shuffled(rng, LETTERS)
+    count = between(rng, 1, len(boxes))
+    details = [asked] * count + [pick(rng, others) for _ in boxes[count:]]
+    color = pick(rng, list(COLORS))
     text = f"How many cards show the letter {asked}?"
     return Task([color] * len(boxes), details, text, str(count), (), range(len(boxes)))
 
@@ -193,19 +190,3 @@ TASKS: dict[str, tuple[Detail, int, Callable[[Random, Sequence[Box]], Task]]] = 
     "odd_one": ("text", 8, _odd_one),
     "tally": ("text", 6, _tally),
 }
-
-
-# ---- draws -----------------------------------------------------------------------------------------------------------
-def _between(rng: Random, low: int, high: int) -> int:
-    """Any of low to high, both included."""
-    return low + int(rng.random() * (high - low + 1))
-
-
-def _pick(rng: Random, items: Sequence[Any_]) -> Any_:
-    return items[int(rng.random() * len(items))]
-
-
-def _shuffled(rng: Random, items: Sequence[Any_]) -> list[Any_]:
-    """All of them, in any order."""
-    left = list(items)
-    return [left.pop(int(rng.random() * len(left))) for _ in items]

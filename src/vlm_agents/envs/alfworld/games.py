@@ -1,0 +1,76 @@
+"""Where ALFWorld's games come from: made here, or from ALFWorld's files. A seed decides which one is played."""
+
+import os
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property
+from pathlib import Path
+
+from vlm_agents.config import AlfWorldConfig
+from vlm_agents.envs.alfworld.generator import generate
+from vlm_agents.envs.alfworld.goals import KINDS
+from vlm_agents.envs.alfworld.world import Game, read_game, read_task
+from vlm_agents.errors import DataError
+from vlm_agents.seeds import held_out, panel_seeds, stable_hash
+
+GAME = "game.tw-pddl"
+HOME = "ALFWORLD_DATA"
+
+
+def games(cfg: AlfWorldConfig) -> Callable[[int], Game]:
+    """What gives the game of a seed. DataError where the files that are asked for aren't there."""
+    kinds = tuple(cfg.tasks or KINDS)
+    if cfg.data is None:
+        return lambda seed: generate(cfg.level, kinds, seed)
+    return Files(cfg.id, cfg.data, cfg.eval_split, kinds)
+
+
+class Files:
+    """Games of the split `train` for training seeds, of `held_out` for the others.
+
+    The first panel seeds are the held-out games by their names, so that a panel of as many plays each once.
+    """
+
+    def __init__(self, env_id: str, data: str, held_out: str, kinds: Sequence[str]) -> None:
+        self._env_id, self._kinds = env_id, tuple(kinds)
+        self._root = Path(os.path.expandvars(data)).expanduser()
+        self._splits = {"train": self._root / "train", "held out": self._root / held_out}
+        for path in self._splits.values():
+            if not path.is_dir():
+                raise DataError(
+                    f"no {path}: env.data is the folder with train, valid_seen and valid_unseen in it, as "
+                    f"alfworld-download leaves it, such as $" + f"{HOME}/json_2.1.1"
+                )
+
+    def __call__(self, seed: int) -> Game:
+        if not held_out(seed):
+            return read_game(self._train[stable_hash("game", seed) % len(self._train)], self._root)
+        place = self._places.get(seed)
+        place = stable_hash("game", seed) % len(self._held_out) if place is None else place
+        return read_game(self._held_out[place], self._root)
+
+    @cached_property
+    def _train(self) -> tuple[Path, ...]:
+        return found(self._splits["train"], self._kinds)
+
+    @cached_property
+    def _held_out(self) -> tuple[Path, ...]:
+        return found(self._splits["held out"], self._kinds)
+
+    @cached_property
+    def _places(self) -> dict[int, int]:
+        return {seed: place for place, seed in enumerate(panel_seeds(self._env_id, len(self._held_out)))}
+
+
+@cache
+def found(folder: Path, kinds: tuple[str, ...]) -> tuple[Path, ...]:
+    """The games below a folder that ALFWorld plays: of these kinds, nothing sliced or moved about; by their names, in
+    whatever order the file system has them. DataError where there is none."""
+    paths = sorted(path for path in folder.rglob(GAME) if not {"movable", "Sliced"} & _parts(path))
+    games = tuple(path for path in paths if read_task(path).get("task_type") in kinds)
+    if not games:
+        raise DataError(f"no {GAME} of {', '.join(kinds)} below {folder}: fetch them by alfworld-download")
+    return games
+
+
+def _parts(path: Path) -> set[str]:
+    return {word for word in ("movable", "Sliced") if word in str(path)}

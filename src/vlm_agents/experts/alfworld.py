@@ -1,0 +1,205 @@
+"""The planner of ALFWorld's games: a shortest way to the goal, by breadth-first search over what matters for it.
+
+It knows where everything is, which no agent does: what it says of a place is no more than that it goes there.
+"""
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import NamedTuple
+
+from vlm_agents.envs.alfworld.env import AlfWorld
+from vlm_agents.envs.alfworld.goals import KINDS, LIGHT, STATES, TWO
+from vlm_agents.envs.alfworld.world import World
+from vlm_agents.types import Advice
+
+ENOUGH = 3  # receptacles, of those that would do alike, that are thought of
+
+
+class Step(NamedTuple):
+    """An action of the domain on a thing, which may be none, and a receptacle."""
+
+    action: str
+    thing: str
+    place: str
+
+
+class Standing(NamedTuple):
+    """What of the world changes and matters: where the agent is, what it holds, and of each thing where it is."""
+
+    here: str
+    held: str
+    things: tuple[str, ...]  # the place of each of the plan's things; empty: in the hand
+    opened: frozenset[str]
+    done: frozenset[str]  # things that were cleaned, heated or cooled as asked
+    lit: bool
+
+
+class AlfWorldExpert:
+    """None where no way is left."""
+
+    def __init__(self, env: AlfWorld) -> None:
+        self.env = env
+
+    def start(self) -> Advice | None:
+        return self.follow(None)
+
+    def follow(self, action: str | None) -> Advice | None:
+        world = self.env.world
+        if world.won or world.game.kind not in KINDS:
+            return None
+        way = Planner(world).way()
+        if not way:
+            return None
+        return Advice(thought(world, way), command(world, way[0]), len(way))
+
+
+def command(world: World, step: Step) -> str:
+    """How the game wants the step written."""
+    wanted = {step.place, step.thing} - {""}
+    return next(
+        words
+        for words, ground in world.does.items()
+        if ground.action.name == step.action and wanted <= set(ground.objects)
+    )
+
+
+def thought(world: World, way: list[Step]) -> str:
+    """What it is after, and what it does for that."""
+    step, game = way[0], world.game
+    thing, place = (world.names[name].strip() if name else "" for name in (step.thing, step.place))
+    after = next((world.names[one.thing].strip() for one in way[1:] if one.thing), "")
+    holds = any(True for _ in world.state.with_predicate("holds"))
+    if step.action == "gotolocation":
+        purpose = {
+            "pickupobject": f"I need a {game.named('object_target')}",
+            "putobject": f"I have the {after}, and it belongs there",
+            "toggleobject": f"I have the {game.named('object_target')}, and need light",
+        }
+        last = "toggleobject"  # on the way to a lamp that is lit already
+        then = next((one.action for one in way[1:] if one.action not in ("gotolocation", "openobject")), last)
+        verb = then.removesuffix("object")
+        return f"{purpose.get(then, f'I have the {after}, and have to {verb} it')}. I go to the {place}."
+    said = {
+        "openobject": f"The {place} is closed. I open it" + (f" for the {after}." if holds else "."),
+        "pickupobject": f"Here is the {thing}. I take it.",
+        "putobject": f"I leave the {thing} here, in or on the {place}.",
+        "toggleobject": f"Here is the {thing}. I turn it on.",
+    }
+    return said.get(step.action, f"Here is the {place}. I {step.action.removesuffix('object')} the {thing}.")
+
+
+class Planner:
+    """The world as it is now, and the search from there."""
+
+    def __init__(self, world: World) -> None:
+        self.world, game = world, world.game
+        pairs = world.state.with_predicate
+        self.spot = {place: spot for _, place, spot in pairs("receptacleatlocation")}
+        self.inside = {thing: place for _, thing, place in sorted(pairs("inreceptacle"))}
+        self.kind_of = {name: kind for name in ("objecttype", "receptacletype") for _, name, kind in pairs(name)}
+        self.openable = {place for _, place in pairs("openable")}
+        self.opened = frozenset(place for _, place in pairs("opened"))
+        self.takeable = {thing for _, thing in pairs("pickupable")}
+        self.fits = {(place, thing) for _, place, thing in pairs("cancontain")}
+        self.held = next((thing for _, _, thing in pairs("holds")), "")
+        self.wanted = self._of(f"{game.named('object_target')}type") & self.takeable
+        self.parents = self._of(f"{game.named('parent_target')}type") & self.spot.keys()
+        self.lamps = {thing for thing in self._of(f"{game.named('toggle_target')}type") if thing in self.inside}
+        self.state, appliance = STATES.get(game.kind, ("", ""))
+        self.appliances = self._of(f"{appliance}type") & self.spot.keys()
+        self.things = sorted(self.wanted | ({self.held} - {""}))
+        if self.state:
+            able = {thing for _, thing in pairs(f"{self._verb}able")}
+            self.wanted &= able
+
+    @property
+    def _verb(self) -> str:
+        return {"isclean": "clean", "ishot": "heat", "iscool": "cool"}[self.state]
+
+    def way(self) -> list[Step]:
+        """The steps of a shortest way; empty where there is none."""
+        done = frozenset(thing for _, thing in self.world.state.with_predicate(self.state or "none"))
+        lit = any(thing in self.lamps for _, thing in self.world.state.with_predicate("istoggled"))
+        (_, _, here), *_ = self.world.state.with_predicate("atlocation")
+        places = tuple("" if thing == self.held else self.inside.get(thing, "nowhere") for thing in self.things)
+        start = Standing(here, self.held, places, self.opened, done, lit)
+        came: dict[Standing, tuple[Standing, Step] | None] = {start: None}
+        frontier = [start]
+        for now in frontier:  # grows while it is read: a queue
+            if self._met(now):
+                way: list[Step] = []
+                while (before := came[now]) is not None:
+                    now, step = before
+                    way.append(step)
+                return way[::-1]
+            for step, then in self._moves(now):
+                if then not in came:
+                    came[then] = now, step
+                    frontier.append(then)
+        return []
+
+    def _met(self, now: Standing) -> bool:
+        placed = [
+            place for thing, place in zip(self.things, now.things, strict=True) if self._counts(thing, place, now)
+        ]
+        kind = self.world.game.kind
+        if kind == LIGHT:
+            return now.lit and now.held in self.wanted and any(self._at(lamp, now) for lamp in self.lamps)
+        if kind == TWO:
+            return len(set(placed)) < len(placed)
+        return bool(placed)
+
+    def _counts(self, thing: str, place: str, now: Standing) -> bool:
+        return thing in self.wanted and place in self.parents and (not self.state or thing in now.done)
+
+    def _at(self, thing: str, now: Standing) -> bool:
+        return self.spot.get(self.inside.get(thing, "")) == now.here
+
+    def _moves(self, now: Standing) -> Iterator[tuple[Step, Standing]]:
+        for place in self._places:
+            if self.spot[place] != now.here:
+                yield Step("gotolocation", "", place), now._replace(here=self.spot[place])
+            elif place in self.openable and place not in now.opened:
+                yield Step("openobject", "", place), now._replace(opened=now.opened | {place})
+            else:
+                yield from self._hand(now, place)
+            if place in self.appliances and self.spot[place] == now.here and now.held in self.wanted - now.done:
+                yield Step(f"{self._verb}object", now.held, place), now._replace(done=now.done | {now.held})
+        for lamp in sorted(self.lamps):
+            if self._at(lamp, now) and not now.lit:
+                yield Step("toggleobject", lamp, self.inside[lamp]), now._replace(lit=True)
+
+    def _hand(self, now: Standing, place: str) -> Iterator[tuple[Step, Standing]]:
+        """Leave what is held in the receptacle, or take from it."""
+        if now.held:
+            if (self.kind_of.get(place), self.kind_of.get(now.held)) in self.fits:
+                yield Step("putobject", now.held, place), self._moved(now, now.held, place)
+            return
+        for thing, there in zip(self.things, now.things, strict=True):
+            if there == place and thing in self.takeable:
+                yield Step("pickupobject", thing, place), self._moved(now, thing, "")
+
+    def _moved(self, now: Standing, thing: str, place: str) -> Standing:
+        where = tuple(place if one == thing else there for one, there in zip(self.things, now.things, strict=True))
+        return now._replace(things=where, held=thing if not place else "")
+
+    @cached_property
+    def _places(self) -> list[str]:
+        """Where something is to be fetched, done or left."""
+        needed = {self.inside[thing] for thing in (*self.things, *self.lamps) if thing in self.inside}
+        needed |= set(self._easiest(self.appliances)) | set(self._easiest(self.parents))
+        if self.held and self.held not in self.wanted:
+            kind = self.kind_of.get(self.held)
+            needed |= set(self._easiest({place for place in self.spot if (self.kind_of.get(place), kind) in self.fits}))
+        return sorted(needed)
+
+    def _easiest(self, places: set[str]) -> list[str]:
+        """A few of places that are equal but for what it takes to use them."""
+        (_, _, here), *_ = self.world.state.with_predicate("atlocation")
+        closed = self.openable - self.opened
+        return sorted(places, key=lambda place: (place in closed, self.spot[place] != here, place))[:ENOUGH] + sorted(
+            place for place in places if self.spot[place] == here
+        )
+
+    def _of(self, kind: str) -> set[str]:
+        return {name for name, one in self.kind_of.items() if one == kind}
