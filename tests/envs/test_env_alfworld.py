@@ -166,7 +166,7 @@ def test_a_layout_is_the_same_whatever_its_numbers() -> None:
 
 
 def test_the_package_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generator, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "path", [])
     package.cache_clear()
     with pytest.raises(EnvError, match=r"pip install --no-deps alfworld==0\.4\.2"):
         generate("tiny", (SIMPLE,), 0)

@@ -8,7 +8,7 @@ import runpy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, distribution
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -199,13 +199,13 @@ def generate(level: str, kinds: Sequence[str], seed: int) -> Game:
 
 @cache
 def package() -> Package:
-    found = find_spec("alfworld")
-    if found is None or found.origin is None:
+    try:
+        folder = Path(str(distribution("alfworld").locate_file("alfworld")))
+    except PackageNotFoundError as error:
         raise EnvError(
             "games that are made here take their rules and texts from ALFWorld's package: pip install --no-deps "
             "alfworld==0.4.2; ALFWorld's own games need no package: env.data=<their folder>"
-        )
-    folder = Path(found.origin).parent
+        ) from error
     constants = runpy.run_path(str(folder / "gen/constants.py"))  # tables, and nothing that is imported
     return Package(
         (folder / "data/alfred.pddl").read_text(),

@@ -1,4 +1,4 @@
-"""A tiny model in ALFWorld's households: `python benchmarks/alfworld.py [--only clone|train|eval]`.
+"""A tiny model in ALFWorld's households: `python benchmarks/households.py [--only clone|train|eval]`.
 
 By text, and by the schematic picture in its place: the planner's episodes, the packaged weights with a tokenizer that
 knows such chats, a clone of them, three seeds of PPO, and held-out layouts before and after, by kind of task.
