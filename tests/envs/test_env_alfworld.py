@@ -13,13 +13,14 @@ from vlm_agents.config import ALFWORLD_TASKS, AlfWorldConfig
 from vlm_agents.envs import check_contract, make_env
 from vlm_agents.envs.alfworld import generator
 from vlm_agents.envs.alfworld.env import AlfWorld
+from vlm_agents.envs.alfworld.game import Game
 from vlm_agents.envs.alfworld.generator import FRACTIONS, LEVELS, generate, package
 from vlm_agents.envs.alfworld.goals import HEAT, LIGHT, SIMPLE, TWO, Progress, progress
 from vlm_agents.envs.alfworld.grammar import read_grammar
 from vlm_agents.envs.alfworld.pddl import State, read_problem
-from vlm_agents.envs.alfworld.schematic import draw
-from vlm_agents.envs.alfworld.world import NOTHING, Game, World
+from vlm_agents.envs.alfworld.world import NOTHING, World
 from vlm_agents.errors import ConfigError, DataError, EnvError
+from vlm_agents.experts import NoExpert, with_expert
 from vlm_agents.seeds import TRAINING_SEEDS, panel_seeds
 from vlm_agents.types import Step
 
@@ -288,19 +289,19 @@ def test_conditions_are_counted(kind: str, target: str, parent: str, actions: tu
     world = World(kitchen(kind, target, parent))
     for action in actions:
         assert world.step(action)
-    assert progress(world) == met
+    assert progress(world.game, world.state) == met
 
 
 def test_light_asks_for_the_object_in_the_hand_and_the_lamp() -> None:
     world = World(generate("tiny", (LIGHT,), 0))
-    assert progress(world) == Progress(0, 2)
+    assert progress(world.game, world.state) == Progress(0, 2)
     lamp = next(name for name in world.names.values() if name.startswith("desklamp "))
     spots = [command for command in world.commands if command.startswith("go to")]
     for spot in spots:
         world.step(spot)
         for command in ("open " + spot[6:], f"use {lamp}"):
             world.step(command)
-    assert progress(world).met == 1
+    assert progress(world.game, world.state).met == 1
 
 
 def test_every_env_keeps_the_contract() -> None:
@@ -335,12 +336,12 @@ def test_the_picture_shows_what_is_in_sight_and_no_more() -> None:
     )
     for world in (open_fridge, shut, empty):
         world.step("go to fridge 1")
-    assert draw(shut, 28) == draw(empty, 28)
+    assert shut.picture(28) == empty.picture(28)
     open_fridge.step("open fridge 1")
     empty.step("open fridge 1")
-    assert draw(open_fridge, 28) != draw(empty, 28)
+    assert open_fridge.picture(28) != empty.picture(28)
     # four receptacles in two columns and rows, a row of what is in sight, one of what is held
-    assert draw(shut, 28).size == (56, 112)
+    assert shut.picture(28).size == (56, 112)
 
 
 def test_kinds_of_things_look_different() -> None:
@@ -397,6 +398,87 @@ def test_wrong_data_is_an_error(data: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(DataError, match="needs pddl_domain, grammar and pddl_problem"):
         env.reset(0)
     broken.with_name("traj_data.json").unlink()
+
+
+# ---- THOR ------------------------------------------------------------------------------------------------------------
+# What of ALFWorld's package is called, in the shape that it has there: a kitchen with one apple, in two steps.
+THOR = """
+import json, numpy
+class Event: frame = numpy.full((300, 300, 3), (200, 100, 0), numpy.uint8)
+class Env: last_event = Event()
+class AlfredThorEnv:
+    class Thor:
+        def __init__(self, queue, train_eval): self.steps = 0
+        def init_env(self, config): self.env = Env(); print("a line that is no answer")
+        def reset(self, task): self.told("-= Welcome! =-\\n\\nYou see a sink.\\n\\nYour task is to: eat.")
+        def step(self, command): self.told("You did: " + command + ".", command.startswith("put"))
+        def told(self, text, won=False):
+            if "fail" in text: raise KeyError("no such pose")
+            self.results = (text, won, ["move apple 1 to sink 1", "look", "help", "fail"], won, float(won), [])
+        def get_results(self): return self.results
+"""
+
+
+@pytest.fixture
+def thor(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AlfWorldConfig:
+    """A double of the packages that THOR needs, for the interpreter that runs our child."""
+    fake = tmp_path / "fake"
+    for name in ("alfworld", "alfworld/agents", "alfworld/agents/environment", "ai2thor", "cv2", "torchvision"):
+        (fake / name).mkdir(parents=True)
+        (fake / name / "__init__.py").touch()
+    (fake / "alfworld-0.4.2.dist-info").mkdir()
+    (fake / "alfworld-0.4.2.dist-info" / "METADATA").write_text("Name: alfworld\nVersion: 0.4.2\n")
+    (fake / "alfworld/agents/environment/alfred_thor_env.py").write_text(THOR)
+    (tmp_path / ".ai2thor/releases/thor-201909061227-Linux64").mkdir(parents=True)
+    for task in data.rglob("traj_data.json"):
+        task.write_text(json.dumps({**json.loads(task.read_text()), "scene": {}}))
+    monkeypatch.setenv("PYTHONPATH", str(fake))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DISPLAY", ":0")
+    return AlfWorldConfig(data=str(data), thor=sys.executable)
+
+
+def test_thor_plays_in_another_interpreter(thor: AlfWorldConfig) -> None:
+    env = make_env(thor)
+    seen = env.reset(0)
+    assert (seen.text, seen.task) == ("You see a sink.", "Your task is to: eat.")
+    assert seen.legal_actions == ("fail", "look", "move apple 1 to sink 1")
+    assert seen.images[0].size == (300, 300)
+    assert seen.images[0].image.getpixel((0, 0)) == (200, 100, 0)  # red is red
+    assert env.step("look").reward == 0
+    step = env.step("move apple 1 to sink 1")  # 0.4.2 lists move and understands put alone
+    assert step.observation.text == "You did: put apple 1 in/on sink 1."
+    assert (step.reward, step.success) == (51, True)
+    env.reset(1)
+    with pytest.raises(EnvError, match="no such pose"):
+        env.step("fail")
+    env.close()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda monkeypatch: monkeypatch.delenv("DISPLAY"), "no DISPLAY"),
+        (lambda monkeypatch: monkeypatch.setenv("HOME", "/nowhere"), "thor-201909061227-Linux64"),
+        (lambda monkeypatch: monkeypatch.delenv("PYTHONPATH"), r"pip install 'alfworld\[vis\]==0\.4\.2'"),
+    ],
+)
+def test_what_thor_lacks_is_told(thor: AlfWorldConfig, spoil: Any, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch)
+    env = make_env(thor)
+    with pytest.raises(EnvError, match=told):
+        env.reset(0)
+    env.close()
+
+
+def test_no_thor_without_its_games_and_no_expert_in_it(thor: AlfWorldConfig) -> None:
+    with pytest.raises(ConfigError, match=r"name their folder by env\.data"):
+        AlfWorldConfig(thor="python")
+    with pytest.raises(NoExpert, match=r"env\.thor plays in another"):
+        with_expert(make_env(thor), thor)
+    env = make_env(AlfWorldConfig(data=thor.data, thor="/no/python"))
+    with pytest.raises(EnvError, match=r"env\.thor=/no/python can't be run"):
+        env.reset(0)
 
 
 # ---- TextWorld -------------------------------------------------------------------------------------------------------

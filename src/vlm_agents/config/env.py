@@ -352,6 +352,9 @@ class AlfWorldConfig(EnvConfig):
     tile_size: int = setting(
         84, "pixels of each receptacle and object in the picture; from 56 on their names are written", low=14, high=256
     )
+    thor: str | None = setting(
+        None, "a Python with ai2thor: it plays the games of env.data in THOR, whose frames are then the picture"
+    )
     success_reward: float = setting(50.0, "what success earns, beside 1 for all goal conditions together")
     compat: str = setting(
         "ours",
@@ -365,6 +368,8 @@ class AlfWorldConfig(EnvConfig):
             if kind not in ALFWORLD_TASKS:
                 hint = did_you_mean(kind, ALFWORLD_TASKS)
                 raise ConfigError(f"env.tasks: there is no '{kind}'; known: {', '.join(ALFWORLD_TASKS)}.{hint}")
+        if self.thor is not None and self.data is None:
+            raise ConfigError("env.thor plays ALFWorld's own games alone: name their folder by env.data")
 
 
 @dataclass

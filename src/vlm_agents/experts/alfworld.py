@@ -10,6 +10,7 @@ from typing import NamedTuple
 from vlm_agents.envs.alfworld.env import AlfWorld
 from vlm_agents.envs.alfworld.goals import KINDS, LIGHT, STATES, TWO
 from vlm_agents.envs.alfworld.world import World
+from vlm_agents.experts import NoExpert
 from vlm_agents.types import Advice
 
 ENOUGH = 3  # receptacles, of those that would do alike, that are thought of
@@ -38,6 +39,8 @@ class AlfWorldExpert:
     """None where no way is left."""
 
     def __init__(self, env: AlfWorld) -> None:
+        if env.cfg.thor is not None:
+            raise NoExpert("env=alfworld has an expert of its texts' world alone, and env.thor plays in another")
         self.env = env
 
     def start(self) -> Advice | None:
@@ -45,6 +48,7 @@ class AlfWorldExpert:
 
     def follow(self, action: str | None) -> Advice | None:
         world = self.env.world
+        assert isinstance(world, World)
         if world.won or world.game.kind not in KINDS:
             return None
         way = Planner(world).way()

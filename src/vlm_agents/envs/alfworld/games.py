@@ -6,9 +6,9 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from vlm_agents.config import AlfWorldConfig
+from vlm_agents.envs.alfworld.game import Game, read_game, read_task
 from vlm_agents.envs.alfworld.generator import generate
 from vlm_agents.envs.alfworld.goals import KINDS
-from vlm_agents.envs.alfworld.world import Game, read_game, read_task
 from vlm_agents.errors import DataError
 from vlm_agents.seeds import held_out, panel_seeds, stable_hash
 

@@ -15,8 +15,8 @@ from random import Random
 from typing import Any, NamedTuple
 
 from vlm_agents.draws import between, pick, shuffled
+from vlm_agents.envs.alfworld.game import Game
 from vlm_agents.envs.alfworld.goals import LIGHT, SIMPLE, STATES, TWO
-from vlm_agents.envs.alfworld.world import Game
 from vlm_agents.errors import EnvError
 from vlm_agents.seeds import held_out, stable_hash
 

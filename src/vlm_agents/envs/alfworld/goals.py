@@ -7,7 +7,8 @@ from collections import Counter
 from typing import NamedTuple
 
 from vlm_agents.config import ALFWORLD_TASKS
-from vlm_agents.envs.alfworld.world import World
+from vlm_agents.envs.alfworld.game import Game
+from vlm_agents.envs.alfworld.pddl import State
 
 SIMPLE, LIGHT, CLEAN, HEAT, COOL, TWO = KINDS = ALFWORLD_TASKS
 STATES = {  # what must have become of the object, and what its receptacle for that is
@@ -26,11 +27,10 @@ class Progress(NamedTuple):
         return self.met / self.of
 
 
-def progress(world: World) -> Progress:
+def progress(game: Game, state: State) -> Progress:
     """The conditions of the goal that are met now; of a task of another kind, whether it is won."""
-    game, state = world.game, world.state
-    wanted = _of_type(world, "objecttype", game.named("object_target"))
-    targets = _of_type(world, "receptacletype", game.named("parent_target"))
+    wanted = _of_type(state, "objecttype", game.named("object_target"))
+    targets = _of_type(state, "receptacletype", game.named("parent_target"))
     inside = [(thing, place) for _, thing, place in state.with_predicate("inreceptacle")]
     there = [(thing, place) for thing, place in inside if thing in wanted and place in targets]
     if game.kind == SIMPLE:
@@ -38,14 +38,14 @@ def progress(world: World) -> Progress:
     if game.kind == TWO:
         return Progress(min(2, max(Counter(place for _, place in there).values(), default=0)), 2)
     if game.kind == LIGHT:
-        lamps = _of_type(world, "objecttype", game.named("toggle_target"))
+        lamps = _of_type(state, "objecttype", game.named("toggle_target"))
         held = any(thing in wanted for _, _, thing in state.with_predicate("holds"))
         return Progress(held + any(thing in lamps for _, thing in state.with_predicate("istoggled")), 2)
     if game.kind in STATES:
         done = {thing for _, thing in state.with_predicate(STATES[game.kind][0])} & wanted
         return Progress(bool(there) + bool(done) + any(thing in done for thing, _ in there), 3)
-    return Progress(int(world.won), 1)
+    return Progress(int(state.won()), 1)
 
 
-def _of_type(world: World, predicate: str, kind: str) -> set[str]:
-    return {name for _, name, one in world.state.with_predicate(predicate) if one == f"{kind}type"}
+def _of_type(state: State, predicate: str, kind: str) -> set[str]:
+    return {name for _, name, one in state.with_predicate(predicate) if one == f"{kind}type"}

@@ -7,12 +7,13 @@ name is written, too. Marks in an object's corners: hot, cool, clean, turned on.
 """
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vlm_agents.envs.alfworld.world import World
+from vlm_agents.envs.alfworld.pddl import State
 from vlm_agents.pictures import Picture
 from vlm_agents.seeds import stable_hash
 
@@ -24,11 +25,10 @@ DARK = ((150, 60, 50), (60, 90, 150), (70, 120, 60), (130, 80, 140), (150, 110, 
 LIGHT = ((245, 200, 190), (190, 210, 245), (200, 230, 190), (230, 200, 240), (245, 225, 170), (190, 230, 235))
 
 
-def draw(world: World, tile: int) -> Picture:
+def draw(state: State, names: Mapping[str, str], tile: int) -> Picture:
     """[rows*tile columns*tile 3] the household, `tile` pixels a thing."""
-    state = world.state
     spots = {place: spot for _, place, spot in state.with_predicate("receptacleatlocation")}
-    places = sorted(spots, key=lambda place: _order(world, place))
+    places = sorted(spots, key=lambda place: _order(names, place))
     here = {spot for _, _, spot in state.with_predicate("atlocation")}
     shut = {place for _, place in state.with_predicate("openable")}
     opened = {place for _, place in state.with_predicate("opened")} & shut
@@ -41,12 +41,12 @@ def draw(world: World, tile: int) -> Picture:
     rows, sight = math.ceil(len(places) / columns), max(1, math.ceil(len(seen) / columns))
     picture = Image.new("RGB", (columns * tile, (rows + sight + 1) * tile), GROUND)
     for index, place in enumerate(places):
-        drawn = _receptacle(world.names[place], tile, spots[place] in here, place in shut, place in opened)
+        drawn = _receptacle(names[place], tile, spots[place] in here, place in shut, place in opened)
         picture.paste(drawn, _at(index, columns, tile))
-    for index, thing in enumerate(sorted(seen, key=lambda thing: _order(world, thing))):
-        picture.paste(_object(world, thing, tile), _at(index + rows * columns, columns, tile))
+    for index, thing in enumerate(sorted(seen, key=lambda thing: _order(names, thing))):
+        picture.paste(_object(state, names, thing, tile), _at(index + rows * columns, columns, tile))
     for thing in held:
-        picture.paste(_object(world, thing, tile), _at((rows + sight) * columns, columns, tile))
+        picture.paste(_object(state, names, thing, tile), _at((rows + sight) * columns, columns, tile))
     lines = ImageDraw.Draw(picture)
     for row in (rows, rows + sight):
         lines.line((0, row * tile, columns * tile, row * tile), LINE, max(1, tile // 28))
@@ -57,8 +57,8 @@ def _at(index: int, columns: int, tile: int) -> tuple[int, int]:
     return index % columns * tile, index // columns * tile
 
 
-def _order(world: World, name: str) -> tuple[str, int]:
-    kind, _, number = world.names[name].partition(" ")
+def _order(names: Mapping[str, str], name: str) -> tuple[str, int]:
+    kind, _, number = names[name].partition(" ")
     return kind, int(number or 0)
 
 
@@ -72,11 +72,11 @@ def _receptacle(name: str, tile: int, here: bool, shut: bool, opened: bool) -> I
     return picture
 
 
-def _object(world: World, thing: str, tile: int) -> Image.Image:
-    picture = _tile(world.names[thing], tile, tile // 4).copy()
+def _object(state: State, names: Mapping[str, str], thing: str, tile: int) -> Image.Image:
+    picture = _tile(names[thing], tile, tile // 4).copy()
     pen, side = ImageDraw.Draw(picture), max(3, tile // 6)
-    for index, (state, color) in enumerate(MARKS.items()):
-        if (state, thing) in world.state.facts:
+    for index, (mark, color) in enumerate(MARKS.items()):
+        if (mark, thing) in state.facts:
             x, y = (index % 2) * (tile - side), (index // 2) * (tile - side)
             pen.rectangle((x, y, x + side - 1, y + side - 1), color)
     return picture
