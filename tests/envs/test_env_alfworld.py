@@ -502,7 +502,7 @@ def textworld(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_textworld_says_and_allows_the_same_and_plans_no_shorter(kind: str, textworld: Any) -> None:
     from vlm_agents.experts.alfworld import Planner
 
-    for level, seed in (("tiny", 0), ("tiny", 1), ("small", 2), ("small", 3), ("medium", 4)):
+    for level, seed in (("tiny", 0), ("small", 1)):
         game = generate(level, (kind,), seed)
         textworld.load({"pddl_domain": game.domain, "grammar": game.grammar, "pddl_problem": game.problem})
         theirs, ours, rng = textworld.reset(), World(game), random.Random(seed)

@@ -39,9 +39,9 @@ class Zygote:
                 return
             refusals.append(f"{isolation}: {refused}")
         raise ConfigError(
-            f"sandbox.require={settings.require} can't be met on this machine. {'; '.join(refusals)}. "
+            f"env.sandbox.require={settings.require} can't be met on this machine. {'; '.join(refusals)}. "
             "Install bubblewrap, allow user namespaces or use a kernel with Landlock (5.13 or later); "
-            "sandbox.require=any goes without, which confines no files and, without seccomp, no network"
+            "env.sandbox.require=any goes without, which confines no files and, without seccomp, no network"
         )
 
     def _start(self, settings: SandboxSettings, isolation: Isolation) -> str:

@@ -35,7 +35,7 @@ class SandboxSettings:
         choices = get_args(Require)
         if self.require not in choices:
             raise ConfigError(
-                f"sandbox.require={self.require} is not one of {', '.join(choices)}."
+                f"env.sandbox.require={self.require} is not one of {', '.join(choices)}."
                 f"{did_you_mean(str(self.require), choices)}"
             )
         for name in ("turn_s", "start_s"):
