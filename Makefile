@@ -9,7 +9,7 @@ NAME := demo_$(shell date +%Y-%m-%d_%H-%M-%S)
 DEMO = $(AGENTS) experiment=empty_room
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ppo demo reproduce study alfworld compare ui tiny-weights test slurm-test check format clean
+.PHONY: help setup ppo demo reproduce study extras compare ui tiny-weights test slurm-test check format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,8 +48,9 @@ study: setup ## every algorithm on four games, side by side (hours; goes on wher
 	$(BIN)/python benchmarks/algorithms.py
 	$(COMPARE) outputs/algorithms/final
 
-alfworld: setup ## TextWorld, too, to hold our ALFWorld against (compiles for minutes)
-	$(BIN)/python -m pip install -e '.[alfworld]'
+extras: setup ## every extra in this one environment, and the tests that hold ALFWorld against TextWorld (compiles for minutes)
+	$(BIN)/python -m pip install -e '.[alfworld,math,sandbox,serve,tensorboard,wandb]'
+	$(BIN)/python -c "import alfworld, fast_downward, textworld, math_verify, skimage, tensorboardX, wandb, vlm_agents"
 	$(BIN)/python -m pytest -q -m alfworld
 
 compare: setup ## finished runs held against each other: RUNS=multirun/<name>/ppo, or any words of the command

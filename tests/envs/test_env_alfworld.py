@@ -486,7 +486,7 @@ def test_no_thor_without_its_games_and_no_expert_in_it(thor: AlfWorldConfig) -> 
 def textworld(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))  # made when alfworld is imported
     monkeypatch.setattr(sys, "argv", list(sys.argv))  # Fast Downward writes there
-    tw = pytest.importorskip("textworld", reason="make alfworld installs TextWorld")
+    tw = pytest.importorskip("textworld", reason="make extras installs TextWorld")
     from alfworld.agents.environment.alfred_tw_env import AlfredDemangler  # pyright: ignore[reportMissingImports]
     from textworld.envs import PddlEnv  # pyright: ignore[reportMissingImports]
 
