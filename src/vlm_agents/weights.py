@@ -53,7 +53,7 @@ def holds_work(folder: Path) -> bool:
 
 def flat_settings(snapshot: Path, mend: str) -> dict[str, Any]:
     """What a run's config.yaml says, by dotted names; DataError, with what to do, where it can't be read. One that is
-    older than referees are had that of today's default, and one that is older than `prompt.show_actions` showed none."""
+    older than referees are had that of today's default; one that is older than `prompt.show_actions` showed none."""
     try:
         said = yaml.safe_load(snapshot.read_text(encoding="utf-8"))
         known = dict(flat({"referee": asdict(RefereeConfig()), **said}))
