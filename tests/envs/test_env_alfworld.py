@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -441,17 +442,20 @@ def test_wrong_data_is_an_error(data: Path, monkeypatch: pytest.MonkeyPatch) -> 
 # ---- THOR ------------------------------------------------------------------------------------------------------------
 # What of ALFWorld's package is called, in the shape that it has there: a kitchen with one apple, in two steps.
 THOR = """
-import json, numpy
+import json, numpy, subprocess, time
 class Event: frame = numpy.full((300, 300, 3), (200, 100, 0), numpy.uint8)
 class Env: last_event = Event()
 class AlfredThorEnv:
     class Thor:
         def __init__(self, queue, train_eval): self.steps = 0
         def init_env(self, config): self.env = Env(); print("a line that is no answer")
-        def reset(self, task): self.told("-= Welcome! =-\\n\\nYou see a sink.\\n\\nYour task is to: eat.")
+        def reset(self, task):
+            subprocess.Popen(["sleep", "60"], stdin=subprocess.DEVNULL)  # as Unity's
+            self.told("-= Welcome! =-\\n\\nYou see a sink.\\n\\nYour task is to: eat.")
         def step(self, command): self.told("You did: " + command + ".", command.startswith("put"))
         def told(self, text, won=False):
             if "fail" in text: raise KeyError("no such pose")
+            if "hang" in text: time.sleep(60)
             self.results = (text, won, ["move apple 1 to sink 1", "look", "help", "fail"], won, float(won), [])
         def get_results(self): return self.results
 """
@@ -490,6 +494,39 @@ def test_thor_plays_in_another_interpreter(thor: AlfWorldConfig) -> None:
     env.reset(1)
     with pytest.raises(EnvError, match="no such pose"):
         env.step("fail")
+    env.close()
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_what_thor_started_ends_with_it(thor: AlfWorldConfig, hangs: bool) -> None:
+    env = make_env(thor)
+    assert isinstance(env, AlfWorld)
+    env.reset(0)
+    assert env._thor
+    process = env._thor._process
+    members = Path("/proc").glob("[0-9]*/stat")
+    group = [path for path in members if path.read_text().rpartition(")")[2].split()[2] == str(process.pid)]
+    assert len(group) == 2  # the interpreter, and what stands for Unity's process
+    if hangs:
+        assert process.stdin
+        process.stdin.write('{"command": "hang"}\n')
+        process.stdin.flush()
+    env.close()
+    assert process.returncode == -signal.SIGKILL
+    assert not any(path.exists() and ") Z " not in path.read_text() for path in group)
+
+
+def test_a_thor_that_has_ended_is_told_each_time_and_can_be_closed(thor: AlfWorldConfig) -> None:
+    env = make_env(thor)
+    assert isinstance(env, AlfWorld)
+    env.reset(0)
+    assert env._thor
+    env._thor._process.kill()
+    env._thor._process.wait()
+    with pytest.raises(EnvError, match=r"ended \(exit code -9\)"):
+        env.step("look")
+    with pytest.raises(EnvError, match="make the env anew"):
+        env.reset(1)
     env.close()
 
 
