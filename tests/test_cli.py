@@ -228,6 +228,17 @@ def test_a_finished_run_says_so_and_is_left_alone(cli, capsys, as_stage, tmp_pat
     assert "holds a run with seed=0, not 1" in capsys.readouterr().err
 
 
+def test_a_run_from_before_a_setting_of_the_prompt_goes_on(cli, as_stage, tmp_path: Path) -> None:
+    as_stage(draw)
+    assert cli("stage=eval", "tracking=jsonl", "name=a") == 0
+    config = tmp_path / "outputs/a/eval/config.yaml"
+    said = config.read_text()
+    assert "  show_actions: false\n" in said
+    config.write_text(said.replace("  show_actions: false\n", ""))
+    assert cli("stage=eval", "tracking=jsonl", "name=a") == 0
+    assert cli("stage=eval", "tracking=jsonl", "name=a", "prompt.show_actions=true") == 2
+
+
 def test_a_run_killed_in_front_of_its_end_is_finished(cli, as_stage, tmp_path: Path) -> None:
     as_stage(draw)
     assert cli("stage=eval", "tracking=jsonl", "name=a") == 0

@@ -234,6 +234,22 @@ def test_a_run_that_was_renamed_to_its_own_source_s_name_has_no_teacher() -> Non
     assert taught(run("merge", "stage.init=outputs/x/merge", folder="outputs/x/merge")) == {}
 
 
+def test_weights_older_than_shown_actions_saw_none() -> None:
+    config = run("ppo") / "config.yaml"
+    config.write_text(config.read_text().replace("  show_actions: false\n", ""))
+    assert differences(chosen("stage=eval")) == []
+    assert differences(chosen("stage=eval", "prompt.show_actions=true")) == [
+        "these weights learned prompt.show_actions=False, and this run has prompt.show_actions=True"
+    ]
+
+
+def test_how_far_answers_reach_back_is_told() -> None:
+    run("ppo", "prompt.history=answers")
+    assert differences(chosen("stage=eval", "prompt.history=answers", "prompt.last_k=2")) == [
+        "these weights learned prompt.last_k=4, and this run has prompt.last_k=2"
+    ]
+
+
 def test_what_changes_nothing_in_a_prompt_is_not_told() -> None:
     ppo = run("ppo", "model.temperature=0.5")
     words = ("stage=eval", "env.max_steps=9", "env.workers=true", "prompt.max_reply_tokens=7", "model.temperature=0.5")

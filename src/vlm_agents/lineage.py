@@ -36,7 +36,7 @@ from vlm_agents.weights import (
 # Settings of env and prompt that change nothing in what a model sees and how it is asked.
 UNSEEN = {
     *(f"env.{name}" for name in ("family", "max_steps", "invalid_penalty", "workers", "timeout_s")),
-    *(f"env.{name}" for name in ("expert", "success", "success_return", "state")),
+    *(f"env.{name}" for name in ("expert", "success", "success_return", "state", "eval_split")),
     *(f"prompt.{name}" for name in ("max_prompt_tokens", "max_reply_tokens", "score_temperature")),
 }
 
@@ -142,7 +142,7 @@ def unread_weights(cfg: RunConfig) -> list[str]:
 def otherwise(known: Taught, now: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The settings whose value `now` is none of the known ones, and those in words."""
     for key, values in known.items():
-        moot = key in UNSEEN or (key == "prompt.last_k" and now["prompt.history"] != "last_k")
+        moot = key in UNSEEN or (key == "prompt.last_k" and now["prompt.history"] not in ("last_k", "answers"))
         another_env = key.startswith("env.") and key != "env.id" and now["env.id"] not in known.get("env.id", [])
         if key in now and now[key] not in values and not moot and not another_env:
             yield key, " or ".join(map(str, values))

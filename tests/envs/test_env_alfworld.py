@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from vlm_agents.config import ALFWORLD_TASKS, AlfWorldConfig
 from vlm_agents.envs import check_contract, make_env
-from vlm_agents.envs.alfworld import generator
+from vlm_agents.envs.alfworld import games, generator
 from vlm_agents.envs.alfworld.env import AlfWorld
 from vlm_agents.envs.alfworld.game import Game
 from vlm_agents.envs.alfworld.generator import FRACTIONS, LEVELS, generate, package
@@ -370,16 +371,51 @@ def write(game: Game, folder: Path) -> None:
     (folder / "traj_data.json").write_text(json.dumps(dict(game.task)))
 
 
-def test_a_panel_plays_each_held_out_game_once_in_the_order_of_names(data: Path) -> None:
+def test_a_panel_plays_each_held_out_game_once(data: Path) -> None:
     cfg = AlfWorldConfig(data=str(data))
     env = make_env(cfg)
     played = [env.reset(seed).tags["game"] for seed in panel_seeds(cfg.id, 4)]
-    assert played == sorted(played)
     assert len(set(played)) == 4
     assert all(game.startswith("valid_unseen/") for game in played)
     trained = {env.reset(seed).tags["game"] for seed in range(40)}
     assert len(trained) == 3  # not the sliced one
     assert all(game.startswith("train/") for game in trained)
+
+
+def test_a_small_panel_has_games_of_all_kinds_whatever_the_folder_is_called(tmp_path: Path) -> None:
+    for seed in range(24):
+        kind = ALFWORLD_TASKS[seed // 12]
+        write(generate("tiny", (kind,), seed), tmp_path / "movable" / f"{kind}-{seed}" / "trial")
+    found = games.found(tmp_path / "movable", ALFWORLD_TASKS)
+    assert len(found) == 24
+    assert len({path.parts[-3].partition("-")[0] for path in found[:8]}) == 2
+
+
+@pytest.mark.parametrize(
+    ("part", "old", "new"),
+    [
+        ("pddl_problem", "(inReceptacle ", "(inReceptacle lost"),  # an object that isn't there
+        ("pddl_problem", "(:goal", "(:goal (exists (?o -) (and))"),
+        ("pddl_domain", "(atLocation ?a ?l)", "((atLocation) ?a (?l))"),
+        ("pddl_problem", "(objectType ", "(objectType agent1 "),
+        ("grammar", "#task#", "#tusk#"),
+        ("grammar", "receptacleatlocation(r:receptacle, l:location)", "receptacleatlocation(r:receptacle)"),
+    ],
+)
+def test_a_broken_game_is_named(data: Path, part: str, old: str, new: str) -> None:
+    for path in (data / "train").rglob("game.tw-pddl"):
+        whole = json.loads(path.read_text())
+        assert old in whole[part]
+        path.write_text(json.dumps({**whole, part: whole[part].replace(old, new)}))
+    with pytest.raises(DataError, match=r"train/.*trial: .*fetch"):
+        make_env(AlfWorldConfig(data=str(data))).reset(0)
+
+
+def test_what_cannot_be_won_is_not_played(data: Path) -> None:
+    for path in (data / "train").rglob("game.tw-pddl"):
+        path.write_text(path.read_text().replace('"solvable": true', '"solvable": false'))
+    with pytest.raises(DataError, match=r"no game\.tw-pddl of .* below .*train"):
+        make_env(AlfWorldConfig(data=str(data))).reset(0)
 
 
 def test_kinds_of_tasks_are_chosen(data: Path) -> None:
@@ -394,26 +430,32 @@ def test_wrong_data_is_an_error(data: Path, monkeypatch: pytest.MonkeyPatch) -> 
     env = make_env(AlfWorldConfig(data="$ALFWORLD_DATA"))
     broken = next((data / "train").rglob("game.tw-pddl"))
     for path in (data / "train").rglob("game.tw-pddl"):
-        path.write_text("{}")
+        path.write_text('{"solvable": true}')
     with pytest.raises(DataError, match="needs pddl_domain, grammar and pddl_problem"):
         env.reset(0)
-    broken.with_name("traj_data.json").unlink()
+    games.found.cache_clear()
+    broken.with_name("traj_data.json").write_text('{"pddl_params": null}')
+    with pytest.raises(DataError, match=r"traj_data\.json is no task: it needs pddl_params"):
+        make_env(AlfWorldConfig(data=str(data))).reset(0)
 
 
 # ---- THOR ------------------------------------------------------------------------------------------------------------
 # What of ALFWorld's package is called, in the shape that it has there: a kitchen with one apple, in two steps.
 THOR = """
-import json, numpy
+import json, numpy, subprocess, time
 class Event: frame = numpy.full((300, 300, 3), (200, 100, 0), numpy.uint8)
 class Env: last_event = Event()
 class AlfredThorEnv:
     class Thor:
         def __init__(self, queue, train_eval): self.steps = 0
         def init_env(self, config): self.env = Env(); print("a line that is no answer")
-        def reset(self, task): self.told("-= Welcome! =-\\n\\nYou see a sink.\\n\\nYour task is to: eat.")
+        def reset(self, task):
+            subprocess.Popen(["sleep", "60"], stdin=subprocess.DEVNULL)  # as Unity's
+            self.told("-= Welcome! =-\\n\\nYou see a sink.\\n\\nYour task is to: eat.")
         def step(self, command): self.told("You did: " + command + ".", command.startswith("put"))
         def told(self, text, won=False):
             if "fail" in text: raise KeyError("no such pose")
+            if "hang" in text: time.sleep(60)
             self.results = (text, won, ["move apple 1 to sink 1", "look", "help", "fail"], won, float(won), [])
         def get_results(self): return self.results
 """
@@ -452,6 +494,39 @@ def test_thor_plays_in_another_interpreter(thor: AlfWorldConfig) -> None:
     env.reset(1)
     with pytest.raises(EnvError, match="no such pose"):
         env.step("fail")
+    env.close()
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_what_thor_started_ends_with_it(thor: AlfWorldConfig, hangs: bool) -> None:
+    env = make_env(thor)
+    assert isinstance(env, AlfWorld)
+    env.reset(0)
+    assert env._thor
+    process = env._thor._process
+    members = Path("/proc").glob("[0-9]*/stat")
+    group = [path for path in members if path.read_text().rpartition(")")[2].split()[2] == str(process.pid)]
+    assert len(group) == 2  # the interpreter, and what stands for Unity's process
+    if hangs:
+        assert process.stdin
+        process.stdin.write('{"command": "hang"}\n')
+        process.stdin.flush()
+    env.close()
+    assert process.returncode == -signal.SIGKILL
+    assert not any(path.exists() and ") Z " not in path.read_text() for path in group)
+
+
+def test_a_thor_that_has_ended_is_told_each_time_and_can_be_closed(thor: AlfWorldConfig) -> None:
+    env = make_env(thor)
+    assert isinstance(env, AlfWorld)
+    env.reset(0)
+    assert env._thor
+    env._thor._process.kill()
+    env._thor._process.wait()
+    with pytest.raises(EnvError, match=r"ended \(exit code -9\)"):
+        env.step("look")
+    with pytest.raises(EnvError, match="make the env anew"):
+        env.reset(1)
     env.close()
 
 

@@ -6,7 +6,13 @@ import pytest
 
 from vlm_agents.config import ALFWORLD_TASKS, AlfWorldConfig
 from vlm_agents.envs import make_env
+from vlm_agents.envs.alfworld import generator
+from vlm_agents.envs.alfworld.game import Game
+from vlm_agents.envs.alfworld.generator import Layout, Task, package
+from vlm_agents.envs.alfworld.goals import LIGHT, SIMPLE, TWO
+from vlm_agents.envs.alfworld.world import World
 from vlm_agents.experts import with_expert
+from vlm_agents.experts.alfworld import Planner
 
 
 @pytest.mark.parametrize("kind", ALFWORLD_TASKS)
@@ -58,3 +64,42 @@ def test_it_says_what_it_is_after() -> None:
     assert any(" and have to heat it. I go to the microwave 1." in thought for thought in thoughts)
     assert any(thought.startswith("Here is the microwave 1. I heat the ") for thought in thoughts)
     assert thoughts[-1].startswith("I leave the ")
+
+
+def household(task: Task, layout: Layout, *moved: tuple[str, str]) -> World:
+    """`moved`: texts of the problem, and what stands there instead."""
+    goal = generator._filled(
+        package().goals[task.kind]["pddl"], {"obj": task.target, "recep": task.parent, "toggle": task.parent}
+    )
+    problem = generator._problem(package(), layout, task, goal)
+    for old, new in moved:
+        assert old in problem
+        problem = problem.replace(old, new)
+    return World(Game("made", package().domain, package().grammar, problem, task.record))
+
+
+def test_of_two_lamps_the_one_that_is_lit_counts() -> None:
+    places, book = (("Bed", 1), ("Desk", 1), ("Dresser", 1)), (("Book", 1), ("Bed", 1))
+    lamps = (("DeskLamp", 1), ("Desk", 1)), (("DeskLamp", 2), ("Dresser", 1))
+    world = household(Task(LIGHT, "Book", "DeskLamp"), Layout(places, (book, *lamps)))
+    for words in ("go to desk 1", "use desklamp 2", "go to bed 1", "take book 1 from bed 1", "go to dresser 1"):
+        assert world.step(words)
+    assert not world.won
+    assert len(Planner(world).way()) == 1
+
+
+def test_a_receptacle_beside_the_thing_is_nearest() -> None:
+    """ALFWorld's own games have several receptacles at one location: the sixth shelf needs no way."""
+    places = (("Bed", 1), *(("Shelf", number) for number in range(1, 7)))
+    layout = Layout(places, ((("Book", 1), ("Bed", 1)),))
+    assert len(Planner(household(Task(SIMPLE, "Book", "Shelf"), layout)).way()) == 4
+    beside = ("(receptacleAtLocation Shelf_bar_6 loc_bar_7)", "(receptacleAtLocation Shelf_bar_6 loc_bar_1)")
+    assert len(Planner(household(Task(SIMPLE, "Book", "Shelf"), layout, beside)).way()) == 3
+
+
+@pytest.mark.timeout(5)
+def test_many_things_in_shut_drawers_take_no_longer() -> None:
+    drawers = tuple(("Drawer", number) for number in range(1, 17))
+    pens = tuple((("Pen", number), place) for number, place in enumerate(drawers, 1))
+    world = household(Task(TWO, "Pen", "Desk"), Layout((("Desk", 1), *drawers), pens))
+    assert len(Planner(world).way()) == 10

@@ -159,6 +159,13 @@ def test_the_original_s_search(game: str, text: str, action: str | None, error: 
     assert (parsed.action, parsed.error) == (action, error)
 
 
+def test_an_action_within_another_is_not_meant() -> None:
+    """ALFWorld's kitchens have twenty cabinets."""
+    words = ("go to cabinet 1", "go to cabinet 10")
+    assert [THEIRS.parse(f'{{"action": "{word}"}}', words).action for word in words] == list(words)
+    assert THEIRS.parse('"action": "go to cabinet 10, then go to cabinet 1"', words).error == "several actions"
+
+
 def test_the_key_parts_thoughts_from_action() -> None:
     parsed = THEIRS.parse('{"thoughts": "so", "action": "hit"}', GAMES["blackjack"])
     assert (parsed.thought_span, parsed.action_span) == ((0, 19), (19, 35))

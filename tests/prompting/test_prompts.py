@@ -90,6 +90,31 @@ def test_last_k_needs_no_observation_text() -> None:
     assert prompt_format.prompt(GAME, (), now)[-1].text == ""
 
 
+def test_answers_are_what_was_seen_and_done_oldest_first() -> None:
+    messages = prompt("answers", PAST, last_k=3)
+    assert messages[1:] == (
+        Message(
+            "user",
+            (*observation(4).images, "look 1\n> go forward\nlook 2\n> invalid\nlook 3\n> turn left\nlook 4"),
+        ),
+    )
+
+
+def test_answers_push_the_places_of_pictures_back() -> None:
+    now = Observation("a  b", observation(1).images, places=(2,))
+    message = make_format(PromptConfig(format="cot_json", history="answers")).prompt(GAME, PAST[:1], now)[-1]
+    assert message.parts == ("look 0\n> turn left\na ", *now.images, " b")
+
+
+@pytest.mark.parametrize("history", ["none", "answers", "full"])
+def test_actions_are_shown_below_what_is_seen(history: str) -> None:
+    shown = make_format(PromptConfig(format="cot_json", history=history, show_actions=True))
+    messages = shown.prompt(GAME, PAST[:1], Observation("now", legal_actions=("take", "look"), task="Eat."))
+    assert messages[-1].text.endswith("now\nActions: take, look")
+    assert messages[0].text.endswith("\nEat.")
+    assert ("look 0\nActions: turn left, go forward" in messages[1].text) == (history == "full")
+
+
 def test_full_history_is_the_whole_chat() -> None:
     messages = prompt("full", PAST[:2])
     assert said(messages)[1:] == [

@@ -32,7 +32,8 @@ class Standing(NamedTuple):
     things: tuple[str, ...]  # the place of each of the plan's things; empty: in the hand
     opened: frozenset[str]
     done: frozenset[str]  # things that were cleaned, heated or cooled as asked
-    lit: bool
+    lit: frozenset[str]  # lamps
+    due: str = ""  # the place that it went to or opened, which has to be used next: no shortest way does so in vain
 
 
 class AlfWorldExpert:
@@ -123,7 +124,7 @@ class Planner:
     def way(self) -> list[Step]:
         """The steps of a shortest way; empty where there is none."""
         done = frozenset(thing for _, thing in self.world.state.with_predicate(self.state or "none"))
-        lit = any(thing in self.lamps for _, thing in self.world.state.with_predicate("istoggled"))
+        lit = frozenset(thing for _, thing in self.world.state.with_predicate("istoggled")) & self.lamps
         (_, _, here), *_ = self.world.state.with_predicate("atlocation")
         places = tuple("" if thing == self.held else self.inside.get(thing, "nowhere") for thing in self.things)
         start = Standing(here, self.held, places, self.opened, done, lit)
@@ -148,7 +149,7 @@ class Planner:
         ]
         kind = self.world.game.kind
         if kind == LIGHT:
-            return now.lit and now.held in self.wanted and any(self._at(lamp, now) for lamp in self.lamps)
+            return now.held in self.wanted and any(self._at(lamp, now) for lamp in now.lit)
         if kind == TWO:
             return len(set(placed)) < len(placed)
         return bool(placed)
@@ -161,49 +162,62 @@ class Planner:
 
     def _moves(self, now: Standing) -> Iterator[tuple[Step, Standing]]:
         for place in self._places:
-            if self.spot[place] != now.here:
-                yield Step("gotolocation", "", place), now._replace(here=self.spot[place])
-            elif place in self.openable and place not in now.opened:
-                yield Step("openobject", "", place), now._replace(opened=now.opened | {place})
-            else:
-                yield from self._hand(now, place)
-            if place in self.appliances and self.spot[place] == now.here and now.held in self.wanted - now.done:
-                yield Step(f"{self._verb}object", now.held, place), now._replace(done=now.done | {now.held})
-        for lamp in sorted(self.lamps):
-            if self._at(lamp, now) and not now.lit:
-                yield Step("toggleobject", lamp, self.inside[lamp]), now._replace(lit=True)
+            if self.spot[place] == now.here:
+                if now.due in ("", place):
+                    yield from self._uses(now, place)
+            elif not now.due:
+                yield Step("gotolocation", "", place), now._replace(here=self.spot[place], due=place)
+
+    def _uses(self, now: Standing, place: str) -> Iterator[tuple[Step, Standing]]:
+        by_hand = list(self._hand(now, place))
+        if place not in self.openable or place in now.opened:
+            yield from by_hand
+        elif by_hand:
+            yield Step("openobject", "", place), now._replace(opened=now.opened | {place}, due=place)
+        if place in self.appliances and now.held in self.wanted - now.done:
+            yield Step(f"{self._verb}object", now.held, place), now._replace(done=now.done | {now.held}, due="")
+        for lamp in sorted(self.lamps - now.lit):
+            if self.inside[lamp] == place:
+                yield Step("toggleobject", lamp, place), now._replace(lit=now.lit | {lamp}, due="")
 
     def _hand(self, now: Standing, place: str) -> Iterator[tuple[Step, Standing]]:
-        """Leave what is held in the receptacle, or take from it."""
+        """Leave what is held in the receptacle, or take from it. What was taken on the way is left where it belongs
+        alone."""
         if now.held:
-            if (self.kind_of.get(place), self.kind_of.get(now.held)) in self.fits:
+            fits = (self.kind_of.get(place), self.kind_of.get(now.held)) in self.fits
+            if fits and (place in self.parents or now.held == self.held):
                 yield Step("putobject", now.held, place), self._moved(now, now.held, place)
             return
         for thing, there in zip(self.things, now.things, strict=True):
-            if there == place and thing in self.takeable:
+            if there == place and thing in self.wanted:
                 yield Step("pickupobject", thing, place), self._moved(now, thing, "")
 
     def _moved(self, now: Standing, thing: str, place: str) -> Standing:
         where = tuple(place if one == thing else there for one, there in zip(self.things, now.things, strict=True))
-        return now._replace(things=where, held=thing if not place else "")
+        return now._replace(things=where, held=thing if not place else "", due="")
 
     @cached_property
     def _places(self) -> list[str]:
         """Where something is to be fetched, done or left."""
         needed = {self.inside[thing] for thing in (*self.things, *self.lamps) if thing in self.inside}
-        needed |= set(self._easiest(self.appliances)) | set(self._easiest(self.parents))
+        needed |= self.appliances
+        beside = {self.spot[place] for place in needed if place in self.spot}
+        homes = self._easiest(self.parents, beside)
         if self.held and self.held not in self.wanted:
             kind = self.kind_of.get(self.held)
-            needed |= set(self._easiest({place for place in self.spot if (self.kind_of.get(place), kind) in self.fits}))
-        return sorted(needed)
+            homes |= self._easiest(
+                {place for place in self.spot if (self.kind_of.get(place), kind) in self.fits}, beside
+            )
+        return sorted(needed | homes)
 
-    def _easiest(self, places: set[str]) -> list[str]:
-        """A few of places that are equal but for what it takes to use them."""
+    def _easiest(self, places: set[str], beside: set[str]) -> set[str]:
+        """A few of places that are equal but for what it takes to use them, and one at each spot where it may be
+        anyway."""
         (_, _, here), *_ = self.world.state.with_predicate("atlocation")
         closed = self.openable - self.opened
-        return sorted(places, key=lambda place: (place in closed, self.spot[place] != here, place))[:ENOUGH] + sorted(
-            place for place in places if self.spot[place] == here
-        )
+        ranked = sorted(places, key=lambda place: (place in closed, self.spot[place] != here, place))
+        near = {self.spot[place]: place for place in reversed(ranked)}  # the easiest at each spot
+        return {*ranked[:ENOUGH], *(near[spot] for spot in beside | {here} if spot in near)}
 
     def _of(self, kind: str) -> set[str]:
         return {name for name, one in self.kind_of.items() if one == kind}

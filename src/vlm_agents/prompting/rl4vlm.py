@@ -53,11 +53,12 @@ def rule(legal_actions: LegalActions) -> str:
 
 
 def words_in(text: str, legal_actions: Sequence[str]) -> list[str]:
-    """The actions whose letters stand in `text`; a number of two digits is taken out before those of one are sought."""
+    """The actions whose letters stand in `text`; a longer one, such as `10`, is taken out before those within it, such
+    as `1`, are sought."""
     text = text.lower()
     found = []
-    for word in sorted(legal_actions, key=lambda word: -len(word) if word.isdigit() else 0):
+    for word in sorted(legal_actions, key=len, reverse=True):
         if word in text:
             found.append(word)
-            text = text.replace(word, "") if word.isdigit() and len(word) > 1 else text
+            text = text.replace(word, " ")
     return found

@@ -1,7 +1,8 @@
 """A game of ALFWorld: its rules, texts, problem and task, read from a `game.tw-pddl`, or made here."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,7 +42,20 @@ class Game:
 
     def named(self, parameter: str) -> str:
         """A parameter of the task in lower case: object_target, parent_target, toggle_target."""
-        return str(self.task.get("pddl_params", {}).get(parameter) or "").lower()
+        return str(self.task["pddl_params"].get(parameter) or "").lower()
+
+
+@contextmanager
+def named_in_errors(game: Game) -> Iterator[None]:
+    """DataError that says which game it is, whatever is wrong with its files: they may hold anything."""
+    place = f"the game {game.ident}" if game.source is None else str(game.source.parent)
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from error
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        told = f"{type(error).__name__}: {short(str(error))}"
+        raise DataError(f"{place}: it can't be played ({told}): fetch it again") from error
 
 
 def read_game(path: Path, root: Path) -> Game:
@@ -55,7 +69,16 @@ def read_game(path: Path, root: Path) -> Game:
 
 def read_task(path: Path) -> dict[str, Any]:
     """Of a game's file, what lies in `traj_data.json` beside it. DataError where that is missing or broken."""
-    return _json(path.with_name(TASK))
+    place = path.with_name(TASK)
+    task = _json(place)
+    if not isinstance(task.get("pddl_params"), dict):
+        raise DataError(f"{place} is no task: it needs pddl_params. Fetch it again")
+    return task
+
+
+def solvable(path: Path) -> bool:
+    """Is a game's file marked as one that can be won? ALFWorld plays no other."""
+    return _json(path).get("solvable") is True
 
 
 def _json(path: Path) -> dict[str, Any]:

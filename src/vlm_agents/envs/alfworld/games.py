@@ -1,12 +1,13 @@
 """Where ALFWorld's games come from: made here, or from ALFWorld's files. A seed decides which one is played."""
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 
 from vlm_agents.config import AlfWorldConfig
-from vlm_agents.envs.alfworld.game import Game, read_game, read_task
+from vlm_agents.envs.alfworld.game import Game, read_game, read_task, solvable
 from vlm_agents.envs.alfworld.generator import generate
 from vlm_agents.envs.alfworld.goals import KINDS
 from vlm_agents.errors import DataError
@@ -14,6 +15,7 @@ from vlm_agents.seeds import held_out, panel_seeds, stable_hash
 
 GAME = "game.tw-pddl"
 HOME = "ALFWORLD_DATA"
+SKIPPED = re.compile("movable|Sliced")  # in the name of a game that ALFWorld doesn't play
 
 
 def games(cfg: AlfWorldConfig) -> Callable[[int], Game]:
@@ -27,7 +29,7 @@ def games(cfg: AlfWorldConfig) -> Callable[[int], Game]:
 class Files:
     """Games of the split `train` for training seeds, of `held_out` for the others.
 
-    The first panel seeds are the held-out games by their names, so that a panel of as many plays each once.
+    The first panel seeds are the held-out games, so that a panel of as many plays each once.
     """
 
     def __init__(self, env_id: str, data: str, held_out: str, kinds: Sequence[str]) -> None:
@@ -63,14 +65,12 @@ class Files:
 
 @cache
 def found(folder: Path, kinds: tuple[str, ...]) -> tuple[Path, ...]:
-    """The games below a folder that ALFWorld plays: of these kinds, nothing sliced or moved about; by their names, in
-    whatever order the file system has them. DataError where there is none."""
-    paths = sorted(path for path in folder.rglob(GAME) if not {"movable", "Sliced"} & _parts(path))
-    games = tuple(path for path in paths if read_task(path).get("task_type") in kinds)
+    """The games below a folder that ALFWorld plays: of these kinds, solvable, nothing sliced or moved about. The
+    order is fixed by their names and mixes the kinds: a small panel is a fair one. DataError where there is none."""
+    names = {path.relative_to(folder).as_posix(): path for path in folder.rglob(GAME)}
+    known = [name for name in sorted(names, key=lambda name: stable_hash("order", name)) if not SKIPPED.search(name)]
+    games = tuple(names[name] for name in known if read_task(names[name]).get("task_type") in kinds)
+    games = tuple(path for path in games if solvable(path))
     if not games:
         raise DataError(f"no {GAME} of {', '.join(kinds)} below {folder}: fetch them by alfworld-download")
     return games
-
-
-def _parts(path: Path) -> set[str]:
-    return {word for word in ("movable", "Sliced") if word in str(path)}

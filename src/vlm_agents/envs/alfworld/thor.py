@@ -3,7 +3,10 @@ it. THOR's world isn't TextWorld's: receptacles differ in number, and a few game
 
 import base64
 import json
+import os
+import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from vlm_agents.errors import DataError, EnvError
 from vlm_agents.pictures import Picture, read_picture
 
 CHILD = Path(__file__).with_name("thor_child.py")
+PATIENCE = 10.0  # seconds that the process has to end in, once its pipe is closed
 
 
 class Thor:
@@ -22,7 +26,12 @@ class Thor:
         """EnvError where there is no such interpreter."""
         try:
             self._process = subprocess.Popen(
-                [python, str(CHILD)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+                [python, str(CHILD)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                encoding="utf-8",
+                start_new_session=True,  # it ends its whole group, Unity's process too, when its pipe is closed
             )
         except OSError as error:
             raise EnvError(f"env.thor={python} can't be run ({error.strerror}): name a Python with ai2thor") from error
@@ -31,26 +40,33 @@ class Thor:
         """EnvError where THOR lacks something, or ends."""
         assert self._process.stdin
         assert self._process.stdout
-        try:
+        if self._process.stdin.closed:
+            raise EnvError("THOR's process has ended: make the env anew")
+        with suppress(OSError):  # it ended, and may have said why
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
-        except OSError:
-            pass  # it ended, and may have said why
         line = self._process.stdout.readline()
         try:
             answer = json.loads(line)
         except ValueError as error:
-            raise EnvError(f"THOR's process ended (exit code {self._process.wait(5)}): see above") from error
+            self.close()
+            raise EnvError(f"THOR's process ended (exit code {self._process.returncode}): see above") from error
+        if not isinstance(answer, dict):
+            raise EnvError(f"THOR's process answers {line!r:.60}, which is none")
         if "error" in answer:
             raise EnvError(f"THOR: {answer['error']}")
         return answer
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe
-            pipe.close()
+            with suppress(OSError):  # what was asked of a process that has ended is still to be written
+                pipe.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(PATIENCE)
+        with suppress(ProcessLookupError):  # what it left behind, where it couldn't end its group itself
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
 
 class ThorWorld:

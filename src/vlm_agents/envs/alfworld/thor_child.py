@@ -10,7 +10,10 @@ import importlib.util
 import io
 import json
 import os
+import queue
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +89,15 @@ class Game:
         return base64.b64encode(png.getvalue()).decode()
 
 
+def read(questions):
+    """Until who asks has gone, in whatever way: then this process has to go, and Unity's with it, though it hangs."""
+    for line in sys.stdin:
+        questions.put(line)
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(0)
+
+
 def main():
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what THOR prints is no answer
@@ -93,10 +105,12 @@ def main():
     if lacks:
         answers.write(json.dumps({"error": lacks}) + "\n")
         return
+    questions = queue.SimpleQueue()
+    threading.Thread(target=read, args=(questions,), daemon=True).start()
     game = Game()
-    for line in sys.stdin:
+    while True:
         try:
-            answer = game.play(json.loads(line))
+            answer = game.play(json.loads(questions.get()))
         except Exception as error:  # noqa: BLE001 (foreign code: told, and the game is over)
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")

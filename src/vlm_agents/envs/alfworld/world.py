@@ -6,7 +6,7 @@ The texts and commands are those of TextWorld's PddlEnv with ALFWorld's names, t
 from collections import Counter
 
 from vlm_agents.envs.alfworld import pddl
-from vlm_agents.envs.alfworld.game import Game
+from vlm_agents.envs.alfworld.game import Game, named_in_errors
 from vlm_agents.envs.alfworld.goals import progress
 from vlm_agents.envs.alfworld.schematic import draw
 from vlm_agents.envs.base import state_key
@@ -21,27 +21,31 @@ class World:
 
     def __init__(self, game: Game) -> None:
         """DataError for a game that can't be played."""
-        self.game, self.names = game, demangled(game.rules)
-        self.state = pddl.State(game.rules)
-        self._beginning = frozenset(self.state.facts)
-        self.text = game.texts.intro(self.state, self.names)
-        self._look()
+        self.game = game
+        with named_in_errors(game):
+            self.names = demangled(game.rules)
+            self.state = pddl.State(game.rules)
+            self._beginning = frozenset(self.state.facts)
+            self.text = game.texts.intro(self.state, self.names)
+            self._look()
 
     def step(self, command: str) -> bool:
-        """Play a command. Could it be done?"""
+        """Play a command. Could it be done? DataError where the game has no words for it."""
         ground = self.does.get(command)
         if ground is None:
             self.text = NOTHING
             return False
-        self.state.apply(ground)
-        self.text = self.game.texts.feedback(ground, self.state, self.names)
-        self._look()
+        with named_in_errors(self.game):
+            self.state.apply(ground)
+            self.text = self.game.texts.feedback(ground, self.state, self.names)
+            self._look()
         return True
 
     @property
     def rate(self) -> float:
         """The share of the goal's conditions that is met."""
-        return progress(self.game, self.state).rate
+        with named_in_errors(self.game):
+            return progress(self.game, self.state).rate
 
     @property
     def key(self) -> str:
