@@ -1,5 +1,7 @@
 """What a policy is told: golden texts for each history, and prompts that extend each other."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -98,6 +100,12 @@ def test_answers_are_what_was_seen_and_done_oldest_first() -> None:
             (*observation(4).images, "look 1\n> go forward\nlook 2\n> invalid\nlook 3\n> turn left\nlook 4"),
         ),
     )
+
+
+def test_answers_by_pictures_alone_say_what_did_nothing() -> None:
+    past = tuple(replace(turn, observation=replace(turn.observation, text="")) for turn in PAST[:2])
+    message = prompt("answers", past)[-1]
+    assert message.text == "> turn left\n> go forward, no effect\nlook 2"
 
 
 def test_answers_push_the_places_of_pictures_back() -> None:

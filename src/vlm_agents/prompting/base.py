@@ -125,8 +125,13 @@ def past_line(turns: Sequence[Turn]) -> str:
 
 
 def past_lines(turns: Sequence[Turn]) -> str:
-    """What was seen and done, in lines, oldest first; what the last action led to is what is seen now."""
-    return "\n".join(f"{turn.observation.text}\n> {turn.parsed.action or 'invalid'}" for turn in turns)
+    """What was told and done, in lines, oldest first; what the last action led to is what is seen now. Where nothing is
+    told but by pictures, whether it did something."""
+    told = (turn.observation.text for turn in turns)
+    return "\n".join(
+        f"{text}\n> {turn.parsed.action or 'invalid'}" if text else f"> {outcome(turn)}"
+        for text, turn in zip(told, turns, strict=True)
+    )
 
 
 def outcome(turn: Turn) -> str:
