@@ -56,7 +56,7 @@ def test_it_finds_back_from_anywhere(kind: str) -> None:
 def test_it_says_what_it_is_after() -> None:
     cfg = AlfWorldConfig(level="tiny", tasks=["pick_heat_then_place_in_recep"], observation="text")
     env = with_expert(make_env(cfg), cfg)
-    advice, thoughts = env.reset(0).advice, []
+    advice, thoughts = env.reset(1).advice, []
     while advice:
         thoughts.append(advice.thought)
         advice = env.step(advice.action).observation.advice

@@ -334,7 +334,7 @@ class AlfWorldConfig(EnvConfig):
     invalid_penalty: float = 1.0
     level: str = setting(
         "small",
-        "how large households are that are made here: 4 to 5 receptacles, 6 to 9, 10 to 18, 20 to 30",
+        "how large households are that are made here: 4 to 5 receptacles (of few kinds), 6 to 9, 10 to 18, 20 to 30",
         choices=Literal["tiny", "small", "medium", "large"],
     )
     tasks: list[str] = setting(list, "kinds of tasks, as ALFWorld names them; empty: all six")

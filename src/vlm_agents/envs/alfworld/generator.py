@@ -31,14 +31,15 @@ DOMAIN_TYPES = ("Knife", "ButterKnife"), ("SinkBasin", "Microwave", "Fridge")  #
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """The least and most receptacles and objects."""
+    """The least and most receptacles and objects; of how many kinds each, the commonest of a room; None: of all."""
 
     receptacles: tuple[int, int]
     objects: tuple[int, int]
+    kinds: int | None = None
 
 
 LEVELS = {
-    "tiny": Level((4, 5), (2, 4)),
+    "tiny": Level((4, 5), (2, 4), 6),
     "small": Level((6, 9), (5, 10)),
     "medium": Level((10, 18), (10, 20)),
     "large": Level((20, 30), (20, 45)),
@@ -46,30 +47,34 @@ LEVELS = {
 
 
 class Room(NamedTuple):
-    """How many there may be of each receptacle, and which objects lie about."""
+    """How many there may be of each receptacle, and which objects lie about; the commonest first."""
 
     receptacles: dict[str, int]
     objects: tuple[str, ...]
+
+    def of(self, kinds: int | None) -> "Room":
+        """With so many kinds of each."""
+        return Room(dict(list(self.receptacles.items())[:kinds]), self.objects[:kinds])
 
 
 ROOMS = {
     "Kitchen": Room(
         {
             "CounterTop": 3,
+            "Fridge": 1,
+            "Microwave": 1,
+            "SinkBasin": 1,
             "Cabinet": 8,
+            "DiningTable": 1,
             "Drawer": 6,
             "StoveBurner": 4,
             "Shelf": 3,
-            "DiningTable": 1,
             "SideTable": 1,
             "GarbageCan": 1,
             "CoffeeMachine": 1,
-            "SinkBasin": 1,
-            "Fridge": 1,
-            "Microwave": 1,
         },
         (
-            *("Apple", "Bread", "Egg", "Lettuce", "Potato", "Tomato", "Bowl", "Cup", "Mug", "Plate", "Pan", "Pot"),
+            *("Apple", "Egg", "Potato", "Mug", "Cup", "Plate", "Bread", "Lettuce", "Tomato", "Bowl", "Pan", "Pot"),
             *("Kettle", "Fork", "Knife", "ButterKnife", "Spoon", "Spatula", "Ladle", "DishSponge", "SaltShaker"),
             *("PepperShaker", "SoapBottle", "WineBottle", "Glassbottle", "PaperTowel", "Vase"),
         ),
@@ -79,9 +84,9 @@ ROOMS = {
             "Bed": 2,
             "Desk": 2,
             "SideTable": 2,
-            "Dresser": 2,
             "Drawer": 8,
             "Shelf": 6,
+            "Dresser": 2,
             "Cabinet": 4,
             "ArmChair": 2,
             "GarbageCan": 1,
@@ -89,38 +94,38 @@ ROOMS = {
             "Safe": 1,
         },
         (
-            *("AlarmClock", "Book", "CD", "CellPhone", "CreditCard", "KeyChain", "Laptop", "Pen", "Pencil", "Pillow"),
+            *("Book", "CellPhone", "KeyChain", "Pen", "Pencil", "CD", "AlarmClock", "CreditCard", "Laptop", "Pillow"),
             *("Mug", "Bowl", "BaseballBat", "BasketBall", "TennisRacket", "Cloth", "TissueBox"),
         ),
     ),
     "LivingRoom": Room(
         {
             "Sofa": 2,
-            "ArmChair": 2,
             "CoffeeTable": 2,
             "SideTable": 3,
-            "Dresser": 1,
-            "DiningTable": 1,
-            "Drawer": 6,
             "Shelf": 6,
+            "Drawer": 6,
+            "Dresser": 1,
+            "ArmChair": 2,
+            "DiningTable": 1,
             "Cabinet": 4,
             "GarbageCan": 1,
             "Safe": 1,
             "Ottoman": 1,
         },
         (
-            *("Book", "Newspaper", "RemoteControl", "Laptop", "Pillow", "KeyChain", "CreditCard", "CellPhone", "Vase"),
-            *("Statue", "WateringCan", "Box", "Watch", "TissueBox", "Plate"),
+            *("Book", "RemoteControl", "KeyChain", "Vase", "Newspaper", "Watch", "Laptop", "Pillow", "CreditCard"),
+            *("CellPhone", "Statue", "WateringCan", "Box", "TissueBox", "Plate"),
         ),
     ),
     "Bathroom": Room(
         {
             "SinkBasin": 2,
-            "Toilet": 1,
             "CounterTop": 2,
+            "Toilet": 1,
             "Cabinet": 8,
-            "Drawer": 8,
             "Shelf": 4,
+            "Drawer": 8,
             "SideTable": 1,
             "Cart": 1,
             "GarbageCan": 1,
@@ -129,7 +134,7 @@ ROOMS = {
             "BathtubBasin": 1,
         },
         (
-            *("Cloth", "SoapBar", "SoapBottle", "SprayBottle", "ToiletPaper", "HandTowel", "Candle", "DishSponge"),
+            *("Cloth", "SoapBar", "SoapBottle", "ToiletPaper", "Candle", "SprayBottle", "HandTowel", "DishSponge"),
             *("TissueBox", "PaperTowel", "Plunger"),
         ),
     ),
@@ -219,7 +224,7 @@ def package() -> Package:
 
 # ---- layouts ---------------------------------------------------------------------------------------------------------
 def _drawn(rng: Random, known: Package, level: Level, kind: str) -> tuple[Task, Layout]:
-    room = ROOMS[pick(rng, _rooms(kind))]
+    room = ROOMS[pick(rng, _rooms(kind))].of(level.kinds)
     task, needed = _task(rng, known, room, kind)
     bag = [name for name, most in room.receptacles.items() for _ in range(most - (name in needed))]
     count = min(between(rng, *level.receptacles), len(needed) + len(bag))
