@@ -37,6 +37,8 @@ from vlm_agents.weights import (
 UNSEEN = {
     *(f"env.{name}" for name in ("family", "max_steps", "invalid_penalty", "workers", "timeout_s")),
     *(f"env.{name}" for name in ("expert", "success", "success_return", "state")),
+    # held-out questions teach nobody
+    *(f"env.{name}" for name in ("eval_data", "pictures", "skip_bad", "sandbox.require")),
     *(f"prompt.{name}" for name in ("max_prompt_tokens", "max_reply_tokens", "score_temperature")),
 }
 
