@@ -60,7 +60,9 @@ def test_each_choice_is_looked_at(compose_run, tmp_path: Path):
     (tmp_path / "adapter/adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
     shutil.copytree(TINY, tmp_path / "bare")
     (tmp_path / "bare/model.safetensors").unlink()
+    (tmp_path / "rows.jsonl").touch()
     ppo = ("stage=ppo", "env=echo")
+    questions = ("env=visual_search", "prompt=tool_call", f"env.data=[{tmp_path / 'rows.jsonl'}]")
     wrong: list[tuple[type[VlmAgentsError], str, tuple[str, ...]]] = [
         (DataError, "is no list of records", ("stage=preprocess", f"stage.data=[{tmp_path / 'x.json'}]")),
         (
@@ -94,6 +96,16 @@ def test_each_choice_is_looked_at(compose_run, tmp_path: Path):
             ConfigError,
             "Dynamic-Obstacles-5x5-v0 has no expert: set stage.rater=none, or env.expert=",
             ("stage=collect", "stage.policy=random", "env.id=MiniGrid-Dynamic-Obstacles-5x5-v0"),
+        ),
+        (
+            ConfigError,
+            "VisualSearch-v0 has no expert: set stage.policy=model, or env.expert=",
+            ("stage=eval", "stage.policy=expert", *questions),
+        ),
+        (
+            ConfigError,
+            "VisualSearch-v0 has no expert: set stage.policy=model stage.rater=none, or env.expert=",
+            ("stage=collect", "stage.noise=0", *questions),
         ),
         (
             ConfigError,

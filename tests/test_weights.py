@@ -263,6 +263,12 @@ def test_what_changes_nothing_in_a_prompt_is_not_told() -> None:
     ]
 
 
+def test_questions_that_are_held_out_were_taught_to_nobody() -> None:
+    run("ppo", "env=visual_search", "prompt=tool_call")
+    words = ("env.eval_data=[rows.json]", "env.pictures=there", "env.skip_bad=true", "env.sandbox.require=any")
+    assert differences(chosen("stage=eval", "env=visual_search", "prompt=tool_call", *words)) == []
+
+
 def test_weights_that_are_named_and_not_read_are_told() -> None:
     run("sft", "model.path=a/b")
     assert differences(chosen("stage=ppo")) == []

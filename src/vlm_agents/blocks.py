@@ -4,14 +4,16 @@ fenced("print(1)") -> "```python\nprint(1)\n```"        boxed("3") -> "\\boxed{3
 """
 
 import re
+from collections.abc import Iterator
 
 from vlm_agents.types import Span
 
 OPENED = r"```(?i:py(?:thon)?3?)?[ \t]*\r?\n"
 WHOLE = re.compile(rf"\s*{OPENED}(.*?)(?:\r?\n)?[ \t]*```\s*", re.DOTALL)
+OPENING = re.compile(OPENED)
 # code may hold ``` itself
-LINES = re.compile(rf"{OPENED}(.*?)(?:\r?\n)?^[ \t]*```[ \t]*\r?$", re.DOTALL | re.MULTILINE)
-LOOSE = re.compile(rf"{OPENED}(.*?)```", re.DOTALL)
+CLOSINGS = re.compile(r"(?:\r?\n)?^[ \t]*```[ \t]*\r?$", re.MULTILINE), re.compile("```")
+BRACE = re.compile(r"(?<!\\)[{}]")
 BOX = "\\boxed{"
 
 
@@ -27,10 +29,19 @@ def unfenced(text: str) -> str | None:
 
 def last_fence(text: str, begin: int, end: int) -> Span | None:
     """Where the inside of the last fence within the range lies: one that ends on a line of its own, if there is any."""
-    for kind in (LINES, LOOSE):
-        if found := list(kind.finditer(text, begin, end)):
-            return found[-1].span(1)
+    for closing in CLOSINGS:
+        if found := list(_fences(closing, text, begin, end)):
+            return found[-1]
     return None
+
+
+def _fences(closing: re.Pattern[str], text: str, begin: int, end: int) -> Iterator[Span]:
+    while opened := OPENING.search(text, begin, end):
+        closed = closing.search(text, opened.end(), end)
+        if not closed:  # nor is any that opens behind it
+            return
+        yield opened.end(), closed.start()
+        begin = closed.end()
 
 
 def boxed(answer: str) -> str:
@@ -45,13 +56,12 @@ def unboxed(text: str) -> str | None:
 
 def last_box(text: str, begin: int, end: int) -> Span | None:
     r"""Where the inside of the last closed box within the range lies. Braces in it pair up; `\{` and `\}` are none."""
-    first = text.rfind(BOX, begin, end)
-    while first >= 0:
-        depth, inside = 1, first + len(BOX)
-        for place in range(inside, end):
-            if text[place] in "{}" and text[place - 1] != "\\":
-                depth += 1 if text[place] == "{" else -1
-            if depth == 0:
-                return inside, place
-        first = text.rfind(BOX, begin, first)
-    return None
+    opened, last = list[int](), None
+    for brace in BRACE.finditer(text, begin, end):
+        if brace[0] == "{":
+            opened.append(brace.end())
+        elif opened:
+            inside = opened.pop()
+            if text.endswith(BOX, begin, inside) and (last is None or inside > last[0]):
+                last = inside, brace.start()
+    return last

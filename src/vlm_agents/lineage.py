@@ -36,7 +36,9 @@ from vlm_agents.weights import (
 # Settings of env and prompt that change nothing in what a model sees and how it is asked.
 UNSEEN = {
     *(f"env.{name}" for name in ("family", "max_steps", "invalid_penalty", "workers", "timeout_s")),
-    *(f"env.{name}" for name in ("expert", "success", "success_return", "state", "eval_split")),
+    *(f"env.{name}" for name in ("expert", "success", "success_return", "state")),
+    # held-out questions and games teach nobody
+    *(f"env.{name}" for name in ("eval_data", "eval_split", "pictures", "skip_bad", "sandbox.require")),
     *(f"prompt.{name}" for name in ("max_prompt_tokens", "max_reply_tokens", "score_temperature")),
 }
 

@@ -143,9 +143,10 @@ def check_env(cfg: RunConfig) -> None:
     from vlm_agents.stages.playing import open_envs
 
     stage = cfg.stage
-    fix = "stage.policy=model or random"
+    fix = "stage.policy=model" if cfg.env.free_text else "stage.policy=model or random"
     if isinstance(stage, CollectConfig):
-        others = {"stage.policy=random": stage.policy, "stage.rater=none": stage.rater}
+        other = "stage.policy=model" if cfg.env.free_text else "stage.policy=random"
+        others = {other: stage.policy, "stage.rater=none": stage.rater}
         needless = [setting for setting, value in others.items() if value == "expert"]
         wanted, fix = bool(needless), " ".join(needless)
     elif isinstance(stage, PpoConfig) and cfg.algo and cfg.algo.advised:

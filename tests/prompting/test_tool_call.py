@@ -1,10 +1,13 @@
 r"""`tool_call`: replies with Python or a boxed answer, and the chat with what code gave."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from vlm_agents.blocks import last_box, last_fence
 from vlm_agents.config import PromptConfig
 from vlm_agents.errors import ConfigError
 from vlm_agents.pictures import Picture
@@ -132,3 +135,12 @@ def test_without_a_tool_it_is_told_of_none() -> None:
 def test_a_chat_without_its_past_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="history=none would leave out what was asked"):
         PromptConfig(format=name, history="none")
+
+
+@pytest.mark.parametrize("loop", ["\\boxed{", "```python\n", "{\\boxed{a"])
+def test_a_reply_that_loops_is_read_at_once(loop: str):
+    text = loop * 4000
+    began = time.monotonic()
+    assert last_box(text, 0, len(text)) is None
+    last_fence(text, 0, len(text))
+    assert time.monotonic() - began < 1  # 20 s, where each box and fence looked for its own end

@@ -201,6 +201,17 @@ def test_the_command_prints_json(tmp_path: Path) -> None:
     assert told["error"].endswith("ZeroDivisionError: division by zero\n")
 
 
+def test_the_command_names_the_file_that_it_cant_read(tmp_path: Path) -> None:
+    latin = tmp_path / "latin.py"
+    latin.write_bytes(b"print('\xe9')")
+    for program in (latin, tmp_path / "gone.py"):
+        done = subprocess.run(
+            [sys.executable, "-m", "vlm_agents.sandbox", str(program)], capture_output=True, text=True
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: can't read {program} (")
+
+
 @pytest.mark.parametrize("isolation", KINDS[:1])
 def test_hostile_programs_are_contained(needs: Needs, isolation: Isolation) -> None:
     needs(isolation)

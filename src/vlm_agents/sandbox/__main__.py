@@ -18,12 +18,17 @@ def main() -> int:
         kind = type(field.default)
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help="%(default)s")
     asked = vars(parser.parse_args())
+    program = asked.pop("program")
     try:
-        code = asked.pop("program").read_text()
+        code = program.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        print(f"error: can't read {program} ({error}): name a file of Python in UTF-8", file=sys.stderr)
+        return 2
+    try:
         with Sandbox(SandboxSettings(**asked)) as sandbox, sandbox.open() as session:
             result = session.run(code)
-    except (VlmAgentsError, OSError, UnicodeDecodeError) as error:
-        print(error, file=sys.stderr)
+    except (VlmAgentsError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     told = {"text": result.text, "images": len(result.images), "error": result.error, "isolated": result.isolated}
     print(json.dumps(told | {"seconds": round(result.seconds, 4)}))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from vlm_agents.config import CollectConfig, RunConfig
 from vlm_agents.episodes import EpisodeWriter, read_episodes
+from vlm_agents.errors import TrainingError
 from vlm_agents.policies import NoisyPolicy
 from vlm_agents.progress import say, track
 from vlm_agents.rater import Rater
@@ -80,13 +81,14 @@ def record(
 ) -> int:
     """Rate and write the episodes, in the rank that has a writer: else each would ask a remote rater. How many were
     left out, as nobody could judge their answers: should the run be stopped, they are played again."""
-    unscored = 0
+    unscored, why = 0, ""
     for trajectory in played:
-        unscored += trajectory.stop == "unscored"
-        if writer and trajectory.stop != "unscored":
+        if trajectory.stop == "unscored":
+            unscored, why = unscored + 1, why or str(trajectory.error)
+        elif writer:
             writer.append(rated(trajectory, ratings(trajectory.turns, stage, client)))
     if unscored:
-        say(f"{unscored} episodes were left out, whose answers nobody could judge")
+        say(f"{unscored} episodes were left out, whose answers nobody could judge. The first: {why}")
     return unscored
 
 
@@ -94,14 +96,20 @@ def conclude(
     cfg: RunConfig, stage: CollectConfig, run: Run, client: ChatClient | None, unscored: int
 ) -> dict[str, float]:
     """Metrics and report of all episodes that are there, and the run's end."""
-    metrics = {"collect/episodes": float(stage.episodes)}
+    there = stage.episodes - unscored
+    if not there:
+        raise TrainingError(
+            f"none of {unscored} episodes was judged, so that there is nothing to learn from: see to the server, then "
+            "give the same command again"
+        )
+    metrics = {"collect/episodes": float(there)}
     metrics |= summarise(read_episodes(run.dir, pictures=False), "collect") | {"collect/unscored": float(unscored)}
     if client:
         metrics |= {f"collect/{name}": count for name, count in client.counts().items()}
         unrated = tell_unread(run.dir, client, stage.policy == "remote", stage.rater == "remote")
         if stage.rater == "remote":
             metrics["collect/unrated"] = float(unrated)
-    tell(cfg, metrics, stage.episodes, run.path("episodes.jsonl"))
+    tell(cfg, metrics, there, run.path("episodes.jsonl"))
     run.log(0, metrics)
     album = Album()
     for trajectory in islice(read_episodes(run.dir), LOOKED_AT):

@@ -76,9 +76,12 @@ def inside(folder: Path, name: Any) -> Path:
     path = files.inside(folder, name)
     if path is None:
         raise DataError(
-            f"the picture {short(name)} lies outside of {os.path.abspath(folder)}: name a folder above it, or remove "
-            "the row"
+            f"the picture {short(name)} lies outside of {os.path.abspath(folder)}: name a folder above it "
+            "(env.pictures), or remove the row"
         )
     if not os.path.isfile(path):
-        raise DataError(f"no picture {short(name)} in {folder}: put it there, or name the folder that paths start from")
+        raise DataError(
+            f"no picture {short(name)} in {folder}: put it there, or name the folder that paths start from "
+            "(env.pictures)"
+        )
     return path
