@@ -71,6 +71,13 @@ REFEREE = {
         "share of answers", "answers that rules couldn't judge, so that a server was asked; of those with a verdict"
     ),
 }
+OWN = {  # of some envs
+    "tool_calls": Metric("turns", "turns with code, of visual search", "neither 0 nor all of env.max_steps"),
+    "tool_pictures": Metric("pictures", "pictures that code showed"),
+    "tool_error_rate": Metric("share of calls", "code that raised or was ended, where there was code", "falls"),
+    "seconds_tool": Metric("seconds a call", "how long code took"),
+    "goal_conditions": Metric("share", "conditions of the goal that were met at the end, of ALFWorld", "rises"),
+}
 BOUNDS = {
     f"{share}_{bound}": Metric("share of episodes", f"{end} end of the 95 % interval (Wilson) of {share}")
     for share in ("success", "positive_return")
@@ -91,6 +98,7 @@ GROUPS = {
         "`_before`: before training. What else an env measures of an episode stands here, and in the other groups of "
         "episodes, under the env's own name.",
         EPISODES
+        | OWN
         | REFEREE
         | BOUNDS
         | BY_TAG
@@ -101,6 +109,7 @@ GROUPS = {
         "Rollout",
         "Over the episodes that an iteration of stage=ppo collects, before it learns from them.",
         EPISODES
+        | OWN
         | REFEREE
         | {
             "env_steps": Metric("turns", "turns played in training so far, this iteration's too"),

@@ -97,7 +97,7 @@ def test_limits_are_told() -> None:
     step = env.step(fenced("for x in (1, 2, 3):\n    image_clue_0.resize((x, x)).show()"))
     assert words(step.observation) == (
         "Image Result:\n<image_clue_1>[1x1]</image_clue_1>\nImage Result:\n<image_clue_2>[2x2]</image_clue_2>\n"
-        "1 pictures more are not shown: there are at most 2."
+        "At most 2 pictures are shown: 1 left out."
     )
     step = env.step(None)
     assert words(step.observation) == "Write Python to be run, or the answer."

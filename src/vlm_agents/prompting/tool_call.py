@@ -12,6 +12,7 @@ The whole chat is shown, what code gave in turns of its own. The action is the f
 
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from vlm_agents.blocks import BOX, boxed, fenced, last_box, last_fence
 from vlm_agents.config import PromptConfig
@@ -31,8 +32,7 @@ TOOL_RULE = f"""Think first. Then write either Python to be run:
 or, to end, the answer:
 {ANSWER}"""
 ANSWER_RULE = f"Think first. Then write the answer:\n{ANSWER}"
-BLOCK = re.compile(r"<(code|answer)>(.*?)</\1>", re.DOTALL)
-OPEN = re.compile(r"<(?:code|answer)>")
+OPEN = re.compile(r"<(code|answer)>")
 
 
 class ToolCall:
@@ -56,8 +56,8 @@ class ToolCall:
 
     def parse(self, text: str, legal_actions: LegalActions) -> Parsed:
         start, error = answer_start(text)
-        blocks = [] if error else list(BLOCK.finditer(text, start))
-        kind, span, begin = _block(text, blocks[-1]) if blocks else _bare(text, start)
+        block = None if error else last_block(text, start)
+        kind, span, begin = _block(text, block) if block else _bare(text, start)
         thought = (0, begin) if kind and begin else (0, start) if start else None
         if error or kind is None:
             cut = OPEN.search(text, start)
@@ -87,12 +87,33 @@ def _response(parts: tuple[Part, ...]) -> tuple[Part, ...]:
     return "<tool_response>\n<interpreter>\n", *parts, "\n</interpreter>\n</tool_response>"
 
 
-def _block(text: str, block: re.Match[str]) -> tuple[str, Span, int]:
-    """What a block is, where that which it says stands, and where the block begins."""
-    kind, (begin, end) = block[1], block.span(2)
-    if kind == "code":
-        return kind, last_fence(text, begin, end) or (begin, end), block.start()
-    return kind, last_box(text, begin, end) or (begin, end), block.start()
+class Block(NamedTuple):
+    """A `code` or `answer`, where that which it says stands, and where the block begins."""
+
+    kind: str
+    inside: Span
+    start: int
+
+
+def last_block(text: str, start: int) -> Block | None:
+    """Of those one after another, each ended by the first end of its kind. In linear time: a model may write an opening
+    again and again, and what has no end once has none later."""
+    found, endless = None, set[str]()
+    while opened := OPEN.search(text, start):
+        kind, start = opened[1], opened.end()
+        end = -1 if kind in endless else text.find(f"</{kind}>", start)
+        if end < 0:
+            endless.add(kind)
+            continue
+        found = Block(kind, (start, end), opened.start())
+        start = end + len(f"</{kind}>")
+    return found
+
+
+def _block(text: str, block: Block) -> tuple[str, Span, int]:
+    """What a block is, where its code or answer stands, and where the block begins."""
+    last = last_fence if block.kind == "code" else last_box
+    return block.kind, last(text, *block.inside) or block.inside, block.start
 
 
 def _bare(text: str, start: int) -> tuple[str | None, Span, int]:

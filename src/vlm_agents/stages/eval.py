@@ -87,6 +87,8 @@ def tell(found: Iterable[Result], metrics: Mapping[str, float]) -> None:
         figures = {"success (95 %)": f"{share:.3f} [{low:.3f}, {high:.3f}]"}
         figures |= {words: f"{value:.3f}" for words, value in result.others.items() if value is not None}
         say("  ".join(f"{words}: {figure}" for words, figure in {"policy": result.policy, **figures}.items()))
+    if errors := metrics.get("eval/env_errors"):
+        say(f"in no figure: {errors:.0f} episodes that an error of the env ended; the warnings above say which")
     for tag, values in by_tag(metrics).items():
         shares = (f"{value} {share:.3f} ({episodes})" for value, (share, episodes) in values.items())
         say(f"success by {tag} (episodes): {', '.join(shares)}")

@@ -151,7 +151,7 @@ class VisualSearch:
                 text.line("Image Result:\n")
                 self._show(text, place, picture, self.side)
         if left_out:
-            text.line(f"{left_out} pictures more are not shown: there are at most {self.cfg.max_pictures}.")
+            text.line(f"At most {self.cfg.max_pictures} pictures are shown: {left_out} left out.")
         elif not text:
             text.line("Nothing was printed or shown.")
 

@@ -1,6 +1,7 @@
 """Where an env's questions come from: made-up scenes, or files. A seed decides which one is asked."""
 
 import logging
+import multiprocessing
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from vlm_agents.envs.visual_search.question import Question
 from vlm_agents.envs.visual_search.rows import refuse
 from vlm_agents.envs.visual_search.scene import Scene
 from vlm_agents.errors import DataError
+from vlm_agents.progress import say
 from vlm_agents.seeds import held_out, panel_seeds, stable_hash
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,8 @@ class Files:
     def __call__(self, seed: int) -> Asked:
         if held_out(seed):
             place = self._places.get(seed)
+            if place is None:
+                _tell_repeats(len(self._held_out_rows))
             place = stable_hash("row", seed) % len(self._held_out_rows) if place is None else place
             return self._held_out_rows[place], None
         return self._train_rows[stable_hash("row", seed) % len(self._train_rows)], None
@@ -65,7 +69,10 @@ class Files:
 
     @cached_property
     def _held_out_rows(self) -> list[Question]:
-        return self._read("env.eval_data", self._held_out, "held out")
+        found = self._read("env.eval_data", self._held_out, "held out")
+        if multiprocessing.parent_process() is None:  # else each worker would say it
+            say(f"{len(found)} held-out questions: a panel of as many (stage.episodes) asks each once")
+        return found
 
     @cached_property
     def _places(self) -> dict[int, int]:
@@ -93,6 +100,16 @@ def read(path: Path, changed: int, folder: Path | None, skip_bad: bool) -> tuple
     if reader is read_parquet:
         return tuple(read_parquet(path, broken=broken))
     return tuple(reader(path, folder=folder, broken=broken))
+
+
+@cache
+def _tell_repeats(count: int) -> None:
+    logger.warning(
+        "there are %d held-out questions, and a panel of more asks some again, as if they were others: "
+        "stage.episodes=%d asks each once",
+        count,
+        count,
+    )
 
 
 def _told(error: DataError) -> None:
