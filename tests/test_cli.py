@@ -60,7 +60,7 @@ BAD = [
     ("stage=preprocess stage.data=here", "stage.data: Invalid value", "For example stage.data=["),
     ("stage=ppo seed=null", "seed: field 'seed' is not Optional", "For example seed=0"),
     ("stage=ppo seed=1,2", "seed=1,2: -m runs each value", "is one word"),
-    ("stage=ppo env=null", "env=null: no such option", "Options: blackjack, custom, echo"),
+    ("stage=ppo env=null", "env=null: no such option", "Options: alfworld, blackjack, custom"),
     ("stage=ppo ~env", "env has no value", "give env="),
     ("stage=sft stage.data=???", "stage.data has no value", "give stage.data="),
     (
