@@ -12,8 +12,8 @@ from vlm_agents.env_pool import EnvPool
 from vlm_agents.envs import make_env
 from vlm_agents.envs.visual_search.env import VisualSearch, reduced
 from vlm_agents.errors import DataError, EnvError
-from vlm_agents.experts import NoExpert
-from vlm_agents.experts.visual_search import VisualSearchExpert
+from vlm_agents.experts import Advised, NoExpert
+from vlm_agents.experts.visual_search import Guesser, VisualSearchExpert
 from vlm_agents.pictures import Picture
 from vlm_agents.seeds import panel_seeds
 from vlm_agents.types import Claim, Observation, Step
@@ -172,6 +172,20 @@ def test_the_expert_is_there_where_it_can_see(files: dict[str, str]) -> None:
         with pytest.raises(NoExpert, match="an expert of made-up scenes"):
             VisualSearchExpert(env_of(**lacking))
     VisualSearchExpert(env_of(max_pictures=0, tool=False))
+
+
+def test_a_guesser_answers_at_once_and_is_right_by_chance() -> None:
+    """One of four options: of 200 questions 50 by the mean, and 32 to 68 with three standard deviations of 6.1."""
+    game = env_of(level="tiny")
+    env = Advised(game, Guesser(game))
+    right = 0
+    for seed in range(200):
+        advice = env.reset(seed).advice
+        assert advice
+        claim = env.step(advice.action).claim
+        assert claim
+        right += claim.answer == claim.right
+    assert 32 <= right <= 68
 
 
 def test_a_reduced_picture_keeps_its_shape() -> None:

@@ -12,6 +12,7 @@ from vlm_agents.envs.visual_search.env import VisualSearch
 from vlm_agents.envs.visual_search.question import Box
 from vlm_agents.envs.visual_search.scene import LEGIBLE, Card, Scene, Shape
 from vlm_agents.experts import NoExpert
+from vlm_agents.seeds import stable_hash
 from vlm_agents.types import Advice
 
 ROUND = 10  # pixels that a box around a card is rounded to
@@ -66,6 +67,19 @@ class VisualSearchExpert:
 
     def _next(self) -> Advice | None:
         return Advice(self.plan[0].thought, self.plan[0].action, len(self.plan)) if self.plan else None
+
+
+class Guesser(VisualSearchExpert):
+    """Answers at once, one of the options as the seed has it: how an agent plays that doesn't look, for demonstrations
+    that are no better (`env.expert=vlm_agents.experts.visual_search:Guesser`). None where there are no options."""
+
+    def start(self) -> Advice | None:
+        scene = self.env.scene
+        assert scene
+        options = scene.options
+        guesses = [options[stable_hash("guess", scene.seed) % len(options)]] if options else []
+        self.plan = [Saying("I guess.", answer=guess) for guess in guesses]
+        return self._next()
 
 
 def solve(scene: Scene, side: int | None = None) -> list[Saying]:
