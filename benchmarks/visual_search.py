@@ -1,6 +1,7 @@
 """A tiny model learns to look closer by Python: `python benchmarks/visual_search.py [--only clone|train|eval]`.
 
-* clone: the expert's episodes, the packaged weights with a tokenizer that knows such chats, and one clone of them.
+* clone: episodes of the expert, and half as many of one that guesses without a look; the packaged weights with a
+  tokenizer that knows such chats; and one clone of both, which looks now and then.
 * train: the clone on the reward, three seeds, by algo=oversample_rank.
 * eval: the clone and each of the trained on held-out scenes, with Python and, in equal time, without; beside them a
   clone that was taught to answer at once: what can be told from the reduced picture.
@@ -19,7 +20,8 @@ from vlm_agents.models.adapters import SHIPPED
 
 OUT = Path("outputs/visual_search")
 SEEDS = (0, 1, 2)
-EPISODES, PANEL = 12000, 400  # of the expert; held-out scenes
+EPISODES, GUESSED, PANEL = 12000, 6000, 400  # of the expert; of one that guesses; held-out scenes
+GUESSER = "env.expert=vlm_agents.experts.visual_search:Guesser"
 BLIND = ("env.tool=false", "prompt=boxed")
 MODEL = f"model.path={OUT / 'tiny'}"
 
@@ -30,8 +32,13 @@ def job(folder: str, stage: str, *words: str, after: tuple[Job, ...] = ()) -> Jo
 
 
 def chats(name: str, *words: str) -> Job:
-    collect = job(f"{name}/collect", "collect", f"stage.episodes={EPISODES}", *words)
-    return job(f"{name}/preprocess", "preprocess", f"stage.data=[{collect.folder}]", after=(collect,))
+    """Those of the expert, and, where there is a tool to be used or not, those of one that guesses: right or wrong."""
+    sources = [job(f"{name}/collect", "collect", f"stage.episodes={EPISODES}", *words)]
+    if not words:
+        guessed = (f"stage.episodes={GUESSED}", "seed=1", GUESSER)
+        sources.append(job(f"{name}/guessed", "collect", *guessed))
+    data = f"stage.data=[{','.join(str(source.folder) for source in sources)}]"
+    return job(f"{name}/preprocess", "preprocess", data, "stage.success_only=false", after=tuple(sources))
 
 
 def clone(name: str, *words: str) -> Job:
