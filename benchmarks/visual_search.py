@@ -38,7 +38,7 @@ def chats(name: str, *words: str) -> Job:
         guessed = (f"stage.episodes={GUESSED}", "seed=1", GUESSER)
         sources.append(job(f"{name}/guessed", "collect", *guessed))
     data = f"stage.data=[{','.join(str(source.folder) for source in sources)}]"
-    return job(f"{name}/preprocess", "preprocess", data, "stage.success_only=false", after=tuple(sources))
+    return job(f"{name}/preprocess", "preprocess", data, after=tuple(sources))
 
 
 def clone(name: str, *words: str) -> Job:
