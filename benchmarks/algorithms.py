@@ -11,7 +11,6 @@ Every conf/algo on four games, from the weights that ship with the package, unti
 A run that is there is not run again, so the command goes on where it was stopped. One core a job.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-from jobs import Job, play_all
+from jobs import Job, play_parts
 
 from vlm_agents.config import groups
 
@@ -117,13 +116,7 @@ def searched(folder: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
-    parts = {"search": searches, "final": finals, "thoughts": thoughts}
-    parser.add_argument("--only", choices=parts, help="that part alone")
-    asked = parser.parse_args()
-    for name in [asked.only] if asked.only else parts:
-        play_all(list(parts[name]()), asked.jobs)
+    play_parts(__doc__, {"search": searches, "final": finals, "thoughts": thoughts})
 
 
 if __name__ == "__main__":

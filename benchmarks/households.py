@@ -6,15 +6,10 @@ knows such chats, a clone of them, three seeds of PPO, and held-out layouts befo
 What is there is not run again, so the command goes on where it was stopped.
 """
 
-import argparse
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
-from jobs import Job, play, play_all
-
-from vlm_agents.models.adapters import SHIPPED
+from jobs import Job, make_tiny, play_parts
 
 OUT = Path("outputs/alfworld")
 VIEWS, SEEDS, PANEL = ("text", "image"), (0, 1, 2), 300
@@ -32,17 +27,6 @@ def model(view: str) -> str:
 def chats(view: str) -> Job:
     collect = job("collect", "collect", view)
     return job("preprocess", "preprocess", view, f"stage.data=[{collect.folder}]", after=(collect,))
-
-
-def make_tiny(view: str) -> None:
-    """The packaged tiny model, its tokenizer's words those of the chats."""
-    folder, data = OUT / view / "tiny", chats(view)
-    play(data)
-    if not (folder / "config.json").exists():
-        path = data.folder / "train.parquet"
-        subprocess.run(
-            [sys.executable, "-m", "vlm_agents.models.tiny", str(folder), str(path), str(SHIPPED)], check=True
-        )
 
 
 def cloned() -> list[Job]:
@@ -65,16 +49,13 @@ def evaluated() -> list[Job]:
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
-    parts = {"clone": cloned, "train": trained, "eval": evaluated}
-    parser.add_argument("--only", choices=parts, help="that part alone")
-    asked = parser.parse_args()
+def make_tinies() -> None:
     for view in VIEWS:
-        make_tiny(view)
-    for name in [asked.only] if asked.only else parts:
-        play_all(parts[name](), asked.jobs)
+        make_tiny(OUT / view / "tiny", chats(view))
+
+
+def main() -> None:
+    play_parts(__doc__, {"clone": cloned, "train": trained, "eval": evaluated}, make_tinies)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """Runs of the benchmarks: each in its folder, played once, after those that it needs."""
 
+import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+from vlm_agents.models.adapters import SHIPPED
 
 
 class Job(NamedTuple):
@@ -37,3 +40,25 @@ def play_all(jobs: Sequence[Job], at_once: int) -> None:
         play(needed)
     with ThreadPoolExecutor(at_once) as pool:
         list(pool.map(play, jobs))
+
+
+def make_tiny(folder: Path, data: Job) -> None:
+    """The packaged tiny model, its tokenizer's words those of the chats that `data` makes."""
+    play(data)
+    if not (folder / "config.json").exists():
+        chats = data.folder / "train.parquet"
+        command = [sys.executable, "-m", "vlm_agents.models.tiny", str(folder), str(chats), str(SHIPPED)]
+        subprocess.run(command, check=True)
+
+
+def play_parts(
+    doc: str | None, parts: Mapping[str, Callable[[], Iterable[Job]]], before: Callable[[], None] = lambda: None
+) -> None:
+    """The command line of a benchmark: all its parts in order, or `--only` one; `before` makes what they all need."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
+    parser.add_argument("--only", choices=parts, help="that part alone")
+    asked = parser.parse_args()
+    before()
+    for name in [asked.only] if asked.only else parts:
+        play_all(list(parts[name]()), asked.jobs)

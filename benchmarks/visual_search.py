@@ -9,14 +9,9 @@
 What is there is not run again, so the command goes on where it was stopped.
 """
 
-import argparse
-import subprocess
-import sys
 from pathlib import Path
 
-from jobs import Job, play, play_all
-
-from vlm_agents.models.adapters import SHIPPED
+from jobs import Job, make_tiny, play_parts
 
 OUT = Path("outputs/visual_search")
 SEEDS = (0, 1, 2)
@@ -46,17 +41,6 @@ def clone(name: str, *words: str) -> Job:
     return job(f"{name}/sft", "sft", MODEL, f"stage.data={data.folder}", after=(data,))
 
 
-def make_tiny() -> None:
-    """The packaged tiny model, its tokenizer's words those of the chats of both clones."""
-    folder, data = OUT / "tiny", chats("clone")
-    play(data)
-    if not (folder / "config.json").exists():
-        path = data.folder / "train.parquet"
-        subprocess.run(
-            [sys.executable, "-m", "vlm_agents.models.tiny", str(folder), str(path), str(SHIPPED)], check=True
-        )
-
-
 def trained() -> list[Job]:
     start = f"stage.init={OUT / 'clone/sft'}"
     return [job(f"trained/{seed}", "ppo", MODEL, f"seed={seed}", start, "stage.eval_episodes=0") for seed in SEEDS]
@@ -70,19 +54,13 @@ def evaluated() -> list[Job]:
     return [*jobs, job("eval/blind", "eval", *blind)]
 
 
+def clones() -> list[Job]:
+    return [clone("clone"), clone("blind", *BLIND)]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
-    parts = {
-        "clone": lambda: [clone("clone"), clone("blind", *BLIND)],
-        "train": trained,
-        "eval": evaluated,
-    }
-    parser.add_argument("--only", choices=parts, help="that part alone")
-    asked = parser.parse_args()
-    make_tiny()
-    for name in [asked.only] if asked.only else parts:
-        play_all(parts[name](), asked.jobs)
+    parts = {"clone": clones, "train": trained, "eval": evaluated}
+    play_parts(__doc__, parts, lambda: make_tiny(OUT / "tiny", chats("clone")))
 
 
 if __name__ == "__main__":

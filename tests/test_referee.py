@@ -364,17 +364,19 @@ def quiz(run_stage: RunStage, server: Server, tmp_path: Path) -> Callable[..., P
     return run
 
 
+COLLECTED = (
+    "stage=collect",
+    "stage.policy=random",
+    "stage.rater=none",
+    "referee.max_unscored=1",
+    "referee.rules=false",
+)
+
+
 def test_collected_episodes_are_those_on_file(quiz: Callable[..., Path], server: Server):
     """Those that nobody could judge aren't among them, and where they are all, it is said so."""
     server.answer = lambda request: Answer(400) if said(request) == "navy" else fair(request)
-    words = (
-        "stage=collect",
-        "stage.policy=random",
-        "stage.rater=none",
-        "referee.max_unscored=1",
-        "referee.rules=false",
-    )
-    folder = quiz(*words, "env.kwargs={words: true}", "stage.episodes=20")
+    folder = quiz(*COLLECTED, "env.kwargs={words: true}", "stage.episodes=20")
     metrics = json.loads((folder / "summary.json").read_text())["metrics"]
     assert 0 < metrics["collect/unscored"] < 20
     assert metrics["collect/episodes"] == len(list(read_episodes(folder))) == 20 - metrics["collect/unscored"]
@@ -383,17 +385,10 @@ def test_collected_episodes_are_those_on_file(quiz: Callable[..., Path], server:
 def test_where_no_answer_was_judged_nothing_was_collected(quiz: Callable[..., Path], server: Server):
     asked = iter(("1",))  # before anything is played
     server.answer = lambda request: next(asked, "maybe")
-    words = (
-        "stage=collect",
-        "stage.policy=random",
-        "stage.rater=none",
-        "referee.max_unscored=1",
-        "referee.rules=false",
-    )
     with pytest.raises(
         TrainingError, match=r"^none of 3 episodes was judged, .*: see to the server, then give the same"
     ):
-        quiz(*words, "env.kwargs={words: true}", "stage.episodes=3")
+        quiz(*COLLECTED, "env.kwargs={words: true}", "stage.episodes=3")
 
 
 def test_a_panel_is_judged(quiz: Callable[..., Path], server: Server):

@@ -104,10 +104,11 @@ class Planner:
         self.kind_of = {name: kind for name in ("objecttype", "receptacletype") for _, name, kind in pairs(name)}
         self.openable = {place for _, place in pairs("openable")}
         self.opened = frozenset(place for _, place in pairs("opened"))
-        self.takeable = {thing for _, thing in pairs("pickupable")}
+        takeable = {thing for _, thing in pairs("pickupable")}
         self.fits = {(place, thing) for _, place, thing in pairs("cancontain")}
+        (_, _, self.here), *_ = pairs("atlocation")
         self.held = next((thing for _, _, thing in pairs("holds")), "")
-        self.wanted = self._of(f"{game.named('object_target')}type") & self.takeable
+        self.wanted = self._of(f"{game.named('object_target')}type") & takeable
         self.parents = self._of(f"{game.named('parent_target')}type") & self.spot.keys()
         self.lamps = {thing for thing in self._of(f"{game.named('toggle_target')}type") if thing in self.inside}
         self.state, appliance = STATES.get(game.kind, ("", ""))
@@ -125,9 +126,8 @@ class Planner:
         """The steps of a shortest way; empty where there is none."""
         done = frozenset(thing for _, thing in self.world.state.with_predicate(self.state or "none"))
         lit = frozenset(thing for _, thing in self.world.state.with_predicate("istoggled")) & self.lamps
-        (_, _, here), *_ = self.world.state.with_predicate("atlocation")
         places = tuple("" if thing == self.held else self.inside.get(thing, "nowhere") for thing in self.things)
-        start = Standing(here, self.held, places, self.opened, done, lit)
+        start = Standing(self.here, self.held, places, self.opened, done, lit)
         came: dict[Standing, tuple[Standing, Step] | None] = {start: None}
         frontier = [start]
         for now in frontier:  # grows while it is read: a queue
@@ -213,11 +213,10 @@ class Planner:
     def _easiest(self, places: set[str], beside: set[str]) -> set[str]:
         """A few of places that are equal but for what it takes to use them, and one at each spot where it may be
         anyway."""
-        (_, _, here), *_ = self.world.state.with_predicate("atlocation")
         closed = self.openable - self.opened
-        ranked = sorted(places, key=lambda place: (place in closed, self.spot[place] != here, place))
+        ranked = sorted(places, key=lambda place: (place in closed, self.spot[place] != self.here, place))
         near = {self.spot[place]: place for place in reversed(ranked)}  # the easiest at each spot
-        return {*ranked[:ENOUGH], *(near[spot] for spot in beside | {here} if spot in near)}
+        return {*ranked[:ENOUGH], *(near[spot] for spot in beside | {self.here} if spot in near)}
 
     def _of(self, kind: str) -> set[str]:
         return {name for name, one in self.kind_of.items() if one == kind}

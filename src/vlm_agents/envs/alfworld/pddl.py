@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -264,11 +265,17 @@ def _needed(condition: Condition) -> Iterator[Atom]:
 def read_problem(domain: str, problem: str) -> Problem:
     """DataError for what is no PDDL, or has more in it than is known here."""
     try:
-        return _Reader(_tree(domain)).problem(_tree(problem))
+        return _reader(domain).problem(_tree(problem))
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"its PDDL can't be read ({type(error).__name__}: {short(str(error))}): fetch it again"
         ) from error
+
+
+@lru_cache(maxsize=16)
+def _reader(domain: str) -> "_Reader":
+    """All games have one of a few domains."""
+    return _Reader(_tree(domain))
 
 
 def _tree(text: str) -> list[Any]:
