@@ -49,8 +49,10 @@ study: setup ## every algorithm on four games, side by side (hours; goes on wher
 	$(COMPARE) outputs/algorithms/final
 
 extras: setup ## every extra in this one environment, and the tests that hold ALFWorld against TextWorld (compiles for minutes)
-	$(BIN)/python -m pip install -e '.[alfworld,math,sandbox,serve,tensorboard,wandb]'
-	$(BIN)/python -c "import alfworld, fast_downward, textworld, math_verify, skimage, tensorboardX, wandb, vlm_agents"
+	$(BIN)/python -m pip install --dry-run --quiet '.[alfworld,math,sandbox,serve,tensorboard,wandb]' # they agree
+	@# torchvision alone is left out: PyPI's can't be imported beside a CPU build of torch, nor transformers beside it
+	$(BIN)/python -m pip install -e '.[alfworld,math,sandbox,tensorboard,wandb]' 'transformers[serving]>=5.23'
+	$(BIN)/python -c "import alfworld, fast_downward, textworld, math_verify, skimage, tensorboardX, wandb, fastapi, openai, uvicorn, vlm_agents"
 	$(BIN)/python -m pytest -q -m alfworld
 
 compare: setup ## finished runs held against each other: RUNS=multirun/<name>/ppo, or any words of the command
