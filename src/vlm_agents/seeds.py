@@ -4,7 +4,12 @@ Numbers alone: no env, no policy and no run is known here.
 """
 
 import hashlib
+import logging
+from collections.abc import Mapping
+from functools import cache
 from typing import NamedTuple
+
+logger = logging.getLogger(__name__)
 
 TRAINING_SEEDS = 2**30  # training seeds lie below, held-out panels at or above it: disjoint by construction
 
@@ -37,3 +42,33 @@ def panel_seeds(env_id: str, n: int) -> list[int]:
 def held_out(seed: int) -> bool:
     """Is it kept for panels, and never trained on?"""
     return seed >= TRAINING_SEEDS
+
+
+def row(seed: int, env_id: str, count: int) -> int:
+    """Which of an env's `count` rows (questions, games of files) a seed stands for.
+
+    Of rows that are held out, the first panel seeds are all in their order: a panel of as many asks each once, and a
+    larger one is told that it asks some again.
+    """
+    if not held_out(seed):
+        return stable_hash("row", seed) % count
+    place = _places(env_id, count).get(seed)
+    if place is None:
+        _tell_repeats(count)
+        return stable_hash("row", seed) % count
+    return place
+
+
+@cache
+def _places(env_id: str, count: int) -> Mapping[int, int]:
+    return {seed: place for place, seed in enumerate(panel_seeds(env_id, count))}
+
+
+@cache
+def _tell_repeats(count: int) -> None:
+    logger.warning(
+        "there are %d held-out ones, and a panel of more asks some again, as if they were others: "
+        "stage.episodes=%d asks each once",
+        count,
+        count,
+    )

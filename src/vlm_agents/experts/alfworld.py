@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from vlm_agents.envs.alfworld.env import AlfWorld
-from vlm_agents.envs.alfworld.goals import KINDS, LIGHT, STATES, TWO
+from vlm_agents.envs.alfworld.goals import KINDS, LIGHT, TREATMENTS, TWO
 from vlm_agents.envs.alfworld.world import World
 from vlm_agents.experts import NoExpert
 from vlm_agents.types import Advice
@@ -111,20 +111,17 @@ class Planner:
         self.wanted = self._of(f"{game.named('object_target')}type") & takeable
         self.parents = self._of(f"{game.named('parent_target')}type") & self.spot.keys()
         self.lamps = {thing for thing in self._of(f"{game.named('toggle_target')}type") if thing in self.inside}
-        self.state, appliance = STATES.get(game.kind, ("", ""))
-        self.appliances = self._of(f"{appliance}type") & self.spot.keys()
+        self.treatment = TREATMENTS.get(game.kind)
+        self.appliances: set[str] = set()
         self.things = sorted(self.wanted | ({self.held} - {""}))
-        if self.state:
-            able = {thing for _, thing in pairs(f"{self._verb}able")}
-            self.wanted &= able
-
-    @property
-    def _verb(self) -> str:
-        return {"isclean": "clean", "ishot": "heat", "iscool": "cool"}[self.state]
+        if self.treatment:
+            self.appliances = self._of(f"{self.treatment.appliance.lower()}type") & self.spot.keys()
+            self.wanted &= {thing for _, thing in pairs(f"{self.treatment.verb}able")}
 
     def way(self) -> list[Step]:
         """The steps of a shortest way; empty where there is none."""
-        done = frozenset(thing for _, thing in self.world.state.with_predicate(self.state or "none"))
+        state = self.treatment.state if self.treatment else "none"
+        done = frozenset(thing for _, thing in self.world.state.with_predicate(state))
         lit = frozenset(thing for _, thing in self.world.state.with_predicate("istoggled")) & self.lamps
         places = tuple("" if thing == self.held else self.inside.get(thing, "nowhere") for thing in self.things)
         start = Standing(self.here, self.held, places, self.opened, done, lit)
@@ -155,7 +152,7 @@ class Planner:
         return bool(placed)
 
     def _counts(self, thing: str, place: str, now: Standing) -> bool:
-        return thing in self.wanted and place in self.parents and (not self.state or thing in now.done)
+        return thing in self.wanted and place in self.parents and (not self.treatment or thing in now.done)
 
     def _at(self, thing: str, now: Standing) -> bool:
         return self.spot.get(self.inside.get(thing, "")) == now.here
@@ -174,8 +171,9 @@ class Planner:
             yield from by_hand
         elif by_hand:
             yield Step("openobject", "", place), now._replace(opened=now.opened | {place}, due=place)
-        if place in self.appliances and now.held in self.wanted - now.done:
-            yield Step(f"{self._verb}object", now.held, place), now._replace(done=now.done | {now.held}, due="")
+        if self.treatment and place in self.appliances and now.held in self.wanted - now.done:
+            step = Step(f"{self.treatment.verb}object", now.held, place)
+            yield step, now._replace(done=now.done | {now.held}, due="")
         for lamp in sorted(self.lamps - now.lit):
             if self.inside[lamp] == place:
                 yield Step("toggleobject", lamp, place), now._replace(lit=now.lit | {lamp}, due="")

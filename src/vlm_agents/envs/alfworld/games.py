@@ -11,7 +11,7 @@ from vlm_agents.envs.alfworld.game import Game, read_game, read_task, solvable
 from vlm_agents.envs.alfworld.generator import generate
 from vlm_agents.envs.alfworld.goals import KINDS
 from vlm_agents.errors import DataError
-from vlm_agents.seeds import held_out, panel_seeds, stable_hash
+from vlm_agents.seeds import held_out, row, stable_hash
 
 GAME = "game.tw-pddl"
 HOME = "ALFWORLD_DATA"
@@ -27,10 +27,7 @@ def games(cfg: AlfWorldConfig) -> Callable[[int], Game]:
 
 
 class Files:
-    """Games of the split `train` for training seeds, of `held_out` for the others.
-
-    The first panel seeds are the held-out games, so that a panel of as many plays each once.
-    """
+    """Games of the split `train` for training seeds, of `held_out` for the others."""
 
     def __init__(self, env_id: str, data: str, held_out: str, kinds: Sequence[str]) -> None:
         self._env_id, self._kinds = env_id, tuple(kinds)
@@ -44,11 +41,8 @@ class Files:
                 )
 
     def __call__(self, seed: int) -> Game:
-        if not held_out(seed):
-            return read_game(self._train[stable_hash("game", seed) % len(self._train)], self._root)
-        place = self._places.get(seed)
-        place = stable_hash("game", seed) % len(self._held_out) if place is None else place
-        return read_game(self._held_out[place], self._root)
+        paths = self._held_out if held_out(seed) else self._train
+        return read_game(paths[row(seed, self._env_id, len(paths))], self._root)
 
     @cached_property
     def _train(self) -> tuple[Path, ...]:
@@ -57,10 +51,6 @@ class Files:
     @cached_property
     def _held_out(self) -> tuple[Path, ...]:
         return found(self._splits["held out"], self._kinds)
-
-    @cached_property
-    def _places(self) -> dict[int, int]:
-        return {seed: place for place, seed in enumerate(panel_seeds(self._env_id, len(self._held_out)))}
 
 
 @cache

@@ -16,16 +16,14 @@ from typing import Any, NamedTuple
 
 from vlm_agents.draws import between, pick, shuffled
 from vlm_agents.envs.alfworld.game import Game
-from vlm_agents.envs.alfworld.goals import LIGHT, SIMPLE, STATES, TWO
+from vlm_agents.envs.alfworld.goals import CLEAN, LIGHT, SIMPLE, TREATMENTS, TWO
 from vlm_agents.errors import EnvError
 from vlm_agents.seeds import held_out, stable_hash
 
 FRACTIONS = 5  # one in so many layouts is held out
 LAMP = "DeskLamp"
 STANDS = ("Desk", "SideTable", "Dresser")  # that a lamp may stand on
-ACTIONS = {"ishot": "Heatable", "iscool": "Coolable", "isclean": "Cleanable"}
 SUITED = ("Heatable", "Coolable", "Cleanable", "Sliceable")
-APPLIANCES = {"ishot": "Microwave", "iscool": "Fridge", "isclean": "SinkBasin"}
 DOMAIN_TYPES = ("Knife", "ButterKnife"), ("SinkBasin", "Microwave", "Fridge")  # which the domain names
 
 
@@ -254,14 +252,15 @@ def _rooms(kind: str) -> tuple[str, ...]:
         return tuple(ROOMS)
     if kind == LIGHT:
         return "Bedroom", "LivingRoom"
-    return ("Kitchen", "Bathroom") if STATES[kind][0] == "isclean" else ("Kitchen",)
+    return ("Kitchen", "Bathroom") if kind == CLEAN else ("Kitchen",)
 
 
 def _task(rng: Random, known: Package, room: Room, kind: str) -> tuple[Task, list[str]]:
     """A task in the room, and the receptacles without which it can't be done or would be done already."""
-    state = STATES[kind][0] if kind in STATES else ""
-    appliance = APPLIANCES.get(state, "")
-    targets = [name for name in room.objects if not state or name in known.suits[ACTIONS[state]]]
+    treated = TREATMENTS.get(kind)
+    appliance = treated.appliance if treated else ""
+    suited = known.suits[f"{treated.verb}able".capitalize()] if treated else set(room.objects)
+    targets = [name for name in room.objects if name in suited]
     while True:
         target = pick(rng, targets)
         homes = [name for name in room.receptacles if target in known.holds[name]]

@@ -11,10 +11,20 @@ from vlm_agents.envs.alfworld.game import Game
 from vlm_agents.envs.alfworld.pddl import State
 
 SIMPLE, LIGHT, CLEAN, HEAT, COOL, TWO = KINDS = ALFWORLD_TASKS
-STATES = {  # what must have become of the object, and what its receptacle for that is
-    CLEAN: ("isclean", "sinkbasin"),
-    HEAT: ("ishot", "microwave"),
-    COOL: ("iscool", "fridge"),
+
+
+class Treatment(NamedTuple):
+    """What a task asks to be done to the object: the verb, what it is afterwards, and the receptacle that does it."""
+
+    verb: str
+    state: str
+    appliance: str
+
+
+TREATMENTS = {
+    CLEAN: Treatment("clean", "isclean", "SinkBasin"),
+    HEAT: Treatment("heat", "ishot", "Microwave"),
+    COOL: Treatment("cool", "iscool", "Fridge"),
 }
 
 
@@ -41,8 +51,8 @@ def progress(game: Game, state: State) -> Progress:
         lamps = _of_type(state, "objecttype", game.named("toggle_target"))
         held = any(thing in wanted for _, _, thing in state.with_predicate("holds"))
         return Progress(held + any(thing in lamps for _, thing in state.with_predicate("istoggled")), 2)
-    if game.kind in STATES:
-        done = {thing for _, thing in state.with_predicate(STATES[game.kind][0])} & wanted
+    if game.kind in TREATMENTS:
+        done = {thing for _, thing in state.with_predicate(TREATMENTS[game.kind].state)} & wanted
         return Progress(bool(there) + bool(done) + any(thing in done for thing, _ in there), 3)
     return Progress(int(state.won()), 1)
 

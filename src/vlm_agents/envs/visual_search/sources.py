@@ -16,7 +16,7 @@ from vlm_agents.envs.visual_search.rows import refuse
 from vlm_agents.envs.visual_search.scene import Scene
 from vlm_agents.errors import DataError
 from vlm_agents.progress import say
-from vlm_agents.seeds import held_out, panel_seeds, stable_hash
+from vlm_agents.seeds import held_out, row
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +35,7 @@ def made_up(level: str) -> Callable[[int], Asked]:
 
 
 class Files:
-    """Questions of files: of `train` for training seeds, of `held_out` for the others.
-
-    The first panel seeds are the held-out questions in their order, so that a panel of as many asks each once.
-    """
+    """Questions of files: of `train` for training seeds, of `held_out` for the others."""
 
     def __init__(
         self, env_id: str, train: Sequence[str], held_out: Sequence[str], folder: str | None, skip_bad: bool
@@ -55,13 +52,8 @@ class Files:
             raise DataError(f"{min(both)} is in env.data and in env.eval_data: what is held out can't be trained on")
 
     def __call__(self, seed: int) -> Asked:
-        if held_out(seed):
-            place = self._places.get(seed)
-            if place is None:
-                _tell_repeats(len(self._held_out_rows))
-            place = stable_hash("row", seed) % len(self._held_out_rows) if place is None else place
-            return self._held_out_rows[place], None
-        return self._train_rows[stable_hash("row", seed) % len(self._train_rows)], None
+        rows = self._held_out_rows if held_out(seed) else self._train_rows
+        return rows[row(seed, self._env_id, len(rows))], None
 
     @cached_property
     def _train_rows(self) -> list[Question]:
@@ -73,11 +65,6 @@ class Files:
         if multiprocessing.parent_process() is None:  # else each worker would say it
             say(f"{len(found)} held-out questions: a panel of as many (stage.episodes) asks each once")
         return found
-
-    @cached_property
-    def _places(self) -> dict[int, int]:
-        seeds = panel_seeds(self._env_id, len(self._held_out_rows))
-        return {seed: place for place, seed in enumerate(seeds)}
 
     def _read(self, setting: str, paths: Sequence[str], what: str) -> list[Question]:
         found = [
@@ -100,16 +87,6 @@ def read(path: Path, changed: int, folder: Path | None, skip_bad: bool) -> tuple
     if reader is read_parquet:
         return tuple(read_parquet(path, broken=broken))
     return tuple(reader(path, folder=folder, broken=broken))
-
-
-@cache
-def _tell_repeats(count: int) -> None:
-    logger.warning(
-        "there are %d held-out questions, and a panel of more asks some again, as if they were others: "
-        "stage.episodes=%d asks each once",
-        count,
-        count,
-    )
 
 
 def _told(error: DataError) -> None:
