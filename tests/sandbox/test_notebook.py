@@ -35,6 +35,7 @@ def shapes(result: Result) -> list[str | tuple[int, int]]:
         ("plt.figure(figsize=(2, 1), dpi=50)\nplt.close()", []),
         ("import sys; print('a', file=sys.stderr)", ["a\n"]),
         ("raise SystemExit(3)", []),
+        ("import sys; sys.exit('no card')", ["no card\n"]),
         (
             "for _ in range(5): image_clue_0.show()",
             [(40, 30)] * 3 + ["[further pictures left out: at most 3 at a time]\n"],

@@ -12,7 +12,7 @@ from omegaconf import MISSING
 
 from vlm_agents.config.fields import Part, check_kwargs, setting
 from vlm_agents.errors import ConfigError, did_you_mean
-from vlm_agents.sandbox.settings import LEAST, Require, SandboxSettings
+from vlm_agents.sandbox.settings import LEAST, MEANINGS, Require, SandboxSettings
 
 if TYPE_CHECKING:
     from vlm_agents.config.run import RunConfig
@@ -229,29 +229,19 @@ class GymnasiumConfig(EnvConfig):
 class SandboxConfig(Part, place="env.sandbox"):
     """Limits of what an agent's Python may do; see docs/sandbox.md."""
 
-    require: str = setting(
-        SandboxSettings.require,
-        "what must keep it in: isolated, bubblewrap or landlock; any, rlimits alone will do; else this one",
-        choices=Require,
-    )
-    turn_s: float = setting(SandboxSettings.turn_s, "seconds of a turn; longer code is ended", positive=True)
-    cpu_s: int = setting(SandboxSettings.cpu_s, "seconds of CPU time of all code of an episode", low=LEAST["cpu_s"])
-    memory_mib: int = setting(
-        SandboxSettings.memory_mib, "memory beyond what the libraries take", low=LEAST["memory_mib"]
-    )
-    file_mib: int = setting(SandboxSettings.file_mib, "size of a file", low=LEAST["file_mib"])
-    tmp_mib: int = setting(SandboxSettings.tmp_mib, "size of all files", low=LEAST["tmp_mib"])
-    tmp_files: int = setting(SandboxSettings.tmp_files, "files and folders", low=LEAST["tmp_files"])
-    output_chars: int = setting(
-        SandboxSettings.output_chars, "characters of text that a turn gives", low=LEAST["output_chars"]
-    )
-    pictures: int = setting(SandboxSettings.pictures, "pictures that a turn gives", low=LEAST["pictures"])
+    require: str = setting(SandboxSettings.require, MEANINGS["require"], choices=Require)
+    turn_s: float = setting(SandboxSettings.turn_s, MEANINGS["turn_s"], positive=True)
+    cpu_s: int = setting(SandboxSettings.cpu_s, MEANINGS["cpu_s"], low=LEAST["cpu_s"])
+    memory_mib: int = setting(SandboxSettings.memory_mib, MEANINGS["memory_mib"], low=LEAST["memory_mib"])
+    file_mib: int = setting(SandboxSettings.file_mib, MEANINGS["file_mib"], low=LEAST["file_mib"])
+    tmp_mib: int = setting(SandboxSettings.tmp_mib, MEANINGS["tmp_mib"], low=LEAST["tmp_mib"])
+    tmp_files: int = setting(SandboxSettings.tmp_files, MEANINGS["tmp_files"], low=LEAST["tmp_files"])
+    output_chars: int = setting(SandboxSettings.output_chars, MEANINGS["output_chars"], low=LEAST["output_chars"])
+    pictures: int = setting(SandboxSettings.pictures, MEANINGS["pictures"], low=LEAST["pictures"])
     picture_pixels: int = setting(
-        SandboxSettings.picture_pixels,
-        "pixels of a picture that comes back; a larger one is scaled down",
-        low=LEAST["picture_pixels"],
+        SandboxSettings.picture_pixels, MEANINGS["picture_pixels"], low=LEAST["picture_pixels"]
     )
-    start_s: float = setting(SandboxSettings.start_s, "seconds until the libraries are imported", positive=True)
+    start_s: float = setting(SandboxSettings.start_s, MEANINGS["start_s"], positive=True)
 
 
 @dataclass

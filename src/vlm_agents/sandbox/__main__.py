@@ -8,15 +8,19 @@ from pathlib import Path
 
 from vlm_agents.errors import VlmAgentsError
 from vlm_agents.sandbox.session import Sandbox
-from vlm_agents.sandbox.settings import SandboxSettings
+from vlm_agents.sandbox.settings import MEANINGS, SandboxSettings
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m vlm_agents.sandbox", description=__doc__)
-    parser.add_argument("program", type=Path)
+    parser.add_argument("program", type=Path, help="a file of Python")
     for field in fields(SandboxSettings):
-        kind = type(field.default)
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help="%(default)s")
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=type(field.default),
+            default=field.default,
+            help=f"{MEANINGS[field.name]}: %(default)s",
+        )
     asked = vars(parser.parse_args())
     program = asked.pop("program")
     try:

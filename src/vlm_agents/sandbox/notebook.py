@@ -141,8 +141,9 @@ class Notebook:
             if last is not None:
                 self._show_value(eval(last, self.names))
             self._show_figures()
-        except SystemExit:
-            pass  # a cell may say that it is at its end
+        except SystemExit as ended:  # a cell may say that it is at its end, and why
+            if isinstance(ended.code, str):
+                self.output.text(f"{ended.code}\n")
         except BaseException as raised:  # noqa: BLE001 (whatever the code raised is its answer)
             error = self._told(raised)
         finally:

@@ -11,25 +11,36 @@ Require = Literal["isolated", "bubblewrap", "landlock", "rlimits", "any"]
 # of the settings that are whole numbers
 LEAST = {"cpu_s": 1, "memory_mib": 64, "file_mib": 1, "tmp_mib": 1, "tmp_files": 1, "output_chars": 100}
 LEAST |= {"pictures": 0, "picture_pixels": 1024}
+MEANINGS = {
+    "require": "what must keep it in: isolated, bubblewrap or landlock; any, rlimits alone will do; else this one",
+    "turn_s": "seconds of a turn; longer code is ended",
+    "cpu_s": "seconds of CPU time of all turns together",
+    "memory_mib": "MiB of memory beyond what the libraries take",
+    "file_mib": "MiB of one file",
+    "tmp_mib": "MiB of all files of the private folder",
+    "tmp_files": "files and folders in it",
+    "output_chars": "characters of text that a turn gives; what is beyond is left out",
+    "pictures": "pictures that a turn gives; what is beyond is left out",
+    "picture_pixels": "pixels of a picture that comes back; a larger one is scaled down",
+    "start_s": "seconds until the libraries are imported",
+}
 
 
 @dataclass(frozen=True)
 class SandboxSettings:
-    """Limits of each session. A session is one process with one thread, and can't start another."""
+    """Limits of each session, as MEANINGS says. A session is one process with one thread, and can't start another."""
 
-    require: Require = (
-        "isolated"  # isolated: bubblewrap or landlock; any: rlimits alone too; else this one and no other
-    )
-    turn_s: float = 10.0  # wall time of one turn
-    cpu_s: int = 120  # CPU time of a session's process, all its turns together
-    memory_mib: int = 1024  # beyond what the libraries take
-    file_mib: int = 16  # one file
-    tmp_mib: int = 64  # all files of the private folder
-    tmp_files: int = 1000  # files and folders in it
-    output_chars: int = 20_000  # text of one turn; what is beyond it is left out
-    pictures: int = 8  # of one turn; what is beyond it is left out
-    picture_pixels: int = 4_000_000  # of one returned picture; a larger one is scaled down
-    start_s: float = 120.0  # wall time until the libraries are imported
+    require: Require = "isolated"
+    turn_s: float = 10.0
+    cpu_s: int = 120
+    memory_mib: int = 1024
+    file_mib: int = 16
+    tmp_mib: int = 64
+    tmp_files: int = 1000
+    output_chars: int = 20_000
+    pictures: int = 8
+    picture_pixels: int = 4_000_000
+    start_s: float = 120.0
 
     def __post_init__(self) -> None:
         choices = get_args(Require)
