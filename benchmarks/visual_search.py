@@ -33,12 +33,12 @@ def chats(name: str, *words: str) -> Job:
         guessed = (f"stage.episodes={GUESSED}", "seed=1", GUESSER)
         sources.append(job(f"{name}/guessed", "collect", *guessed))
     data = f"stage.data=[{','.join(str(source.folder) for source in sources)}]"
-    return job(f"{name}/preprocess", "preprocess", data, after=tuple(sources))
+    return job(f"{name}/preprocess", "preprocess", data, *words, after=tuple(sources))
 
 
 def clone(name: str, *words: str) -> Job:
     data = chats(name, *words)
-    return job(f"{name}/sft", "sft", MODEL, f"stage.data={data.folder}", after=(data,))
+    return job(f"{name}/sft", "sft", MODEL, f"stage.data={data.folder}", *words, after=(data,))
 
 
 def trained() -> list[Job]:
