@@ -56,6 +56,7 @@ BAD = [
     ("stage=ppo env.zzz=3", "env.zzz: no such setting", "There are: family, id, max_steps"),
     ("stage=ppo +stage.foo=1", "stage.foo: no such setting", "remove +stage.foo"),
     ("stage=ppo stage.episodes=many", "'many' of type 'str' could not be", "For example stage.episodes=64"),
+    ("stage=ppo env=alfworld env.tasks=all", "str is not a ListConfig", "Write 'env.tasks=[...]', with brackets"),
     ("stage=ppo env.workers=maybe", "'maybe' is not a valid bool", "For example env.workers=False"),
     ("stage=preprocess stage.data=here", "stage.data: Invalid value", "For example stage.data=["),
     ("stage=ppo seed=null", "seed: field 'seed' is not Optional", "For example seed=0"),

@@ -124,13 +124,15 @@ def test_every_sweep_names_settings_that_exist(compose_run, sweep: str) -> None:
 
 
 EXPERIMENTS = sorted((conf_dir() / "experiment").rglob("*.yaml"))
+ALFWORLD = ["rl4vlm_alfworld", "alfworld_text_1_5b"]  # for its own games, whose folder has to be given
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=names(EXPERIMENTS))
 def test_every_experiment_composes(compose_run, path: Path) -> None:
     name = path.relative_to(conf_dir() / "experiment").with_suffix("").as_posix()
-    stage = ["stage=ppo"] if path.stem == "base" else []
-    assert compose_run(*stage, f"experiment={name}").stage.name
+    words = ["stage=ppo"] if path.stem == "base" else []
+    words += ["env.data=games"] if path.parent.name in ALFWORLD else []
+    assert compose_run(*words, f"experiment={name}").stage.name
 
 
 def test_slurm_launcher_asks_for_one_task_a_job() -> None:

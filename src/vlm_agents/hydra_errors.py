@@ -13,7 +13,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ValueType
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import OmegaConf
+from omegaconf import ListConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -222,6 +222,8 @@ def example(error: OmegaConfBaseException) -> str:
     if group in groups():
         return f" Write {group}={groups()[group][0]}"
     value = OmegaConf.select(error.parent_node, str(error.key), throw_on_missing=False)
+    if isinstance(value, ListConfig):
+        return f" Write '{error.full_key}=[...]', with brackets"
     return "" if value is None else f" For example {error.full_key}={value}"
 
 

@@ -343,7 +343,7 @@ def wilson_interval(successes: float, n: float, z: float = 1.959964) -> tuple[fl
     centre = share + z * z / (2 * n)
     spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    return (centre - spread) / scale, (centre + spread) / scale
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)  # rounding leads beyond the ends
 
 
 def with_interval(metrics: Mapping[str, float], name: str, suffix: str = "") -> str:

@@ -48,7 +48,7 @@ def row(seed: int, env_id: str, count: int) -> int:
     """Which of an env's `count` rows (questions, games of files) a seed stands for.
 
     Of rows that are held out, the first panel seeds are all in their order: a panel of as many asks each once, and a
-    larger one is told that it asks some again.
+    larger one is told that it repeats some.
     """
     if not held_out(seed):
         return stable_hash("row", seed) % count
@@ -67,8 +67,8 @@ def _places(env_id: str, count: int) -> Mapping[int, int]:
 @cache
 def _tell_repeats(count: int) -> None:
     logger.warning(
-        "there are %d held-out ones, and a panel of more asks some again, as if they were others: "
-        "stage.episodes=%d asks each once",
+        "a panel of more episodes than the %d that are held out plays some again, and its interval is too narrow: "
+        "stage.episodes=%d (stage.eval_episodes in training) plays each once",
         count,
         count,
     )

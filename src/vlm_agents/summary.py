@@ -15,6 +15,7 @@ from vlm_agents.types import Trajectory, Turn
 
 GRAM = 4  # tokens: a shorter run comes back in sound text too
 COUNTED = {"env_error": "env_errors", "unscored": "unscored"}  # by `Trajectory.stop`
+GAME = "game"  # the tag that names what is played, and no kind of it
 TAG_VALUES = 16  # of a tag; one with more of them names each episode rather than kinds of them
 
 
@@ -100,7 +101,7 @@ def repeated(token_ids: Sequence[int]) -> float:
 
 
 class Tags:
-    """Counts success by tag."""
+    """Counts success by tag, but for GAME."""
 
     def __init__(self) -> None:
         # by tag, by value: successes and episodes
@@ -108,6 +109,8 @@ class Tags:
 
     def count(self, trajectory: Trajectory) -> None:
         for tag, value in trajectory.tags.items():
+            if tag == GAME:
+                continue
             counts = self._counts[plain(tag)]
             if trajectory.known and len(counts) <= TAG_VALUES:
                 count = counts.setdefault(plain(value), [0, 0])

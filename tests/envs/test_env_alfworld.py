@@ -2,8 +2,10 @@
 
 import json
 import random
+import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +247,10 @@ def test_rewards_are_fifty_and_the_growth_of_the_goal_s_conditions() -> None:
     assert (step.reward, step.terminated) == (pytest.approx(1 / 3), False)
     assert env.step("take potato 1 from garbagecan 1").reward == pytest.approx(-1 / 3)
 
+    env = started(kitchen(HEAT, "Potato", "GarbageCan"), success_reward=10, goal_reward=0)
+    paid = [env.step(action).reward for action in (*HEATED, "move potato 2 to garbagecan 1")]
+    assert paid == [0, 0, 0, 0, 0, 0, 10]
+
 
 def test_rl4vlm_pays_the_conditions_that_are_met_in_each_turn() -> None:
     env = started(kitchen(HEAT, "Potato", "GarbageCan"), compat="rl4vlm", success_reward=10)
@@ -428,15 +434,54 @@ def test_wrong_data_is_an_error(data: Path, monkeypatch: pytest.MonkeyPatch) -> 
         make_env(AlfWorldConfig(data=str(data / "train")))
     monkeypatch.setenv("ALFWORLD_DATA", str(data))
     env = make_env(AlfWorldConfig(data="$ALFWORLD_DATA"))
-    broken = next((data / "train").rglob("game.tw-pddl"))
     for path in (data / "train").rglob("game.tw-pddl"):
         path.write_text('{"solvable": true}')
     with pytest.raises(DataError, match="needs pddl_domain, grammar and pddl_problem"):
         env.reset(0)
     games.found.cache_clear()
-    broken.with_name("traj_data.json").write_text('{"pddl_params": null}')
-    with pytest.raises(DataError, match=r"traj_data\.json is no task: it needs pddl_params"):
+    for path in (data / "train").rglob("traj_data.json"):
+        path.write_text('{"task_type": "pick_and_place_simple", "pddl_params": {}}')
+    with pytest.raises(DataError, match=r"traj_data\.json is no task: it needs pddl_params with an object_target"):
         make_env(AlfWorldConfig(data=str(data))).reset(0)
+    monkeypatch.delenv("ALFWORLD_DATA")
+    with pytest.raises(DataError, match=r"env\.data=\$ALFWORLD_DATA: that variable isn't set"):
+        make_env(AlfWorldConfig(data="$ALFWORLD_DATA"))
+    shutil.rmtree(data / "valid_seen")
+    (data / "valid_seen").mkdir()
+    with pytest.raises(DataError, match=r"no game\.tw-pddl below .*valid_seen"):
+        make_env(AlfWorldConfig(data=str(data), eval_split="valid_seen"))
+
+
+@pytest.mark.parametrize(
+    ("file", "text"), [("game.tw-pddl", ""), ("traj_data.json", '{"task_ty'), ("traj_data.json", None)]
+)
+def test_a_game_without_its_files_is_told_and_not_played(
+    data: Path, file: str, text: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = min((data / "valid_unseen").rglob(file))
+    path.unlink() if text is None else path.write_text(text)
+    env = make_env(AlfWorldConfig(data=str(data)))
+    played = {env.reset(seed).tags["game"] for seed in panel_seeds(env.name, 3)}
+    assert len(played) == 3
+    assert "1 of 4 games below" in caplog.text
+    assert path.parent.parent.name in caplog.text
+
+
+def test_links_to_folders_are_followed(data: Path, tmp_path: Path) -> None:
+    (data / "valid_unseen").rename(tmp_path / "elsewhere")
+    (data / "valid_unseen").mkdir()
+    (data / "valid_unseen" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "round").symlink_to(data / "valid_unseen")
+    assert len(list(games.files(data / "valid_unseen"))) == 4
+
+
+def test_a_panel_of_more_games_than_there_are_is_told(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    env = make_env(AlfWorldConfig(data=str(data)))
+    for seed in panel_seeds(env.name, 4):
+        env.reset(seed)
+    assert "too narrow" not in caplog.text
+    env.reset(panel_seeds(env.name, 5)[-1])
+    assert "more episodes than the 4 that are held out" in caplog.text
 
 
 # ---- THOR ------------------------------------------------------------------------------------------------------------
@@ -513,7 +558,17 @@ def test_what_thor_started_ends_with_it(thor: AlfWorldConfig, hangs: bool) -> No
         process.stdin.flush()
     env.close()
     assert process.returncode == -signal.SIGKILL
-    assert not any(path.exists() and ") Z " not in path.read_text() for path in group)
+    deadline = time.monotonic() + 10  # a process that was killed may take a while to be gone
+    while alive := [path for path in group if runs(path)]:
+        assert time.monotonic() < deadline, alive
+
+
+def runs(stat: Path) -> bool:
+    """Is the process of that file of /proc there, and no zombie?"""
+    try:
+        return ") Z " not in stat.read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_a_thor_that_has_ended_is_told_each_time_and_can_be_closed(thor: AlfWorldConfig) -> None:

@@ -187,3 +187,12 @@ def test_each_game_asks_for_its_keys(game: str, keys: tuple[str, ...]) -> None:
     places = [rule.index(f'"{key}": ') for key in keys]
     assert places == sorted(places)
     assert rule.count('": ') == len(keys)
+
+
+@pytest.mark.parametrize(
+    ("said", "action"),
+    [("go to drawer 1", "go to drawer 1"), ("go to drawer 10", None), ("Go to drawer 1!", "go to drawer 1")],
+)
+def test_an_action_of_several_words_is_found_as_words(said: str, action: str | None) -> None:
+    """Where one stands one can't go, so that `go to drawer 10` isn't legal at drawer 10: it is no `go to drawer 1`."""
+    assert THEIRS.parse(f'{{"action": "{said}"}}', ("go to drawer 1", "go to desk 1")).action == action

@@ -345,7 +345,8 @@ class AlfWorldConfig(EnvConfig):
     thor: str | None = setting(
         None, "a Python with ai2thor: it plays the games of env.data in THOR, whose frames are then the picture"
     )
-    success_reward: float = setting(50.0, "what success earns, beside 1 for all goal conditions together")
+    success_reward: float = setting(50.0, "what success earns", low=0)
+    goal_reward: float = setting(1.0, "what all goal conditions together earn, as far as they are met", low=0)
     compat: str = setting(
         "ours",
         "rl4vlm: the share of goal conditions that are met is paid in every turn, not its growth",
@@ -360,6 +361,13 @@ class AlfWorldConfig(EnvConfig):
                 raise ConfigError(f"env.tasks: there is no '{kind}'; known: {', '.join(ALFWORLD_TASKS)}.{hint}")
         if self.thor is not None and self.data is None:
             raise ConfigError("env.thor plays ALFWorld's own games alone: name their folder by env.data")
+
+    def check(self, run: "RunConfig") -> None:
+        if self.thor is not None and "expert" in (getattr(run.stage, "policy", ""), getattr(run.stage, "rater", "")):
+            raise ConfigError(
+                "the planner knows the world of ALFWorld's texts, and env.thor plays in another: leave out env.thor, "
+                "or set stage.policy=model or random, and stage.rater=none"
+            )
 
 
 @dataclass

@@ -53,12 +53,13 @@ def rule(legal_actions: LegalActions) -> str:
 
 
 def words_in(text: str, legal_actions: Sequence[str]) -> list[str]:
-    """The actions whose letters stand in `text`; a longer one, such as `10`, is taken out before those within it, such
-    as `1`, are sought."""
+    """The actions that stand in `text`; a longer one, such as `10`, is taken out before those within it, such as `1`,
+    are sought. One of several words stands there as words: `go to drawer 10` is no `go to drawer 1`, though that may be
+    all that is legal. A single word stands there by its letters."""
     text = text.lower()
     found = []
-    for word in sorted(legal_actions, key=len, reverse=True):
-        if word in text:
-            found.append(word)
-            text = text.replace(word, " ")
+    for action in sorted(legal_actions, key=len, reverse=True):
+        sought = re.escape(action.lower())
+        text, count = re.subn(rf"(?<!\w){sought}(?!\w)" if " " in action else sought, " ", text)
+        found += [action] * bool(count)
     return found

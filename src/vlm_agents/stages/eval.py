@@ -1,7 +1,7 @@
 """Play the held-out panel: the policy sampled and greedy, beside chance and the scripted expert. Trains nothing."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 
 from vlm_agents.config import EvalConfig, RunConfig
@@ -80,7 +80,7 @@ def conclude(
     return run.finish(metrics, {"report": page, "episodes": run.path("episodes.jsonl")})
 
 
-def tell(found: Iterable[Result], metrics: Mapping[str, float]) -> None:
+def tell(found: Sequence[Result], metrics: Mapping[str, float]) -> None:
     """A line for each policy, and for each tag."""
     for result in found:
         share, low, high = result.success
@@ -91,4 +91,4 @@ def tell(found: Iterable[Result], metrics: Mapping[str, float]) -> None:
         say(f"in no figure: {errors:.0f} episodes that an error of the env ended; the warnings above say which")
     for tag, values in by_tag(metrics).items():
         shares = (f"{value} {share:.3f} ({episodes})" for value, (share, episodes) in values.items())
-        say(f"success by {tag} (episodes): {', '.join(shares)}")
+        say(f"policy: {found[0].policy}  success by {tag} (episodes): {', '.join(shares)}")

@@ -10,7 +10,7 @@ from vlm_agents.types import Observation, Step
 
 RULES = (
     "You are in a household and have a task. Go to receptacles, open them, take and move objects, and use what is "
-    "there. Only what the game understands now is an action; it is listed below what you see."
+    "there. Only what the game understands now is an action."
 )
 WELCOME, TASK = "-=", "Your task is to:"  # begin the paragraphs of a game's intro that tell nothing, and the task
 HELP = "help"  # a command that lists kinds of commands
@@ -49,7 +49,7 @@ class AlfWorld:
         gained = self._rate if self.cfg.compat == "rl4vlm" else self._rate - rate
         truncated = not won and self.turns == self.cfg.max_steps
         self._running = not (won or truncated)
-        reward = self.cfg.success_reward * won + gained
+        reward = self.cfg.success_reward * won + self.cfg.goal_reward * gained
         metrics = {"goal_conditions": self._rate}
         return Step(self._observe({}), reward, won, truncated, won, legal, self._key != before, metrics)
 

@@ -1,6 +1,7 @@
 """A game of ALFWorld: its rules, texts, problem and task, read from a `game.tw-pddl`, or made here."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from vlm_agents.envs.alfworld.grammar import Grammar, read_grammar
 from vlm_agents.errors import DataError, short
 
 TASK = "traj_data.json"
+KIND = re.compile(rb'"task_type"\s*:\s*"(\w+)"')
+SOLVABLE = re.compile(rb'"solvable"\s*:\s*(\w+)')
 MOST_BYTES = 1 << 24  # of a game's file; the largest of ALFWorld's have less than a tenth
 
 
@@ -71,22 +74,35 @@ def read_task(path: Path) -> dict[str, Any]:
     """Of a game's file, what lies in `traj_data.json` beside it. DataError where that is missing or broken."""
     place = path.with_name(TASK)
     task = _json(place)
-    if not isinstance(task.get("pddl_params"), dict):
-        raise DataError(f"{place} is no task: it needs pddl_params. Fetch it again")
+    parameters = task.get("pddl_params")
+    if not (isinstance(parameters, dict) and parameters.get("object_target")):
+        raise DataError(f"{place} is no task: it needs pddl_params with an object_target. Fetch it again")
     return task
 
 
-def solvable(path: Path) -> bool:
-    """Is a game's file marked as one that can be won? ALFWorld plays no other."""
-    return _json(path).get("solvable") is True
+def marked(path: Path) -> tuple[str, bool] | None:
+    """Of a game's file: what kind of task it is, and whether it is marked as one that can be won, for ALFWorld plays no
+    other; None where it doesn't say. Read from the bytes: a whole split is looked through before the first game."""
+    try:
+        kind, game = KIND.search(_bytes(path.with_name(TASK))), SOLVABLE.search(_bytes(path))
+    except DataError:
+        return None
+    return (kind[1].decode(), game[1] == b"true") if kind and game else None
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise DataError(f"{path} has more than {MOST_BYTES:,} bytes, no game of ALFWorld: fetch it again")
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"can't read {path} ({error.strerror}): fetch it again") from error
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise DataError(f"{path} has more than {MOST_BYTES:,} bytes, no game of ALFWorld: fetch it again")
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        found = json.loads(_bytes(path))
+    except (ValueError, RecursionError) as error:
         raise DataError(f"can't read {path} ({short(str(error))}): fetch it again") from error
     if not isinstance(found, dict):
         raise DataError(f"{path} is {short(found)}, no game: fetch it again")

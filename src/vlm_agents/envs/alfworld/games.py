@@ -1,20 +1,23 @@
 """Where ALFWorld's games come from: made here, or from ALFWorld's files. A seed decides which one is played."""
 
+import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 
 from vlm_agents.config import AlfWorldConfig
-from vlm_agents.envs.alfworld.game import Game, read_game, read_task, solvable
+from vlm_agents.envs.alfworld.game import Game, marked, read_game
 from vlm_agents.envs.alfworld.generator import generate
 from vlm_agents.envs.alfworld.goals import KINDS
 from vlm_agents.errors import DataError
 from vlm_agents.seeds import held_out, row, stable_hash
 
+logger = logging.getLogger(__name__)
+
 GAME = "game.tw-pddl"
-HOME = "ALFWORLD_DATA"
+USUAL = "$ALFWORLD_DATA/json_2.1.1, or ~/.cache/alfworld/json_2.1.1 where that isn't set"
 SKIPPED = re.compile("movable|Sliced")  # in the name of a game that ALFWorld doesn't play
 
 
@@ -33,11 +36,15 @@ class Files:
         self._env_id, self._kinds = env_id, tuple(kinds)
         self._root = Path(os.path.expandvars(data)).expanduser()
         self._splits = {"train": self._root / "train", "held out": self._root / held_out}
+        if "$" in str(self._root):
+            raise DataError(
+                f"env.data={data}: that variable isn't set. Where alfworld-download put its files is {USUAL}"
+            )
         for path in self._splits.values():
-            if not path.is_dir():
+            if next(files(path), None) is None:
                 raise DataError(
-                    f"no {path}: env.data is the folder with train, valid_seen and valid_unseen in it, as "
-                    f"alfworld-download leaves it, such as $" + f"{HOME}/json_2.1.1"
+                    f"no {GAME} below {path}: env.data is the folder with train, valid_seen and valid_unseen in it, as "
+                    f"alfworld-download leaves it, such as {USUAL}"
                 )
 
     def __call__(self, seed: int) -> Game:
@@ -53,14 +60,31 @@ class Files:
         return found(self._splits["held out"], self._kinds)
 
 
+def files(folder: Path) -> Iterator[Path]:
+    """All files of games below a folder, in links to folders too."""
+    seen = set[str]()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link to what is above it
+            folders.clear()
+        elif GAME in names:
+            yield Path(place, GAME)
+        seen.add(real)
+
+
 @cache
 def found(folder: Path, kinds: tuple[str, ...]) -> tuple[Path, ...]:
     """The games below a folder that ALFWorld plays: of these kinds, solvable, nothing sliced or moved about. The
     order is fixed by their names and mixes the kinds: a small panel is a fair one. DataError where there is none."""
-    names = {path.relative_to(folder).as_posix(): path for path in folder.rglob(GAME)}
-    known = [name for name in sorted(names, key=lambda name: stable_hash("order", name)) if not SKIPPED.search(name)]
-    games = tuple(names[name] for name in known if read_task(names[name]).get("task_type") in kinds)
-    games = tuple(path for path in games if solvable(path))
+    names = {path.relative_to(folder).as_posix(): path for path in files(folder)}
+    known = {name: marked(names[name]) for name in names if not SKIPPED.search(name)}
+    if broken := sorted(name for name, mark in known.items() if mark is None):
+        logger.warning(
+            "%d of %d games below %s can't be read and aren't played, %s first: fetch them again",
+            *(len(broken), len(known), folder, broken[0]),
+        )
+    order = sorted(known, key=lambda name: stable_hash("order", name))
+    games = tuple(names[name] for name in order if known[name] in ((kind, True) for kind in kinds))
     if not games:
         raise DataError(f"no {GAME} of {', '.join(kinds)} below {folder}: fetch them by alfworld-download")
     return games

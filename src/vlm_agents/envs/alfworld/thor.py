@@ -50,7 +50,10 @@ class Thor:
             answer = json.loads(line)
         except ValueError as error:
             self.close()
-            raise EnvError(f"THOR's process ended (exit code {self._process.returncode}): see above") from error
+            raise EnvError(
+                f"THOR's process ended (exit code {self._process.returncode}); what it printed stands above, and if it "
+                "is nothing, env.thor is no Python"
+            ) from error
         if not isinstance(answer, dict):
             raise EnvError(f"THOR's process answers {line!r:.60}, which is none")
         if "error" in answer:
