@@ -34,11 +34,12 @@ def cloned() -> list[Job]:
 
 
 def trained() -> list[Job]:
-    """The seeds of one view after those of the other."""
-    return [
-        job(f"trained/{seed}", "ppo", view, model(view), f"seed={seed}", f"stage.init={OUT / view / 'sft'}")
-        for view, seed in product(VIEWS, SEEDS)
-    ]
+    """The seeds of one view after those of the other. All begin from one clone, and are evaluated apart."""
+
+    def words(view: str, seed: int) -> tuple[str, ...]:
+        return model(view), f"seed={seed}", f"stage.init={OUT / view / 'sft'}", "stage.eval_episodes=0"
+
+    return [job(f"trained/{seed}", "ppo", view, *words(view, seed)) for view, seed in product(VIEWS, SEEDS)]
 
 
 def evaluated() -> list[Job]:
