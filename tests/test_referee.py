@@ -227,6 +227,15 @@ def test_a_server_that_is_not_there_is_told_before_anything_is_played(server: Se
         ask()
 
 
+def test_a_judge_that_fails_at_first_is_asked_again(server: Server, ask: Make, caplog: pytest.LogCaptureFixture):
+    """Twice with all of its two tries; one that is there and only fails is no reason for not beginning."""
+    fails = iter([Answer(500), Answer(0), Answer(500), Answer(200, b"{}")])
+    server.answer = lambda _: next(fails, "1")
+    ask(retries=1)
+    assert next(fails, None) is None
+    assert caplog.text.count("the first question failed, and is asked again") == 2
+
+
 def test_closing_gives_up_what_is_asked(server: Server, ask: Make):
     judge, done = ask(timeout_s=60.0), threading.Event()
     server.answer = lambda request: str(done.wait(5))

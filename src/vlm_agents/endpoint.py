@@ -58,6 +58,10 @@ class Unreadable(Exception):
         self.body = body
 
 
+class Failing(ModelError):
+    """The server is there, and failed at a request again and again; another one it may answer."""
+
+
 class Unavailable(ModelError):
     """The server can't be reached, or takes no request now: no prompt's fault, and another time it may be otherwise."""
 
@@ -164,29 +168,31 @@ class Endpoint:
         gone = gone or (isinstance(failure, Said) and failure.status in (404, 502, 503, 504))
         return gone and self._last_answer is not None and self._last_answer < begun
 
-    def _gave_up(self, failure: Failure, tries: int, wait: float) -> ModelError:
+    def _gave_up(self, failure: Failure, tries: int, wait: float) -> Unavailable | Failing:
         place, again = self._cfg.place, "Then give the same command again: what was answered is kept"
         match failure:
             case Said():
                 fix = f"wait for {wait:.0f} s" if wait > PATIENCE_S else f"see its log, or lower {place}.concurrency"
                 error = self._error(f"status {failure.status}, {tries} times", f"{fix}. {again}", failure.body)
                 passing = wait > PATIENCE_S or failure.status in (408, 409, 429)
-                return Unavailable(str(error)) if passing else error
+                return Unavailable(error) if passing else Failing(error)
             case Unreadable():
                 fix = f"is {place}.url the part before /chat/completions of an OpenAI-compatible server?"
-                return self._error(f"{tries} times, what came back is no chat completion", fix, failure.body)
+                return Failing(self._error(f"{tries} times, what came back is no chat completion", fix, failure.body))
             case TimeoutError():
                 fix = f"raise {place}.timeout_s or lower {place}.concurrency"
-                return self._error(f"no answer within {self._cfg.timeout_s:g} s, {tries} times", f"{fix}. {again}")
+                return Failing(
+                    self._error(f"no answer within {self._cfg.timeout_s:g} s, {tries} times", f"{fix}. {again}")
+                )
         fix = f"is the server running there, and is {place}.url right? {again}"
         error = self._error(f"can't be reached ({self._quoted(reason(failure))}), {tries} times", fix)
-        return Unavailable(str(error)) if isinstance(failure, httpx2.ConnectError) else error
+        return Unavailable(error) if isinstance(failure, httpx2.ConnectError) else Failing(error)
 
     async def _refused(self, failure: Failure, request: Mapping[str, Any]) -> ModelError:
         if isinstance(failure, Said):
-            return self._error(f"status {failure.status}", await self._fix(failure, request), failure.body)
+            return ModelError(self._error(f"status {failure.status}", await self._fix(failure, request), failure.body))
         fix = "have $SSL_CERT_FILE name a file of the certificates that sign the server's own"
-        return self._error(f"can't be reached ({self._quoted(reason(failure))})", fix)
+        return ModelError(self._error(f"can't be reached ({self._quoted(reason(failure))})", fix))
 
     async def _fix(self, said: Said, request: Mapping[str, Any]) -> str:
         """How to mend what the server refused."""
@@ -216,9 +222,9 @@ class Endpoint:
         except (Unreadable, TimeoutError, httpx2.RequestError, ValueError, LookupError, TypeError, RecursionError):
             return []
 
-    def _error(self, what: str, fix: str, body: bytes = b"") -> ModelError:
+    def _error(self, what: str, fix: str, body: bytes = b"") -> str:
         said = self._quoted(body.decode(errors="replace"))
-        return ModelError(f"{self._address()}: {what}{f' ({said})' if said else ''}: {fix}")
+        return f"{self._address()}: {what}{f' ({said})' if said else ''}: {fix}"
 
     def _quoted(self, text: str) -> str:
         """What others said, for an error: short, and without the key or a part of it."""

@@ -9,6 +9,7 @@ import asyncio
 import base64
 import io
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -20,11 +21,14 @@ from PIL import Image
 
 from vlm_agents.answers import Answers, Completion
 from vlm_agents.config import RemoteConfig
-from vlm_agents.endpoint import PATIENCE_S, Endpoint, Unavailable
+from vlm_agents.endpoint import PATIENCE_S, Endpoint, Failing, Unavailable
 from vlm_agents.errors import ModelError
 from vlm_agents.pictures import Picture
 from vlm_agents.types import Message, Prompt, Sampling
 
+logger = logging.getLogger(__name__)
+
+PROBES = 3  # times that a judge is asked its first question, each with all its retries
 IN_A_ROW = 16  # refused prompts, or two for each request under way, without one answer between: no prompt's fault
 
 
@@ -184,8 +188,14 @@ class ForgivingClient(ChatClient):
     kept nor what can't be read, for another time it may be answered."""
 
     def probe(self, prompt: Prompt, sampling: Sampling) -> None:
-        """Ask the server, whatever is kept; ModelError where it doesn't answer."""
+        """Ask the server, whatever is kept; ModelError where nobody is there, or it fails again and again."""
         request = self._sent(self._request(prompt, sampling, temperature=0.0, seed=0))
+        for _ in range(PROBES - 1):
+            try:
+                self._loop.run(self._endpoint.complete(request, self._cfg.retries, 0.0))
+                return
+            except Failing as error:
+                logger.warning("the first question failed, and is asked again: %s", error)
         self._loop.run(self._endpoint.complete(request, self._cfg.retries, 0.0))
 
     def cancel(self) -> None:
