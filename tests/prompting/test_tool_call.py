@@ -78,6 +78,8 @@ def test_what_is_spelled_in_other_ways_is_read(text: str, action: str, covered: 
         ("<think>so", "no answer"),
         ("It is red.", "no code or answer"),
         ("I look.\n<code>\nprint(", "cut off after '<code>\\nprint('"),
+        ("Is it \\boxed{red}? I look.\n<code>\nprint(", "cut off after '<code>\\nprint('"),
+        ("<answer>\n\\boxed{red}\n</answer> or\n<code>\nprint(", "cut off after '<code>\\nprint('"),
         ("<answer>\n\\boxed{re", "cut off after '<answer>\\n\\\\boxed{re'"),
         ("<code>\n```python\n\n```\n</code>", "empty action"),
         ("<answer> </answer>", "empty action"),

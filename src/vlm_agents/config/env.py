@@ -288,7 +288,7 @@ class VisualSearchConfig(EnvConfig):
 
     @property
     def bare(self) -> EnvConfig | None:
-        return replace(self, tool=False) if self.tool and self.picture_in == "prompt" else None
+        return replace(self, tool=False, max_steps=1) if self.tool and self.picture_in == "prompt" else None
 
     def check(self, run: "RunConfig") -> None:
         if getattr(run.stage, "policy", "") == "random" or getattr(run.stage, "noise", 0) > 0:

@@ -59,8 +59,9 @@ class ToolCall:
         block = None if error else last_block(text, start)
         kind, span, begin = _block(text, block) if block else _bare(text, start)
         thought = (0, begin) if kind and begin else (0, start) if start else None
-        if error or kind is None:
-            cut = OPEN.search(text, start)
+        behind = block.inside[1] if block else span[1]
+        cut = OPEN.search(text, behind)  # a block that has no end: what came before it isn't meant
+        if error or kind is None or cut:
             told = error or (f"cut off after {quoted(text[cut.start() :])}" if cut else "no code or answer")
             return Parsed(None, thought, error=told)
         span = _trimmed(text, span, "\n" if kind == "code" else None)

@@ -1,11 +1,13 @@
 """Scenes: what lies where in a large picture, what is asked of it, and the picture, drawn when it is asked for.
 
 Cards show a detail too fine to be seen from afar; shapes only lie about. Every detail is grey about the card's own
-grey: whatever it is, its mean is the same, so that a picture reduced far enough shows the same card whatever the
-answer. Knows nothing of how scenes are made up.
+grey: whatever it is, its mean is the same, so that a picture reduced far enough shows nearly the same card whatever the
+answer. What is left, a level or two, is drowned by speckles as large as that picture's pixels. Knows nothing of how
+scenes are made up.
 """
 
 from dataclasses import dataclass
+from random import Random
 from typing import Literal
 
 import numpy as np
@@ -35,6 +37,11 @@ GREY, SWING, INK = 128, 60, 100  # of a card; what a pattern, and what ink, depa
 # Longest strokes, in pixels of the picture shown, at which a detail can't be seen. A pattern evens out over two
 # strokes, a letter only over the nine of its field.
 HIDDEN: dict[Detail, float] = {"pattern": 0.42, "dots": 0.16, "text": 0.16}
+SPECKLE: dict[Detail, int] = {
+    "pattern": 64,
+    "dots": 24,
+    "text": 24,
+}  # what a speckle departs by at most: none is cut at 0
 ROOM: dict[Detail, int] = {"pattern": 16, "dots": 15, "text": 30}  # strokes across a card's face, at least
 LEGIBLE = 1.2  # strokes of so many pixels and more are seen well
 
@@ -114,12 +121,23 @@ class Scene:
         for card in self.cards:
             pen.rectangle(_pen_box(card.box), fill=COLORS[card.color])
             face = face_of(card.box)
-            pen.rectangle(_pen_box(face), fill=(GREY,) * 3)
-            tile = np.uint8(GREY + detail_tile(self.kind, card.detail, (face[2] - face[0]) // self.stroke))
-            tile = Image.fromarray(tile.repeat(self.stroke, 0).repeat(self.stroke, 1)).convert("RGB")
-            corner = (face[0] + face[2] - tile.width) // 2, (face[1] + face[3] - tile.height) // 2
-            picture.paste(tile, corner)
+            side = face[2] - face[0]
+            tile = detail_tile(self.kind, card.detail, side // self.stroke)
+            tile = tile.repeat(self.stroke, 0).repeat(self.stroke, 1)
+            top, left = ((side - length) // 2 for length in tile.shape)
+            grey = GREY + self._speckles(card, side)
+            grey[top : top + tile.shape[0], left : left + tile.shape[1]] += tile
+            picture.paste(Image.fromarray(grey.astype(np.uint8)).convert("RGB"), face[:2])
         return picture
+
+    def _speckles(self, card: Card, side: int) -> np.ndarray:
+        """[side side] integers, evenly drawn for every square as large as a pixel of the picture that may be shown."""
+        size = round(self.stroke / HIDDEN[self.kind])
+        count = -(-side // size)
+        rng = Random(stable_hash("speckles", self.level, self.seed, card.cell))
+        most = SPECKLE[self.kind]
+        drawn = [round(most * (2 * rng.random() - 1)) for _ in range(count * count)]
+        return np.array(drawn).reshape(count, count).repeat(size, 0).repeat(size, 1)[:side, :side]
 
 
 def face_of(box: Box) -> Box:
