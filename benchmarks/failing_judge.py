@@ -2,7 +2,8 @@
 
 The clone of benchmarks/visual_search.py is trained on the reward, once with a sound judge and once with one that hangs,
 hangs up, answers 500 or babbles. It is asked about every answer (referee.rules=false). Shown is the success of each
-iteration's rollout, a mean over seeds, and how many episodes stayed unscored; and that none of those was learned from.
+iteration's rollout, a mean over seeds, and how many episodes stayed unscored; and, of the episodes on record, how many
+right answers were taken for wrong.
 """
 
 import argparse

@@ -95,8 +95,8 @@ def test_chats_that_show_other_pictures_stay_apart(run_stage, echo_run, collecte
     assert chats.used == [[0], [1], [3], [4, 5], [6, 7], [8, 9], [10, 11]]
 
 
-def test_an_update_learns_from_a_group(run_stage, tmp_path: Path) -> None:
-    """Of an untrained model: no reply can be read, so that every one is charged, and each episode once."""
+def test_a_model_that_can_not_be_read_is_charged_once_an_episode_and_once_a_turn(run_stage, tmp_path: Path) -> None:
+    """An untrained one: every reply, and each episode for its format."""
     words = ("algo=oversample_rank", "algo.group_size=2", "algo.tool_coef=0.1", "algo.format_coef=0.2")
     stage = ("stage=ppo", "stage.iterations=1", "stage.episodes=2", "stage.num_envs=4", "stage.eval_episodes=0")
     folder = run_stage(tmp_path, *stage, *WORDS, *words)

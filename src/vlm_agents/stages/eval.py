@@ -87,6 +87,8 @@ def tell(found: Sequence[Result], metrics: Mapping[str, float]) -> None:
         figures = {"success (95 %)": f"{share:.3f} [{low:.3f}, {high:.3f}]"}
         figures |= {words: f"{value:.3f}" for words, value in result.others.items() if value is not None}
         say("  ".join(f"{words}: {figure}" for words, figure in {"policy": result.policy, **figures}.items()))
+    if unscored := metrics.get("eval/unscored"):
+        say(f"in no figure: {unscored:.0f} episodes whose answer has no verdict")
     if errors := metrics.get("eval/env_errors"):
         say(f"in no figure: {errors:.0f} episodes that an error of the env ended; the warnings above say which")
     for tag, values in by_tag(metrics).items():

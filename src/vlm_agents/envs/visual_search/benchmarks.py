@@ -195,10 +195,10 @@ def _different(options: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _answer(answer: str, options: tuple[str, ...]) -> str:
-    """The right option, which may be named by its letter."""
-    if not options or answer in options:
-        return answer
+    """The right option, which may be named by its letter, even where another option's text is that letter."""
     letter = answer.strip("(). ")
     if len(letter) == 1 and letter in LETTERS[: len(options)]:
         return options[LETTERS.index(letter)]
+    if not options or answer in options:
+        return answer
     raise DataError(f"the answer {short(answer)} is none of {short(options)}: mend it, or remove the row")
