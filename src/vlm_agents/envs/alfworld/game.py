@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vlm_agents.envs.alfworld import pddl
 from vlm_agents.envs.alfworld.grammar import Grammar, read_grammar
@@ -80,14 +80,21 @@ def read_task(path: Path) -> dict[str, Any]:
     return task
 
 
-def marked(path: Path) -> tuple[str, bool] | None:
-    """Of a game's file: what kind of task it is, and whether it is marked as one that can be won, for ALFWorld plays no
-    other; None where it doesn't say. Read from the bytes: a whole split is looked through before the first game."""
+class Mark(NamedTuple):
+    """What kind of task a game is, and whether it can be won: ALFWorld plays no other."""
+
+    kind: str
+    solvable: bool
+
+
+def marked(path: Path) -> Mark | None:
+    """How a game's file is marked; None where it doesn't say. Read from the bytes: a whole split is looked through before
+    the first game."""
     try:
         kind, game = KIND.search(_bytes(path.with_name(TASK))), SOLVABLE.search(_bytes(path))
     except DataError:
         return None
-    return (kind[1].decode(), game[1] == b"true") if kind and game else None
+    return Mark(kind[1].decode(), game[1] == b"true") if kind and game else None
 
 
 def _bytes(path: Path) -> bytes:

@@ -83,8 +83,8 @@ def found(folder: Path, kinds: tuple[str, ...]) -> tuple[Path, ...]:
             "%d of %d games below %s can't be read and aren't played, %s first: fetch them again",
             *(len(broken), len(known), folder, broken[0]),
         )
-    order = sorted(known, key=lambda name: stable_hash("order", name))
-    games = tuple(names[name] for name in order if known[name] in ((kind, True) for kind in kinds))
+    wanted = [name for name, mark in known.items() if mark and mark.solvable and mark.kind in kinds]
+    games = tuple(names[name] for name in sorted(wanted, key=lambda name: stable_hash("order", name)))
     if not games:
         raise DataError(f"no {GAME} of {', '.join(kinds)} below {folder}: fetch them by alfworld-download")
     return games
