@@ -88,8 +88,8 @@ class Mark(NamedTuple):
 
 
 def marked(path: Path) -> Mark | None:
-    """How a game's file is marked; None where it doesn't say. Read from the bytes: a whole split is looked through before
-    the first game."""
+    """How a game's file is marked; None where it doesn't say. Read from the bytes: a whole split is looked through
+    before the first game."""
     try:
         kind, game = KIND.search(_bytes(path.with_name(TASK))), SOLVABLE.search(_bytes(path))
     except DataError:
