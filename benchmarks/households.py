@@ -1,8 +1,8 @@
 """A tiny model in ALFWorld's households: `python benchmarks/households.py [--only clone|train|eval]`.
 
-By text, and by the schematic picture in its place: the planner's episodes, the packaged weights with a tokenizer that
-knows such chats, a clone of them, which then plays itself and is corrected by the planner (DAgger), three seeds of PPO,
-and held-out layouts before and after, by kind of task.
+By text, and by the schematic picture in its place: episodes of the searcher, who knows what it has seen; the packaged
+weights with a tokenizer that knows such chats; a clone of them, which then plays itself and is corrected (DAgger); three
+seeds of PPO; and held-out layouts before and after, by kind of task.
 
 What is there is not run again, so the command goes on where it was stopped.
 """
@@ -35,7 +35,7 @@ def clone(view: str) -> Job:
 
 
 def corrected(view: str) -> Job:
-    """The clone plays, the planner says what it should have done instead (DAgger), and the clone learns that too."""
+    """The clone plays, the expert says what it should have done instead (DAgger), and the clone learns that too."""
     init = f"stage.init={clone(view).folder}"
     words = ("stage.policy=model", init, f"stage.episodes={PLAYED}", "stage.noise=0", "seed=1")
     played = job("played", "collect", view, model(view), *words, after=(clone(view),))

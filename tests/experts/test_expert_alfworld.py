@@ -7,12 +7,13 @@ import pytest
 from vlm_agents.config import ALFWORLD_TASKS, AlfWorldConfig
 from vlm_agents.envs import make_env
 from vlm_agents.envs.alfworld import generator
+from vlm_agents.envs.alfworld.env import AlfWorld
 from vlm_agents.envs.alfworld.game import Game
 from vlm_agents.envs.alfworld.generator import Layout, Task, package
 from vlm_agents.envs.alfworld.goals import LIGHT, SIMPLE, TWO
 from vlm_agents.envs.alfworld.world import World
 from vlm_agents.experts import with_expert
-from vlm_agents.experts.alfworld import Planner
+from vlm_agents.experts.alfworld import Planner, Searcher
 
 
 @pytest.mark.parametrize("kind", ALFWORLD_TASKS)
@@ -51,6 +52,59 @@ def test_it_finds_back_from_anywhere(kind: str) -> None:
             step = env.step(now.advice.action)
             now = step.observation
         assert step.success
+
+
+SEARCHER = "vlm_agents.experts.alfworld:Searcher"
+
+
+@pytest.mark.parametrize("kind", ALFWORLD_TASKS)
+def test_who_searches_wins_too(kind: str) -> None:
+    """In no more steps than the planner takes and two for each receptacle."""
+    cfg = AlfWorldConfig(level="tiny", tasks=[kind], observation="text", expert=SEARCHER)
+    env = with_expert(make_env(cfg), cfg)
+    for seed in range(20):
+        now, step, turns = env.reset(seed), None, 0
+        assert now.advice
+        most = (now.advice.distance or 0) + 2 * len([action for action in now.legal_actions or () if "go to" in action])
+        while now.advice:
+            assert now.advice.action in (now.legal_actions or ())
+            step, turns = env.step(now.advice.action), turns + 1
+            now = step.observation
+        assert step
+        assert step.success
+        assert turns <= most
+
+
+def test_who_searches_knows_what_it_has_seen_alone() -> None:
+    """The mug is in the cabinet or in the drawer: until one of them is open, the same is done for the same reason."""
+    layouts = [
+        Layout((("Cabinet", 1), ("Drawer", 1), ("SideTable", 1)), ((("Mug", 1), (home, 1)),))
+        for home in ("Cabinet", "Drawer")
+    ]
+    ways = []
+    for layout in layouts:
+        world = household(Task(SIMPLE, "Mug", "SideTable"), layout)
+        expert, said = searching(world), []
+        advice = expert.start()
+        while advice:
+            said.append((advice.thought, advice.action))
+            world.step(advice.action)
+            advice = expert.follow(advice.action)
+        assert world.won
+        ways.append(said)
+    one, other = ways
+    opened = [action for _, action in one].index("open cabinet 1")
+    assert one[: opened + 1] == other[: opened + 1]
+    assert one[opened + 1][1].startswith("take mug 1")
+    assert [action for _, action in other[opened + 1 : opened + 3]] == ["go to drawer 1", "open drawer 1"]
+
+
+def searching(world: World) -> Searcher:
+    """The searcher of an env that is in this world."""
+    env = make_env(AlfWorldConfig(level="tiny"))
+    assert isinstance(env, AlfWorld)
+    env.world = world
+    return Searcher(env)
 
 
 def test_it_says_what_it_is_after() -> None:

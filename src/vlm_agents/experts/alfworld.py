@@ -1,9 +1,9 @@
-"""The planner of ALFWorld's games: a shortest way to the goal, by breadth-first search over what matters for it.
-
-It knows where everything is, which no agent does: what it says of a place is no more than that it goes there.
+"""Experts of ALFWorld's games. The planner knows where everything is, which no agent does, and goes a shortest way, by
+breadth-first search over what matters for the goal. The searcher knows what it has seen: it looks into one receptacle
+after the other until it has seen what it needs, and goes the planner's way then.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from functools import cached_property
 from typing import NamedTuple
 
@@ -53,9 +53,32 @@ class AlfWorldExpert:
         if world.won or world.game.kind not in KINDS:
             return None
         way = Planner(world).way()
-        if not way:
-            return None
+        return self._next(world, way) if way else None
+
+    def _next(self, world: World, way: list[Step]) -> Advice | None:
         return Advice(thought(world, way), command(world, way[0]), len(way))
+
+
+class Searcher(AlfWorldExpert):
+    """What it says an agent can know: for clones, by `env.expert=`. `distance` is the planner's: what is left for one
+    who knows."""
+
+    def start(self) -> Advice | None:
+        self.seen = set[str]()
+        return super().start()
+
+    def _next(self, world: World, way: list[Step]) -> Advice | None:
+        known = Planner(world)
+        self.seen |= known.in_sight
+        known.forget_all_but(self.seen)
+        if steps := known.way():
+            said, step = thought(world, steps), steps[0]
+        elif unseen := sorted(known.spot.keys() - self.seen):
+            step = known.look(next((place for place in unseen if known.spot[place] == known.here), unseen[0]))
+            said = search(world, step)
+        else:
+            return None
+        return Advice(said, command(world, step), len(way))
 
 
 def command(world: World, step: Step) -> str:
@@ -93,6 +116,15 @@ def thought(world: World, way: list[Step]) -> str:
     return said.get(step.action, f"Here is the {place}. I {step.action.removesuffix('object')} the {thing}.")
 
 
+def search(world: World, step: Step) -> str:
+    """Why the searcher looks into a receptacle."""
+    place = world.names[step.place].strip()
+    if step.action == "openobject":
+        return f"The {place} is closed. I open it."
+    target, lamp = (world.game.named(name) for name in ("object_target", "toggle_target"))
+    return f"I have not seen the {target}{f' and the {lamp}' if lamp else ''} yet. I go to the {place}."
+
+
 class Planner:
     """The world as it is now, and the search from there."""
 
@@ -117,6 +149,23 @@ class Planner:
         if self.treatment:
             self.appliances = self._of(f"{self.treatment.appliance.lower()}type") & self.spot.keys()
             self.wanted &= {thing for _, thing in pairs(f"{self.treatment.verb}able")}
+
+    @property
+    def in_sight(self) -> set[str]:
+        """The receptacles here that aren't shut."""
+        closed = self.openable - self.opened
+        return {place for place, spot in self.spot.items() if spot == self.here and place not in closed}
+
+    def forget_all_but(self, seen: Set[str]) -> None:
+        """Know of those things alone that are held, or in receptacles that were seen."""
+        known = {thing for thing, place in self.inside.items() if place in seen} | {self.held}
+        self.wanted &= known
+        self.lamps &= known
+        self.things = [thing for thing in self.things if thing in known]
+
+    def look(self, place: str) -> Step:
+        """What leads to seeing what a receptacle holds: it is gone to, and opened."""
+        return Step("openobject" if self.spot[place] == self.here else "gotolocation", "", place)
 
     def way(self) -> list[Step]:
         """The steps of a shortest way; empty where there is none."""
