@@ -1,8 +1,8 @@
 """A tiny model in ALFWorld's households: `python benchmarks/households.py [--only clone|train|eval]`.
 
 By text, and by the schematic picture in its place: episodes of the searcher, who knows what it has seen; the packaged
-weights with a tokenizer that knows such chats; a clone of them, which then plays itself and is corrected (DAgger); three
-seeds of PPO; and held-out layouts before and after, by kind of task.
+weights with a tokenizer that knows such chats; a clone of them, which then plays itself and is corrected (DAgger);
+three seeds of PPO; and held-out layouts before and after, by kind of task.
 
 What is there is not run again, so the command goes on where it was stopped.
 """
