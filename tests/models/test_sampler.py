@@ -225,6 +225,57 @@ def test_a_frozen_vision_part_samples_the_same(load: Load, chats: list[Prompt]):
     assert [reply.token_ids for reply in plain] == [reply.token_ids for reply in frozen]
 
 
+# ---- drafts ----------------------------------------------------------------------------------------------------------
+class Passes:
+    """Counts the passes of an agent's text model."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.count = 0
+        self.hook = agent.family.text.register_forward_hook(self._seen)
+
+    def _seen(self, *_: object) -> None:
+        self.count += 1
+
+
+@pytest.mark.parametrize("stop", [False, True], ids=["", "stop text"])
+@pytest.mark.parametrize("greedy", [False, True], ids=["sampled", "greedy"])
+def test_drafts_change_nothing_but_the_number_of_passes(
+    agent: Agent, brief_agent: Agent, prompts: list[Prompt], greedy: bool, stop: bool
+):
+    """Right ones, and beside them some of other replies, which are right for a while."""
+    agent = agent if greedy else brief_agent  # whose likeliest reply is empty
+    sampling = Sampling(ROOM, greedy=greedy)
+    if stop:
+        said = [reply.text for reply in sample(agent, prompts, greedy=greedy)]
+        sampling = sampling._replace(stop=(max(said, key=len)[3:6],))
+    passes, sampler = Passes(agent), HFSampler(agent)
+    plain = sampler.generate(prompts, generators(len(prompts)), sampling)
+    before, passes.count = passes.count, 0
+    for seed in (1, 2):
+        for reply in sample(agent, prompts, seed):
+            sampler.drafts.learn(reply.token_ids[: ROOM // 2])
+    passes.count = 0
+    drafted = sampler.generate(prompts, generators(len(prompts)), sampling)
+    passes.hook.remove()
+    assert passes.count <= max(2, before // 2)
+    assert [(reply.token_ids, reply.text, reply.finish) for reply in drafted] == [
+        (reply.token_ids, reply.text, reply.finish) for reply in plain
+    ]
+    for one, other in zip(drafted, plain, strict=True):
+        torch.testing.assert_close(one.logprobs, other.logprobs, rtol=0, atol=1e-5)
+        assert (one.value, one.entropy) == pytest.approx((other.value, other.entropy), abs=1e-5)
+
+
+def test_drafts_are_forgotten_with_the_weights(brief_agent: Agent, chats: list[Prompt]):
+    """A run that goes on from a checkpoint has none: their passes may round otherwise."""
+    sampler = HFSampler(brief_agent)
+    replies = sampler.generate(chats, generators(len(chats)), Sampling(ROOM))
+    begun = max((list(reply.token_ids) for reply in replies), key=len)[:-1]
+    assert sampler.drafts.guess([begun], ROOM).size
+    sampler.sync()
+    assert not sampler.drafts.guess([begun], ROOM).size
+
+
 # ---- the draw --------------------------------------------------------------------------------------------------------
 LAST = 1 - 2**-53  # the largest number that Generator.random gives
 

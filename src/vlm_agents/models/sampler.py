@@ -1,8 +1,9 @@
 """Sampling: replies, log-probs, entropies and values out of the same passes.
 
-A batch of prompts is prefilled once, what they all begin with only once for all of them, then decoded token by token
-over transformers' cache. Rows leave the batch as they finish, keys and values are written in place, and every row draws
-from its own random generator, so that what an episode gets doesn't depend on who shares the batch with it.
+A batch of prompts is prefilled once, what they all begin with only once for all of them, then decoded over
+transformers' cache: each pass reads a row's last token and a draft of what may follow, and keeps the draft as far as it
+is what would have been sampled. Every token is drawn from the model's own distribution with the random number of its
+place in its own row's generator, so that neither drafts nor who shares the batch decide what an episode gets.
 """
 
 from collections.abc import Sequence
@@ -16,26 +17,30 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from vlm_agents.errors import ModelError
 from vlm_agents.models.actor_critic import Agent, entropy_of
+from vlm_agents.models.drafts import NONE, Drafts
 from vlm_agents.models.prefix import causal_mask, shared_prefix
 from vlm_agents.models.rendering import HFRenderer, Rendered
 from vlm_agents.types import Prompt, Reply, Sampling
 
 COMPACT_BELOW = 0.75  # share of live rows under which the finished ones are moved out of the cache
+DRAFT = 16  # the longest draft
+OVERHEAD = {"cpu": 4.0, "cuda": 64.0}  # what a pass costs whatever it reads, in tokens of each row
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values in buffers with room to grow, so that a decoded token costs one write and no copy of the past."""
+    """Keys and values in buffers with room to grow, where each row goes on at its own place."""
 
     def __init__(self, rows: int, capacity: int, prefix: Any = None) -> None:
         super().__init__()
         self.keys: Tensor
         self.values: Tensor
         self.rows, self.capacity, self.prefix, self.length = rows, capacity, prefix, 0
+        self.places: Tensor | None = None  # [n w] where the next tokens of each row go; None: behind `length`
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         self.keys, self.values = (
-            state.new_empty(self.rows, state.shape[1], self.capacity, state.shape[3])
+            state.new_zeros(self.rows, state.shape[1], self.capacity, state.shape[3])  # NaN counts even where unseen
             for state in (key_states, value_states)
         )
         if self.prefix is not None and self.prefix.keys is not None and self.prefix.values is not None:
@@ -48,9 +53,14 @@ class RoomyLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start, self.length = self.length, self.length + key_states.shape[-2]
-        self.keys[..., start : self.length, :] = key_states
-        self.values[..., start : self.length, :] = value_states
+        if self.places is None:
+            start, self.length = self.length, self.length + key_states.shape[-2]
+            self.keys[..., start : self.length, :] = key_states
+            self.values[..., start : self.length, :] = value_states
+        else:
+            index = self.places[:, None, :, None].expand_as(key_states)
+            self.keys.scatter_(2, index, key_states)
+            self.values.scatter_(2, index, value_states)
         return self.keys[..., : self.length, :], self.values[..., : self.length, :]
 
     def get_seq_length(self) -> int:
@@ -65,14 +75,59 @@ class RoomyLayer(DynamicLayer):
 
 @dataclass(slots=True)
 class Prefilled:
-    """A batch that is ready to decode. Columns are: the shared prefix, then each row's own tokens, left-padded."""
+    """A batch that is ready to decode. Columns are: the shared prefix, then each row's own tokens, right-padded."""
 
     rendered: list[Rendered]
     cache: Cache
     layers: list[RoomyLayer]  # of the cache
     hidden: Tensor  # [N H] state of each row's last prompt token
-    valid: Tensor | None  # [N columns] bool, None where no row is padded
+    lengths: Tensor  # [N] of the prompts
     positions: Tensor  # [P N] position of each row's next token
+
+
+@dataclass(slots=True)
+class Sampled:
+    """What [n w] places of a batch's replies were sampled to be, each as if all before it were so."""
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    entropies: np.ndarray
+
+
+class Replies:
+    """The replies of a batch as they grow."""
+
+    def __init__(self, count: int, sampling: Sampling, renderer: HFRenderer) -> None:
+        self.tokens = np.zeros((count, sampling.max_tokens), dtype=np.int64)
+        self.logprobs, self.entropies = (np.zeros(self.tokens.shape, dtype=np.float32) for _ in range(2))
+        self.lengths, self.done = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=bool)
+        self._end, self._texts = renderer.end_of_turn, StopTexts(renderer, sampling.stop)
+
+    def take(self, rows: np.ndarray, drafts: np.ndarray, sampled: Sampled) -> None:
+        """Of [n w+1] sampled tokens of `rows` [n], those that follow on the right ones of [n w] drafts, up to an end.
+
+        ModelError where the model gives no numbers: then what was sampled may be no token at all.
+        """
+        follows = np.cumprod((drafts == sampled.tokens[:, :-1]) & (drafts != self._end), axis=1)
+        index, place = np.nonzero(np.pad(follows, ((0, 0), (1, 0)), constant_values=1))
+        if np.isnan(sampled.entropies[index, place]).any():
+            raise ModelError("the model's logits aren't finite: its weights are broken, as by a learning rate too high")
+        where = rows[index], self.lengths[rows[index]] + place
+        self.tokens[where], self.logprobs[where] = sampled.tokens[index, place], sampled.logprobs[index, place]
+        self.entropies[where] = sampled.entropies[index, place]
+        for row, count in zip(rows, 1 + follows.sum(1), strict=True):
+            start, self.lengths[row] = self.lengths[row], self.lengths[row] + count
+            if (end := self._texts.end(self.said(row), start)) is not None:
+                self.lengths[row] = end
+            self.done[row] = self.ended(row) or self.lengths[row] == self.tokens.shape[1]
+
+    def said(self, row: int) -> list[int]:
+        return self.tokens[row, : self.lengths[row]].tolist()
+
+    def ended(self, row: int) -> bool:
+        """By the model, and not for want of room."""
+        said = self.said(row)
+        return said[-1] == self._end or self._texts.end(said, len(said) - 1) is not None
 
 
 class HFSampler:
@@ -80,9 +135,11 @@ class HFSampler:
 
     def __init__(self, agent: Agent) -> None:
         self.agent, self.renderer = agent, agent.renderer
+        self.drafts = Drafts(DRAFT, OVERHEAD.get(agent.device.type, OVERHEAD["cuda"]))
 
     def sync(self) -> None:
         self.agent.images.clear()
+        self.drafts.clear()
 
     @torch.no_grad()
     def generate(
@@ -92,48 +149,32 @@ class HFSampler:
         sampling: Sampling,
     ) -> list[Reply]:
         """One reply a prompt. Greedy replies still carry the log-probs of the policy at its own temperature."""
-        agent, max_new_tokens = self.agent, sampling.max_tokens
-        ends = StopTexts(agent.renderer, sampling.stop)
-        batch = self.prefill(prompts, max_new_tokens)
-        values = agent.value(batch.hidden).tolist()
-        temperatures = agent.temperatures(batch.hidden)
-        count = len(prompts)
-        draws = torch.from_numpy(np.stack([rng.random(max_new_tokens) for rng in rngs])).to(agent.device)
-        tokens = np.zeros((count, max_new_tokens), dtype=np.int64)
-        logprobs, entropies = (np.zeros((count, max_new_tokens), dtype=np.float32) for _ in range(2))
-        lengths = np.full(count, max_new_tokens)
-        live = torch.arange(count, device=agent.device)  # which prompt each row of the cache belongs to
-        hidden, valid, positions = batch.hidden, batch.valid, batch.positions
-        for step in range(max_new_tokens):
-            distribution = agent.log_distribution(agent.logits(hidden), temperatures[live])
-            chosen = distribution.argmax(-1) if sampling.greedy else draw(distribution, draws[live, step])
-            rows = live.cpu().numpy()
-            tokens[rows, step] = chosen.cpu().numpy()
-            entropies[rows, step] = entropy_of(distribution).cpu().numpy()
-            if np.isnan(entropies[rows, step]).any():  # then `chosen` may name no token at all
-                raise ModelError(
-                    "the model's logits aren't finite: its weights are broken, as by a learning rate too high"
-                )
-            logprobs[rows, step] = distribution.gather(-1, chosen[:, None]).squeeze(-1).cpu().numpy()
-            ended = tokens[rows, step] == agent.renderer.end_of_turn
-            # a finished row may stay in the cache for a while: only its first end counts
-            done = rows[ended | ends.found(tokens[rows, : step + 1])]
-            lengths[done] = np.minimum(lengths[done], step + 1)
-            unfinished = torch.from_numpy(lengths[rows] == max_new_tokens).to(agent.device)
-            if step + 1 == max_new_tokens or not unfinished.any():
-                break
-            if unfinished.float().mean() < COMPACT_BELOW:
+        room = sampling.max_tokens
+        batch = self.prefill(prompts, room)
+        draws = None if sampling.greedy else np.stack([rng.random(room) for rng in rngs])
+        temperatures = self.agent.temperatures(batch.hidden)
+        replies = Replies(len(prompts), sampling, self.renderer)
+        rows = live = np.arange(len(prompts))  # which prompts are in the cache, and which of its rows go on
+        hidden, drafts = batch.hidden[:, None], np.empty((len(prompts), 0), dtype=np.int64)
+        while len(live):
+            asked = rows[live]
+            places = replies.lengths[asked, None] + np.arange(hidden.shape[1])
+            uniform = None if draws is None else draws[asked[:, None], places]
+            replies.take(asked, drafts[live], self._sample(hidden[live], temperatures[asked], uniform))
+            live = np.flatnonzero(~replies.done[rows])
+            if 0 < len(live) < COMPACT_BELOW * len(rows):
                 for layer in batch.layers:
-                    layer.keep(unfinished)
-                live, chosen, positions = live[unfinished], chosen[unfinished], positions[:, unfinished]
-                valid = None if valid is None else valid[unfinished]
-            if valid is not None:
-                valid = torch.cat([valid, valid.new_ones(len(valid), 1)], dim=1)
-            hidden = self.decode(chosen, positions, valid, batch.cache)
-            positions = positions + 1
+                    layer.keep(torch.from_numpy(live).to(self.agent.device))
+                rows, live = rows[live], np.arange(len(live))
+            if len(live):
+                drafts = self._drafts(replies, rows, live)
+                hidden = self._read(batch, replies, rows, drafts)
+        for row in range(len(prompts)):
+            self.drafts.learn(replies.said(row))
+        values = self.agent.value(batch.hidden).tolist()
         return [
-            self._reply(batch.rendered[i], tokens[i, :length], logprobs[i], entropies[i], values[i], ends)
-            for i, length in enumerate(lengths)
+            self._reply(rendered, replies, row, value)
+            for row, (rendered, value) in enumerate(zip(batch.rendered, values, strict=True))
         ]
 
     @torch.no_grad()
@@ -141,16 +182,44 @@ class HFSampler:
         """The critic's estimate for each prompt."""
         return self.agent.value(self.prefill(prompts, 0).hidden).tolist() if prompts else []
 
-    def decode(self, chosen: Tensor, positions: Tensor, valid: Tensor | None, cache: Cache) -> Tensor:
-        """[n H] states after one more token a row."""
-        agent = self.agent
+    def _sample(self, hidden: Tensor, temperatures: Tensor, uniform: np.ndarray | None) -> Sampled:
+        """From [n w H] states of rows at [n] temperatures, by [n w] uniform numbers; None: the likeliest tokens."""
+        agent, shape = self.agent, hidden.shape[:2]
+        each = temperatures[:, None].expand(shape).flatten()
+        distribution = agent.log_distribution(agent.logits(hidden.flatten(0, 1)), each)
+        if uniform is None:
+            chosen = distribution.argmax(-1)
+        else:
+            chosen = draw(distribution, torch.from_numpy(uniform).to(agent.device).flatten())
+        logprobs = distribution.gather(-1, chosen.clamp(max=distribution.shape[-1] - 1)[:, None]).squeeze(-1)
+        found = (chosen, logprobs, entropy_of(distribution))
+        return Sampled(*(tensor.view(shape).cpu().numpy() for tensor in found))
+
+    def _drafts(self, replies: Replies, rows: np.ndarray, live: np.ndarray) -> np.ndarray:
+        """[n w] of the rows in the cache, of which those that are done have none."""
+        room = replies.tokens.shape[1] - 1 - int(replies.lengths[rows[live]].max())
+        guessed = self.drafts.guess([replies.said(row) for row in rows[live]], room)
+        drafts = np.full((len(rows), guessed.shape[1]), NONE)
+        drafts[live] = guessed
+        return drafts
+
+    def _read(self, batch: Prefilled, replies: Replies, rows: np.ndarray, drafts: np.ndarray) -> Tensor:
+        """[n w+1 H] states after each row's last token, and after each of its [n w] drafted ones."""
+        agent, width = self.agent, drafts.shape[1]
+        before = np.minimum(replies.lengths[rows] - 1, replies.tokens.shape[1] - 1 - width)  # less: of those done
+        read = np.concatenate([replies.tokens[rows, before][:, None], drafts.clip(min=0)], axis=1)
+        steps = torch.from_numpy(before[:, None] + np.arange(width + 1)).to(agent.device)
+        places = batch.lengths[rows, None] + steps
+        for layer in batch.layers:
+            layer.places, layer.length = places, int(places.max()) + 1
+        seen = torch.arange(layer.length, device=agent.device) <= places[..., None]
         output = agent.family.text(
-            inputs_embeds=agent.family.embed_tokens(chosen[:, None]),
-            position_ids=positions[..., None].squeeze(0),
-            attention_mask=None if valid is None else agent.attention_mask(valid[:, None, None, :]),
-            **agent.family.caching(cache),
+            inputs_embeds=agent.family.embed_tokens(torch.from_numpy(read).to(agent.device)),
+            position_ids=(batch.positions[:, rows, None] + steps).squeeze(0),
+            attention_mask=None if bool(seen.all()) else agent.attention_mask(seen[:, None]),
+            **agent.family.caching(batch.cache),
         )
-        return output.last_hidden_state[:, -1]
+        return output.last_hidden_state
 
     def prefill(self, prompts: Sequence[Prompt], room: int) -> Prefilled:
         """Run the prompts through the model, leaving `room` columns for tokens to come."""
@@ -158,80 +227,64 @@ class HFSampler:
         rendered = [agent.renderer.render(prompt) for prompt in prompts]
         positions = [family.positions(row.ids, [image.size for image in row.images]) for row in rendered]
         shared = shared_prefix([row.ids for row in rendered], family.image_token_id)
-        width = max(len(row.ids) for row in rendered) - shared
+        lengths = torch.tensor([len(row.ids) for row in rendered])
+        width = int(lengths.max()) - shared
         ids = torch.full((len(rendered), width), agent.tokenizer.pad_token_id)
         own = torch.zeros(positions[0].shape[0], len(rendered), width, dtype=torch.long)
-        valid = torch.zeros(len(rendered), shared + width, dtype=torch.bool)
-        valid[:, :shared] = True
         for index, row in enumerate(rendered):
             length = len(row.ids) - shared
-            ids[index, width - length :] = torch.from_numpy(row.ids[shared:])
-            own[:, index, width - length :] = torch.from_numpy(positions[index][:, shared:])
-            valid[index, shared + width - length :] = True
-        ids, own, valid = (tensor.to(agent.device) for tensor in (ids, own, valid))
+            ids[index, :length] = torch.from_numpy(row.ids[shared:])
+            own[:, index, :length] = torch.from_numpy(positions[index][:, shared:])
+        ids, own, lengths = (tensor.to(agent.device) for tensor in (ids, own, lengths))
 
         prefix = None
         if shared:
             head = torch.from_numpy(rendered[0].ids[None, :shared]).to(agent.device)
             _, prefix = agent.run_prefix(head, torch.from_numpy(positions[0][:, None, :shared]).to(agent.device))
-        capacity = shared + width + room
         layers = [
-            RoomyLayer(len(rendered), capacity, prefix.layers[i] if prefix else None)
+            RoomyLayer(len(rendered), shared + width + room, prefix.layers[i] if prefix else None)
             for i in range(family.text.config.num_hidden_layers)
         ]
         cache = Cache(layers=list(layers))
-        padded = not bool(valid.all())
-        mask = causal_mask(width, shared + width, agent.device)
-        if padded:
-            # a padding column sees itself, so that no row of the attention is empty; nothing else sees it
-            itself = torch.eye(shared + width, dtype=torch.bool, device=agent.device)[shared:]
-            mask = (mask & valid[:, None, None, :]) | itself
+        mask = agent.attention_mask(causal_mask(width, shared + width, agent.device)) if shared else None
         hidden = family.text(
             **agent.embed(ids, [image for row in rendered for image in row.images]),
             position_ids=own.squeeze(0),
-            attention_mask=agent.attention_mask(mask) if padded or shared else None,
+            attention_mask=mask,  # what is behind a row's end isn't seen by what stands before it
             **family.caching(cache),
         ).last_hidden_state
+        last = hidden[torch.arange(len(rendered), device=agent.device), lengths - shared - 1]
         following = own.amax(-1).amax(0).expand(own.shape[:2]) + 1  # the next token's position, on all rotary axes
-        return Prefilled(rendered, cache, layers, hidden[:, -1], valid if padded else None, following)
+        return Prefilled(rendered, cache, layers, last, lengths, following)
 
-    def _reply(
-        self,
-        rendered: Rendered,
-        tokens: np.ndarray,
-        logprobs: np.ndarray,
-        entropies: np.ndarray,
-        value: float,
-        ends: "StopTexts",
-    ) -> Reply:
-        ids, length = tokens.tolist(), len(tokens)
-        renderer = self.renderer
-        ended = ids[-1] == renderer.end_of_turn or ends.found(tokens[None]).any()
+    def _reply(self, rendered: Rendered, replies: Replies, row: int, value: float) -> Reply:
+        ids, length = replies.said(row), replies.lengths[row]
         return Reply(
-            text=renderer.decode(ids),
+            text=self.renderer.decode(ids),
             prompt_token_ids=tuple(rendered.ids.tolist()),
             token_ids=tuple(ids),
-            logprobs=tuple(logprobs[:length].tolist()),
+            logprobs=tuple(replies.logprobs[row, :length].tolist()),
             value=value,
-            entropy=float(entropies[:length].mean()),
-            finish="stop" if ended else "length",
+            entropy=float(replies.entropies[row, :length].mean()),
+            finish="stop" if replies.ended(row) else "length",
         )
 
 
 class StopTexts:
-    """Finds where one of the texts that end a reply has just been written."""
+    """Finds where one of the texts that end a reply has been written."""
 
     def __init__(self, renderer: HFRenderer, texts: Sequence[str]) -> None:
         self.renderer, self.texts = renderer, texts
         # each token writes a byte at least, but for one before the text whose space the decoder drops
         self.longest = max((len(text.encode()) + 1 for text in texts), default=0)
 
-    def found(self, tokens: np.ndarray) -> np.ndarray:
-        """[n] does the text of the last of [n t] tokens hold one?"""
-        if not self.texts:
-            return np.zeros(len(tokens), dtype=bool)
-        tails = [self.renderer.decode(row) for row in tokens[:, -self.longest :].tolist()]
-        return np.array([any(text in tail for text in self.texts) for tail in tails], dtype=bool)
+    def end(self, said: Sequence[int], start: int) -> int | None:
+        """The number of tokens up to where one is first whole, of those that end behind the first `start` tokens."""
+        for length in range(start + 1, len(said) + 1) if self.texts else ():
+            tail = self.renderer.decode(said[max(0, length - self.longest) : length])
+            if any(text in tail for text in self.texts):
+                return length
+        return None
 
 
 def draw(distribution: Tensor, uniform: Tensor) -> Tensor:
