@@ -266,6 +266,20 @@ def test_drafts_change_nothing_but_the_number_of_passes(
         assert (one.value, one.entropy) == pytest.approx((other.value, other.entropy), abs=1e-5)
 
 
+def test_equal_prompts_are_run_once(brief_agent: Agent, chats: list[Prompt]):
+    """And each is answered by its own numbers."""
+    rows: list[int] = []
+    hook = brief_agent.family.text.register_forward_hook(lambda *_args: rows.append(len(_args[-1][0])))
+    replies = sample(brief_agent, chats * 4)
+    hook.remove()
+    assert rows[:2] == [1, len(chats)]  # the prefix that all share, then each once
+    assert len({reply.token_ids for reply in replies}) > len(chats)
+    for index, prompt in enumerate(chats * 4):
+        (alone,) = HFSampler(brief_agent).generate([prompt], [generators(index + 1)[index]], Sampling(ROOM))
+        assert alone.token_ids == replies[index].token_ids
+        torch.testing.assert_close(alone.logprobs, replies[index].logprobs, rtol=0, atol=1e-5)
+
+
 def test_drafts_are_forgotten_with_the_weights(brief_agent: Agent, chats: list[Prompt]):
     """A run that goes on from a checkpoint has none: their passes may round otherwise."""
     sampler = HFSampler(brief_agent)

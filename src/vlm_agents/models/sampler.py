@@ -69,7 +69,7 @@ class RoomyLayer(DynamicLayer):
         return self.prefix.get_seq_length()
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all other rows of the batch."""
+        """These rows of the batch alone, any of them as often as it is asked for."""
         self.keys, self.values = self.keys[rows], self.values[rows]
 
 
@@ -222,9 +222,11 @@ class HFSampler:
         return output.last_hidden_state
 
     def prefill(self, prompts: Sequence[Prompt], room: int) -> Prefilled:
-        """Run the prompts through the model, leaving `room` columns for tokens to come."""
+        """Run the prompts through the model, equal ones once, leaving `room` columns for tokens to come."""
         agent, family = self.agent, self.agent.family
-        rendered = [agent.renderer.render(prompt) for prompt in prompts]
+        every = [agent.renderer.render(prompt) for prompt in prompts]
+        keys = [(row.ids.tobytes(), *(image.key for image in row.images)) for row in every]
+        rendered = list(dict(zip(keys, every, strict=True)).values())
         positions = [family.positions(row.ids, [image.size for image in row.images]) for row in rendered]
         shared = shared_prefix([row.ids for row in rendered], family.image_token_id)
         lengths = torch.tensor([len(row.ids) for row in rendered])
@@ -255,7 +257,13 @@ class HFSampler:
         ).last_hidden_state
         last = hidden[torch.arange(len(rendered), device=agent.device), lengths - shared - 1]
         following = own.amax(-1).amax(0).expand(own.shape[:2]) + 1  # the next token's position, on all rotary axes
-        return Prefilled(rendered, cache, layers, last, lengths, following)
+        if len(rendered) < len(every):
+            place = {key: index for index, key in enumerate(dict.fromkeys(keys))}
+            which = torch.tensor([place[key] for key in keys], device=agent.device)
+            for layer in layers:
+                layer.keep(which)
+            last, lengths, following = last[which], lengths[which], following[:, which]
+        return Prefilled(every, cache, layers, last, lengths, following)
 
     def _reply(self, rendered: Rendered, replies: Replies, row: int, value: float) -> Reply:
         ids, length = replies.said(row), replies.lengths[row]
