@@ -44,7 +44,8 @@ def test_pixels_are_those_of_the_stock_processor(agent: Agent, picture: Noise, s
     stock = agent.image_processor(images=images, return_tensors="pt")
     own = agent.family.pixels(images)
     assert torch.equal(own["image_grid_thw"], stock["image_grid_thw"])
-    torch.testing.assert_close(own["pixel_values"], stock["pixel_values"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(own["pixel_values"].flatten(1), stock["pixel_values"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(torch.cat(agent.family.encode(own)), torch.cat(agent.family.encode(stock)))
     # a merged token stands for 2 x 2 patches
     tokens = [agent.family.image_tokens(size) for size in sizes]
     assert tokens == (stock["image_grid_thw"].prod(-1) // 4).tolist()

@@ -13,10 +13,13 @@ from vlm_agents.pictures import as_shown
 
 
 class PatchEmbedding(nn.Conv3d):
-    """A convolution whose kernel covers its whole input: the matrix product that it is, at a quarter of the time."""
+    """A convolution whose kernel covers its whole input, [P 3 T y x]: the matrix product that it is, at a quarter of the
+    time. Where all T frames of a patch are one and the same in memory, it is multiplied by the sum of their weights."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return nn.functional.linear(input.flatten(1), self.weight.flatten(1), self.bias)
+        still = input.stride(2) == 0
+        patches, weight = (input[:, :, 0], self.weight.sum(2)) if still else (input, self.weight)
+        return nn.functional.linear(patches.flatten(1), weight.flatten(1), self.bias)
 
 
 class QwenVL(LanguageParts):
@@ -55,7 +58,12 @@ class QwenVL(LanguageParts):
         if plain and len(sizes) == 1 and images[0].size == (width * patch, height * patch):
             return self._patches(images, height, width)
         out = self.image_processor(images=[as_shown(image) for image in images], return_tensors="pt")
-        return {"pixel_values": out["pixel_values"], "image_grid_thw": out["image_grid_thw"]}
+        frames = out["pixel_values"].view(-1, 3, self.image_processor.temporal_patch_size, patch, patch)
+        return {"pixel_values": self._still(frames[:, :, :1]), "image_grid_thw": out["image_grid_thw"]}
+
+    def _still(self, patches: Tensor) -> Tensor:
+        """[P 3 1 y x] patches as often as the model wants to see them, and held once."""
+        return patches.expand(-1, -1, self.image_processor.temporal_patch_size, -1, -1)
 
     def _patches(self, images: Sequence[Image.Image], height: int, width: int) -> Mm:
         """The processor's own arithmetic for pictures that need no resizing, in one pass over the batch.
@@ -67,13 +75,11 @@ class QwenVL(LanguageParts):
         n = len(images)
         frames = frames.view(n, height // merge, merge, patch, width // merge, merge, patch, 3)
         # to [n, block row, block column, row in block, column in block, channel, y, x], the order of the patches, while
-        # a channel is still a byte; every patch is then shown `temporal_patch_size` times
-        patches = frames.permute(0, 1, 4, 2, 5, 7, 3, 6).reshape(n * height * width, 3, 1, -1)
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
-        pixels = (patches * processor.rescale_factor - mean) / std
-        pixels = pixels.expand(-1, -1, processor.temporal_patch_size, -1)
-        grid = torch.tensor([[1, height, width]] * n)
-        return {"pixel_values": pixels.reshape(n * height * width, -1), "image_grid_thw": grid}
+        # a channel is still a byte
+        patches = frames.permute(0, 1, 4, 2, 5, 7, 3, 6).reshape(n * height * width, 3, 1, patch, patch)
+        mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in (processor.image_mean, processor.image_std))
+        pixels = patches.float().mul_(processor.rescale_factor).sub_(mean).div_(std)
+        return {"pixel_values": self._still(pixels), "image_grid_thw": torch.tensor([[1, height, width]] * n)}
 
     def encode(self, mm: Mm) -> list[Tensor]:
         device = self.model.device
