@@ -104,6 +104,8 @@ def use_hardware(hardware: HardwareConfig) -> None:
         device = torch.device(hardware.device)
     except RuntimeError as error:
         raise ConfigError(f"hardware.device={hardware.device} is no device of torch: set cpu or cuda") from error
+    if device.type == "cpu":  # where there is a mask, transformers copies keys and values for each of a group's heads
+        os.environ["TRANSFORMERS_SDPA_FORCE_GQA"] = "1"  # torch's kernel on a CPU takes them as they are
     if device.type == "cuda":
         refuse_no_gpu(hardware.device, torch.cuda.device_count() if torch.cuda.is_available() else 0)
     if device.type == "cuda" and device.index is not None:
