@@ -216,7 +216,7 @@ class HFSampler:
         output = agent.family.text(
             inputs_embeds=agent.family.embed_tokens(torch.from_numpy(read).to(agent.device)),
             position_ids=(batch.positions[:, rows, None] + steps).squeeze(0),
-            attention_mask=None if bool(seen.all()) else agent.attention_mask(seen[:, None]),
+            attention_mask=agent.attention_mask(seen[:, None]),
             **agent.family.caching(batch.cache),
         )
         return output.last_hidden_state
