@@ -58,7 +58,7 @@ BAD = [
     ("stage=ppo stage.episodes=many", "'many' of type 'str' could not be", "For example stage.episodes=64"),
     ("stage=ppo env=alfworld env.tasks=all", "str is not a ListConfig", "Write 'env.tasks=[...]', with brackets"),
     ("stage=ppo env.workers=maybe", "'maybe' is not a valid bool", "For example env.workers=False"),
-    ("stage=preprocess stage.data=here", "stage.data: Invalid value", "For example stage.data=["),
+    ("stage=preprocess stage.data=here", "stage.data: Invalid value", "Write 'stage.data=[...]'"),
     ("stage=ppo seed=null", "seed: field 'seed' is not Optional", "For example seed=0"),
     ("stage=ppo seed=1,2", "seed=1,2: -m runs each value", "is one word"),
     ("stage=ppo env=null", "env=null: no such option", "Options: alfworld, blackjack, custom"),
