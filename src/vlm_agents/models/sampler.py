@@ -116,7 +116,8 @@ class Replies:
         self.tokens[where], self.logprobs[where] = sampled.tokens[index, place], sampled.logprobs[index, place]
         self.entropies[where] = sampled.entropies[index, place]
         for row, count in zip(rows, 1 + follows.sum(1), strict=True):
-            start, self.lengths[row] = self.lengths[row], self.lengths[row] + count
+            start = int(self.lengths[row])
+            self.lengths[row] += count
             if (end := self._texts.end(self.said(row), start)) is not None:
                 self.lengths[row] = end
             self.done[row] = self.ended(row) or self.lengths[row] == self.tokens.shape[1]
@@ -210,9 +211,10 @@ class HFSampler:
         read = np.concatenate([replies.tokens[rows, before][:, None], drafts.clip(min=0)], axis=1)
         steps = torch.from_numpy(before[:, None] + np.arange(width + 1)).to(agent.device)
         places = batch.lengths[rows, None] + steps
+        columns = int(places.max()) + 1
         for layer in batch.layers:
-            layer.places, layer.length = places, int(places.max()) + 1
-        seen = torch.arange(layer.length, device=agent.device) <= places[..., None]
+            layer.places, layer.length = places, columns
+        seen = torch.arange(columns, device=agent.device) <= places[..., None]
         output = agent.family.text(
             inputs_embeds=agent.family.embed_tokens(torch.from_numpy(read).to(agent.device)),
             position_ids=(batch.positions[:, rows, None] + steps).squeeze(0),

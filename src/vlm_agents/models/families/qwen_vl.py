@@ -13,8 +13,8 @@ from vlm_agents.pictures import as_shown
 
 
 class PatchEmbedding(nn.Conv3d):
-    """A convolution whose kernel covers its whole input, [P 3 T y x]: the matrix product that it is, at a quarter of the
-    time. Where all T frames of a patch are one and the same in memory, it is multiplied by the sum of their weights."""
+    """A convolution whose kernel covers its whole input, [P 3 T y x]: the matrix product that it is, at a quarter of
+    the time. Where all T frames of a patch are one and the same in memory, the sum of their weights does."""
 
     def forward(self, input: Tensor) -> Tensor:
         still = input.stride(2) == 0
