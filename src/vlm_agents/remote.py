@@ -190,13 +190,14 @@ class ForgivingClient(ChatClient):
     def probe(self, prompt: Prompt, sampling: Sampling) -> None:
         """Ask the server, whatever is kept; ModelError where nobody is there, or it fails again and again."""
         request = self._sent(self._request(prompt, sampling, temperature=0.0, seed=0))
-        for _ in range(PROBES - 1):
+        for left in reversed(range(PROBES)):
             try:
                 self._loop.run(self._endpoint.complete(request, self._cfg.retries, 0.0))
                 return
             except Failing as error:
+                if not left:
+                    raise
                 logger.warning("the first question failed, and is asked again: %s", error)
-        self._loop.run(self._endpoint.complete(request, self._cfg.retries, 0.0))
 
     def cancel(self) -> None:
         """Give up what another thread asks: its `complete` raises CancelledError."""

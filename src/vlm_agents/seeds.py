@@ -50,13 +50,11 @@ def row(seed: int, env_id: str, count: int) -> int:
     Of rows that are held out, the first panel seeds are all in their order: a panel of as many asks each once, and a
     larger one is told that it repeats some.
     """
-    if not held_out(seed):
-        return stable_hash("row", seed) % count
-    place = _places(env_id, count).get(seed)
-    if place is None:
+    if held_out(seed):
+        if (place := _places(env_id, count).get(seed)) is not None:
+            return place
         _tell_repeats(count)
-        return stable_hash("row", seed) % count
-    return place
+    return stable_hash("row", seed) % count
 
 
 @cache

@@ -33,9 +33,8 @@ class Drafts:
 
     def guess(self, replies: Sequence[Sequence[int]], room: int) -> np.ndarray:
         """[n w] what each reply goes on with, NONE behind the end of its draft; as wide as it is likely to pay."""
-        drafts, chances = np.full((len(replies), min(room, self.longest)), NONE), []
-        for draft, reply in zip(drafts, replies, strict=True):
-            chances.append(self._extend(draft, reply))
+        drafts = np.full((len(replies), min(room, self.longest)), NONE)
+        chances = [self._extend(draft, reply) for draft, reply in zip(drafts, replies, strict=True)]
         return drafts[:, : self._width(chances, drafts.shape[1])]
 
     def _extend(self, draft: np.ndarray, reply: Sequence[int]) -> list[float]:

@@ -228,7 +228,8 @@ class HFSampler:
         agent, family = self.agent, self.agent.family
         every = [agent.renderer.render(prompt) for prompt in prompts]
         keys = [(row.ids.tobytes(), *(image.key for image in row.images)) for row in every]
-        rendered = list(dict(zip(keys, every, strict=True)).values())
+        distinct = dict(zip(keys, every, strict=True))
+        rendered = list(distinct.values())
         positions = [family.positions(row.ids, [image.size for image in row.images]) for row in rendered]
         shared = shared_prefix([row.ids for row in rendered], family.image_token_id)
         lengths = torch.tensor([len(row.ids) for row in rendered])
@@ -260,7 +261,7 @@ class HFSampler:
         last = hidden[torch.arange(len(rendered), device=agent.device), lengths - shared - 1]
         following = own.amax(-1).amax(0).expand(own.shape[:2]) + 1  # the next token's position, on all rotary axes
         if len(rendered) < len(every):
-            place = {key: index for index, key in enumerate(dict.fromkeys(keys))}
+            place = {key: index for index, key in enumerate(distinct)}
             which = torch.tensor([place[key] for key in keys], device=agent.device)
             for layer in layers:
                 layer.keep(which)

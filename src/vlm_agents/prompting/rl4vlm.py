@@ -61,5 +61,6 @@ def words_in(text: str, legal_actions: Sequence[str]) -> list[str]:
     for action in sorted(legal_actions, key=len, reverse=True):
         sought = re.escape(action.lower())
         text, count = re.subn(rf"(?<!\w){sought}(?!\w)" if " " in action else sought, " ", text)
-        found += [action] * bool(count)
+        if count:
+            found.append(action)
     return found
