@@ -37,11 +37,8 @@ GREY, SWING, INK = 128, 60, 100  # of a card; what a pattern, and what ink, depa
 # Longest strokes, in pixels of the picture shown, at which a detail can't be seen. A pattern evens out over two
 # strokes, a letter only over the nine of its field.
 HIDDEN: dict[Detail, float] = {"pattern": 0.42, "dots": 0.16, "text": 0.16}
-SPECKLE: dict[Detail, int] = {
-    "pattern": 64,
-    "dots": 24,
-    "text": 24,
-}  # what a speckle departs by at most: none is cut at 0
+# What a speckle departs from the card by, at most: with a detail's own, none is clipped.
+SPECKLE: dict[Detail, int] = {"pattern": 64, "dots": 24, "text": 24}
 ROOM: dict[Detail, int] = {"pattern": 16, "dots": 15, "text": 30}  # strokes across a card's face, at least
 LEGIBLE = 1.2  # strokes of so many pixels and more are seen well
 
