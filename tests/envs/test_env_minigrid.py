@@ -49,6 +49,17 @@ def test_the_full_view_is_minigrids_picture_without_the_highlight(env_id: str) -
         np.testing.assert_array_equal(picture, game.world.get_full_render(highlight=False, tile_size=28))
 
 
+def test_minigrids_own_observation_is_made_when_it_is_read() -> None:
+    """By an env of somebody's own, say."""
+    world = started("MiniGrid-DoorKey-8x8-v0").world
+    observation, *_ = world.step(world.actions.left)
+    assert not observation
+    expected = type(world).gen_obs(world)
+    np.testing.assert_array_equal(observation["image"], expected["image"])
+    assert observation["mission"] == expected["mission"]
+    assert observation["direction"] == expected["direction"]
+
+
 def test_the_agent_view_is_minigrids_partial_view() -> None:
     game = started("MiniGrid-DoorKey-8x8-v0", view="agent")
     picture = np.asarray(game.step("turn left").observation.images[0].image)

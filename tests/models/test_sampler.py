@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vlm_agents.errors import ModelError
 from vlm_agents.models import Agent, HFSampler
+from vlm_agents.models.drafts import CONTEXT
 from vlm_agents.models.sampler import draw
 from vlm_agents.tensors import Row
 from vlm_agents.types import Message, Prompt, Reply, Sampling
@@ -284,10 +285,10 @@ def test_drafts_are_forgotten_with_the_weights(brief_agent: Agent, chats: list[P
     """A run that goes on from a checkpoint has none: their passes may round otherwise."""
     sampler = HFSampler(brief_agent)
     replies = sampler.generate(chats, generators(len(chats)), Sampling(ROOM))
-    begun = max((list(reply.token_ids) for reply in replies), key=len)[:-1]
-    assert sampler.drafts.guess([begun], ROOM).size
+    begun = np.array([max((reply.token_ids for reply in replies), key=len)[-CONTEXT - 1 : -1]])
+    assert sampler.drafts.guess(begun, ROOM).size
     sampler.sync()
-    assert not sampler.drafts.guess([begun], ROOM).size
+    assert not sampler.drafts.guess(begun, ROOM).size
 
 
 # ---- the draw --------------------------------------------------------------------------------------------------------

@@ -5,6 +5,9 @@ The game, its rewards and its pictures are the minigrid package's; this only tra
 
 import contextlib
 import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import gymnasium
 import minigrid  # noqa: F401  (registers the ids)
@@ -103,6 +106,19 @@ class MiniGrid:
         return Image.fromarray(_picture(self.world, self.cfg.tile_size))
 
 
+class _Symbols(dict[str, Any]):
+    """minigrid's own observation, the agent's view in symbols: made when it is read, as making it takes as long as the
+    rest of a step, and hardly anything reads it."""
+
+    def __init__(self, make: Callable[[], dict[str, Any]]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, key: str) -> Any:
+        self.update(self._make())
+        return self[key]
+
+
 def describe(world: MiniGridEnv) -> str:
     """What the agent sees, in words: pose, what it carries, and each object in view with its coordinates."""
     _, visible = world.gen_obs_grid()
@@ -174,6 +190,7 @@ def _make(env_id: str) -> MiniGridEnv:
                 "another env.id"
             ) from error
     assert isinstance(world, MiniGridEnv)
+    world.gen_obs = partial(_Symbols, world.gen_obs)
     return world
 
 

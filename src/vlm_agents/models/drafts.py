@@ -21,31 +21,39 @@ class Drafts:
         """At most `longest` tokens a draft. A pass of the model costs as much as `overhead` more tokens a row."""
         self.longest, self.overhead = longest, overhead
         self._next: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
+        self._likeliest: dict[tuple[int, ...], tuple[int, float]] = {}  # of those, and its share
 
     def clear(self) -> None:
         self._next.clear()
+        self._likeliest.clear()
 
     def learn(self, reply: Sequence[int]) -> None:
         """A whole reply's tokens."""
         padded = (NONE,) * CONTEXT + tuple(reply)
         for place in range(len(reply)):
-            self._next[padded[place : place + CONTEXT]][padded[place + CONTEXT]] += 1
+            context, token = padded[place : place + CONTEXT], padded[place + CONTEXT]
+            seen = self._next[context]
+            seen[token] += 1
+            best, _ = self._likeliest.get(context, (token, 0.0))
+            best = token if seen[token] > seen[best] else best
+            self._likeliest[context] = best, seen[best] / seen.total()
 
-    def guess(self, replies: Sequence[Sequence[int]], room: int) -> np.ndarray:
-        """[n w] what each reply goes on with, NONE behind the end of its draft; as wide as it is likely to pay."""
-        drafts = np.full((len(replies), min(room, self.longest)), NONE)
-        chances = [self._extend(draft, reply) for draft, reply in zip(drafts, replies, strict=True)]
+    def guess(self, contexts: np.ndarray, room: int) -> np.ndarray:
+        """[n w] what each of n replies goes on with, NONE behind the end of its draft; as wide as it is likely to pay.
+
+        `contexts` [n CONTEXT] are the last tokens of each, NONE before its first.
+        """
+        drafts = np.full((len(contexts), min(room, self.longest)), NONE)
+        begun = map(tuple, contexts.tolist())
+        chances = [self._extend(draft, context) for draft, context in zip(drafts, begun, strict=True)]
         return drafts[:, : self._width(chances, drafts.shape[1])]
 
-    def _extend(self, draft: np.ndarray, reply: Sequence[int]) -> list[float]:
+    def _extend(self, draft: np.ndarray, context: tuple[int, ...]) -> list[float]:
         """Writes the likeliest tokens into `draft`; the chance that each of them is reached and right."""
-        context = ((NONE,) * CONTEXT + tuple(reply[-CONTEXT:]))[-CONTEXT:]
         chances, chance = list[float](), 1.0
         for place in range(len(draft)):
-            if (seen := self._next.get(context)) is None:
-                break
-            (token, count), *_ = seen.most_common(1)
-            chance *= count / seen.total()
+            token, share = self._likeliest.get(context, (NONE, 0.0))
+            chance *= share
             if chance < SURE:
                 break
             draft[place] = token

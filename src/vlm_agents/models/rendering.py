@@ -43,6 +43,7 @@ class HFRenderer:
         self._pictures = re.compile(f"(?={re.escape(self.image_token)})")  # before each
         self.vocabulary = Vocabulary(tokenizer, family.image_token_id)
         self._fitted: dict[int, tuple[Prompt, Rendered]] = {}
+        self._templated: dict[str, str] = {}
         self.start = [i for i in tokenizer.encode("") if i == tokenizer.bos_token_id]  # what it puts before any text
         self.takes_system = self._takes_system()
         self.lead = self._lead()
@@ -55,10 +56,17 @@ class HFRenderer:
         return getattr(self.family.text.config, "max_position_embeddings", None) or sys.maxsize
 
     def _template(self, messages: list[dict[str, Any]], prompt: bool = True) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-        except TemplateError as error:
-            raise DataError(f"the model's chat template refuses this chat ({error})") from error
+        """With marks for texts, chats of as many messages look alike: what the template makes of them is kept."""
+        key = f"{prompt} {messages}"
+        if key not in self._templated:
+            if len(self._templated) >= FITTED:
+                self._templated.clear()
+            try:
+                made = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+            except TemplateError as error:
+                raise DataError(f"the model's chat template refuses this chat ({error})") from error
+            self._templated[key] = made
+        return self._templated[key]
 
     def _takes_system(self) -> bool:
         """Does the chat template know system messages? Some refuse them, some leave them out."""

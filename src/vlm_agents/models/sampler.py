@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from vlm_agents.errors import ModelError
 from vlm_agents.models.actor_critic import Agent, entropy_of
-from vlm_agents.models.drafts import NONE, Drafts
+from vlm_agents.models.drafts import CONTEXT, NONE, Drafts
 from vlm_agents.models.prefix import causal_mask, shared_prefix
 from vlm_agents.models.rendering import HFRenderer, Rendered
 from vlm_agents.types import Prompt, Reply, Sampling
@@ -100,7 +100,8 @@ class Replies:
     def __init__(self, count: int, sampling: Sampling, renderer: HFRenderer) -> None:
         self.tokens = np.zeros((count, sampling.max_tokens), dtype=np.int64)
         self.logprobs, self.entropies = (np.zeros(self.tokens.shape, dtype=np.float32) for _ in range(2))
-        self.lengths, self.done = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=bool)
+        # `ended` by the model, and `done` too for want of room
+        self.lengths, self.ended, self.done = np.zeros(count, dtype=np.int64), *np.zeros((2, count), dtype=bool)
         self._end, self._texts = renderer.end_of_turn, StopTexts(renderer, sampling.stop)
 
     def take(self, rows: np.ndarray, drafts: np.ndarray, sampled: Sampled) -> None:
@@ -115,20 +116,21 @@ class Replies:
         where = rows[index], self.lengths[rows[index]] + place
         self.tokens[where], self.logprobs[where] = sampled.tokens[index, place], sampled.logprobs[index, place]
         self.entropies[where] = sampled.entropies[index, place]
-        for row, count in zip(rows, 1 + follows.sum(1), strict=True):
-            start = int(self.lengths[row])
-            self.lengths[row] += count
-            if (end := self._texts.end(self.said(row), start)) is not None:
-                self.lengths[row] = end
-            self.done[row] = self.ended(row) or self.lengths[row] == self.tokens.shape[1]
+        before = self.lengths[rows]
+        self.lengths[rows] += 1 + follows.sum(1)
+        for row, start in zip(rows, before, strict=True) if self._texts.texts else ():
+            if (end := self._texts.end(self.said(row), int(start))) is not None:
+                self.lengths[row], self.ended[row] = end, True
+        self.ended[rows] |= self.tokens[rows, self.lengths[rows] - 1] == self._end
+        self.done[rows] = self.ended[rows] | (self.lengths[rows] == self.tokens.shape[1])
 
     def said(self, row: int) -> list[int]:
         return self.tokens[row, : self.lengths[row]].tolist()
 
-    def ended(self, row: int) -> bool:
-        """By the model, and not for want of room."""
-        said = self.said(row)
-        return said[-1] == self._end or self._texts.end(said, len(said) - 1) is not None
+    def last(self, rows: np.ndarray, count: int) -> np.ndarray:
+        """[n count] the last tokens of `rows` [n], NONE before the first."""
+        places = self.lengths[rows, None] + np.arange(-count, 0)
+        return np.where(places < 0, NONE, self.tokens[rows[:, None], places.clip(min=0)])
 
 
 class HFSampler:
@@ -199,7 +201,7 @@ class HFSampler:
     def _drafts(self, replies: Replies, rows: np.ndarray, live: np.ndarray) -> np.ndarray:
         """[n w] of the rows in the cache, of which those that are done have none."""
         room = replies.tokens.shape[1] - 1 - int(replies.lengths[rows[live]].max())
-        guessed = self.drafts.guess([replies.said(row) for row in rows[live]], room)
+        guessed = self.drafts.guess(replies.last(rows[live], CONTEXT), room)
         drafts = np.full((len(rows), guessed.shape[1]), NONE)
         drafts[live] = guessed
         return drafts
@@ -277,7 +279,7 @@ class HFSampler:
             logprobs=tuple(replies.logprobs[row, :length].tolist()),
             value=value,
             entropy=float(replies.entropies[row, :length].mean()),
-            finish="stop" if replies.ended(row) else "length",
+            finish="stop" if replies.ended[row] else "length",
         )
 
 
