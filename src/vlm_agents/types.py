@@ -140,11 +140,15 @@ class Query:
 
 
 class Sampling(NamedTuple):
-    """How a reply is sampled: at most `max_tokens` long, and ended by the first of the `stop` texts too."""
+    """How a reply is sampled: at most `max_tokens` long, and ended by the first of the `stop` texts too.
+
+    `continued`: the next prompts will begin with these and their replies, so that what was computed is worth keeping.
+    """
 
     max_tokens: int
     stop: tuple[str, ...] = ()
     greedy: bool = False
+    continued: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,6 +122,8 @@ def test_the_shared_prefix_ends_before_pictures_and_leaves_each_row_a_token(
     prompt_length = int(words.reply_mask[0].long().argmax())
     assert words.shared == prompt_length - 1
     assert agent.collate([make_row(agent, chats[1], [30])]).shared == 0  # a row alone
+    long = 10 * words.shared
+    assert agent.collate([make_row(agent, chats[1], [30]), make_row(agent, chats[1], [31] * long)]).shared == 0
 
 
 # ---- banned tokens ---------------------------------------------------------------------------------------------------

@@ -54,6 +54,7 @@ def test_real_sizes(compose_run: Compose, name: str):
     assert memory.optimizer == 3 * 4 * parameters + 2 * head  # two moments, and a copy of what is bfloat16
     assert memory.optimizer_step == 2 * 4 * parameters + head  # one more of each, and the copies' gradients
     assert memory.kv_cache == KV[name] * 64 * (400 + 96)
+    assert estimate(agent, replace(WORK, continued=True), "cuda").kv_cache == 2 * memory.kv_cache  # chats are kept
     vocabulary = agent.family.lm_head.weight.shape[0]
     assert memory.logits == 6 * 4 * 16 * 96 * vocabulary  # 16 rows of 496 tokens in 8192
     assert {parameter.device.type for parameter in agent.parameters()} == {"meta"}  # nothing was drawn

@@ -1,17 +1,20 @@
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vlm_agents.errors import ModelError
 from vlm_agents.models import Agent, HFSampler
 from vlm_agents.models.drafts import CONTEXT
 from vlm_agents.models.sampler import draw
+from vlm_agents.pictures import Picture
 from vlm_agents.tensors import Row
-from vlm_agents.types import Message, Prompt, Reply, Sampling
+from vlm_agents.types import Message, Part, Prompt, Reply, Sampling
 
 Load = Callable[..., Agent]
 EndSoon = Callable[[Agent], Agent]
@@ -289,6 +292,91 @@ def test_drafts_are_forgotten_with_the_weights(brief_agent: Agent, chats: list[P
     assert sampler.drafts.guess(begun, ROOM).size
     sampler.sync()
     assert not sampler.drafts.guess(begun, ROOM).size
+
+
+# ---- chats that go on ------------------------------------------------------------------------------------------------
+def gone_on(prompt: Prompt, reply: Reply, *shown: Part) -> Prompt:
+    said = Message("assistant", (reply.text,), token_ids=reply.token_ids)
+    return (*prompt, said, Message("user", shown))
+
+
+def widths(agent: Agent) -> tuple[list[int], Any]:
+    """Tokens that each pass of the text model reads of a row, and the hook that notes them."""
+    found: list[int] = []
+    return found, agent.family.text.register_forward_hook(lambda *_args: found.append(_args[-1][0].shape[1]))
+
+
+def assert_alike(ours: Sequence[Reply], expected: Sequence[Reply]) -> None:
+    for one, other in zip(ours, expected, strict=True):
+        assert (one.token_ids, one.prompt_token_ids, one.finish) == (
+            other.token_ids,
+            other.prompt_token_ids,
+            other.finish,
+        )
+        torch.testing.assert_close(one.logprobs, other.logprobs, rtol=0, atol=1e-5)
+        assert (one.value, one.entropy) == pytest.approx((other.value, other.entropy), abs=1e-5)
+
+
+@pytest.mark.parametrize("stop", [False, True], ids=["", "stop text"])
+@pytest.mark.parametrize("greedy", [False, True], ids=["sampled", "greedy"])
+def test_a_chat_that_goes_on_is_read_from_where_it_was_left(
+    agent: Agent,
+    brief_agent: Agent,
+    chats: list[Prompt],
+    picture: Callable[..., Image.Image],
+    greedy: bool,
+    stop: bool,
+):
+    """As if it were read anew: replies of different length, with and without pictures, end in each way."""
+    agent = agent if greedy else brief_agent  # whose likeliest reply is empty
+    sampling = Sampling(ROOM, greedy=greedy, continued=True)
+    if stop:
+        said = [reply.text for reply in sample(agent, chats, greedy=greedy)]
+        sampling = sampling._replace(stop=(max(said, key=len)[3:6],))
+    sampler, prompts = HFSampler(agent), list(chats)
+    for turn in range(4):
+        read, hook = widths(agent)
+        replies = sampler.generate(prompts, generators(len(prompts), turn), sampling)
+        hook.remove()
+        anew = HFSampler(agent).generate(prompts, generators(len(prompts), turn), sampling)
+        assert_alike(replies, anew)
+        if turn:
+            assert read[0] < min(len(reply.prompt_token_ids) for reply in replies)
+        shown = [(Picture(picture(56, 56, turn)), "on"), ("and on",), (Picture(picture(84, 56, turn)), "go " * 20)]
+        prompts = [
+            gone_on(prompt, reply, *shown[index % 3])
+            for index, (prompt, reply) in enumerate(zip(prompts, replies, strict=True))
+        ]
+
+
+def test_chats_that_go_on_share_a_batch_with_others(
+    brief_agent: Agent, chats: list[Prompt], picture: Callable[..., Image.Image]
+):
+    """One that is new, one whose picture is another than was answered, and one that lost its first turn."""
+    sampler, sampling = HFSampler(brief_agent), Sampling(ROOM, continued=True)
+    first = sampler.generate(chats, generators(len(chats)), sampling)
+    prompts = [gone_on(prompt, reply, "on") for prompt, reply in zip(chats, first, strict=True)]
+    prompts[0] = (prompts[0][0], Message("user", (Picture(picture(84, 56, 9)), "go")), *prompts[0][2:])
+    prompts[3] = (prompts[3][0], *prompts[3][3:])
+    prompts.insert(1, chats[4])
+    replies = sampler.generate(prompts, generators(len(prompts), 1), sampling)
+    assert_alike(replies, HFSampler(brief_agent).generate(prompts, generators(len(prompts), 1), sampling))
+
+
+@pytest.mark.parametrize("between", ["other weights", "an update", "another batch"])
+def test_chats_are_known_to_the_next_batch_alone(brief_agent: Agent, chats: list[Prompt], between: str):
+    sampler, sampling = HFSampler(brief_agent), Sampling(ROOM, continued=True)
+    with sampler.synced() if between == "an update" else nullcontext():
+        replies = sampler.generate(chats[:1], generators(1), sampling)
+    if between == "other weights":
+        sampler.sync()
+    if between == "another batch":
+        sampler.generate(chats[2:3], generators(1), sampling)
+    prompt = gone_on(chats[0], replies[0], "on")
+    read, hook = widths(brief_agent)
+    sampler.generate([prompt], generators(1), sampling)
+    hook.remove()
+    assert read[0] == len(brief_agent.renderer.render(prompt).ids)
 
 
 # ---- the draw --------------------------------------------------------------------------------------------------------

@@ -236,6 +236,28 @@ def test_the_ratio_is_one(
     close(torch.tensor([reply.value for reply in replies]), values_of(agent, rows, scores))
 
 
+def test_a_chat_that_goes_on_is_read_from_where_it_was_left(
+    agent: Agent, prompts: list[Prompt], picture: Callable[..., Image.Image]
+):
+    """Log-probs and values are those of reading it anew; tokens are drawn from them by the same numbers."""
+    sampler, sampling = HFSampler(agent), Sampling(ROOM, continued=True)
+    for turn in range(3):
+        replies = sampler.generate(prompts, generators(len(prompts)), sampling)
+        anew = HFSampler(agent).generate(prompts, generators(len(prompts)), sampling)
+        for one, other in zip(replies, anew, strict=True):
+            assert one.token_ids == other.token_ids
+            torch.testing.assert_close(one.logprobs, other.logprobs, rtol=0, atol=1e-5)
+            assert one.value == pytest.approx(other.value, abs=1e-5)
+        prompts = [
+            (
+                *prompt,
+                Message("assistant", (reply.text,), token_ids=reply.token_ids),
+                Message("user", (Picture(picture(56, 56, turn)), "on")),
+            )
+            for prompt, reply in zip(prompts, replies, strict=True)
+        ]
+
+
 def test_each_prompt_extends_the_last_with_what_was_sampled(agent: Agent, chats: list[Prompt], make_row: MakeRow):
     """Whether a reply ended or was cut; with and without the space that some templates put before it."""
     end, space = agent.renderer.end_of_turn, agent.tokenizer.encode(" ", add_special_tokens=False)

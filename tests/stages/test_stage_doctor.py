@@ -82,10 +82,12 @@ def test_prompts_are_as_long_as_a_run_would_have_them(echo_run: ComposeRun, tmp_
     """Cut to their budget, where a chat of 4 turns would be some 50 tokens a turn."""
     words = ["stage=doctor", "env.turns=4", "prompt.history=full"]
     cut, whole = (
-        work_asked(cfg).prompt
+        work_asked(cfg)
         for cfg in (echo_run(tmp_path, *words, "prompt.max_prompt_tokens=120"), echo_run(tmp_path, *words))
     )
-    assert cut <= 120 < whole
+    assert cut.prompt <= 120 < whole.prompt
+    assert whole.continued
+    assert not work_asked(echo_run(tmp_path, "stage=doctor", "env.turns=4")).continued
 
 
 def test_the_advice_fits_and_none_of_it_is_spare(echo_run: ComposeRun, tmp_path: Path):

@@ -39,7 +39,7 @@ def collate(rows: Sequence[Row], family: Family, pad_token_id: int, context: int
             reply_mask[index, start:end] = True
     images = tuple(image for row in rows for image in row.images)
     prompts = [row.input_ids[: row.spans[0][0]] if row.spans else row.input_ids for row in rows]
-    shared = shared_prefix(prompts, family.image_token_id)
+    shared = shared_prefix(prompts, family.image_token_id, shape[1])
     ids, mask, places = map(torch.from_numpy, (input_ids, reply_mask, positions))
     return Tokens(ids, mask, places, images, shared)
 

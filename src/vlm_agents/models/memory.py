@@ -38,6 +38,7 @@ class Work:
     patches: int  # of the vision part, in the pictures of one prompt
     picture_tokens: int  # in one prompt
     microbatch: int
+    continued: bool = False  # chats are kept from turn to turn, beside those that are sampled
 
     @property
     def rows(self) -> int:
@@ -99,7 +100,8 @@ def estimate(agent: Agent, work: Work, device: str, quantize: str | None = None)
     optimizer     AdamW: two moments of each trained parameter, and a copy of those that aren't fp32, all in fp32
     optimizer_step  on a GPU all of them are updated at once: one copy more; on a CPU one by one; and the gradients of
                   the copies
-    kv_cache      2 x layers x key-value heads x head size x bytes x (prompt + reply) x envs
+    kv_cache      2 x layers x key-value heads x head size x bytes x (prompt + reply) x envs; twice that where chats
+                  are continued
     prefill       what one layer makes of all prompts at once, and the features of pictures that are kept for later
     activations   what autograd keeps of a micro-batch: see `kept_per_token`; with gradient checkpointing only the
                   layers' inputs, and one layer in full. A trained vision part: VISION_KEEPS x `linear_bytes`
@@ -119,7 +121,7 @@ def estimate(agent: Agent, work: Work, device: str, quantize: str | None = None)
     return Memory(
         weights=size(list(agent.parameters())) - (nf4_saves(agent) if quantize else 0),
         optimizer=2 * sum(stepped) + copied,
-        kv_cache=kv_bytes_per_token(agent) * work.num_envs * (work.prompt + work.reply),
+        kv_cache=kv_bytes_per_token(agent) * work.num_envs * (work.prompt + work.reply) * (1 + work.continued),
         prefill=max(with_grad // layers * work.num_envs * work.prompt, looks) + feature_bytes(agent, work),
         gradients=size(trained),
         activations=kept + (0 if agent.images.frozen else VISION_KEEPS * pictures * work.rows),

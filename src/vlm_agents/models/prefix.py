@@ -6,11 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-WORTH_SHARING = 8  # tokens; a shorter common prefix costs more bookkeeping than it saves
+WORTH_SHARING = 8, 0.1  # tokens, and of the longest row: a shorter prefix costs more, by bookkeeping and by the mask
 
 
-def shared_prefix(prompts: Sequence[np.ndarray], image_token_id: int) -> int:
-    """Number of leading tokens that all prompts have in common before any picture; 0 where sharing doesn't pay.
+def shared_prefix(prompts: Sequence[np.ndarray], image_token_id: int, longest: int) -> int:
+    """Number of leading tokens that all prompts have in common before any picture; 0 where sharing doesn't pay, of rows
+    up to `longest` tokens.
 
     Each prompt keeps a token of its own: what follows it is read there.
     """
@@ -19,8 +20,8 @@ def shared_prefix(prompts: Sequence[np.ndarray], image_token_id: int) -> int:
     shortest = min(map(len, prompts)) - 1
     heads = np.stack([prompt[:shortest] for prompt in prompts])
     same = (heads == heads[0]).all(0) & (heads[0] != image_token_id)
-    length = int(np.cumprod(same).sum())
-    return length if length >= WORTH_SHARING else 0
+    length, (tokens, share) = int(np.cumprod(same).sum()), WORTH_SHARING
+    return length if length >= max(tokens, share * longest) else 0
 
 
 def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:

@@ -1,22 +1,25 @@
 """Sampling: replies, log-probs, entropies and values out of the same passes.
 
-A batch of prompts is prefilled once, what they all begin with only once for all of them, then decoded over
-transformers' cache: each pass reads a row's last token and a draft of what may follow, and keeps the draft as far as it
-is what would have been sampled. Every token is drawn from the model's own distribution with the random number of its
-place in its own row's generator, so that neither drafts nor who shares the batch decide what an episode gets.
+A batch of prompts is prefilled once, what they all begin with only once for all of them, and of chats that go on only
+what is new. Then it is decoded over transformers' cache: each pass reads a row's last token and a draft of what may
+follow, and keeps the draft as far as it is what would have been sampled. Every token is drawn from the model's own
+distribution with the random number of its place in its own row's generator, so that neither drafts nor who shares the
+batch decide what an episode gets.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from vlm_agents.errors import ModelError
 from vlm_agents.models.actor_critic import Agent, entropy_of
+from vlm_agents.models.batch import position_axes
+from vlm_agents.models.cache import Beginning, Chats, RoomyLayer, states_of
 from vlm_agents.models.drafts import CONTEXT, NONE, Drafts
 from vlm_agents.models.prefix import causal_mask, shared_prefix
 from vlm_agents.models.rendering import HFRenderer, Rendered
@@ -27,55 +30,9 @@ DRAFT = 16  # the longest draft
 OVERHEAD = {"cpu": 4.0, "cuda": 64.0}  # what a pass costs whatever it reads, in tokens of each row
 
 
-class RoomyLayer(DynamicLayer):
-    """Keys and values in buffers with room to grow, where each row goes on at its own place."""
-
-    def __init__(self, rows: int, capacity: int, prefix: Any = None) -> None:
-        super().__init__()
-        self.keys: Tensor
-        self.values: Tensor
-        self.rows, self.capacity, self.prefix, self.length = rows, capacity, prefix, 0
-        self.places: Tensor | None = None  # [n w] where the next tokens of each row go; None: behind `length`
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        self.keys, self.values = (
-            state.new_zeros(self.rows, state.shape[1], self.capacity, state.shape[3])  # NaN counts even where unseen
-            for state in (key_states, value_states)
-        )
-        if self.prefix is not None and self.prefix.keys is not None and self.prefix.values is not None:
-            self.length = self.prefix.get_seq_length()
-            self.keys[..., : self.length, :] = self.prefix.keys
-            self.values[..., : self.length, :] = self.prefix.values
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if self.places is None:
-            start, self.length = self.length, self.length + key_states.shape[-2]
-            self.keys[..., start : self.length, :] = key_states
-            self.values[..., start : self.length, :] = value_states
-        else:
-            index = self.places[:, None, :, None].expand_as(key_states)
-            self.keys.scatter_(2, index, key_states)
-            self.values.scatter_(2, index, value_states)
-        return self.keys[..., : self.length, :], self.values[..., : self.length, :]
-
-    def get_seq_length(self) -> int:
-        if self.is_initialized or self.prefix is None:
-            return self.length
-        return self.prefix.get_seq_length()
-
-    def keep(self, rows: Tensor) -> None:
-        """These rows of the batch alone, any of them as often as it is asked for."""
-        self.keys, self.values = self.keys[rows], self.values[rows]
-
-
 @dataclass(slots=True)
 class Prefilled:
-    """A batch that is ready to decode. Columns are: the shared prefix, then each row's own tokens, right-padded."""
+    """A batch that is ready to decode. Columns are each row's tokens, right-padded."""
 
     rendered: list[Rendered]
     cache: Cache
@@ -139,10 +96,21 @@ class HFSampler:
     def __init__(self, agent: Agent) -> None:
         self.agent, self.renderer = agent, agent.renderer
         self.drafts = Drafts(DRAFT, OVERHEAD.get(agent.device.type, OVERHEAD["cuda"]))
+        self.chats = Chats()
 
     def sync(self) -> None:
         self.agent.images.clear()
         self.drafts.clear()
+        self.chats.clear()
+
+    @contextmanager
+    def synced(self) -> Iterator[None]:
+        """For as long as these weights play. Chats go on no further then: their memory is free for an update."""
+        self.sync()
+        try:
+            yield
+        finally:
+            self.chats.clear()
 
     @torch.no_grad()
     def generate(
@@ -164,6 +132,9 @@ class HFSampler:
             places = replies.lengths[asked, None] + np.arange(hidden.shape[1])
             uniform = None if draws is None else draws[asked[:, None], places]
             replies.take(asked, drafts[live], self._sample(hidden[live], temperatures[asked], uniform))
+            if sampling.continued:
+                for place in live[replies.done[asked]]:
+                    self._remember(batch, replies, int(rows[place]), int(place))
             live = np.flatnonzero(~replies.done[rows])
             if 0 < len(live) < COMPACT_BELOW * len(rows):
                 for layer in batch.layers:
@@ -212,56 +183,58 @@ class HFSampler:
         before = np.minimum(replies.lengths[rows] - 1, replies.tokens.shape[1] - 1 - width)  # less: of those done
         read = np.concatenate([replies.tokens[rows, before][:, None], drafts.clip(min=0)], axis=1)
         steps = torch.from_numpy(before[:, None] + np.arange(width + 1)).to(agent.device)
-        places = batch.lengths[rows, None] + steps
-        columns = int(places.max()) + 1
-        for layer in batch.layers:
-            layer.places, layer.length = places, columns
-        seen = torch.arange(columns, device=agent.device) <= places[..., None]
         output = agent.family.text(
             inputs_embeds=agent.family.embed_tokens(torch.from_numpy(read).to(agent.device)),
             position_ids=(batch.positions[:, rows, None] + steps).squeeze(0),
-            attention_mask=agent.attention_mask(seen[:, None]),
+            attention_mask=self._place(batch.layers, batch.lengths[rows, None] + steps),
             **agent.family.caching(batch.cache),
         )
         return output.last_hidden_state
+
+    def _place(self, layers: Sequence[RoomyLayer], places: Tensor) -> Tensor:
+        """The mask of a pass whose tokens go to these [n w] columns of the rows: each sees what stands up to itself."""
+        columns = int(places.max()) + 1
+        for layer in layers:
+            layer.places, layer.length = places, columns
+        seen = torch.arange(columns, device=places.device) <= places[..., None]
+        return self.agent.attention_mask(seen[:, None])
 
     def prefill(self, prompts: Sequence[Prompt], room: int) -> Prefilled:
         """Run the prompts through the model, equal ones once, leaving `room` columns for tokens to come."""
         agent, family = self.agent, self.agent.family
         every = [agent.renderer.render(prompt) for prompt in prompts]
-        keys = [(row.ids.tobytes(), *(image.key for image in row.images)) for row in every]
+        keys = [(row.ids.tobytes(), tuple(image.key for image in row.images)) for row in every]
         distinct = dict(zip(keys, every, strict=True))
         rendered = list(distinct.values())
-        positions = [family.positions(row.ids, [image.size for image in row.images]) for row in rendered]
-        shared = shared_prefix([row.ids for row in rendered], family.image_token_id)
-        lengths = torch.tensor([len(row.ids) for row in rendered])
-        width = int(lengths.max()) - shared
-        ids = torch.full((len(rendered), width), agent.tokenizer.pad_token_id)
-        own = torch.zeros(positions[0].shape[0], len(rendered), width, dtype=torch.long)
-        for index, row in enumerate(rendered):
-            length = len(row.ids) - shared
-            ids[index, :length] = torch.from_numpy(row.ids[shared:])
-            own[:, index, :length] = torch.from_numpy(positions[index][:, shared:])
-        ids, own, lengths = (tensor.to(agent.device) for tensor in (ids, own, lengths))
-
-        prefix = None
-        if shared:
-            head = torch.from_numpy(rendered[0].ids[None, :shared]).to(agent.device)
-            _, prefix = agent.run_prefix(head, torch.from_numpy(positions[0][:, None, :shared]).to(agent.device))
-        layers = [
-            RoomyLayer(len(rendered), shared + width + room, prefix.layers[i] if prefix else None)
-            for i in range(family.text.config.num_hidden_layers)
-        ]
+        known = self._known(rendered)
+        starts = np.array([0 if one is None else len(one.ids) for one in known])
+        lengths = np.array([len(row.ids) for row in rendered])
+        width, count = int((lengths - starts).max()), len(rendered)
+        ids = torch.full((count, width), agent.tokenizer.pad_token_id)
+        positions = torch.zeros(position_axes(family), count, width, dtype=torch.long)
+        for index, (row, start, length) in enumerate(zip(rendered, starts, lengths, strict=True)):
+            ids[index, : length - start] = torch.from_numpy(row.ids[start:])
+            every_position = family.positions(row.ids, [image.size for image in row.images])
+            positions[:, index, : length - start] = torch.from_numpy(every_position[:, start:])
+        ids, positions = ids.to(agent.device), positions.to(agent.device)
+        layers = self._layers(known, int(max(starts.max() + width, lengths.max() + room)))
         cache = Cache(layers=list(layers))
-        mask = agent.attention_mask(causal_mask(width, shared + width, agent.device)) if shared else None
+        mask = None  # what is behind a row's end isn't seen by what stands before it
+        if (starts != starts[0]).any():
+            mask = self._place(layers, torch.from_numpy(starts[:, None] + np.arange(width)).to(agent.device))
+        elif starts[0]:
+            mask = agent.attention_mask(causal_mask(width, starts[0] + width, agent.device))
+        skipped = [0 if one is None else len(one.pictures) for one in known]
+        new = [image for row, seen in zip(rendered, skipped, strict=True) for image in row.images[seen:]]
         hidden = family.text(
-            **agent.embed(ids, [image for row in rendered for image in row.images]),
-            position_ids=own.squeeze(0),
-            attention_mask=mask,  # what is behind a row's end isn't seen by what stands before it
+            **agent.embed(ids, new),
+            position_ids=positions.squeeze(0),
+            attention_mask=mask,
             **family.caching(cache),
         ).last_hidden_state
-        last = hidden[torch.arange(len(rendered), device=agent.device), lengths - shared - 1]
-        following = own.amax(-1).amax(0).expand(own.shape[:2]) + 1  # the next token's position, on all rotary axes
+        lengths = torch.from_numpy(lengths).to(agent.device)
+        last = hidden[torch.arange(count, device=agent.device), lengths - torch.from_numpy(starts).to(agent.device) - 1]
+        following = positions.amax(-1).amax(0).expand(positions.shape[:2]) + 1  # the next token's, on all rotary axes
         if len(rendered) < len(every):
             place = {key: index for index, key in enumerate(distinct)}
             which = torch.tensor([place[key] for key in keys], device=agent.device)
@@ -269,6 +242,36 @@ class HFSampler:
                 layer.keep(which)
             last, lengths, following = last[which], lengths[which], following[:, which]
         return Prefilled(every, cache, layers, last, lengths, following)
+
+    def _known(self, rows: Sequence[Rendered]) -> Sequence[Beginning | None]:
+        """What needn't be read of each of these rows: of chats that go on, or what all of them share."""
+        found = self.chats.take(rows)
+        ids = [row.ids for row in rows]
+        shared = shared_prefix(ids, self.agent.family.image_token_id, max(map(len, ids)))
+        if not shared or any(one is not None for one in found):
+            return found
+        prefix = ids[0][:shared]
+        inputs = prefix[None], self.agent.family.positions(prefix, [])[:, None]
+        _, cache = self.agent.run_prefix(*(torch.from_numpy(one).to(self.agent.device) for one in inputs))
+        return [Beginning(prefix, (), states_of(cache))] * len(rows)
+
+    def _layers(self, known: Sequence[Beginning | None], capacity: int) -> list[RoomyLayer]:
+        """Of a batch's cache, as it is before the batch is read."""
+        alike = known[:1] if all(one is known[0] for one in known) else known
+        layers = [
+            RoomyLayer(len(known), capacity, [None if one is None else one.layers[index] for one in alike])
+            for index in range(self.agent.family.text.config.num_hidden_layers)
+        ]
+        for layer in layers:
+            layer.length = 0 if known[0] is None else len(known[0].ids)
+        return layers
+
+    def _remember(self, batch: Prefilled, replies: Replies, row: int, place: int) -> None:
+        """The chat up to the last token of a reply, which was sampled and not read, from its place in the cache."""
+        rendered, said = batch.rendered[row], replies.said(row)[:-1]
+        ids = np.concatenate([rendered.ids, np.array(said, dtype=np.int64)])
+        pictures = tuple(image.key for image in rendered.images)
+        self.chats.add(Beginning(ids, pictures, [layer.beginning(place, len(ids)) for layer in batch.layers]))
 
     def _reply(self, rendered: Rendered, replies: Replies, row: int, value: float) -> Reply:
         ids, length = replies.said(row), replies.lengths[row]

@@ -24,7 +24,7 @@ from vlm_agents.policies import RandomPolicy
 from vlm_agents.prompting import make_format
 from vlm_agents.run import Run
 from vlm_agents.stages.advice import Estimates, advice, asked, choice, share, words
-from vlm_agents.stages.playing import first_prompts, fitted, open_envs, play_panel, refuse_too_long
+from vlm_agents.stages.playing import continued, first_prompts, fitted, open_envs, play_panel, refuse_too_long
 from vlm_agents.types import Prompt, Trajectory
 
 PACKAGE = "vlm-agents"
@@ -140,6 +140,7 @@ def work_of(cfg: RunConfig, stage: DoctorConfig, agent: Agent) -> Work:
         patches=patches_of(agent, agent.family.pixels([p.image for p in pictures])["pixel_values"]) if pictures else 0,
         picture_tokens=sum(agent.family.image_tokens(picture.size) for picture in pictures),
         microbatch=cfg.hardware.tokens_per_microbatch,
+        continued=continued(cfg),
     )
 
 

@@ -69,7 +69,7 @@ def make_policy(
     legal. What is to play as the model does has one try.
     """
     prompt_format = make_format(cfg.prompt)
-    sampling = Sampling(cfg.prompt.max_reply_tokens, prompt_format.stop, greedy=name == "model_greedy")
+    sampling = Sampling(cfg.prompt.max_reply_tokens, prompt_format.stop, name == "model_greedy", continued(cfg))
     if name == "remote":
         assert client is not None
         return RemotePolicy(client, prompt_format, sampling, cfg.model.temperature, samples)
@@ -77,6 +77,11 @@ def make_policy(
         return (ExpertPolicy if name == "expert" else RandomPolicy)(prompt_format)
     assert sampler is not None
     return ModelPolicy(sampler, fitted(cfg, prompt_format, sampler.renderer), sampling)
+
+
+def continued(cfg: RunConfig) -> bool:
+    """Does each prompt of an episode begin with the one before and its reply?"""
+    return cfg.prompt.history == "full" and not cfg.env.one_turn
 
 
 def fitted(cfg: RunConfig, prompt_format: PromptFormat, renderer: "Renderer") -> PromptFormat:

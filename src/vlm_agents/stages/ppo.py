@@ -52,8 +52,7 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
             save(run, agent, learner, 0, state, stage.keep_checkpoints)
         while not over():
             iteration, clock = learner.iteration, Clock(agent.device)
-            with clock.phase("rollout"), learner.whole():
-                sampler.sync()
+            with clock.phase("rollout"), learner.whole(), sampler.synced():
                 played, shaped, told = gather(cfg, stage, run, envs, policy, learner)
             with clock.phase("update"), imports.blamed("algo.factory", cfg.algo.factory):
                 learned = bonuses(shaped) | told | learner.learn(shaped, stage.episodes, run.rng("update", iteration))
