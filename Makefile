@@ -9,7 +9,7 @@ NAME := demo_$(shell date +%Y-%m-%d_%H-%M-%S)
 DEMO = $(AGENTS) experiment=empty_room
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ppo demo reproduce study extras compare ui tiny-weights test slurm-test check format clean
+.PHONY: help setup ppo demo reproduce study bench extras compare ui tiny-weights test slurm-test check format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,16 @@ RUNS ?=
 study: setup ## every algorithm on four games, side by side (hours; goes on where it was stopped)
 	$(BIN)/python benchmarks/algorithms.py
 	$(COMPARE) outputs/algorithms/final
+
+bench: setup .venv-trl/.installed ## speeds against RL4VLM's way, TRL and transformers' generate, into benchmarks/results.json (half an hour)
+	$(BIN)/python benchmarks/sampler.py
+	$(BIN)/python benchmarks/speed.py --trl .venv-trl/bin/python
+
+.venv-trl/.installed: # TRL, and beside it this package without its requirements
+	test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install $(TORCH) trl==1.16.0 transformers==5.24.0 hydra-core minigrid pillow
+	.venv-trl/bin/python -m pip install --no-deps -e .
+	touch $@
 
 extras: setup ## every extra in this one environment, and the tests that hold ALFWorld against TextWorld (compiles for minutes)
 	$(BIN)/python -m pip install --dry-run --quiet '.[alfworld,math,sandbox,serve,tensorboard,wandb]' # they agree

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from results import write
 from transformers import AutoModelForImageTextToText
 
 from vlm_agents.config import HardwareConfig, MiniGridConfig, ModelConfig, PromptConfig, TrainableConfig
@@ -63,6 +64,8 @@ def main() -> None:
     print(f"{'medians of ' + str(args.repeats):<28}{'reply tokens/s':>16}{'HFSampler / this':>16}")
     for name, speed in speeds.items():
         print(f"{name:<28}{speed:>16.0f}{speeds['HFSampler'] / speed:>16.1f}")
+    if weights == "pretrained":
+        write({"rollout_vs_generate": speeds["HFSampler"] / speeds["generate"]})
 
 
 def rollout_prompts(envs: int, turns: int) -> list[list[Prompt]]:

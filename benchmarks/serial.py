@@ -98,10 +98,10 @@ class SerialSampler:
         """It keeps nothing."""
 
 
-def update(sampler: SerialSampler, episodes: Sequence[Trajectory], longest: int, turns_a_step: int, lr: float) -> int:
+def learn(sampler: SerialSampler, episodes: Sequence[Trajectory], longest: int, turns_a_step: int, lr: float) -> None:
     """One epoch of PPO over the turns of these episodes, each with the episode's reward as its advantage and return.
 
-    What the credit is costs nothing, and speed alone is measured. The number of turns.
+    What the credit is costs nothing, and speed alone is measured.
     """
     model = sampler.model
     head = sampler.agent.value_head
@@ -119,4 +119,3 @@ def update(sampler: SerialSampler, episodes: Sequence[Trajectory], longest: int,
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-    return len(turns)
