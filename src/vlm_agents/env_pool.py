@@ -19,6 +19,7 @@ from vlm_agents.errors import EnvError, VlmAgentsError, harmless
 from vlm_agents.experts import Advised, Advising, NoExpert
 from vlm_agents.imports import told
 from vlm_agents.progress import under_way
+from vlm_agents.stopwatch import Stopwatch
 from vlm_agents.types import Observation, Step
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class EnvPool:
         self._slots: dict[int, _Here | _Worker] = {0: self._start()}
         self._failures = [0] * num_envs  # of each slot, since its last finished step
         self._seen: set[str] = set()
+        self.stopwatch = Stopwatch()  # `env`: until the envs had answered, pictures and experts' advice included
         self.name, self.instructions, self.has_expert = self._first("describe")
 
     def __enter__(self) -> Self:
@@ -91,7 +93,7 @@ class EnvPool:
     def reset(self, seeds: Mapping[int, int], advice: Advising | None = None) -> dict[int, Observation | EnvError]:
         """Start an episode in each of these slots; `advice` may ask less than the pool was made for."""
         new = seeds.keys() - self._slots.keys()
-        with under_way(f"starting {len(new)} envs") if new else nullcontext():
+        with self.stopwatch.phase("env"), under_way(f"starting {len(new)} envs") if new else nullcontext():
             for slot in new:
                 self._slots[slot] = self._start()
             for slot, seed in seeds.items():
@@ -100,8 +102,9 @@ class EnvPool:
 
     def step(self, actions: Mapping[int, str | None]) -> dict[int, Step | EnvError]:
         """Play an action in each of these slots."""
-        self.send(actions)
-        return self.receive(actions)
+        with self.stopwatch.phase("env"):
+            self.send(actions)
+            return self.receive(actions)
 
     def send(self, actions: Mapping[int, str | None]) -> None:
         """Have an action played in each of these slots; `receive` gives what comes of it.

@@ -95,6 +95,16 @@ def test_the_summary_has_before_and_after(trained: Path):
     )
 
 
+def test_each_iteration_tells_what_its_rollout_took(trained: Path):
+    """What is measured apart lies within it; panels, which the same envs and sampler play, count for nothing."""
+    iterations = [line for line in lines(trained) if "time/rollout" in line]
+    assert len(iterations) == 3
+    for line in iterations:
+        parts = [line[f"time/{name}"] for name in ("env", "prefill", "decode")]
+        assert min(parts) > 0
+        assert sum(parts) <= line["time/rollout"]
+
+
 def test_the_run_directory_is_complete(trained: Path):
     assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
     assert (trained / "report.html").is_file()

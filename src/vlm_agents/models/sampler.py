@@ -23,6 +23,7 @@ from vlm_agents.models.cache import Beginning, Chats, RoomyLayer, states_of
 from vlm_agents.models.drafts import CONTEXT, NONE, Drafts
 from vlm_agents.models.prefix import causal_mask, shared_prefix
 from vlm_agents.models.rendering import HFRenderer, Rendered
+from vlm_agents.stopwatch import Stopwatch
 from vlm_agents.types import Prompt, Reply, Sampling
 
 COMPACT_BELOW = 0.75  # share of live rows under which the finished ones are moved out of the cache
@@ -97,6 +98,7 @@ class HFSampler:
         self.agent, self.renderer = agent, agent.renderer
         self.drafts = Drafts(DRAFT, OVERHEAD.get(agent.device.type, OVERHEAD["cuda"]))
         self.chats = Chats()
+        self.stopwatch = Stopwatch()  # `prefill` and `decode`
 
     def sync(self) -> None:
         self.agent.images.clear()
@@ -121,12 +123,26 @@ class HFSampler:
     ) -> list[Reply]:
         """One reply a prompt. Greedy replies still carry the log-probs of the policy at its own temperature."""
         room = sampling.max_tokens
-        batch = self.prefill(prompts, room)
+        with self.stopwatch.phase("prefill"):
+            batch = self.prefill(prompts, room)
+            values = self.agent.value(batch.hidden).tolist()
         draws = None if sampling.greedy else np.stack([rng.random(room) for rng in rngs])
+        with self.stopwatch.phase("decode"):
+            replies = self._decode(batch, draws, sampling)
+        for row in range(len(prompts)):
+            self.drafts.learn(replies.said(row))
+        return [
+            self._reply(rendered, replies, row, value)
+            for row, (rendered, value) in enumerate(zip(batch.rendered, values, strict=True))
+        ]
+
+    def _decode(self, batch: Prefilled, draws: np.ndarray | None, sampling: Sampling) -> Replies:
+        """Whole replies, of [n w] random numbers where they aren't to be the likeliest."""
+        count = len(batch.rendered)
         temperatures = self.agent.temperatures(batch.hidden)
-        replies = Replies(len(prompts), sampling, self.renderer)
-        rows = live = np.arange(len(prompts))  # which prompts are in the cache, and which of its rows go on
-        hidden, drafts = batch.hidden[:, None], np.empty((len(prompts), 0), dtype=np.int64)
+        replies = Replies(count, sampling, self.renderer)
+        rows = live = np.arange(count)  # which prompts are in the cache, and which of its rows go on
+        hidden, drafts = batch.hidden[:, None], np.empty((count, 0), dtype=np.int64)
         while len(live):
             asked = rows[live]
             places = replies.lengths[asked, None] + np.arange(hidden.shape[1])
@@ -143,13 +159,7 @@ class HFSampler:
             if len(live):
                 drafts = self._drafts(replies, rows, live)
                 hidden = self._read(batch, replies, rows, drafts)
-        for row in range(len(prompts)):
-            self.drafts.learn(replies.said(row))
-        values = self.agent.value(batch.hidden).tolist()
-        return [
-            self._reply(rendered, replies, row, value)
-            for row, (rendered, value) in enumerate(zip(batch.rendered, values, strict=True))
-        ]
+        return replies
 
     @torch.no_grad()
     def values(self, prompts: Sequence[Prompt]) -> list[float]:

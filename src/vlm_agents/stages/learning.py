@@ -23,6 +23,7 @@ from vlm_agents.learn.shaping import CountBonus, Shaper, TurnShaper, overlong, p
 from vlm_agents.models import Agent
 from vlm_agents.progress import say
 from vlm_agents.run import Run
+from vlm_agents.stopwatch import Stopwatch
 from vlm_agents.summary import summarise
 from vlm_agents.types import Trajectory
 from vlm_agents.weights import RUN_MODEL, init_folder
@@ -122,12 +123,18 @@ def tell_unmoved(learner: Learner, stage: PpoConfig) -> None:
 
 
 class Clock:
-    """Seconds and, on a GPU, peak bytes of each phase of an iteration."""
+    """Seconds and, on a GPU, peak bytes of each phase of an iteration.
 
-    def __init__(self, device: torch.device) -> None:
+    The stopwatches, cleared here, tell what a rollout's seconds went to.
+    """
+
+    def __init__(self, device: torch.device, *stopwatches: Stopwatch) -> None:
         self.device = device
         self.seconds: dict[str, float] = {}
         self.bytes: dict[str, float] = {}
+        self._stopwatches = stopwatches
+        for stopwatch in stopwatches:
+            stopwatch.clear()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -139,7 +146,8 @@ class Clock:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def figures(self) -> dict[str, float]:
-        times = {f"time/{name}": seconds for name, seconds in self.seconds.items()}
+        parts = (self.seconds, *(one.seconds for one in self._stopwatches))
+        times = {f"time/{name}": seconds for part in parts for name, seconds in part.items()}
         return times | {f"memory/{name}_bytes": peak for name, peak in self.bytes.items()}
 
 

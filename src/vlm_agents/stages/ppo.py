@@ -51,7 +51,7 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
             state["before"] = panel.before(envs)
             save(run, agent, learner, 0, state, stage.keep_checkpoints)
         while not over():
-            iteration, clock = learner.iteration, Clock(agent.device)
+            iteration, clock = learner.iteration, Clock(agent.device, envs.stopwatch, sampler.stopwatch)
             with clock.phase("rollout"), learner.whole(), sampler.synced():
                 played, shaped, told = gather(cfg, stage, run, envs, policy, learner)
             with clock.phase("update"), imports.blamed("algo.factory", cfg.algo.factory):
