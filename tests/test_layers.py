@@ -26,7 +26,7 @@ envs experts | prompting | models | learn | tracking backends stores | checkpoin
 lineage weights snapshot
 config tensors | processes
 sandbox | verdicts blocks
-types upgrades errors imports files marks pictures progress versions metrics cores seeds draws ratings intervals
+types upgrades errors imports files marks pictures progress versions metrics cores seeds draws ratings intervals stopwatch
 world stopping
 """
 CELLS = [[cell.split() for cell in line.split("|")] for line in LAYERS.strip().splitlines()]
