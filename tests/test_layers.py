@@ -26,8 +26,8 @@ envs experts | prompting | models | learn | tracking backends stores | checkpoin
 lineage weights snapshot
 config tensors | processes
 sandbox | verdicts blocks
-types upgrades errors imports files marks pictures progress versions metrics cores seeds draws ratings intervals stopwatch
-world stopping
+types upgrades errors imports files marks pictures progress versions metrics cores seeds draws ratings intervals
+world stopping stopwatch
 """
 CELLS = [[cell.split() for cell in line.split("|")] for line in LAYERS.strip().splitlines()]
 
