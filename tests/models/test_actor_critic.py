@@ -10,6 +10,7 @@ from torch import Tensor
 from vlm_agents.config import HardwareConfig, ModelConfig, ValueHeadConfig
 from vlm_agents.errors import ModelError
 from vlm_agents.models import Agent, load_agent
+from vlm_agents.models.actor_critic import entropy_of
 from vlm_agents.tensors import Row, Scores
 from vlm_agents.types import Prompt
 
@@ -134,6 +135,29 @@ def test_reserved_tokens_and_spare_rows_are_banned_and_nothing_else(agent: Agent
     reserved = ["endoftext", "im_start", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"]
     assert set(agent.banned.nonzero().squeeze().tolist()) == spare | {vocabulary[f"<|{name}|>"] for name in reserved}
     assert not agent.banned[vocabulary["<|im_end|>"]]
+
+
+def test_the_gradient_of_an_entropy_is_its_slope():
+    logits = torch.randn(5, 7, dtype=torch.double, requires_grad=True)
+    banned = torch.arange(7) == 2
+    assert torch.autograd.gradcheck(
+        lambda logits: entropy_of(logits.masked_fill(banned, -torch.inf).log_softmax(-1)), (logits,)
+    )
+
+
+def test_of_all_numbers_over_the_vocabulary_the_log_probs_alone_are_kept(agent: Agent, rows: list[Row]):
+    """For the gradients of log-probs and entropies; the mask of banned tokens is as long as one row of them."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        scores = agent.score(rows)
+    sizes = [len(scores.logprobs), len(agent.banned)]
+    wide = [tensor for tensor in kept.values() if list(tensor.shape) == sizes]
+    assert len(wide) == 1
 
 
 def test_banned_tokens_have_no_probability_and_harm_no_gradient(load: Load, rows: list[Row]):

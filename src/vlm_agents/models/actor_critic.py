@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -295,10 +296,29 @@ class Agent(nn.Module):
         return heads if self.temperature_head is None else heads | {TEMPERATURE_FILE: self.temperature_head}
 
 
+class _Entropy(torch.autograd.Function):
+    """Keeps nothing for its gradient but the log-probs, which softmax keeps anyway: where no loss asks for entropy, as
+    much memory less as two of [K V] take."""
+
+    @staticmethod
+    def forward(ctx: Any, log_distribution: Tensor) -> Tensor:
+        ctx.save_for_backward(log_distribution)
+        return -(log_distribution.exp() * _finite(log_distribution)).sum(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (log_distribution,) = ctx.saved_tensors
+        return -gradient[..., None] * log_distribution.exp() * (_finite(log_distribution) + 1)
+
+
+def _finite(log_distribution: Tensor) -> Tensor:
+    return log_distribution.masked_fill(log_distribution.isinf(), 0.0)
+
+
 def entropy_of(log_distribution: Tensor) -> Tensor:
     """[...] entropy in nats of [... V] log-probs that may hold minus infinities, with a finite gradient there too."""
-    finite = log_distribution.masked_fill(log_distribution.isinf(), 0.0)
-    return -(log_distribution.exp() * finite).sum(-1)
+    return _Entropy.apply(log_distribution)
 
 
 def banned_tokens(tokenizer: Any, family: Family) -> Tensor:
