@@ -156,6 +156,7 @@ def test_held_out_layouts_are_held_out_by_content(monkeypatch: pytest.MonkeyPatc
         generate("tiny", ALFWORLD_TASKS, seed)
         generate("tiny", ALFWORLD_TASKS, TRAINING_SEEDS + seed)
     training, panel = {one.identity for one in drawn[::2]}, {one.identity for one in drawn[1::2]}
+    assert training.isdisjoint(panel)
     assert all(identity % FRACTIONS for identity in training)
     assert not any(identity % FRACTIONS for identity in panel)
     assert len(training) > 50
@@ -308,7 +309,20 @@ def test_light_asks_for_the_object_in_the_hand_and_the_lamp() -> None:
         world.step(spot)
         for command in ("open " + spot[6:], f"use {lamp}"):
             world.step(command)
-    assert progress(world.game, world.state).met == 1
+        lit = f"use {lamp}" in world.commands
+        assert progress(world.game, world.state).met == lit  # elsewhere its light is of no use
+        assert not world.won
+
+
+def test_a_lamp_counts_where_the_agent_is() -> None:
+    """All conditions are met where the game is won, and only there."""
+    expert = with_expert(make_env(cfg := AlfWorldConfig(level="tiny", tasks=[LIGHT], observation="text")), cfg)
+    for seed in range(10):
+        now = expert.reset(seed)
+        while now.advice:
+            step = expert.step(now.advice.action)
+            assert (step.metrics["goal_conditions"] == 1) == step.success
+            now = step.observation
 
 
 def test_every_env_keeps_the_contract() -> None:
@@ -316,12 +330,14 @@ def test_every_env_keeps_the_contract() -> None:
 
 
 @pytest.mark.parametrize(
-    ("observation", "pictures", "told"), [("image", 1, False), ("text", 0, True), ("both", 1, True)]
+    ("observation", "pictures", "told"),
+    [("image", 1, False), ("text", 0, True), ("both", 1, True), ("blank", 1, False)],
 )
 def test_by_picture_or_text(observation: str, pictures: int, told: bool) -> None:
     seen = make_env(AlfWorldConfig(observation=observation)).reset(3)
     assert (len(seen.images), bool(seen.text)) == (pictures, told)
     assert seen.task.startswith("Your task is to: ")
+    assert all((np.ptp(np.asarray(picture.image)) == 0) == (observation == "blank") for picture in seen.images)
 
 
 def test_an_unknown_task_is_an_error() -> None:

@@ -99,6 +99,34 @@ def test_who_searches_knows_what_it_has_seen_alone() -> None:
     assert [action for _, action in other[opened + 1 : opened + 3]] == ["go to drawer 1", "open drawer 1"]
 
 
+def told(world: World) -> list[str]:
+    """What the searcher thinks until the game is won."""
+    expert, said = searching(world), list[str]()
+    advice = expert.start()
+    while advice:
+        said.append(advice.thought)
+        world.step(advice.action)
+        advice = expert.follow(advice.action)
+    assert world.won
+    return said
+
+
+def test_who_searches_says_what_it_lacks() -> None:
+    places = (("Desk", 1), ("Drawer", 1), ("Shelf", 1), ("SideTable", 1))
+    pens = ((("Pen", 1), ("Desk", 1)), (("Pen", 2), ("Shelf", 1)))
+    said = told(household(Task(TWO, "Pen", "SideTable"), Layout(places, pens)))
+    assert said[0] == "I have not seen the pen yet. I go to the desk 1."
+    assert any(thought.startswith("I need another pen. I go to the ") for thought in said)
+    assert sum("not seen" in thought for thought in said) == 1
+    places = (("Bed", 1), ("Desk", 1), ("Dresser", 1))
+    things = ((("Book", 1), ("Bed", 1)), (("DeskLamp", 1), ("Dresser", 1)))
+    said = told(household(Task(LIGHT, "Book", "DeskLamp"), Layout(places, things)))
+    assert said[:2] == [
+        "I have not seen the book and the desklamp yet. I go to the bed 1.",
+        "I have not seen the desklamp yet. I go to the desk 1.",
+    ]
+
+
 def searching(world: World) -> Searcher:
     """The searcher of an env that is in this world."""
     env = make_env(AlfWorldConfig(level="tiny"))

@@ -349,6 +349,30 @@ def test_a_chat_that_goes_on_is_read_from_where_it_was_left(
         ]
 
 
+def test_what_the_critic_is_asked_between_turns_leaves_chats_known(brief_agent: Agent, chats: list[Prompt]):
+    """As for an episode that was cut off, while the others go on."""
+    sampler, sampling = HFSampler(brief_agent), Sampling(ROOM, continued=True)
+    first = sampler.generate(chats, generators(len(chats)), sampling)
+    prompts = [gone_on(prompt, reply, "on") for prompt, reply in zip(chats, first, strict=True)]
+    read, hook = widths(brief_agent)
+    (value,) = sampler.values(prompts[:1])
+    replies = sampler.generate(prompts, generators(len(prompts), 1), sampling)
+    hook.remove()
+    assert max(read) < min(len(reply.prompt_token_ids) for reply in replies)
+    assert value == pytest.approx(replies[0].value, abs=1e-5)
+
+
+def test_equal_chats_go_on_alike(brief_agent: Agent, chats: list[Prompt]):
+    """A group's plays may say the same, and then each something else."""
+    sampler, sampling = HFSampler(brief_agent), Sampling(ROOM, continued=True)
+    same = [np.random.default_rng(0) for _ in range(3)]
+    first = sampler.generate([chats[0]] * 3, same, sampling)
+    prompts = [gone_on(chats[0], reply, "on") for reply in first]
+    replies = sampler.generate(prompts, generators(3), sampling)
+    assert_alike(replies, HFSampler(brief_agent).generate(prompts, generators(3), sampling))
+    assert len({reply.token_ids for reply in replies}) > 1
+
+
 def test_chats_that_go_on_share_a_batch_with_others(
     brief_agent: Agent, chats: list[Prompt], picture: Callable[..., Image.Image]
 ):
@@ -359,7 +383,10 @@ def test_chats_that_go_on_share_a_batch_with_others(
     prompts[0] = (prompts[0][0], Message("user", (Picture(picture(84, 56, 9)), "go")), *prompts[0][2:])
     prompts[3] = (prompts[3][0], *prompts[3][3:])
     prompts.insert(1, chats[4])
+    read, hook = widths(brief_agent)
     replies = sampler.generate(prompts, generators(len(prompts), 1), sampling)
+    hook.remove()
+    assert read[2] < 30  # what is new of each, once those that are new, and what they share, were read by themselves
     assert_alike(replies, HFSampler(brief_agent).generate(prompts, generators(len(prompts), 1), sampling))
 
 

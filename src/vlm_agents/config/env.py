@@ -336,8 +336,9 @@ class AlfWorldConfig(EnvConfig):
     )
     observation: str = setting(
         "both",
-        "what the agent gets: a schematic picture, what the game tells, or both",
-        choices=Literal["image", "text", "both"],
+        "what the agent gets: a schematic picture, what the game tells, or both; blank: an empty picture, by which is "
+        "measured what the listed commands tell alone",
+        choices=Literal["image", "text", "both", "blank"],
     )
     tile_size: int = setting(
         84, "pixels of each receptacle and object in the picture; from 56 on their names are written", low=14, high=256

@@ -107,8 +107,8 @@ class MiniGrid:
 
 
 class _Symbols(dict[str, Any]):
-    """minigrid's own observation, the agent's view in symbols: made when it is read, as making it takes as long as the
-    rest of a step, and hardly anything reads it."""
+    """minigrid's own observation, the agent's view in symbols: made when a key of it is read, which is to be before the
+    next step. Making it takes as long as the rest of a step, and hardly anything reads it."""
 
     def __init__(self, make: Callable[[], dict[str, Any]]) -> None:
         super().__init__()

@@ -75,7 +75,7 @@ class Searcher(AlfWorldExpert):
             said, step = thought(world, steps), steps[0]
         elif unseen := sorted(known.spot.keys() - self.seen):
             step = known.look(next((place for place in unseen if known.spot[place] == known.here), unseen[0]))
-            said = search(world, step)
+            said = search(known, step)
         else:
             return None
         return Advice(said, command(world, step), len(way))
@@ -116,13 +116,15 @@ def thought(world: World, way: list[Step]) -> str:
     return said.get(step.action, f"Here is the {place}. I {step.action.removesuffix('object')} the {thing}.")
 
 
-def search(world: World, step: Step) -> str:
-    """Why the searcher looks into a receptacle."""
-    place = world.names[step.place].strip()
+def search(known: "Planner", step: Step) -> str:
+    """Why the searcher, who knows so much, looks into a receptacle."""
+    place = known.world.names[step.place].strip()
     if step.action == "openobject":
         return f"The {place} is closed. I open it."
-    target, lamp = (world.game.named(name) for name in ("object_target", "toggle_target"))
-    return f"I have not seen the {target}{f' and the {lamp}' if lamp else ''} yet. I go to the {place}."
+    target, lamp = (known.world.game.named(name) for name in ("object_target", "toggle_target"))
+    lacking = [f"the {name}" for name, seen in ((target, known.wanted), (lamp, known.lamps)) if name and not seen]
+    said = f"I have not seen {' and '.join(lacking)} yet" if lacking else f"I need another {target}"
+    return f"{said}. I go to the {place}."
 
 
 class Planner:

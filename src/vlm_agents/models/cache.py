@@ -63,10 +63,6 @@ class RoomyLayer(DynamicLayer):
         """These rows of the batch alone, any of them as often as it is asked for."""
         self.keys, self.values = self.keys[rows], self.values[rows]
 
-    def beginning(self, row: int, length: int) -> States:
-        """A copy of a row's first tokens."""
-        return self.keys[row, :, :length].clone(), self.values[row, :, :length].clone()
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Beginning:
@@ -88,6 +84,16 @@ def states_of(cache: DynamicCache) -> list[States]:
     return found
 
 
+def beginning(layers: Sequence[RoomyLayer], row: int, length: int) -> list[States]:
+    """A copy of a row's first tokens, in each layer."""
+    return [(layer.keys[row, :, :length].clone(), layer.values[row, :, :length].clone()) for layer in layers]
+
+
+def keys_of(row: Rendered) -> tuple[str, ...]:
+    """Of its pictures."""
+    return tuple(image.key for image in row.images)
+
+
 class Chats:
     """The chats of one batch, for the batch that goes on with them."""
 
@@ -100,14 +106,12 @@ class Chats:
     def add(self, chat: Beginning) -> None:
         self._known[chat.ids.tobytes(), chat.pictures] = chat
 
-    def take(self, rows: Sequence[Rendered]) -> list[Beginning | None]:
-        """The longest known beginning of each of these rows. Nothing is known afterwards."""
+    def find(self, rows: Sequence[Rendered]) -> list[Beginning | None]:
+        """The longest known beginning of each of these rows."""
         sizes = sorted({(len(one.ids), len(one.pictures)) for one in self._known.values()}, reverse=True)
-        found = [self._find(row, sizes) for row in rows]
-        self.clear()
-        return found
+        return [self._find(row, sizes) for row in rows]
 
     def _find(self, row: Rendered, sizes: Sequence[tuple[int, int]]) -> Beginning | None:
-        pictures = tuple(image.key for image in row.images)
+        pictures = keys_of(row)
         shorter = ((row.ids[:length].tobytes(), pictures[:seen]) for length, seen in sizes if length < len(row.ids))
         return next((self._known[key] for key in shorter if key in self._known), None)

@@ -26,6 +26,7 @@ from vlm_agents.types import Message, Part, Prompt
 MARK = "\ue000{}\ue000"
 MARKS = re.compile("\ue000(\\d+)\ue000")
 FITTED = 256  # prompts that were rendered to be fitted, and are remembered until they are rendered
+TEMPLATED = 256  # chats that the template was applied to, with marks for their texts
 
 
 class HFRenderer:
@@ -56,10 +57,10 @@ class HFRenderer:
         return getattr(self.family.text.config, "max_position_embeddings", None) or sys.maxsize
 
     def _template(self, messages: list[dict[str, Any]], prompt: bool = True) -> str:
-        """With marks for texts, chats of as many messages look alike: what the template makes of them is kept."""
+        """Kept: with marks for their texts, chats look alike."""
         key = f"{prompt} {messages}"
         if key not in self._templated:
-            if len(self._templated) >= FITTED:
+            if len(self._templated) >= TEMPLATED:
                 self._templated.clear()
             try:
                 made = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)

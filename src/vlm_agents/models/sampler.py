@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from vlm_agents.errors import ModelError
 from vlm_agents.models.actor_critic import Agent, entropy_of
 from vlm_agents.models.batch import position_axes
-from vlm_agents.models.cache import Beginning, Chats, RoomyLayer, states_of
+from vlm_agents.models.cache import Beginning, Chats, RoomyLayer, beginning, keys_of, states_of
 from vlm_agents.models.drafts import CONTEXT, NONE, Drafts
 from vlm_agents.models.prefix import causal_mask, shared_prefix
 from vlm_agents.models.rendering import HFRenderer, Rendered
@@ -125,6 +125,7 @@ class HFSampler:
         room = sampling.max_tokens
         with self.stopwatch.phase("prefill"):
             batch = self.prefill(prompts, room)
+            self.chats.clear()  # what is known of them is in the batch
             values = self.agent.value(batch.hidden).tolist()
         draws = None if sampling.greedy else np.stack([rng.random(room) for rng in rngs])
         with self.stopwatch.phase("decode"):
@@ -164,7 +165,8 @@ class HFSampler:
     @torch.no_grad()
     def values(self, prompts: Sequence[Prompt]) -> list[float]:
         """The critic's estimate for each prompt."""
-        return self.agent.value(self.prefill(prompts, 0).hidden).tolist() if prompts else []
+        with self.stopwatch.phase("prefill"):
+            return self.agent.value(self.prefill(prompts, 0).hidden).tolist() if prompts else []
 
     def _sample(self, hidden: Tensor, temperatures: Tensor, uniform: np.ndarray | None) -> Sampled:
         """From [n w H] states of rows at [n] temperatures, by [n w] uniform numbers; None: the likeliest tokens."""
@@ -211,21 +213,56 @@ class HFSampler:
 
     def prefill(self, prompts: Sequence[Prompt], room: int) -> Prefilled:
         """Run the prompts through the model, equal ones once, leaving `room` columns for tokens to come."""
-        agent, family = self.agent, self.agent.family
+        agent = self.agent
         every = [agent.renderer.render(prompt) for prompt in prompts]
-        keys = [(row.ids.tobytes(), tuple(image.key for image in row.images)) for row in every]
+        keys = [(row.ids.tobytes(), keys_of(row)) for row in every]
         distinct = dict(zip(keys, every, strict=True))
-        rendered = list(distinct.values())
-        known = self._known(rendered)
+        rows = list(distinct.values())
+        read = self._read_rows(rows, self._known(rows), room)
+        if len(rows) == len(every):
+            return read
+        place = {key: index for index, key in enumerate(distinct)}
+        which = torch.tensor([place[key] for key in keys], device=agent.device)
+        for layer in read.layers:
+            layer.keep(which)
+        picked = read.hidden[which], read.lengths[which], read.positions[:, which]
+        return Prefilled(every, read.cache, read.layers, *picked)
+
+    def _known(self, rows: Sequence[Rendered]) -> Sequence[Beginning | None]:
+        """What needn't be read of each of these rows: of chats that go on, or what all of them share.
+
+        Where some go on, the others are read up to their last token here, not beside the little that is new of those.
+        """
+        found = self.chats.find(rows)
+        new = [index for index, one in enumerate(found) if one is None]
+        if not new:
+            return found
+        if len(new) < len(rows):
+            openings = [Rendered(rows[index].ids[:-1], rows[index].images) for index in new]
+            layers = self._read_rows(openings, self._known(openings), 0).layers
+            for place, (index, row) in enumerate(zip(new, openings, strict=True)):
+                found[index] = Beginning(row.ids, keys_of(row), beginning(layers, place, len(row.ids)))
+            return found
+        ids = [row.ids for row in rows]
+        if not (shared := shared_prefix(ids, self.agent.family.image_token_id, max(map(len, ids)))):
+            return found
+        prefix = ids[0][:shared]
+        inputs = prefix[None], self.agent.family.positions(prefix, [])[:, None]
+        _, cache = self.agent.run_prefix(*(torch.from_numpy(one).to(self.agent.device) for one in inputs))
+        return [Beginning(prefix, (), states_of(cache))] * len(rows)
+
+    def _read_rows(self, rows: Sequence[Rendered], known: Sequence[Beginning | None], room: int) -> Prefilled:
+        """Run what isn't known of the rows through the model."""
+        agent, family, count = self.agent, self.agent.family, len(rows)
         starts = np.array([0 if one is None else len(one.ids) for one in known])
-        lengths = np.array([len(row.ids) for row in rendered])
-        width, count = int((lengths - starts).max()), len(rendered)
+        lengths = np.array([len(row.ids) for row in rows])
+        width = int((lengths - starts).max())
         ids = torch.full((count, width), agent.tokenizer.pad_token_id)
         positions = torch.zeros(position_axes(family), count, width, dtype=torch.long)
-        for index, (row, start, length) in enumerate(zip(rendered, starts, lengths, strict=True)):
+        for index, (row, start, length) in enumerate(zip(rows, starts, lengths, strict=True)):
             ids[index, : length - start] = torch.from_numpy(row.ids[start:])
-            every_position = family.positions(row.ids, [image.size for image in row.images])
-            positions[:, index, : length - start] = torch.from_numpy(every_position[:, start:])
+            whole = family.positions(row.ids, [image.size for image in row.images])
+            positions[:, index, : length - start] = torch.from_numpy(whole[:, start:])
         ids, positions = ids.to(agent.device), positions.to(agent.device)
         layers = self._layers(known, int(max(starts.max() + width, lengths.max() + room)))
         cache = Cache(layers=list(layers))
@@ -234,36 +271,18 @@ class HFSampler:
             mask = self._place(layers, torch.from_numpy(starts[:, None] + np.arange(width)).to(agent.device))
         elif starts[0]:
             mask = agent.attention_mask(causal_mask(width, starts[0] + width, agent.device))
-        skipped = [0 if one is None else len(one.pictures) for one in known]
-        new = [image for row, seen in zip(rendered, skipped, strict=True) for image in row.images[seen:]]
+        seen = [0 if one is None else len(one.pictures) for one in known]
+        new = [image for row, skipped in zip(rows, seen, strict=True) for image in row.images[skipped:]]
         hidden = family.text(
             **agent.embed(ids, new),
             position_ids=positions.squeeze(0),
             attention_mask=mask,
             **family.caching(cache),
         ).last_hidden_state
-        lengths = torch.from_numpy(lengths).to(agent.device)
-        last = hidden[torch.arange(count, device=agent.device), lengths - torch.from_numpy(starts).to(agent.device) - 1]
+        ends = torch.from_numpy(lengths - starts - 1).to(agent.device)
+        last = hidden[torch.arange(count, device=agent.device), ends]
         following = positions.amax(-1).amax(0).expand(positions.shape[:2]) + 1  # the next token's, on all rotary axes
-        if len(rendered) < len(every):
-            place = {key: index for index, key in enumerate(distinct)}
-            which = torch.tensor([place[key] for key in keys], device=agent.device)
-            for layer in layers:
-                layer.keep(which)
-            last, lengths, following = last[which], lengths[which], following[:, which]
-        return Prefilled(every, cache, layers, last, lengths, following)
-
-    def _known(self, rows: Sequence[Rendered]) -> Sequence[Beginning | None]:
-        """What needn't be read of each of these rows: of chats that go on, or what all of them share."""
-        found = self.chats.take(rows)
-        ids = [row.ids for row in rows]
-        shared = shared_prefix(ids, self.agent.family.image_token_id, max(map(len, ids)))
-        if not shared or any(one is not None for one in found):
-            return found
-        prefix = ids[0][:shared]
-        inputs = prefix[None], self.agent.family.positions(prefix, [])[:, None]
-        _, cache = self.agent.run_prefix(*(torch.from_numpy(one).to(self.agent.device) for one in inputs))
-        return [Beginning(prefix, (), states_of(cache))] * len(rows)
+        return Prefilled(list(rows), cache, layers, last, torch.from_numpy(lengths).to(agent.device), following)
 
     def _layers(self, known: Sequence[Beginning | None], capacity: int) -> list[RoomyLayer]:
         """Of a batch's cache, as it is before the batch is read."""
@@ -280,8 +299,7 @@ class HFSampler:
         """The chat up to the last token of a reply, which was sampled and not read, from its place in the cache."""
         rendered, said = batch.rendered[row], replies.said(row)[:-1]
         ids = np.concatenate([rendered.ids, np.array(said, dtype=np.int64)])
-        pictures = tuple(image.key for image in rendered.images)
-        self.chats.add(Beginning(ids, pictures, [layer.beginning(place, len(ids)) for layer in batch.layers]))
+        self.chats.add(Beginning(ids, keys_of(rendered), beginning(batch.layers, place, len(ids))))
 
     def _reply(self, rendered: Rendered, replies: Replies, row: int, value: float) -> Reply:
         ids, length = replies.said(row), replies.lengths[row]

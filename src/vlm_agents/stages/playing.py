@@ -80,7 +80,7 @@ def make_policy(
 
 
 def continued(cfg: RunConfig) -> bool:
-    """Does each prompt of an episode begin with the one before and its reply?"""
+    """Does each prompt of an episode, until one has to be cut, begin with the one before and its reply?"""
     return cfg.prompt.history == "full" and not cfg.env.one_turn
 
 

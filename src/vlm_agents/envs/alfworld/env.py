@@ -1,11 +1,14 @@
 """ALFWorld played by words: what TextWorld tells, a schematic picture of what is in sight, and rewards."""
 
+from PIL import Image
+
 from vlm_agents.config import AlfWorldConfig
 from vlm_agents.envs.alfworld.game import Game
 from vlm_agents.envs.alfworld.games import games
 from vlm_agents.envs.alfworld.thor import Thor, ThorWorld
 from vlm_agents.envs.alfworld.world import NOTHING, World
 from vlm_agents.envs.base import out_of_turn
+from vlm_agents.pictures import Picture
 from vlm_agents.types import Observation, Step
 
 RULES = (
@@ -72,5 +75,7 @@ class AlfWorld:
     def _observe(self, tags: dict[str, str]) -> Observation:
         shows = self.cfg.observation
         images = () if shows == "text" else (self.world.picture(self.cfg.tile_size),)
-        text = "" if shows == "image" else self._said
+        if shows == "blank":
+            images = tuple(Picture(Image.new("RGB", picture.size)) for picture in images)
+        text = "" if shows in ("image", "blank") else self._said
         return Observation(text, images, self._legal, self._key, tags=tags, task=self._task)

@@ -50,13 +50,15 @@ class Game:
 
 @contextmanager
 def named_in_errors(game: Game) -> Iterator[None]:
-    """DataError that says which game it is, whatever is wrong with its files: they may hold anything."""
+    """DataError that says which game it is. Files may hold anything: whatever is wrong then, they are to blame."""
     place = f"the game {game.ident}" if game.source is None else str(game.source.parent)
     try:
         yield
     except DataError as error:
         raise DataError(f"{place}: {error}") from error
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if game.source is None:
+            raise
         told = f"{type(error).__name__}: {short(str(error))}"
         raise DataError(f"{place}: it can't be played ({told}): fetch it again") from error
 

@@ -49,8 +49,11 @@ def progress(game: Game, state: State) -> Progress:
         return Progress(min(2, max(Counter(place for _, place in there).values(), default=0)), 2)
     if game.kind == LIGHT:
         lamps = _of_type(state, "objecttype", game.named("toggle_target"))
+        lit = {thing for _, thing in state.with_predicate("istoggled")} & lamps
+        here = {spot for _, _, spot in state.with_predicate("atlocation")}
+        near = {place for _, place, spot in state.with_predicate("receptacleatlocation") if spot in here}
         held = any(thing in wanted for _, _, thing in state.with_predicate("holds"))
-        return Progress(held + any(thing in lamps for _, thing in state.with_predicate("istoggled")), 2)
+        return Progress(held + any(thing in lit and place in near for thing, place in inside), 2)
     if game.kind in TREATMENTS:
         done = {thing for _, thing in state.with_predicate(TREATMENTS[game.kind].state)} & wanted
         return Progress(bool(there) + bool(done) + any(thing in done for thing, _ in there), 3)

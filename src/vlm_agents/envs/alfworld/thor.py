@@ -55,7 +55,7 @@ class Thor:
                 "is nothing, env.thor is no Python"
             ) from error
         if not isinstance(answer, dict):
-            raise EnvError(f"THOR's process answers {line!r:.60}, which is none")
+            raise EnvError(f"THOR's process answers {line!r:.60}, which is no valid answer")
         if "error" in answer:
             raise EnvError(f"THOR: {answer['error']}")
         return answer
@@ -100,4 +100,4 @@ class ThorWorld:
             self.commands = tuple(sorted({str(command).strip() for command in answer["commands"]}))
             self._frame = Picture(read_picture(base64.b64decode(answer["frame"])))
         except (KeyError, TypeError, ValueError, DataError) as error:
-            raise EnvError(f"THOR's process answers {answer!r:.60}, which is none: {error}") from error
+            raise EnvError(f"THOR's process answers {answer!r:.60}, which is no valid answer: {error}") from error

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 SIDE = 300  # pixels of a frame, as ALFWorld has it
-BUILD = "thor-201909061227-Linux64"
+AI2THOR, BUILD = "2.1.0", "thor-201909061227-Linux64"
 CONFIG = {
     "general": {"training_method": "dqn"},
     "rl": {"training": {"max_nb_steps_per_episode": 10**6}},  # the env that asks counts the turns
@@ -41,6 +41,9 @@ def missing():
     for package in ("alfworld", "ai2thor", "cv2"):
         if importlib.util.find_spec(package) is None:
             return f"no {package}: {sys.executable} -m pip install 'alfworld[vis]==0.4.2'"
+    versions = {one.metadata["Name"]: one.version for one in importlib.metadata.distributions()}
+    if (version := versions.get("ai2thor", AI2THOR)) != AI2THOR:
+        return f"ai2thor {version}, and ALFWorld needs {AI2THOR}: {sys.executable} -m pip install ai2thor=={AI2THOR}"
     try:
         import torchvision  # noqa: F401  # pyright: ignore[reportMissingImports]
     except (ImportError, RuntimeError) as error:
@@ -49,7 +52,8 @@ def missing():
         return "no DISPLAY: start an X server with GLX, and name it, as in DISPLAY=:0"
     build = Path.home() / ".ai2thor/releases" / BUILD
     if not build.is_dir():
-        return f"no {build}: ai2thor fetches it from the net at its first start, once"
+        fetch = f'{sys.executable} -c "from ai2thor.controller import Controller; Controller().start()"'
+        return f"no {build}: ai2thor fetches it from the net at its first start: {fetch}"
     return None
 
 
