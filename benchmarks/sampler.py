@@ -64,7 +64,7 @@ def main() -> None:
     print(f"{'medians of ' + str(args.repeats):<28}{'reply tokens/s':>16}{'HFSampler / this':>16}")
     for name, speed in speeds.items():
         print(f"{name:<28}{speed:>16.0f}{speeds['HFSampler'] / speed:>16.1f}")
-    if weights == "pretrained":
+    if all(getattr(args, name) == parser.get_default(name) for name in vars(args)):
         write({"rollout_vs_generate": speeds["HFSampler"] / speeds["generate"]})
 
 
@@ -92,10 +92,10 @@ def prepare(agent: Agent, prompts: Sequence[Prompt]) -> Inputs:
 
 def sample(agent: Agent, batches: Sequence[Sequence[Prompt]], new_tokens: int) -> int:
     """Reply tokens that the HFSampler makes of the batches, one after the other."""
-    agent.images.clear()
-    count = 0
+    sampler, count = HFSampler(agent), 0
+    sampler.sync()
     for prompts in batches:
-        replies = HFSampler(agent).generate(prompts, np.random.default_rng(0).spawn(len(prompts)), Sampling(new_tokens))
+        replies = sampler.generate(prompts, np.random.default_rng(0).spawn(len(prompts)), Sampling(new_tokens))
         count += sum(len(reply.token_ids) for reply in replies)
     return count
 

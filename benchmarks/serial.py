@@ -2,10 +2,11 @@
 
 One env. transformers' `generate` gives a reply; a second pass over the whole row, its reply padded to twice the longest
 one, gives log-probs over the whole vocabulary, and the value. The update makes that pass again, for one turn at a time,
-with an optimizer step after as many turns as we have in a mini-batch. Nothing is kept from one pass to the next.
+with an optimizer step after as many turns as we have in a mini-batch. A picture's pixels are made once for both passes of
+a turn; nothing else is kept from one pass to the next.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,9 +47,10 @@ class SerialSampler:
         agent = self.agent
         rendered, end = agent.renderer.render(prompt), agent.renderer.end_of_turn
         ids = torch.from_numpy(rendered.ids)[None]
+        pictures = self._pictures(rendered.images)
         torch.manual_seed(int(rng.integers(2**31)))
         output = self.model.generate(
-            **self._inputs(ids, rendered.images),
+            **self._inputs(ids, pictures),
             do_sample=True,
             temperature=1.0,
             top_k=0,
@@ -59,7 +61,7 @@ class SerialSampler:
             pad_token_id=agent.tokenizer.pad_token_id,
         )
         said = output[0, ids.shape[1] :].tolist()
-        logprobs, value = self.evaluate(rendered.ids, said, rendered.images, sampling.max_tokens)
+        logprobs, value = self._evaluate(rendered.ids, said, pictures, sampling.max_tokens)
         return Reply(
             text=agent.renderer.decode(said),
             prompt_token_ids=tuple(rendered.ids.tolist()),
@@ -69,8 +71,10 @@ class SerialSampler:
             finish="stop" if said[-1] == end else "length",
         )
 
-    def _inputs(self, ids: Tensor, images: Sequence[Picture]) -> dict[str, Tensor]:
-        pictures = self.agent.image_processor(images=[picture.image for picture in images], return_tensors="pt")
+    def _pictures(self, images: Sequence[Picture]) -> dict[str, Tensor]:
+        return dict(self.agent.image_processor(images=[picture.image for picture in images], return_tensors="pt"))
+
+    def _inputs(self, ids: Tensor, pictures: Mapping[str, Tensor]) -> dict[str, Tensor]:
         kinds = (ids == self.agent.family.image_token_id).int()
         return {"input_ids": ids, "mm_token_type_ids": kinds, **pictures}
 
@@ -78,11 +82,16 @@ class SerialSampler:
         self, prompt: Sequence[int] | np.ndarray, said: Sequence[int], images: Sequence[Picture], longest: int
     ) -> tuple[Tensor, Tensor]:
         """[L] log-probs of the reply, and the value: of the state behind the prompt, from which no gradient goes on."""
+        return self._evaluate(prompt, said, self._pictures(images), longest)
+
+    def _evaluate(
+        self, prompt: Sequence[int] | np.ndarray, said: Sequence[int], pictures: Mapping[str, Tensor], longest: int
+    ) -> tuple[Tensor, Tensor]:
         row = torch.full((1, len(prompt) + 2 * longest), self.agent.tokenizer.pad_token_id)
         row[0, : len(prompt)] = torch.as_tensor(prompt)
         row[0, len(prompt) : len(prompt) + len(said)] = torch.tensor(said)
-        output = self.model(**self._inputs(row, images), output_hidden_states=True, use_cache=False)
-        distribution = output.logits.float().masked_fill(self.agent.banned, -torch.inf).log_softmax(-1)
+        output = self.model(**self._inputs(row, pictures), output_hidden_states=True, use_cache=False)
+        distribution = output.logits.float().log_softmax(-1)
         before = slice(len(prompt) - 1, len(prompt) - 1 + len(said))
         logprobs = distribution[0, before].gather(-1, torch.tensor(said)[:, None]).squeeze(-1)
         state = output.hidden_states[-1][:, len(prompt) - 1].detach()

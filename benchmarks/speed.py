@@ -64,7 +64,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     shared = ("stage=ppo", "env=minigrid", "name=speed", f"hardware.threads={args.threads}")
-    default, chats = composed(*shared), composed(*shared, *CHATS, *ONE_STEP)
+    # no warm-up, in which the critic learns alone and the policy makes no step
+    default, chats = composed(*shared, "algo.value_warmup=0"), composed(*shared, *CHATS, *ONE_STEP)
     pairs = {"serial": (partial(ours, default), partial(serial, default, args.serial_episodes))}
     if args.trl:
         pairs["trl"] = (partial(ours, chats), partial(trl, args.trl, chats, args.threads))
@@ -85,14 +86,16 @@ def composed(*words: str) -> RunConfig:
 
 
 def ours(cfg: RunConfig) -> Measured:
-    """An iteration of stage=ppo."""
+    """The rollout and the update of an iteration of stage=ppo."""
     assert isinstance(cfg.stage, PpoConfig)
     assert cfg.algo is not None
     agent = load_agent(cfg.model, cfg.hardware)
     learner = make_learner(cfg, cfg.algo, agent, None, cfg.stage.iterations)
     episodes, seconds = played(cfg, HFSampler(agent), cfg.stage.num_envs, cfg.stage.episodes)
     shaped, _ = learner.shape(episodes)
-    update = timed(lambda: learner.learn(shaped, len(shaped), np.random.default_rng(0)))
+    told = dict[str, float]()
+    update = timed(lambda: told.update(learner.learn(shaped, len(shaped), np.random.default_rng(0))))
+    assert told["ppo/updates"] > 0
     return Measured(sum(len(one.turns) for one in episodes), seconds, update)
 
 

@@ -1,8 +1,9 @@
 """TRL's GRPOTrainer with its environment interface, on our env, prompts and weights; benchmarks/speed.py runs it.
 
 In an environment of its own that has trl, and this package without its requirements. The chat is the same as ours under
-prompt.history=full, token for token, and a reply that our format can read is the call of a tool. What TRL keeps and
-computes anew is its own affair. A line of JSON for each training step: env steps, seconds of playing, and of all.
+prompt.history=full, token for token, and every reply is the call of a tool: both sides play every episode to its last
+turn. What TRL keeps and computes anew is its own affair. A line of JSON for each training step: env steps, seconds of
+playing, and of all.
 """
 
 import argparse
@@ -30,20 +31,20 @@ TEMPLATE = """{% for message in messages %}<|im_start|>{{ 'user' if message['rol
 {% for call in message['tool_calls'] or [] %}{{ call['function'] | tojson }}{% endfor %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-CALL = {  # {"thoughts": "...", "action": "turn left"}
+CALL = {  # the whole reply, whatever it says
     "defaults": {"role": "assistant"},
     "start_anchor": "<|im_start|>assistant\n",
     "fields": {
         "tool_calls": {
-            "open": '"action": "',
-            "close_pattern": r'"\}',
-            "repeats": True,
+            "close_pattern": r"<\|im_end\|>\s*",
             "content": "text",
-            "transform": {"type": "function", "function": {"name": "act", "arguments": {"action": "{content}"}}},
+            "transform": [{"type": "function", "function": {"name": "act", "arguments": {"reply": "{content}"}}}],
         },
-        "content": {"close_pattern": r"<\|im_end\|>\s*", "content": "text"},
     },
 }
+
+
+FORMAT = make_format(PromptConfig("cot_json", history="full"))
 
 
 class Game:
@@ -59,17 +60,17 @@ class Game:
         self._reward, self._over = 0.0, False
         return _parts(self._game.reset(seed))
 
-    def act(self, action: str) -> list[dict[str, Any]]:
+    def act(self, reply: str) -> list[dict[str, Any]]:
         """
         Acts in the world.
 
         Args:
-            action: what to do.
+            reply: what to do.
         """
         Game.played += 1  # after the end too: TRL goes on asking
         if self._over:
             return [{"type": "text", "text": "over"}]
-        step = self._game.step(action)
+        step = self._game.step(FORMAT.parse(reply, tuple(self._game.actions)).action)
         self._reward += step.reward
         self._over = step.terminated or step.truncated
         return _parts(step.observation)
@@ -85,7 +86,8 @@ def _parts(seen: Observation) -> list[dict[str, Any]]:
 class Lines(TrainerCallback):
     """Tells of each step."""
 
-    def __init__(self) -> None:
+    def __init__(self, episodes: int) -> None:
+        self.episodes = episodes
         self.playing, self.start, self.played = 0.0, 0.0, 0
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -93,7 +95,7 @@ class Lines(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         seconds = time.perf_counter() - self.start
-        steps = Game.played - self.played
+        steps = Game.played - self.played + self.episodes  # the last replies too
         print(json.dumps({"steps": steps, "rollout": self.playing, "iteration": seconds}), flush=True)
 
 
@@ -127,9 +129,8 @@ def main() -> None:
     model.requires_grad_(False)
     model.model.language_model.requires_grad_(True)
     shown = processor(args.model)
-    first, *_ = make_format(PromptConfig("cot_json", history="full")).prompt(
-        MiniGrid(MiniGridConfig()).instructions, (), MiniGrid(MiniGridConfig()).reset(0)
-    )
+    game = MiniGrid(MiniGridConfig())
+    first, *_ = FORMAT.prompt(game.instructions, (), game.reset(0))
     prompt = [{"role": "system", "content": first.parts[0]}, {"role": "user", "content": ""}]
     starts = args.iterations * args.episodes // args.group
     banned = [index for index, text in enumerate(shown.tokenizer.convert_ids_to_tokens(range(8))) if index != 2]
@@ -140,7 +141,7 @@ def main() -> None:
         gradient_accumulation_steps=args.episodes // args.microbatch,
         num_generations=args.group,
         max_completion_length=args.turns * 200,
-        max_tool_calling_iterations=args.turns,
+        max_tool_calling_iterations=args.turns - 1,  # a reply before each, and the last, which no tool gets
         generation_kwargs={"max_new_tokens": args.reply_tokens, "suppress_tokens": banned},
         beta=0.0,
         learning_rate=1e-5,
@@ -153,7 +154,7 @@ def main() -> None:
         report_to=[],
         disable_tqdm=True,
     )
-    lines = Lines()
+    lines = Lines(args.episodes)
     data = Dataset.from_list([{"prompt": prompt, "seed": seed} for seed in range(starts)])
     trainer = GRPOTrainer(
         model,
