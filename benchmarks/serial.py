@@ -2,8 +2,8 @@
 
 One env. transformers' `generate` gives a reply; a second pass over the whole row, its reply padded to twice the longest
 one, gives log-probs over the whole vocabulary, and the value. The update makes that pass again, for one turn at a time,
-with an optimizer step after as many turns as we have in a mini-batch. A picture's pixels are made once for both passes of
-a turn; nothing else is kept from one pass to the next.
+with an optimizer step after as many turns as we have in a mini-batch. The pixels of a picture are made once for both
+passes of a turn; nothing else is kept from one pass to the next.
 """
 
 from collections.abc import Mapping, Sequence
