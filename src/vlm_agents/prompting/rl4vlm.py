@@ -1,4 +1,4 @@
-"""The card games' replies as RL4VLM reads them, for comparison with its numbers: a JSON object by looks alone.
+"""Replies as RL4VLM reads them, for comparison with its numbers: a JSON object by looks alone.
 
 Whatever stands behind the first `"action":` after the thinking, if there is any, is searched for every action as a
 substring, so "white" holds a "hit" and "11" a "1". Nothing here is better for that; `cot_json` is the format to train
