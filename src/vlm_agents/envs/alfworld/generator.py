@@ -1,10 +1,9 @@
 """Makes household games: a pure function of a level, the kinds of tasks and a seed.
 
-The domain, the texts, the goals and what goes into what are ALFWorld's own, read from the files of its package, which
-is never imported. Held-out seeds draw from layouts of their own.
+The domain, the texts, the goals and what goes into what are ALFWorld's own, from the files of its package: two of them
+are tables in Python, and nothing of it is imported. Held-out seeds draw from layouts of their own.
 """
 
-import runpy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -209,15 +208,22 @@ def package() -> Package:
             "games that are made here take their rules and texts from ALFWorld's package: pip install --no-deps "
             "alfworld==0.4.2; ALFWorld's own games need no package: env.data=<their folder>"
         ) from error
-    constants = runpy.run_path(str(folder / "gen/constants.py"))  # tables, and nothing that is imported
+    constants = _tables(folder / "gen/constants.py")
     return Package(
         (folder / "data/alfred.pddl").read_text(),
         (folder / "data/alfred.twl2").read_text(),
-        runpy.run_path(str(folder / "gen/goal_library.py"))["gdict"],
+        _tables(folder / "gen/goal_library.py")["gdict"],
         constants["VAL_RECEPTACLE_OBJECTS"],
         constants["VAL_ACTION_OBJECTS"],
         frozenset(constants["OPENABLE_CLASS_LIST"]),
     )
+
+
+def _tables(path: Path) -> dict[str, Any]:
+    """What a file of an installed package assigns. Unlike runpy, which changes sys.argv meanwhile, safe in threads."""
+    names: dict[str, Any] = {"__name__": path.stem}
+    exec(compile(path.read_text(), path, "exec"), names)
+    return names
 
 
 # ---- layouts ---------------------------------------------------------------------------------------------------------
