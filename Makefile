@@ -9,7 +9,7 @@ NAME := demo_$(shell date +%Y-%m-%d_%H-%M-%S)
 DEMO = $(AGENTS) experiment=empty_room
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ppo demo reproduce study bench extras compare ui tiny-weights test slurm-test check format clean
+.PHONY: help setup ppo demo reproduce study bench extras alfworld compare ui tiny-weights test slurm-test check format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,8 @@ extras: setup ## every extra in this one environment, and the tests that hold AL
 	$(BIN)/python -m pip install -e '.[alfworld,math,sandbox,tensorboard,wandb]' 'transformers[serving]>=5.23'
 	$(BIN)/python -c "import alfworld, fast_downward, textworld, math_verify, skimage, tensorboardX, wandb, fastapi, openai, uvicorn, vlm_agents"
 	$(BIN)/python -m pytest -q -m alfworld
+
+alfworld: extras ## TextWorld and what else ALFWorld's package needs, as extras
 
 compare: setup ## finished runs held against each other: RUNS=multirun/<name>/ppo, or any words of the command
 	$(COMPARE) $(if $(RUNS),$(RUNS),--help)
