@@ -2,7 +2,7 @@
 
 By text, and by the schematic picture in its place: episodes of the searcher, who knows what it has seen; the packaged
 weights with a tokenizer that knows such chats; a clone of them, which then plays itself and is corrected (DAgger);
-three seeds of PPO; and held-out layouts before and after, by kind of task. The models of pictures play with blank ones
+three seeds of GiGPO; and held-out layouts before and after, by kind of task. The models of pictures play with blank ones
 too: the commands that are listed tell much by themselves. At the end success is told apart for held-out games of which
 some training game had the same task, receptacles and places of what the task is about, whatever else lay around.
 
@@ -23,7 +23,7 @@ from vlm_agents.seeds import training_seed
 
 OUT = Path("outputs/alfworld")
 VIEWS, SEEDS, PLAYED, PANEL = ("text", "image"), (0, 1, 2), 800, 300
-ITERATIONS, EPISODES = 12, 64  # of PPO
+ITERATIONS, STARTS = 24, 16  # of GiGPO, and households of each iteration
 
 
 def job(folder: str, stage: str, view: str, *words: str, after: tuple[Job, ...] = ()) -> Job:
@@ -64,7 +64,7 @@ def trained() -> list[Job]:
     """The seeds of one view after those of the other. All begin from one clone, and are evaluated apart."""
 
     def words(view: str, seed: int) -> tuple[str, ...]:
-        sizes = f"stage.iterations={ITERATIONS}", f"stage.episodes={EPISODES}", "stage.eval_episodes=0"
+        sizes = f"stage.iterations={ITERATIONS}", f"stage.episodes={8 * STARTS}", "stage.eval_episodes=0"
         return model(view), f"seed={seed}", f"stage.init={corrected(view).folder}", *sizes
 
     return [job(f"trained/{seed}", "ppo", view, *words(view, seed)) for view, seed in product(VIEWS, SEEDS)]
@@ -95,7 +95,7 @@ def tell_seen(view: str) -> None:
     """Success where such a situation was trained on, and where none was."""
     played = (OUT / view / name for name in ("collect", "played"))
     seeds = {one.seed for folder in played for one in read_episodes(folder, pictures=False)}
-    seeds |= {training_seed(*at) for at in product(SEEDS, range(ITERATIONS), range(EPISODES))}
+    seeds |= {training_seed(*at) for at in product(SEEDS, range(ITERATIONS), range(STARTS))}
     known = {situation(seed) for seed in seeds}
     for folder in sorted((OUT / view / "eval").iterdir()):
         if not (folder / "DONE").exists():
