@@ -2,9 +2,9 @@
 
 By text, and by the schematic picture in its place: episodes of the searcher, who knows what it has seen; the packaged
 weights with a tokenizer that knows such chats; a clone of them, which then plays itself and is corrected (DAgger);
-three seeds of GiGPO; and held-out layouts before and after, by kind of task. The models of pictures play with blank ones
-too: the commands that are listed tell much by themselves. At the end success is told apart for held-out games of which
-some training game had the same task, receptacles and places of what the task is about, whatever else lay around.
+three seeds of GiGPO; and held-out layouts before and after, by kind of task. The models of pictures play with blank
+ones too: the commands that are listed tell much by themselves. At the end success is told apart for held-out games of
+which some training game had the same task, receptacles and places of what the task is about, whatever else lay around.
 
 What is there is not run again, so the command goes on where it was stopped.
 """
