@@ -1172,9 +1172,9 @@ def test_a_rater_that_rates_nothing_is_told(
 
 def test_scores_are_read_in_linear_time():
     for text in ("{" * 400_000, '{"score": ' * 50_000, "{" + "a" * 400_000, '{"score": ' + "[" * 400_000 + "}"):
-        start = time.monotonic()
+        start = time.process_time()
         assert read_score(text) is None
-        assert time.monotonic() - start < 1
+        assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize(
