@@ -100,10 +100,10 @@ def test_a_scene_of_2000_pixels_is_drawn_at_once() -> None:
     scene = replace(generate("hard", 0), size=(2000, 2000))
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         generate("hard", 0)
         scene.draw()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert min(seconds) < 0.15
 
 

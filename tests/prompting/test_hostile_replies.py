@@ -68,7 +68,7 @@ def hostile_reply(name: str, rng: np.random.Generator) -> str:
 
 def test_ten_thousand_hostile_replies() -> None:
     rng = np.random.default_rng(20)
-    read, began = 0, time.perf_counter()
+    read, began = 0, time.process_time()
     for index in range(10_000):
         name = NAMES[index % 3]
         text = hostile_reply(name, rng)
@@ -89,7 +89,7 @@ def test_ten_thousand_hostile_replies() -> None:
         if parsed.thought_span is not None:
             first, second = sorted((parsed.thought_span, parsed.action_span))
             assert first[1] < second[0], repr(text)
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
     assert 1000 < read < 9000  # both outcomes are well represented
 
 
@@ -142,12 +142,12 @@ def test_sound_json_is_read_as_json_reads_it() -> None:
 @pytest.mark.parametrize("head", ["", '{"thoughts": "', "{'thoughts': '", '{"action": ', '{"action": "hit", "x": ['])
 def test_a_hundred_kilobytes_take_linear_time(head: str, unit: str) -> None:
     text = head + unit * (100_000 // len(unit))
-    began = time.perf_counter()
+    began = time.process_time()
     find_object(text, "action")
     for name in NAMES:
         FORMATS[name].parse(text, LEGAL)
     # About 0.05 s; quadratic time would be minutes.
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
 
 
 def test_no_group_is_repeated_possessively() -> None:
