@@ -17,14 +17,9 @@ import torch
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, ScalarFormatter
-from speed import composed
+from speed import composed, ours
 
-from vlm_agents.config import PpoConfig, RunConfig
-from vlm_agents.models import HFSampler, load_agent
-from vlm_agents.seeds import Deal
-from vlm_agents.stages.learning import make_learner
-from vlm_agents.stages.playing import make_policy, open_envs, play
-from vlm_agents.types import Trajectory
+from vlm_agents.config import RunConfig
 
 PICTURE = Path(__file__).parents[1] / "docs/pictures/growth.png"
 ENVS, TURNS, REPLY = 32, 4, 16
@@ -90,23 +85,8 @@ def median_of(cfg: RunConfig, repeats: int) -> tuple[float, float]:
 
 def measure(cfg: RunConfig) -> tuple[float, float]:
     """Processor seconds of a rollout and of an update, each for an env step."""
-    assert isinstance(cfg.stage, PpoConfig)
-    assert cfg.algo is not None
-    agent = load_agent(cfg.model, cfg.hardware)
-    learner = make_learner(cfg, cfg.algo, agent, None, cfg.stage.iterations)
-    policy, deals = make_policy(cfg, "model", HFSampler(agent)), list(map(Deal, range(cfg.stage.episodes)))
-    episodes: list[Trajectory] = []
-    with open_envs(cfg.env, cfg.stage.num_envs, "first") as pool:
-        rollout = spent(lambda: episodes.extend(play(cfg, pool, policy, deals, run_seed=0)))
-    update = spent(lambda: learner.learn(learner.shape(episodes)[0], len(episodes), np.random.default_rng(0)))
-    steps = sum(len(one.turns) for one in episodes)
-    return rollout / steps, update / steps
-
-
-def spent(act: Callable[[], object]) -> float:
-    start = time.process_time()
-    act()
-    return time.process_time() - start
+    found = ours(cfg, time.process_time)
+    return found.rollout / found.steps, found.update / found.steps
 
 
 def draw(plot: Axes, axis: Axis, found: np.ndarray) -> None:

@@ -35,6 +35,7 @@ from vlm_agents.stages.learning import make_learner
 from vlm_agents.stages.playing import make_policy, open_envs, play
 from vlm_agents.types import Trajectory
 
+Clock = Callable[[], float]  # seconds
 QUIET = {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
 TURNS, EPISODES, GROUP = 12, 64, 8  # of TRL's side and of ours beside it
 CHATS = ("algo=grpo", "prompt.history=full", f"env.max_steps={TURNS}", f"algo.group_size={GROUP}")
@@ -85,16 +86,16 @@ def composed(*words: str) -> RunConfig:
         return checked(words)
 
 
-def ours(cfg: RunConfig) -> Measured:
+def ours(cfg: RunConfig, clock: Clock = time.perf_counter) -> Measured:
     """The rollout and the update of an iteration of stage=ppo."""
     assert isinstance(cfg.stage, PpoConfig)
     assert cfg.algo is not None
     agent = load_agent(cfg.model, cfg.hardware)
     learner = make_learner(cfg, cfg.algo, agent, None, cfg.stage.iterations)
-    episodes, seconds = played(cfg, HFSampler(agent), cfg.stage.num_envs, cfg.stage.episodes)
+    episodes, seconds = played(cfg, HFSampler(agent), cfg.stage.num_envs, cfg.stage.episodes, clock)
     shaped, _ = learner.shape(episodes)
     told = dict[str, float]()
-    update = timed(lambda: told.update(learner.learn(shaped, len(shaped), np.random.default_rng(0))))
+    update = timed(lambda: told.update(learner.learn(shaped, len(shaped), np.random.default_rng(0))), clock)
     assert told["ppo/updates"] > 0
     return Measured(sum(len(one.turns) for one in episodes), seconds, update)
 
@@ -125,21 +126,23 @@ def trl(python: str, cfg: RunConfig, threads: int) -> Measured:
     return Measured(last["steps"], last["rollout"], last["iteration"] - last["rollout"])
 
 
-def played(cfg: RunConfig, sampler: Sampler, envs: int, episodes: int) -> tuple[list[Trajectory], float]:
+def played(
+    cfg: RunConfig, sampler: Sampler, envs: int, episodes: int, clock: Clock = time.perf_counter
+) -> tuple[list[Trajectory], float]:
     """Groups of plays, as stage=ppo has them, and the seconds that they took."""
     assert cfg.algo is not None
     policy, size = make_policy(cfg, "model", sampler), cfg.algo.group_size
     deals = [Deal(index // size, index % size) for index in range(episodes)]
     found: list[Trajectory] = []
     with open_envs(cfg.env, envs, "first") as pool:
-        seconds = timed(lambda: found.extend(play(cfg, pool, policy, deals, run_seed=0)))
+        seconds = timed(lambda: found.extend(play(cfg, pool, policy, deals, run_seed=0)), clock)
     return found, seconds
 
 
-def timed(act: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def timed(act: Callable[[], object], clock: Clock = time.perf_counter) -> float:
+    start = clock()
     act()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 if __name__ == "__main__":
