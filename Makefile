@@ -9,7 +9,7 @@ NAME := demo_$(shell date +%Y-%m-%d_%H-%M-%S)
 DEMO = $(AGENTS) experiment=empty_room
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ppo demo reproduce study bench extras alfworld compare ui tiny-weights test slurm-test check format clean
+.PHONY: help setup ppo demo reproduce study bench profile extras alfworld compare ui tiny-weights test slurm-test check format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +67,10 @@ extras: setup ## every extra in this one environment, and the tests that hold AL
 
 alfworld: extras ## TextWorld and what else ALFWorld's package needs, as extras
 
+WORDS ?=
+profile: setup ## an iteration's operations by their time, and their trace for a browser: WORDS="env=number_line hardware=gpu"
+	$(BIN)/python benchmarks/profile_run.py $(WORDS)
+
 compare: setup ## finished runs held against each other: RUNS=multirun/<name>/ppo, or any words of the command
 	$(COMPARE) $(if $(RUNS),$(RUNS),--help)
 
@@ -81,7 +85,7 @@ tiny-weights: setup ## rebuild the weights of the tiny model (about 90 minutes);
 	$(BIN)/python benchmarks/tiny_weights.py
 
 test: setup ## the tests
-	$(BIN)/python -m pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile
+	$(BIN)/python -m pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile --durations=25
 
 DRILLS ?=
 slurm-test: setup ## the tests marked slurm, on a Slurm of this machine alone; DRILLS=10: that many drills of each kind too

@@ -24,6 +24,7 @@ from vlm_agents.config import (
     PreprocessConfig,
     PromptConfig,
     RefereeConfig,
+    RolloutConfig,
     ServeConfig,
     SftConfig,
     StageConfig,
@@ -47,6 +48,7 @@ GROUP_TYPES = {
     "hardware": HardwareConfig,
     "tracking": TrackingConfig,
     "referee": RefereeConfig,
+    "rollout": RolloutConfig,
     "stage": StageConfig,
     "algo": AlgoConfig,
 }
@@ -67,6 +69,7 @@ GIVEN = {
     "env=visual_search": ["prompt=tool_call"],
     "algo=gspo": ["prompt.history=full"],
     "prompt=custom": ["prompt.factory=a:b"],
+    "rollout=vllm": ["model/lora=adapter", "algo.correction=truncate"],
 }
 FILES = sorted(path for path in conf_dir().rglob("*.yaml") if "local" not in path.parts)
 OPTIONS = [(group, path.stem) for group in GROUP_TYPES for path in sorted((conf_dir() / group).glob("*.yaml"))]
@@ -95,7 +98,8 @@ def test_every_option_composes_into_its_type(compose_run, group: str, option: st
         assert part.family == option or part.foreign  # games by somebody else's rules share a family
         return
     assert type(part) is EXACT_TYPES.get((group, option), type(part))
-    assert getattr(part, {"prompt": "format"}.get(group, "name")) == option  # a file and what it selects have one name
+    selecting = {"prompt": "format", "rollout": "engine"}.get(group, "name")
+    assert getattr(part, selecting) == option  # a file and what it selects have one name
 
 
 def test_every_family_of_envs_has_a_file() -> None:

@@ -21,7 +21,7 @@ worker
 preflight launch
 stages run
 rollout | server
-policies episodes outcomes summary llava_data env_pool report frames chats inputs rater referee
+policies episodes outcomes summary llava_data env_pool report frames chats inputs rater referee vllm_sampler
 envs experts | prompting | models | learn | tracking backends stores | checkpoints | remote endpoint answers handover
 lineage weights snapshot
 config tensors | processes

@@ -10,7 +10,7 @@ import pytest
 
 from vlm_agents.config import HardwareConfig, ServeConfig
 from vlm_agents.errors import ConfigError
-from vlm_agents.server import NEEDED, address_of, command_of, engine_of, last_words, port_of, running
+from vlm_agents.server import NEEDED, adapter_options, address_of, command_of, engine_of, last_words, port_of, running
 
 CPU, GPU = HardwareConfig("cpu"), HardwareConfig("gpu", device="cuda", dtype="bfloat16")
 
@@ -24,6 +24,12 @@ def vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path.chmod(0o755)
     monkeypatch.setenv("PATH", str(path.parent))
     return path
+
+
+def test_vllm_takes_adapters_while_it_serves(vllm: Path):
+    words = command_of("vllm", "org/model", "10.0.0.1", 8000, GPU, adapter_options(16))
+    assert words[-5:] == ["--enable-lora", "--max-lora-rank", "16", "--logprobs-mode", "processed_logprobs"]
+    assert adapter_options(None) == {}
 
 
 def test_vllm_serves_on_a_gpu_where_it_is_installed(vllm: Path):

@@ -1,4 +1,4 @@
-"""The address of an OpenAI-compatible chat server: a request goes in, a completion comes out, or an error that helps.
+"""The address of an OpenAI-compatible server: a request goes in, a completion comes out, or an error that helps.
 
 Knows HTTP: tries and waits, how long an answer may take and how big it may be, what a refusal means. Nothing of
 prompts, nor of what is kept. The key goes into the request's header and nowhere else: where a server repeats it, plain
@@ -15,18 +15,18 @@ import socket
 import ssl
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from ipaddress import ip_address
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 import httpx2
 
 from vlm_agents.answers import Completion
-from vlm_agents.config import RemoteConfig
+from vlm_agents.config import EndpointConfig
 from vlm_agents.errors import ConfigError, ModelError, did_you_mean
 from vlm_agents.handover import find
 
@@ -51,7 +51,7 @@ class Said:
 
 
 class Unreadable(Exception):
-    """What came back is no chat completion; gateways say such things while they are overloaded."""
+    """What came back is no answer to what was asked; gateways say such things while they are overloaded."""
 
     def __init__(self, body: bytes) -> None:
         super().__init__()
@@ -67,12 +67,14 @@ class Unavailable(ModelError):
 
 
 Failure = Said | Unreadable | TimeoutError | httpx2.RequestError
+CHAT = "chat/completions"
+Answer = TypeVar("Answer")
 
 
 class Endpoint:
-    """POST {url}/chat/completions. Its coroutines belong into one event loop."""
+    """POST {url}/chat/completions, or to another path. Its coroutines belong into one event loop."""
 
-    def __init__(self, cfg: RemoteConfig) -> None:
+    def __init__(self, cfg: EndpointConfig) -> None:
         self._cfg = cfg
         served = find(cfg) if cfg.auto else None
         self.url = served.url if served else cfg.url
@@ -101,7 +103,14 @@ class Endpoint:
         await self._http.aclose()
 
     async def complete(self, request: Mapping[str, Any], retries: int, patience: float) -> Completion:
-        """The server's answer; ModelError if it refuses, or still fails after `retries` more tries.
+        """What the server says in a chat."""
+        return await self.post(CHAT, request, self._read, retries, patience)
+
+    async def post(
+        self, path: str, request: Mapping[str, Any], read: Callable[[bytes], Answer], retries: int, patience: float
+    ) -> Answer:
+        """The server's answer, as `read` has it, which raises Unreadable for what is none. ModelError if the server
+        refuses, or still fails after `retries` more tries.
 
         A server that has answered before may be restarting: it is waited for up to `patience` seconds.
         """
@@ -109,27 +118,25 @@ class Endpoint:
         begun, tries = time.monotonic(), 0
         while True:
             tries += 1
-            failure = await self._once(body)
-            if isinstance(failure, Completion):
-                self._last_answer, self._away = time.monotonic(), False
-                return failure
+            try:
+                said = await self._say("POST", path, body)
+                if 200 <= said.status < 300:
+                    answer = read(said.body)
+                    self._last_answer, self._away = time.monotonic(), False
+                    return answer
+                failure: Failure = said
+            except (Unreadable, TimeoutError, httpx2.RequestError) as error:
+                failure = error
             if not self._may_pass(failure):
-                raise await self._refused(failure, request)
+                raise await self._refused(path, failure, request)
             wait = waiting_time(failure, tries)
             away = bool(retries) and self._is_away(failure, begun) and time.monotonic() + wait < begun + patience
             if wait > PATIENCE_S or not (tries <= retries or away):
-                raise self._gave_up(failure, tries, wait)
+                raise self._gave_up(path, failure, tries, wait)
             if tries > retries and not self._away:
                 self._away = True
-                logger.warning("%s is away: asked again for up to %.0f minutes", self._address(), patience / 60)
+                logger.warning("%s is away: asked again for up to %.0f minutes", self._address(path), patience / 60)
             await asyncio.sleep(wait)
-
-    async def _once(self, body: bytes) -> Completion | Failure:
-        try:
-            said = await self._say("POST", "chat/completions", body)
-            return self._read(said.body) if 200 <= said.status < 300 else said
-        except (Unreadable, TimeoutError, httpx2.RequestError) as failure:
-            return failure
 
     async def _say(self, method: str, path: str, body: bytes | None = None) -> Said:
         """One HTTP exchange, which takes at most `timeout_s` in all, however slowly it drips."""
@@ -168,31 +175,33 @@ class Endpoint:
         gone = gone or (isinstance(failure, Said) and failure.status in (404, 502, 503, 504))
         return gone and self._last_answer is not None and self._last_answer < begun
 
-    def _gave_up(self, failure: Failure, tries: int, wait: float) -> Unavailable | Failing:
+    def _gave_up(self, path: str, failure: Failure, tries: int, wait: float) -> Unavailable | Failing:
         place, again = self._cfg.place, "Then give the same command again: what was answered is kept"
         match failure:
             case Said():
                 fix = f"wait for {wait:.0f} s" if wait > PATIENCE_S else f"see its log, or lower {place}.concurrency"
-                error = self._error(f"status {failure.status}, {tries} times", f"{fix}. {again}", failure.body)
+                error = self._error(path, f"status {failure.status}, {tries} times", f"{fix}. {again}", failure.body)
                 passing = wait > PATIENCE_S or failure.status in (408, 409, 429)
                 return Unavailable(error) if passing else Failing(error)
             case Unreadable():
-                fix = f"is {place}.url the part before /chat/completions of an OpenAI-compatible server?"
-                return Failing(self._error(f"{tries} times, what came back is no chat completion", fix, failure.body))
+                fix = f"is {place}.url the part before /{CHAT} of an OpenAI-compatible server?"
+                what = "chat completion" if path == CHAT else "answer"
+                return Failing(self._error(path, f"{tries} times, what came back is no {what}", fix, failure.body))
             case TimeoutError():
                 fix = f"raise {place}.timeout_s or lower {place}.concurrency"
                 return Failing(
-                    self._error(f"no answer within {self._cfg.timeout_s:g} s, {tries} times", f"{fix}. {again}")
+                    self._error(path, f"no answer within {self._cfg.timeout_s:g} s, {tries} times", f"{fix}. {again}")
                 )
         fix = f"is the server running there, and is {place}.url right? {again}"
-        error = self._error(f"can't be reached ({self._quoted(reason(failure))}), {tries} times", fix)
+        error = self._error(path, f"can't be reached ({self._quoted(reason(failure))}), {tries} times", fix)
         return Unavailable(error) if isinstance(failure, httpx2.ConnectError) else Failing(error)
 
-    async def _refused(self, failure: Failure, request: Mapping[str, Any]) -> ModelError:
+    async def _refused(self, path: str, failure: Failure, request: Mapping[str, Any]) -> ModelError:
         if isinstance(failure, Said):
-            return ModelError(self._error(f"status {failure.status}", await self._fix(failure, request), failure.body))
+            fix = await self._fix(failure, request)
+            return ModelError(self._error(path, f"status {failure.status}", fix, failure.body))
         fix = "have $SSL_CERT_FILE name a file of the certificates that sign the server's own"
-        return ModelError(self._error(f"can't be reached ({self._quoted(reason(failure))})", fix))
+        return ModelError(self._error(path, f"can't be reached ({self._quoted(reason(failure))})", fix))
 
     async def _fix(self, said: Said, request: Mapping[str, Any]) -> str:
         """How to mend what the server refused."""
@@ -207,11 +216,12 @@ class Endpoint:
             return f"${cfg.key_env} {'holds a key that is refused' if self._key else 'is empty'}: set it to a key"
         if said.status in (400, 422) and (name := field_named(said.body, request)):
             return how_to_leave_out(name, request, cfg.place)
-        if said.status in (400, 404) and (models := await self._models()) and cfg.model not in models:
+        model = request.get("model", "")
+        if model and said.status in (400, 404) and (models := await self._models()) and model not in models:
             known = ", ".join(models[:LISTED])
-            return f"set {cfg.place}.model to one of {known}.{did_you_mean(cfg.model, models)}"
+            return f"set {cfg.place}.model to one of {known}.{did_you_mean(model, models)}"
         if said.status in (404, 405):
-            return f"{cfg.place}.url is the part before /chat/completions and mostly ends in /v1: is it right?"
+            return f"{cfg.place}.url is the part before /{CHAT} and mostly ends in /v1: is it right?"
         return "the server can't serve this request, see what it says"
 
     async def _models(self) -> list[str]:
@@ -222,16 +232,16 @@ class Endpoint:
         except (Unreadable, TimeoutError, httpx2.RequestError, ValueError, LookupError, TypeError, RecursionError):
             return []
 
-    def _error(self, what: str, fix: str, body: bytes = b"") -> str:
+    def _error(self, path: str, what: str, fix: str, body: bytes = b"") -> str:
         said = self._quoted(body.decode(errors="replace"))
-        return f"{self._address()}: {what}{f' ({said})' if said else ''}: {fix}"
+        return f"{self._address(path)}: {what}{f' ({said})' if said else ''}: {fix}"
 
     def _quoted(self, text: str) -> str:
         """What others said, for an error: short, and without the key or a part of it."""
         return " ".join(self.masked(text).split())[:QUOTED]
 
-    def _address(self) -> str:
-        return f"{self.url.rstrip('/')}/chat/completions"
+    def _address(self, path: str) -> str:
+        return f"{self.url.rstrip('/')}/{path}"
 
     def masked(self, text: str) -> str:
         """The text without the key."""

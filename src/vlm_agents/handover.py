@@ -14,7 +14,7 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from vlm_agents.config import CollectConfig, EvalConfig, PpoConfig, RemoteConfig, RunConfig, command
+from vlm_agents.config import CollectConfig, EndpointConfig, EvalConfig, PpoConfig, RemoteConfig, RunConfig, command
 from vlm_agents.errors import ConfigError, DataError, ModelError
 from vlm_agents.files import atomic_write
 from vlm_agents.progress import duration, say, under_way
@@ -77,7 +77,7 @@ def handed_over(path: Path, served: Served) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def find(remote: RemoteConfig) -> Served:
+def find(remote: EndpointConfig) -> Served:
     """The server of `remote`, whose url is auto, once it answers. ModelError where it doesn't within `wait_s`."""
     end, told = time.monotonic() + remote.wait_s, ""
     with under_way(f"waiting for the server of stage=serve name={remote.server}"):

@@ -51,6 +51,11 @@ def engine_of(stage: ServeConfig, hardware: HardwareConfig) -> str:
     lacking = [name for name in NEEDED if find_spec(name) is None]
     if tuple(map(int, version("transformers").split(".")[:2])) < OLDEST:
         lacking.append("transformers>={}.{}".format(*OLDEST))
+    if stage.lora_rank is not None:
+        raise ConfigError(
+            f"stage.lora_rank={stage.lora_rank}: vLLM alone takes adapters while it serves, and transformers would "
+            "serve here: install vLLM and set hardware=gpu, or stage.lora_rank=null"
+        )
     if lacking:
         where = "vLLM isn't installed" if gpu else "vLLM is for GPUs"
         raise ConfigError(
@@ -114,6 +119,11 @@ def command_of(
         words |= {"device": hardware.device}
     words |= {name.replace("_", "-"): value for name, value in (options or {}).items()}
     return [*begin, *(part for name, value in words.items() for part in option(name, value))]
+
+
+def adapter_options(rank: int | None) -> dict[str, Any]:
+    """Options of vLLM with which it takes adapters up to this rank, and says under which log-probs it sampled."""
+    return {} if rank is None else {"enable-lora": True, "max-lora-rank": rank, "logprobs-mode": "processed_logprobs"}
 
 
 def option(name: str, value: Any) -> list[str]:

@@ -24,7 +24,7 @@ from vlm_agents.lineage import as_taught
 from vlm_agents.weights import as_saved, begun, earlier_model, flat_settings, has_model, init_of
 
 # What an option of a group is called inside the group, and the word that chooses it: each brings settings of its own.
-CHOSEN = {"env.family": "env", "prompt.format": "prompt"}
+CHOSEN = {"env.family": "env", "prompt.format": "prompt", "rollout.engine": "rollout"}
 CHOSEN |= {f"{group}.name": group for group in ("model", "hardware", "referee")}
 
 

@@ -28,7 +28,7 @@ SHOWN_ONLY |= {"expert"}
 APART = {"seed", "name", "run_dir", "hardware", "tracking", "env.workers", "env.timeout_s"}
 APART |= {f"stage.{it}" for it in ("checkpoint_every", "keep_checkpoints", "report_episodes", "baselines", "num_envs")}
 # of a server, its model says what is compared
-APART |= {f"{part}.remote.{it}" for part in ("stage", "referee") for it in ("server", "wait_s")}
+APART |= {f"{part}.remote.{it}" for part in ("stage", "referee", "rollout") for it in ("server", "wait_s")}
 NEEDED = {"stage.name": str, "stage.episodes": int, "seed": int, "env.id": str}  # settings that every run has
 NAMING = (".name", ".format", ".family")  # settings that choose a part: they name it better than what is in it
 

@@ -19,6 +19,7 @@ from vlm_agents.config import (
     PpoConfig,
     PreprocessConfig,
     RefereeConfig,
+    RolloutConfig,
     RunConfig,
     ServeConfig,
     TemperatureHeadConfig,
@@ -53,10 +54,11 @@ def holds_work(folder: Path) -> bool:
 
 def flat_settings(snapshot: Path, mend: str) -> dict[str, Any]:
     """What a run's config.yaml says, by dotted names; DataError, with what to do, where it can't be read. One that is
-    older than referees are had that of today's default; one that is older than `prompt.show_actions` showed none."""
+    older than referees, or engines of rollouts, had that of today's default; one that is older than
+    `prompt.show_actions` showed none."""
     try:
         said = yaml.safe_load(snapshot.read_text(encoding="utf-8"))
-        known = dict(flat({"referee": asdict(RefereeConfig()), **said}))
+        known = dict(flat({"referee": asdict(RefereeConfig()), "rollout": asdict(RolloutConfig()), **said}))
         return {"prompt.show_actions": False, **known} if "prompt.format" in known else known
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         raise DataError(f"{snapshot} is unreadable: {mend}") from error

@@ -32,7 +32,8 @@ from vlm_agents.config.listing import entries, listing
 from vlm_agents.config.model import LoraConfig, ModelConfig, TemperatureHeadConfig, TrainableConfig, ValueHeadConfig
 from vlm_agents.config.prompt import PromptConfig
 from vlm_agents.config.referee import RefereeConfig
-from vlm_agents.config.remote import UNNAMED, RemoteConfig
+from vlm_agents.config.remote import UNNAMED, EndpointConfig, RemoteConfig
+from vlm_agents.config.rollout import RolloutConfig
 from vlm_agents.config.run import RunConfig, env_of, env_of_id, flat, may_change, off_by_default, parse, read, register
 from vlm_agents.config.secrets import refuse_secrets
 from vlm_agents.config.stage import (
@@ -64,6 +65,7 @@ __all__ = [
     "DoctorConfig",
     "EZPointsConfig",
     "EchoConfig",
+    "EndpointConfig",
     "EnvConfig",
     "EvalConfig",
     "Faces",
@@ -81,6 +83,7 @@ __all__ = [
     "PromptConfig",
     "RefereeConfig",
     "RemoteConfig",
+    "RolloutConfig",
     "RunConfig",
     "SandboxConfig",
     "ServeConfig",

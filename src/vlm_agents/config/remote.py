@@ -1,4 +1,4 @@
-"""A model on a server that plays, rates or judges."""
+"""A model on a server: one that plays, rates or judges, or the policy itself while it is trained."""
 
 import json
 from dataclasses import dataclass
@@ -14,8 +14,9 @@ UNNAMED = "default"
 
 
 @dataclass
-class RemoteConfig(Part, place="stage.remote"):
-    """An OpenAI-compatible server. The key, where one is needed, is read from the environment variable `key_env`."""
+class EndpointConfig(Part, place="rollout.remote"):
+    """Where a server is, and how it is asked. The key, where one is needed, is read from the environment variable
+    `key_env`."""
 
     url: str = setting(
         "http://127.0.0.1:8000/v1",
@@ -26,7 +27,6 @@ class RemoteConfig(Part, place="stage.remote"):
     wait_s: float = setting(
         600.0, "url=auto: seconds that a run waits for that server to answer, before it begins", low=0, may_change=True
     )
-    model: str = setting(UNNAMED, f"the server's name of the model; {UNNAMED} with url=auto: what it serves")
     key_env: str = setting(
         "OPENAI_API_KEY", "environment variable that holds the key, where the server needs one", may_change=True
     )
@@ -36,15 +36,6 @@ class RemoteConfig(Part, place="stage.remote"):
         4,
         "of a request that was refused for now (429, 5xx), or got no answer; waits double up to 30 s",
         low=0,
-        may_change=True,
-    )
-    request: Any = setting(
-        None,
-        "{field: value} to add to each request, or to replace there; a null leaves the field out",
-    )
-    cache: str = setting(
-        "outputs/.answers",
-        "folder of all answers so far, shared by all runs: what it holds isn't asked again",
         may_change=True,
     )
 
@@ -59,17 +50,36 @@ class RemoteConfig(Part, place="stage.remote"):
             raise ConfigError(f"{self.place}.url must be {ADDRESS}, or auto")
         refuse_secrets(f"{self.place}.url", self.url)
         refuse_secrets(f"{self.place}.key_env", self.key_env)
+
+    @property
+    def auto(self) -> bool:
+        """Is its address that of a stage=serve, which hands it over by a file?"""
+        return self.url == AUTO_URL
+
+
+@dataclass
+class RemoteConfig(EndpointConfig, place="stage.remote"):
+    """An OpenAI-compatible server of a chat model."""
+
+    model: str = setting(UNNAMED, f"the server's name of the model; {UNNAMED} with url=auto: what it serves")
+    request: Any = setting(
+        None,
+        "{field: value} to add to each request, or to replace there; a null leaves the field out",
+    )
+    cache: str = setting(
+        "outputs/.answers",
+        "folder of all answers so far, shared by all runs: what it holds isn't asked again",
+        may_change=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_request()
 
     @property
     def unnamed(self) -> bool:
         """Is its server to say the model's name?"""
         return self.auto and self.model == UNNAMED
-
-    @property
-    def auto(self) -> bool:
-        """Is its address that of a stage=serve, which hands it over by a file?"""
-        return self.url == AUTO_URL
 
     def _check_request(self) -> None:
         if self.request is None:

@@ -21,6 +21,7 @@ from vlm_agents.config.model import ModelConfig
 from vlm_agents.config.prompt import PromptConfig
 from vlm_agents.config.referee import JudgeConfig, RefereeConfig
 from vlm_agents.config.remote import RemoteConfig
+from vlm_agents.config.rollout import EngineConfig, RolloutConfig
 from vlm_agents.config.stage import (
     CollectConfig,
     DoctorConfig,
@@ -54,6 +55,7 @@ class RunConfig(Part, place=""):
     tracking: TrackingConfig = setting(MISSING, "where metrics go besides metrics.jsonl", may_change=True)
     stage: StageConfig = setting(MISSING, "what the run does")
     referee: RefereeConfig = setting(RefereeConfig, "who says whether an answer is right")
+    rollout: RolloutConfig = setting(RolloutConfig, "who samples in stage=ppo")
     algo: AlgoConfig | None = setting(None, "how the policy learns from reward", bring_in="stage=ppo brings it in")
 
     def __post_init__(self) -> None:
@@ -74,6 +76,7 @@ SCHEMAS: dict[str, type[Part]] = {
     "hardware": HardwareConfig,
     "tracking": TrackingConfig,
     "referee": RefereeConfig,
+    "rollout": RolloutConfig,
     "algo": AlgoConfig,
     **{f"env/{family}": env for family, env in FAMILIES.items()},
     **{f"stage/{stage.name}": stage for stage in STAGES},
@@ -116,7 +119,8 @@ def gpus_of(device: str, processes: int, gres: str | None) -> int | None:
 
 def may_change() -> set[str]:
     """Settings, or whole parts, that a resumed run may have different: they change nothing in what it does."""
-    parts = (RunConfig, HardwareConfig, RemoteConfig, RefereeConfig, JudgeConfig, ServeConfig)
+    servers = (RemoteConfig, JudgeConfig, EngineConfig)
+    parts = (RunConfig, HardwareConfig, *servers, RefereeConfig, RolloutConfig, ServeConfig)
     return {dotted(part, name) for part in parts for name, (_, rules) in settings_of(part).items() if rules.may_change}
 
 

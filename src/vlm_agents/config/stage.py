@@ -212,6 +212,12 @@ class ServeConfig(StageConfig):
         may_change=True,
     )
     port: int | None = setting(None, "null: any that is free", low=1, high=65535, may_change=True)
+    lora_rank: int | None = setting(
+        None,
+        "vLLM takes adapters up to this rank while it serves, from runs with rollout=vllm; null: none",
+        low=1,
+        may_change=True,
+    )
     options: Any = setting(
         None,
         "{name: value} of further options of the server's own: 'stage.options={tensor-parallel-size: 4}'",

@@ -42,6 +42,7 @@ class Agent(nn.Module):
     """Implements tensors.ActorCritic over one transformers model (`model` may be its PeftModel)."""
 
     banned: Tensor  # [V] bool
+    sampled_elsewhere = False  # by a copy of the weights in another program
     zero = 0  # of hardware.zero: what is divided among ranks, which its engine says; see `embed` and `hidden`
 
     def __init__(
@@ -75,7 +76,7 @@ class Agent(nn.Module):
 
     @property
     def exact(self) -> bool:
-        return self.family.embed_tokens.weight.dtype == torch.float32
+        return self.family.embed_tokens.weight.dtype == torch.float32 and not self.sampled_elsewhere
 
     # ---- forward -----------------------------------------------------------------------------------------------------
     def score(self, rows: Sequence[Row]) -> Scores:

@@ -20,12 +20,13 @@ from vlm_agents.learn.learner import Learner
 from vlm_agents.learn.losses import ESTIMATORS
 from vlm_agents.learn.novelty import Novelty
 from vlm_agents.learn.shaping import CountBonus, Shaper, TurnShaper, overlong, progress, tools, unreadable
-from vlm_agents.models import Agent
+from vlm_agents.models import Agent, HFSampler
 from vlm_agents.progress import say
 from vlm_agents.run import Run
 from vlm_agents.stopwatch import Stopwatch
 from vlm_agents.summary import summarise
 from vlm_agents.types import Trajectory
+from vlm_agents.vllm_sampler import VllmSampler
 from vlm_agents.weights import RUN_MODEL, init_folder
 from vlm_agents.world import ALONE, World
 
@@ -73,6 +74,22 @@ def make_learner(
         )
     with imports.blamed("algo.factory", algo.factory):
         return Learner(agent, agent.renderer, algorithm, algo, iterations, shares, shapers, engine)
+
+
+@contextmanager
+def training_sampler(
+    cfg: RunConfig, agent: Agent, folder: Path, world: World = ALONE
+) -> Iterator[HFSampler | VllmSampler]:
+    """Who samples while `agent` learns; `folder` is for what another program has to be handed."""
+    if cfg.rollout.engine == "own":
+        yield HFSampler(agent)
+        return
+    assert cfg.algo is not None
+    sampler = VllmSampler(cfg.rollout, agent, folder, cfg.algo.valued, world)
+    try:
+        yield sampler
+    finally:
+        sampler.close()
 
 
 def best_of(run: Run, stage: PpoConfig, best: Sequence[Any] | None, step: int, success: float) -> Sequence[Any] | None:

@@ -11,13 +11,13 @@ import numpy as np
 from vlm_agents import imports
 from vlm_agents.config import PpoConfig, RunConfig
 from vlm_agents.episodes import LINES, EpisodeWriter
-from vlm_agents.models import HFSampler, load_agent
+from vlm_agents.models import load_agent
 from vlm_agents.outcomes import PANEL
 from vlm_agents.referee import Referee
 from vlm_agents.run import Run, seed_everything
 from vlm_agents.stages.collapse import Collapse
 from vlm_agents.stages.gathering import gather
-from vlm_agents.stages.learning import Clock, best_of, figures, load, make_learner, save, tell_unmoved
+from vlm_agents.stages.learning import Clock, best_of, figures, load, make_learner, save, tell_unmoved, training_sampler
 from vlm_agents.stages.panel import RECORDED, Panel, finish
 from vlm_agents.stages.playing import check_first_prompt, make_policy, open_envs
 from vlm_agents.stages.reporting import tell
@@ -33,8 +33,6 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
     seed_everything(cfg.seed)
     init = str(checkpoint.path) if checkpoint else stage.init
     agent = load_agent(cfg.model, cfg.hardware, init)
-    sampler = HFSampler(agent)
-    policy = make_policy(cfg, "model", sampler)
     learner = make_learner(cfg, cfg.algo, agent, init, stage.iterations, run.world)
     state: dict[str, Any] = {"before": {}, "last": {}, "training_seconds": 0.0, "env_steps": 0, "watch": (0, False)}
     state |= load(checkpoint, learner, stage.iterations) if checkpoint else {}
@@ -43,8 +41,12 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
         return learner.iteration >= stage.iterations or state["env_steps"] >= (stage.env_steps or np.inf)
 
     watch, collapse = Watch(cfg, *state["watch"]), Collapse(stage.stop_on_collapse, state.get("collapse"))
-    writer, panel = EpisodeWriter(run.dir, world=run.world), Panel(cfg, stage, run, sampler, learner.whole)
-    with open_envs(cfg.env, stage.num_envs, "always", run.world, Referee(cfg.referee, run.path("referee"))) as envs:
+    writer = EpisodeWriter(run.dir, world=run.world)
+    with (
+        training_sampler(cfg, agent, run.path("rollout"), run.world) as sampler,
+        open_envs(cfg.env, stage.num_envs, "always", run.world, Referee(cfg.referee, run.path("referee"))) as envs,
+    ):
+        policy, panel = make_policy(cfg, "model", sampler), Panel(cfg, stage, run, sampler, learner.whole)
         check_first_prompt(cfg, envs, sampler)
         run.begin()
         if stage.eval_episodes and not checkpoint:

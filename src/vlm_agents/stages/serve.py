@@ -20,7 +20,7 @@ from vlm_agents.inputs import hashes
 from vlm_agents.models.sources import source_of
 from vlm_agents.progress import duration, say, under_way
 from vlm_agents.run import Run
-from vlm_agents.server import address_of, command_of, engine_of, last_words, port_of, running
+from vlm_agents.server import adapter_options, address_of, command_of, engine_of, last_words, port_of, running
 from vlm_agents.weights import init_folder
 
 LOG = "server.log"
@@ -31,8 +31,10 @@ def main(cfg: RunConfig, stage: ServeConfig, run: Run) -> dict[str, float]:
     source, engine, host = source_for(cfg, stage), engine_of(stage, cfg.hardware), address_of(stage.host)
     port = port_of(host, stage.port)
     key = secrets.token_urlsafe(32) if engine == "vllm" else None
-    words = command_of(engine, source, host, port, cfg.hardware, stage.options)
+    options = adapter_options(stage.lora_rank) | (stage.options or {})
+    words = command_of(engine, source, host, port, cfg.hardware, options)
     environ = os.environ | ({"VLLM_API_KEY": key} if key else {})  # in `words` all users of the machine could read it
+    environ |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"} if stage.lora_rank is not None else {}
     environ |= {"OMP_NUM_THREADS": str(cfg.hardware.threads)}
     files = hashes(sorted(Path(source).glob("*")))  # none of what lies in the hub's cache
     weights = hashlib.sha256(" ".join(files.values()).encode()).hexdigest()[:32] if files else ""

@@ -1,0 +1,216 @@
+"""The policy's replies from a vLLM server, which is handed the adapter after every update, under a new name.
+
+What is trained is what was sampled there: the ids of prompt and reply are the server's own, and so are the log-probs
+under which they were sampled. What the trained weights say of the same tokens is computed here, before the update, and
+the first replies of each adapter are compared at once. Knows nothing of envs, or of how a policy is asked.
+"""
+
+import asyncio
+import json
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from vlm_agents.config import RolloutConfig
+from vlm_agents.endpoint import CHAT, PATIENCE_S, Endpoint, Unreadable
+from vlm_agents.errors import ModelError
+from vlm_agents.models import Agent, HFSampler
+from vlm_agents.remote import message_json
+from vlm_agents.stopwatch import Stopwatch
+from vlm_agents.tensors import Rendered, reply_row
+from vlm_agents.types import Prompt, Reply, Sampling
+from vlm_agents.world import ALONE, World
+
+COMPARED = 8  # replies of a new adapter of which the log-probs are computed here too
+NEVER = -100.0  # what is added to the logit of a token that isn't to be sampled; more vLLM doesn't take
+
+
+class Said(NamedTuple):
+    """A reply as the server has it."""
+
+    prompt_ids: tuple[int, ...]
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish: str
+
+
+class VllmSampler:
+    """Implements policies.Sampler. The agent's own weights give values alone, where they are asked for, and the
+    log-probs that are compared."""
+
+    def __init__(self, cfg: RolloutConfig, agent: Agent, folder: Path, values: bool, world: World = ALONE) -> None:
+        """`folder` holds the adapter that plays: the server has to see it under the same path."""
+        self.agent, self.renderer = agent, agent.renderer
+        self.stopwatch = Stopwatch()  # `swap`: of adapters; `decode`: until the server had answered; and `prefill`
+        self._cfg, self._folder, self._values, self._world = cfg, folder.resolve(), values, world
+        self._own = HFSampler(agent)
+        self._endpoint, self._loop = Endpoint(cfg.remote), asyncio.Runner()
+        self._token = world.of_main(lambda: secrets.token_hex(4))  # the server may know adapters of a run before
+        self._swaps, self._name, self._compared = 0, "", 0
+        self._banned = {str(token): NEVER for token in agent.banned.nonzero().flatten().tolist()}
+        agent.sampled_elsewhere = True
+
+    def close(self) -> None:
+        with suppress(ModelError):
+            self._unload()
+        self._loop.run(self._endpoint.close())
+        self._loop.close()
+
+    # ---- weights -----------------------------------------------------------------------------------------------------
+    def sync(self) -> None:
+        """The server takes the adapter as it is now. Its name is new, so that nothing which the server kept of prompts
+        that another one read is taken for its own."""
+        self._own.sync()
+        with self.stopwatch.phase("swap"):
+            self._unload()
+            self._swaps, self._compared = self._swaps + 1, 0
+            self._name = f"adapter-{self._token}-{self._swaps}"
+            if self._world.main:
+                self.agent.save(self._folder / self._name)
+                self._tell("load_lora_adapter", lora_name=self._name, lora_path=str(self._folder / self._name))
+            self._world.wait()
+
+    @contextmanager
+    def synced(self) -> Iterator[None]:
+        self.sync()
+        yield
+
+    def _unload(self) -> None:
+        if not (self._name and self._world.main):
+            return
+        self._tell("unload_lora_adapter", lora_name=self._name)
+        shutil.rmtree(self._folder / self._name, ignore_errors=True)
+        self._name = ""
+
+    def _tell(self, path: str, **request: str) -> None:
+        cfg = self._cfg.remote
+        try:
+            self._loop.run(self._endpoint.post(path, request, lambda body: body, cfg.retries, PATIENCE_S))
+        except ModelError as error:
+            raise ModelError(
+                f"{error}. The server has to take adapters: start it by stage=serve stage.lora_rank=<model.lora.rank>, "
+                "or vllm as docs/scaling.md says, where it sees this run's directory under the same path"
+            ) from error
+
+    # ---- replies -----------------------------------------------------------------------------------------------------
+    def generate(
+        self, prompts: Sequence[Prompt], rngs: Sequence[np.random.Generator], sampling: Sampling
+    ) -> list[Reply]:
+        """One reply a prompt. Greedy replies carry the log-probs at temperature 1; entropies are estimates, the mean of
+        minus the log-probs that were drawn."""
+        rendered = [self.renderer.render(prompt) for prompt in prompts]
+        requests = [self._request(prompt, rng, sampling) for prompt, rng in zip(prompts, rngs, strict=True)]
+        with self.stopwatch.phase("decode"):
+            answers = self._loop.run(self._ask(requests))
+        for row, said in zip(rendered, answers, strict=True):
+            self._refuse_other_pictures(row, said)
+        if self._compared < COMPARED and not sampling.greedy:
+            self._compare(prompts, rendered, answers)
+        return [self._reply(said, value) for said, value in zip(answers, self.values(prompts), strict=True)]
+
+    def values(self, prompts: Sequence[Prompt]) -> list[float]:
+        """The critic's estimate for each prompt, where there is a critic: it reads them here."""
+        if not self._values:
+            return [0.0] * len(prompts)
+        with self.stopwatch.phase("prefill"):
+            return self._own.values(prompts)
+
+    def _request(self, prompt: Prompt, rng: np.random.Generator, sampling: Sampling) -> dict[str, Any]:
+        """What the server would take from the model's generation_config.json is said, too."""
+        return {
+            "model": self._name,
+            "messages": [message_json(message) for message in prompt],
+            "max_tokens": sampling.max_tokens,
+            "temperature": 0.0 if sampling.greedy else self.agent.temperature,
+            "top_p": 1.0,
+            "top_k": -1,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "seed": int(rng.integers(2**31)),
+            "logit_bias": self._banned,
+            "logprobs": True,
+            "return_token_ids": True,
+            "stop": list(sampling.stop),
+            "include_stop_str_in_output": True,
+        }
+
+    async def _ask(self, requests: Sequence[dict[str, Any]]) -> list[Said]:
+        cfg = self._cfg.remote
+        free = asyncio.Semaphore(cfg.concurrency)
+
+        async def ask(request: dict[str, Any]) -> Said:
+            async with free:
+                return await self._endpoint.post(CHAT, request, read, cfg.retries, PATIENCE_S)
+
+        try:
+            async with asyncio.TaskGroup() as group:  # after an error, what is under way is given up
+                tasks = [group.create_task(ask(request)) for request in requests]
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0]  # noqa: B904 - its context is the group
+        return [task.result() for task in tasks]
+
+    def _reply(self, said: Said, value: float) -> Reply:
+        return Reply(
+            text=self.renderer.decode(said.ids),
+            prompt_token_ids=said.prompt_ids,
+            token_ids=said.ids,
+            logprobs=said.logprobs,
+            value=value,
+            entropy=-float(np.mean(said.logprobs)),
+            finish="length" if said.finish == "length" else "stop",
+        )
+
+    # ---- the same model? ---------------------------------------------------------------------------------------------
+    def _refuse_other_pictures(self, row: Rendered, said: Said) -> None:
+        token = self.agent.family.image_token_id
+        here, there = int((row.ids == token).sum()), said.prompt_ids.count(token)
+        if here != there:
+            raise ModelError(
+                f"the pictures of a prompt are {there} tokens for the server, and {here} here: have it prepare them as "
+                "model.image_processor does, by its option mm-processor-kwargs"
+            )
+
+    @torch.no_grad()
+    def _compare(self, prompts: Sequence[Prompt], rendered: Sequence[Rendered], answers: Sequence[Said]) -> None:
+        """ModelError where the server's model, or how it reads a prompt, isn't ours. A chat that goes on may be other
+        tokens there, which are trained on as they are: a text that a model wrote can be split in more than one way."""
+        first = [(row, said) for row, said in zip(rendered, answers, strict=True)][: COMPARED - self._compared]
+        self._compared += len(first)
+        opening = all(message.role != "assistant" for prompt in prompts for message in prompt)
+        if opening and all(tuple(row.ids.tolist()) != said.prompt_ids for row, said in first):
+            row, said = first[0]
+            here, there = self.renderer.decode(row.ids.tolist()), self.renderer.decode(said.prompt_ids)
+            raise ModelError(f"the server reads a prompt as {there!r}, which is {here!r} here: serve the same model")
+        rows = [reply_row(self._name, said.prompt_ids, said.ids, row.images) for row, said in first]
+        own = self.agent.score(rows).logprobs.cpu().numpy()
+        gap = float(np.abs(own - np.concatenate([said.logprobs for _, said in first])).mean())
+        if not gap <= self._cfg.tolerance:
+            raise ModelError(
+                f"the log-probs of a new adapter's first replies are {gap:.3g} nats a token from those computed here, "
+                f"more than rollout.tolerance={self._cfg.tolerance:g}: is the server's model the one that is trained, "
+                "in as fine a hardware.dtype, and was it started with logprobs-mode=processed_logprobs?"
+            )
+
+
+def read(body: bytes) -> Said:
+    """The ids and log-probs of a completion; Unreadable where it has none."""
+    try:
+        answer = json.loads(body)
+        choice = answer["choices"][0]
+        said = Said(
+            prompt_ids=tuple(map(int, answer["prompt_token_ids"])),
+            ids=tuple(map(int, choice["token_ids"])),
+            logprobs=tuple(float(one["logprob"]) for one in choice["logprobs"]["content"]),
+            finish=str(choice["finish_reason"]),
+        )
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise Unreadable(body) from error
+    if not said.ids or len(said.ids) != len(said.logprobs):
+        raise Unreadable(body)
+    return said

@@ -1,0 +1,206 @@
+"""Rollouts by another program, against a double of vLLM that answers from the adapter's files."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from chat_server import Server
+from PIL import Image
+from vllm_double import VllmDouble
+
+from vlm_agents.config import HardwareConfig, LoraConfig, ModelConfig, RolloutConfig, TrainableConfig
+from vlm_agents.config.rollout import EngineConfig
+from vlm_agents.errors import ModelError
+from vlm_agents.models import Agent, HFSampler, load_agent
+from vlm_agents.models.loading import TINY
+from vlm_agents.pictures import Picture
+from vlm_agents.tensors import reply_row
+from vlm_agents.types import Message, Prompt, Sampling
+from vlm_agents.vllm_sampler import VllmSampler
+
+LORA = LoraConfig(rank=2, alpha=4)
+ROOM = 12
+
+
+def other(agent: Agent, scale: float) -> None:
+    """Move the policy, as an update would."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in agent.parameters_by_role()["policy"]:
+            parameter += scale * torch.randn_like(parameter)
+
+
+def prompts(count: int) -> list[Prompt]:
+    red, blue = (Picture(Image.new("RGB", (56, 56), color)) for color in ("red", "blue"))
+    asked = [
+        Message("user", (red if index % 2 else blue, f"What is to be seen in room {index}?")) for index in range(count)
+    ]
+    chat = (
+        Message("system", ("You move.",)),
+        asked[0],
+        Message("assistant", ("go left",)),
+        Message("user", ("And now?",)),
+    )
+    return [chat, *((Message("system", ("You move.",)), one) for one in asked[1:])]
+
+
+def generators(count: int) -> list[np.random.Generator]:
+    return [np.random.default_rng(index) for index in range(count)]
+
+
+@pytest.fixture
+def agent(tiny_model: Path) -> Agent:
+    train = TrainableConfig(vision=False, projector=False)
+    agent = load_agent(ModelConfig("tiny", path=str(tiny_model), lora=LORA, train=train), HardwareConfig(name="cpu"))
+    other(agent, 0.1)  # a new adapter changes nothing
+    return agent
+
+
+@pytest.fixture
+def double(tiny_model: Path) -> Iterator[VllmDouble]:
+    server = VllmDouble(tiny_model, LORA)
+    yield server
+    server.close()
+
+
+Make = Callable[..., VllmSampler]
+
+
+@pytest.fixture
+def make(agent: Agent, double: VllmDouble, tmp_path: Path) -> Iterator[Make]:
+    made: list[VllmSampler] = []
+
+    def sampler(values: bool = False, **settings: Any) -> VllmSampler:
+        remote = EngineConfig(url=double.url, retries=0)
+        made.append(VllmSampler(RolloutConfig("vllm", remote=remote, **settings), agent, tmp_path / "adapters", values))
+        return made[-1]
+
+    yield sampler
+    for one in made:
+        one.close()
+
+
+def test_it_says_what_the_model_itself_says(agent: Agent, make: Make) -> None:
+    """Greedily token for token; the log-probs of what is drawn are those of the weights here, at their temperature."""
+    agent.temperature = 0.7
+    asked, greedy = prompts(5), Sampling(ROOM, greedy=True)
+    sampler = make(values=True)
+    with sampler.synced():
+        there = sampler.generate(asked, generators(5), greedy)
+        drawn = sampler.generate(asked, generators(5), Sampling(ROOM))
+    here = HFSampler(agent).generate(asked, generators(5), greedy)
+    for one, two in zip(there, here, strict=True):
+        same = ("text", "prompt_token_ids", "token_ids", "finish")
+        assert [getattr(one, name) for name in same] == [getattr(two, name) for name in same]
+        assert one.value == pytest.approx(two.value, abs=1e-5)
+    for prompt, reply in zip(asked, drawn, strict=True):
+        images = agent.renderer.render(prompt).images
+        with torch.no_grad():
+            own = agent.score([reply_row("row", reply.prompt_token_ids, reply.token_ids, images)]).logprobs
+        assert reply.logprobs == pytest.approx(own.tolist(), abs=1e-5)
+        assert reply.entropy == pytest.approx(-np.mean(reply.logprobs), abs=1e-6)
+
+
+def test_draws_depend_on_a_row_s_own_generator(make: Make) -> None:
+    sampler = make()
+    with sampler.synced():
+        together = sampler.generate(prompts(4), generators(4), Sampling(ROOM))
+        each = zip(prompts(4), generators(4), strict=True)
+        alone = [sampler.generate([prompt], [rng], Sampling(ROOM))[0] for prompt, rng in each]
+    assert [one.token_ids for one in together] == [one.token_ids for one in alone]
+
+
+def test_each_update_has_an_adapter_of_its_own(agent: Agent, double: VllmDouble, make: Make, tmp_path: Path) -> None:
+    """Under a name that was never there, also of an earlier sampler's; the one before is gone, its files too."""
+    sampler = make()
+    texts = []
+    for _ in range(3):
+        with sampler.synced():
+            texts.append([one.text for one in sampler.generate(prompts(3), generators(3), Sampling(ROOM))])
+        assert list(double.adapters) == double.loaded[-1:]
+        assert [path.name for path in (tmp_path / "adapters").iterdir()] == double.loaded[-1:]
+        other(agent, 0.3)
+    assert texts[0] != texts[1]
+    make().sync()
+    assert len(set(double.loaded)) == 4
+
+
+def test_another_model_there_is_noticed_at_once(agent: Agent, double: VllmDouble, make: Make) -> None:
+    sampler = make()
+    sampler.sync()
+    other(agent, 0.3)  # the server has the adapter of before
+    with pytest.raises(ModelError, match=r"nats a token from those computed here, more than rollout.tolerance=0.1"):
+        sampler.generate(prompts(3), generators(3), Sampling(ROOM))
+    other_server = make(tolerance=100.0)
+    other_server.sync()
+    other_server.generate(prompts(3), generators(3), Sampling(ROOM))
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda answer: answer | {"prompt_token_ids": answer["prompt_token_ids"][::2]}, "the pictures of a prompt are"),
+        (
+            lambda answer: answer | {"prompt_token_ids": [5, *answer["prompt_token_ids"]]},
+            "the server reads a prompt as",
+        ),
+        (lambda answer: {"choices": answer["choices"]}, "what came back is no chat completion"),
+        (lambda answer: answer | {"choices": [answer["choices"][0] | {"token_ids": []}]}, "no chat completion"),
+        (lambda answer: answer | {"choices": [answer["choices"][0] | {"logprobs": None}]}, "no chat completion"),
+    ],
+)
+def test_answers_that_are_none(double: VllmDouble, make: Make, change: Any, error: str) -> None:
+    double.changed = change
+    sampler = make()
+    sampler.sync()
+    with pytest.raises(ModelError, match=error):
+        sampler.generate(prompts(3)[1:], generators(2), Sampling(ROOM))
+
+
+def test_a_server_that_takes_no_adapters(double: VllmDouble, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(double, "post", lambda *words: Server.post(double, *words))
+    with pytest.raises(ModelError, match=r"load_lora_adapter: status 404.*stage=serve stage.lora_rank="):
+        make().sync()
+
+
+WORDS = ("stage=ppo", "env=minigrid", "env.max_steps=3", "algo.correction=truncate", "model/lora=adapter")
+WORDS += (
+    "algo.count_coef=0.1",
+    "model.lora.rank=2",
+    "model.lora.alpha=4",
+    "rollout=vllm",
+    "hardware.threads=1",
+    "tracking=jsonl",
+)
+
+
+@pytest.mark.slow  # the double answers one request after the other
+@pytest.mark.parametrize("algo", [("algo=grpo", "algo.group_size=4"), ("algo=ppo", "algo.value_warmup=0")])
+def test_training_by_it(cli: Callable[..., int], algo: tuple[str, ...]) -> None:
+    """The policy that plays is the one that is trained, in every iteration, though each moves it far."""
+    double = VllmDouble(TINY, LORA)
+    words = (*WORDS, *algo, f"rollout.remote.url={double.url}", "name=there", "algo.lr=3e-3")
+    words += ("stage.iterations=2", "stage.episodes=4", "stage.num_envs=4", "stage.eval_episodes=1", "seed=3")
+    done = cli(*words)
+    double.close()
+    assert done == 0
+    lines = [json.loads(line) for line in Path("outputs/there/ppo/metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if "ppo/mismatch_kl" in line]
+    assert [line["ppo/mismatch_kl"] < 1e-6 for line in trained] == [True] * 2
+    assert [line["ppo/ratio_at_start"] == pytest.approx(1, abs=1e-4) for line in trained] == [True] * 2
+    assert all(line["ppo/policy_grad_norm"] > 0.01 for line in trained)
+    assert all(line["time/swap"] > 0 for line in trained)
+    assert not double.adapters
+    assert len(double.loaded) == 4  # two iterations and two panels
+    assert not list(Path("outputs/there/ppo/rollout").iterdir())
+
+
+def test_the_agent_of_a_server_is_not_exact(agent: Agent, make: Make) -> None:
+    """Log-probs of another program aren't taken for those of the update."""
+    assert agent.exact
+    make()
+    assert not agent.exact
