@@ -25,6 +25,7 @@ from small_judge import asking, serving, teach
 from visual_search import MODEL, OUT, job
 
 from vlm_agents.episodes import read_episodes
+from vlm_agents.referee import verdict_in
 
 FAILING = 0.3
 TIMEOUT_S = 10.0  # a hang lasts twice as long; the small model answers one request after the other
@@ -105,9 +106,13 @@ def compare(judge: Callable[[dict], str], place: str, seeds: int, iterations: in
     for kind, folders in runs.items():
         recorded = [one for folder in folders for one in read_episodes(folder, pictures=False) if one.known]
         claims = [(one.success, one.turns[-1].step.claim) for one in recorded]
-        judged = [(success, claim, judge(asking(claim))) for success, claim in claims if claim is not None]
-        wrong = sum(not success and again == "1" for success, _, again in judged)
-        mistaken = sum(again != same(asking(claim)) for _, claim, again in judged)
+        judged = [
+            (success, verdict_in(judge(asking(claim))), verdict_in(same(asking(claim))))
+            for success, claim in claims
+            if claim is not None
+        ]
+        wrong = sum(again is True and not success for success, again, _ in judged)
+        mistaken = sum(again != exact for _, again, exact in judged)
         print(
             f"{kind}: of {len(judged)} recorded answers {wrong} were taken for wrong that the judge calls right; "
             f"{mistaken} are judged otherwise than by comparing texts"

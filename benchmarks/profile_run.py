@@ -18,7 +18,7 @@ START = ("stage=ppo", "env=minigrid", "name=profile", "stage.episodes=8", "stage
 
 def main() -> None:
     cfg = composed(*START, *sys.argv[1:])
-    torch.set_num_threads(cfg.hardware.threads)
+    torch.set_num_threads(cfg.hardware.threads or 2)
     gpu = cfg.hardware.device == "cuda"
     ours(cfg)  # warms up
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as found:

@@ -100,6 +100,8 @@ BAD = [
         "a server knows one temperature",
         "model/temperature_head=null",
     ),
+    ("stage=ppo rollout=vllm model/lora=adapter model.temperature=3", "from 0.01 to 2", "not at model.temperature=3"),
+    ("stage=ppo rollout=vllm model/lora=adapter model.quantize=nf4", "the server's weights aren't", "quantize=null"),
     ("stage=serve stage.lora_rank=8", "vLLM alone takes adapters while it serves", "install vLLM"),
     ("stage=ppo algo.kl_coef=0.1", "algo.kl_coef > 0 needs a reference policy", "add model/lora=adapter"),
     ("stage=ppo stage.iterations=0", "stage.iterations=0", "must be at least 1"),

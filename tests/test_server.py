@@ -27,7 +27,7 @@ def vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_vllm_takes_adapters_while_it_serves(vllm: Path):
-    words = command_of("vllm", "org/model", "10.0.0.1", 8000, GPU, adapter_options(16))
+    words = command_of("vllm", "org/model", "10.0.0.1", 8000, GPU, adapter_options(12))
     assert words[-5:] == ["--enable-lora", "--max-lora-rank", "16", "--logprobs-mode", "processed_logprobs"]
     assert adapter_options(None) == {}
 

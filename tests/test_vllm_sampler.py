@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chat_server import Server
+from chat_server import Answer, Server
 from PIL import Image
 from vllm_double import VllmDouble
 
@@ -129,6 +129,41 @@ def test_each_update_has_an_adapter_of_its_own(agent: Agent, double: VllmDouble,
     assert len(set(double.loaded)) == 4
 
 
+def test_a_server_that_was_started_again_is_handed_the_adapter_again(double: VllmDouble, make: Make) -> None:
+    sampler = make()
+    with sampler.synced():
+        before = sampler.generate(prompts(3), generators(3), Sampling(ROOM))
+        double.adapters.clear()
+        assert sampler.generate(prompts(3), generators(3), Sampling(ROOM)) == before
+        double.adapters.clear()
+    with sampler.synced():
+        assert sampler.generate(prompts(3), generators(3), Sampling(ROOM)) == before
+
+
+def test_a_lost_answer_to_the_loading_does_no_harm(double: VllmDouble, make: Make, monkeypatch: Any) -> None:
+    sampler = make()
+    load = double.load
+
+    def twice(name: str, path: str) -> Answer:
+        load(name, path)
+        return load(name, path)
+
+    monkeypatch.setattr(double, "load", twice)
+    sampler.sync()
+    assert sampler.generate(prompts(2), generators(2), Sampling(ROOM))
+
+
+def test_a_server_that_leaves_the_adapter_out_is_noticed(agent: Agent, double: VllmDouble, make: Make) -> None:
+    """Though what the adapter changes is far less than the tolerance."""
+    for parameter in agent.parameters_by_role()["policy"]:
+        parameter.data *= 0.3
+    sampler = make()
+    sampler.sync()
+    (there,) = double.adapters.values()
+    with there.reference(), pytest.raises(ModelError, match="the server plays without the adapter"):
+        sampler.generate(prompts(3), generators(3), Sampling(ROOM))
+
+
 def test_another_model_there_is_noticed_at_once(agent: Agent, double: VllmDouble, make: Make) -> None:
     sampler = make()
     sampler.sync()
@@ -151,6 +186,10 @@ def test_another_model_there_is_noticed_at_once(agent: Agent, double: VllmDouble
         (lambda answer: {"choices": answer["choices"]}, "what came back is no chat completion"),
         (lambda answer: answer | {"choices": [answer["choices"][0] | {"token_ids": []}]}, "no chat completion"),
         (lambda answer: answer | {"choices": [answer["choices"][0] | {"logprobs": None}]}, "no chat completion"),
+        (
+            lambda answer: answer | {"choices": [answer["choices"][0] | {"finish_reason": "abort"}]},
+            "no chat completion",
+        ),
     ],
 )
 def test_answers_that_are_none(double: VllmDouble, make: Make, change: Any, error: str) -> None:

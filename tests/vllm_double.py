@@ -18,6 +18,7 @@ from vlm_agents.pictures import Picture
 from vlm_agents.types import Message, Part, Prompt, Sampling
 
 FIELDS = {"model", "messages", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed"}
+FIELDS |= {"presence_penalty", "frequency_penalty"}
 FIELDS |= {"logit_bias", "logprobs", "return_token_ids", "stop", "include_stop_str_in_output"}
 
 
@@ -54,7 +55,7 @@ class VllmDouble(Server):
         assert set(request) == FIELDS
         self.requests.append(request)
         if (agent := self.adapters.get(request["model"])) is None:
-            return Answer(404, b"the model does not exist")
+            return Answer(404, f"The model `{request['model']}` does not exist.".encode())
         assert set(request["logit_bias"]) == {str(token) for token in agent.banned.nonzero().flatten().tolist()}
         greedy = request["temperature"] == 0
         agent.temperature = request["temperature"] or 1.0

@@ -26,7 +26,7 @@ from urllib.parse import quote, urlsplit
 import httpx2
 
 from vlm_agents.answers import Completion
-from vlm_agents.config import EndpointConfig
+from vlm_agents.config import EndpointConfig, RemoteConfig
 from vlm_agents.errors import ConfigError, ModelError, did_you_mean
 from vlm_agents.handover import find
 
@@ -56,6 +56,10 @@ class Unreadable(Exception):
     def __init__(self, body: bytes) -> None:
         super().__init__()
         self.body = body
+
+
+class UnknownModel(ModelError):
+    """The server says that it has no model of this name."""
 
 
 class Failing(ModelError):
@@ -127,7 +131,8 @@ class Endpoint:
                 failure: Failure = said
             except (Unreadable, TimeoutError, httpx2.RequestError) as error:
                 failure = error
-            if not self._may_pass(failure):
+            unknown = isinstance(failure, Said) and failure.status == 404 and names(failure.body, request.get("model"))
+            if unknown or not self._may_pass(failure):
                 raise await self._refused(path, failure, request)
             wait = waiting_time(failure, tries)
             away = bool(retries) and self._is_away(failure, begun) and time.monotonic() + wait < begun + patience
@@ -176,7 +181,8 @@ class Endpoint:
         return gone and self._last_answer is not None and self._last_answer < begun
 
     def _gave_up(self, path: str, failure: Failure, tries: int, wait: float) -> Unavailable | Failing:
-        place, again = self._cfg.place, "Then give the same command again: what was answered is kept"
+        place, kept = self._cfg.place, ": what was answered is kept" if isinstance(self._cfg, RemoteConfig) else ""
+        again = f"Then give the same command again{kept}"
         match failure:
             case Said():
                 fix = f"wait for {wait:.0f} s" if wait > PATIENCE_S else f"see its log, or lower {place}.concurrency"
@@ -199,7 +205,8 @@ class Endpoint:
     async def _refused(self, path: str, failure: Failure, request: Mapping[str, Any]) -> ModelError:
         if isinstance(failure, Said):
             fix = await self._fix(failure, request)
-            return ModelError(self._error(path, f"status {failure.status}", fix, failure.body))
+            kind = UnknownModel if failure.status == 404 and names(failure.body, request.get("model")) else ModelError
+            return kind(self._error(path, f"status {failure.status}", fix, failure.body))
         fix = "have $SSL_CERT_FILE name a file of the certificates that sign the server's own"
         return ModelError(self._error(path, f"can't be reached ({self._quoted(reason(failure))})", fix))
 
@@ -214,12 +221,13 @@ class Endpoint:
             return f"the server of {cfg.server} has another key by now: give the same command again"
         if said.status in (401, 403):
             return f"${cfg.key_env} {'holds a key that is refused' if self._key else 'is empty'}: set it to a key"
+        if not isinstance(cfg, RemoteConfig):
+            return "see what it says, and its log"
         if said.status in (400, 422) and (name := field_named(said.body, request)):
             return how_to_leave_out(name, request, cfg.place)
-        model = request.get("model", "")
-        if model and said.status in (400, 404) and (models := await self._models()) and model not in models:
+        if said.status in (400, 404) and (models := await self._models()) and cfg.model not in models:
             known = ", ".join(models[:LISTED])
-            return f"set {cfg.place}.model to one of {known}.{did_you_mean(model, models)}"
+            return f"set {cfg.place}.model to one of {known}.{did_you_mean(cfg.model, models)}"
         if said.status in (404, 405):
             return f"{cfg.place}.url is the part before /{CHAT} and mostly ends in /v1: is it right?"
         return "the server can't serve this request, see what it says"
@@ -273,6 +281,11 @@ def whole(count: Any) -> int:
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
+def names(body: bytes, model: str | None) -> bool:
+    """Does a refusal speak of this model?"""
+    return bool(model) and model.encode() in body
+
+
 def field_named(body: bytes, request: Mapping[str, Any]) -> str | None:
     """The field of the request that a refusal names, if it names one that can be left out."""
     names = [name for name in request if name not in ("model", "messages")]

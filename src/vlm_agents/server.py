@@ -25,6 +25,7 @@ from vlm_agents.processes import end, end_with_parent
 
 NEEDED = ("fastapi", "openai", "torchvision", "uvicorn")  # by transformers serve, and not by us
 OLDEST = (5, 23)  # of transformers: before, its server listed the models of the hub's cache, and not its own
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of adapters, that vLLM can be told of
 GRACE_S = 20.0  # for a server to end by itself
 
 
@@ -47,6 +48,8 @@ def engine_of(stage: ServeConfig, hardware: HardwareConfig) -> str:
                 f"hardware.device={hardware.device}: vLLM takes the first GPU that it sees. Set hardware=gpu, and "
                 "CUDA_VISIBLE_DEVICES before the command for another one; or set stage.engine=transformers"
             )
+        if stage.lora_rank is not None and hardware.dtype == "float32":
+            raise ConfigError("stage.lora_rank: vLLM has no adapters in float32: set hardware.dtype=bfloat16")
         return "vllm"
     lacking = [name for name in NEEDED if find_spec(name) is None]
     if tuple(map(int, version("transformers").split(".")[:2])) < OLDEST:
@@ -123,7 +126,10 @@ def command_of(
 
 def adapter_options(rank: int | None) -> dict[str, Any]:
     """Options of vLLM with which it takes adapters up to this rank, and says under which log-probs it sampled."""
-    return {} if rank is None else {"enable-lora": True, "max-lora-rank": rank, "logprobs-mode": "processed_logprobs"}
+    if rank is None:
+        return {}
+    most = next(one for one in RANKS if one >= rank)
+    return {"enable-lora": True, "max-lora-rank": most, "logprobs-mode": "processed_logprobs"}
 
 
 def option(name: str, value: Any) -> list[str]:

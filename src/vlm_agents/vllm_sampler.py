@@ -12,23 +12,26 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from vlm_agents.config import RolloutConfig
-from vlm_agents.endpoint import CHAT, PATIENCE_S, Endpoint, Unreadable
+from vlm_agents.endpoint import CHAT, PATIENCE_S, Endpoint, UnknownModel, Unreadable
 from vlm_agents.errors import ModelError
 from vlm_agents.models import Agent, HFSampler
 from vlm_agents.remote import message_json
 from vlm_agents.stopwatch import Stopwatch
-from vlm_agents.tensors import Rendered, reply_row
+from vlm_agents.tensors import Rendered, Row, reply_row
 from vlm_agents.types import Prompt, Reply, Sampling
 from vlm_agents.world import ALONE, World
 
 COMPARED = 8  # replies of a new adapter of which the log-probs are computed here too
+MOVED = 1e-3  # nats a token that an adapter changes, from which on it can be told whether the server plays with it
 NEVER = -100.0  # what is added to the logit of a token that isn't to be sampled; more vLLM doesn't take
+MOST_BANNED = 1024  # of such tokens vLLM takes
+NO_LOGPROB = -9999.0  # stands for minus infinity
 
 
 class Said(NamedTuple):
@@ -37,7 +40,7 @@ class Said(NamedTuple):
     prompt_ids: tuple[int, ...]
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    finish: str
+    finish: Literal["stop", "length"]
 
 
 class VllmSampler:
@@ -54,11 +57,17 @@ class VllmSampler:
         self._token = world.of_main(lambda: secrets.token_hex(4))  # the server may know adapters of a run before
         self._swaps, self._name, self._compared = 0, "", 0
         self._banned = {str(token): NEVER for token in agent.banned.nonzero().flatten().tolist()}
+        if len(self._banned) > MOST_BANNED:
+            raise ModelError(
+                f"rollout=vllm: {len(self._banned)} tokens of this model may not be sampled, and vLLM takes "
+                f"{MOST_BANNED} such: set rollout=own"
+            )
+        if world.main:
+            shutil.rmtree(self._folder, ignore_errors=True)  # of a run that was killed
         agent.sampled_elsewhere = True
 
     def close(self) -> None:
-        with suppress(ModelError):
-            self._unload()
+        self._unload()
         self._loop.run(self._endpoint.close())
         self._loop.close()
 
@@ -73,7 +82,7 @@ class VllmSampler:
             self._name = f"adapter-{self._token}-{self._swaps}"
             if self._world.main:
                 self.agent.save(self._folder / self._name)
-                self._tell("load_lora_adapter", lora_name=self._name, lora_path=str(self._folder / self._name))
+                self._load()
             self._world.wait()
 
     @contextmanager
@@ -82,17 +91,22 @@ class VllmSampler:
         yield
 
     def _unload(self) -> None:
+        """A server that doesn't have it any more, or is gone, needn't be told."""
         if not (self._name and self._world.main):
             return
-        self._tell("unload_lora_adapter", lora_name=self._name)
+        with suppress(ModelError):
+            self._loop.run(self._endpoint.post("unload_lora_adapter", {"lora_name": self._name}, bytes, 0, 0.0))
         shutil.rmtree(self._folder / self._name, ignore_errors=True)
         self._name = ""
 
-    def _tell(self, path: str, **request: str) -> None:
-        cfg = self._cfg.remote
+    def _load(self) -> None:
+        request = {"lora_name": self._name, "lora_path": str(self._folder / self._name)}
+        post = self._endpoint.post("load_lora_adapter", request, bytes, self._cfg.remote.retries, PATIENCE_S)
         try:
-            self._loop.run(self._endpoint.post(path, request, lambda body: body, cfg.retries, PATIENCE_S))
+            self._loop.run(post)
         except ModelError as error:
+            if "already been loaded" in str(error):  # by a try whose answer was lost
+                return
             raise ModelError(
                 f"{error}. The server has to take adapters: start it by stage=serve stage.lora_rank=<model.lora.rank>, "
                 "or vllm as docs/scaling.md says, where it sees this run's directory under the same path"
@@ -107,7 +121,12 @@ class VllmSampler:
         rendered = [self.renderer.render(prompt) for prompt in prompts]
         requests = [self._request(prompt, rng, sampling) for prompt, rng in zip(prompts, rngs, strict=True)]
         with self.stopwatch.phase("decode"):
-            answers = self._loop.run(self._ask(requests))
+            try:
+                answers = self._loop.run(self._ask(requests))
+            except UnknownModel:  # the server has been started again
+                self._load()
+                self._compared = 0
+                answers = self._loop.run(self._ask(requests))
         for row, said in zip(rendered, answers, strict=True):
             self._refuse_other_pictures(row, said)
         if self._compared < COMPARED and not sampling.greedy:
@@ -132,6 +151,8 @@ class VllmSampler:
             "top_k": -1,
             "min_p": 0.0,
             "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
             "seed": int(rng.integers(2**31)),
             "logit_bias": self._banned,
             "logprobs": True,
@@ -163,7 +184,7 @@ class VllmSampler:
             logprobs=said.logprobs,
             value=value,
             entropy=-float(np.mean(said.logprobs)),
-            finish="length" if said.finish == "length" else "stop",
+            finish=said.finish,
         )
 
     # ---- the same model? ---------------------------------------------------------------------------------------------
@@ -188,14 +209,26 @@ class VllmSampler:
             here, there = self.renderer.decode(row.ids.tolist()), self.renderer.decode(said.prompt_ids)
             raise ModelError(f"the server reads a prompt as {there!r}, which is {here!r} here: serve the same model")
         rows = [reply_row(self._name, said.prompt_ids, said.ids, row.images) for row, said in first]
-        own = self.agent.score(rows).logprobs.cpu().numpy()
-        gap = float(np.abs(own - np.concatenate([said.logprobs for _, said in first])).mean())
+        there, own = np.concatenate([said.logprobs for _, said in first]), self._scores(rows)
+        with self.agent.reference():
+            base = self._scores(rows)
+        gap, moved = float(np.abs(own - there).mean()), float(np.abs(own - base).mean())
+        if moved > MOVED and float(np.abs(base - there).mean()) < gap / 2:
+            raise ModelError(
+                f"the server plays without the adapter that it was handed: its log-probs are {gap:.3g} nats a token "
+                "from those of the model with it, and half as far from those without. See its log for modules of "
+                "adapters that it doesn't know, or set rollout=own"
+            )
         if not gap <= self._cfg.tolerance:
             raise ModelError(
                 f"the log-probs of a new adapter's first replies are {gap:.3g} nats a token from those computed here, "
                 f"more than rollout.tolerance={self._cfg.tolerance:g}: is the server's model the one that is trained, "
                 "in as fine a hardware.dtype, and was it started with logprobs-mode=processed_logprobs?"
             )
+
+    def _scores(self, rows: Sequence[Row]) -> np.ndarray:
+        """Log-probs of the rows' replies, one row after the other: the update's memory is planned for no more."""
+        return np.concatenate([self.agent.score([row]).logprobs.cpu().numpy() for row in rows])
 
 
 def read(body: bytes) -> Said:
@@ -207,10 +240,12 @@ def read(body: bytes) -> Said:
             prompt_ids=tuple(map(int, answer["prompt_token_ids"])),
             ids=tuple(map(int, choice["token_ids"])),
             logprobs=tuple(float(one["logprob"]) for one in choice["logprobs"]["content"]),
-            finish=str(choice["finish_reason"]),
+            finish=choice["finish_reason"],
         )
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise Unreadable(body) from error
-    if not said.ids or len(said.ids) != len(said.logprobs):
+    if not said.ids or len(said.ids) != len(said.logprobs) or min(said.logprobs) <= NO_LOGPROB:
+        raise Unreadable(body)
+    if said.finish not in ("stop", "length"):
         raise Unreadable(body)
     return said

@@ -56,6 +56,16 @@ class RolloutConfig(Part, place="rollout"):
                 f"rollout={self.engine}: a server knows one temperature, model.temperature: set "
                 "model/temperature_head=null"
             )
+        if run.model.quantize is not None:
+            raise ConfigError(
+                f"rollout={self.engine}: the server's weights aren't those of model.quantize={run.model.quantize}: set "
+                "model.quantize=null"
+            )
+        if not 0.01 <= run.model.temperature <= 2:
+            raise ConfigError(
+                f"rollout={self.engine}: vLLM samples at temperatures from 0.01 to 2, not at model.temperature="
+                f"{run.model.temperature:g}"
+            )
         assert run.algo is not None
         if run.algo.correction == "none":
             raise ConfigError(

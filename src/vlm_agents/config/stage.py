@@ -216,6 +216,7 @@ class ServeConfig(StageConfig):
         None,
         "vLLM takes adapters up to this rank while it serves, from runs with rollout=vllm; null: none",
         low=1,
+        high=512,
         may_change=True,
     )
     options: Any = setting(

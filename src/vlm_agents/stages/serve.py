@@ -61,7 +61,7 @@ def main(cfg: RunConfig, stage: ServeConfig, run: Run) -> dict[str, float]:
         run.log(0, metrics)
         begun = time.monotonic()
         with handed_over(run.path(FILE), served):
-            say(f"{engine} serves {source} at {served.url}: other runs ask it by {words_for(cfg)}")
+            say(f"{engine} serves {source} at {served.url}: other runs ask it by {words_for(cfg, stage)}")
             while not (why := over(stage, begun)):
                 wait(run, process, start, f"after {duration(time.monotonic() - begun)}")
     say(f"the server has ended: {why}")
@@ -105,8 +105,9 @@ def wait(run: Run, process: subprocess.Popen[bytes], start: int, when: str) -> N
     )
 
 
-def words_for(cfg: RunConfig) -> str:
+def words_for(cfg: RunConfig, stage: ServeConfig) -> str:
     """The settings by which another run finds the server."""
     own = Path(cfg.run_dir).resolve()
     name = cfg.name if own in [place.resolve() for place in places_of(cfg.name)] else os.path.relpath(own)
-    return f"stage.remote.url=auto stage.remote.server={name}"
+    part = "stage" if stage.lora_rank is None else "rollout"
+    return f"{part}.remote.url=auto {part}.remote.server={name}"
