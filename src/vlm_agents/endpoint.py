@@ -15,7 +15,7 @@ import socket
 import ssl
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -131,8 +131,7 @@ class Endpoint:
                 failure: Failure = said
             except (Unreadable, TimeoutError, httpx2.RequestError) as error:
                 failure = error
-            unknown = isinstance(failure, Said) and failure.status == 404 and names(failure.body, request.get("model"))
-            if unknown or not self._may_pass(failure):
+            if knows_no_model(failure, request) or not self._may_pass(failure):
                 raise await self._refused(path, failure, request)
             wait = waiting_time(failure, tries)
             away = bool(retries) and self._is_away(failure, begun) and time.monotonic() + wait < begun + patience
@@ -205,7 +204,7 @@ class Endpoint:
     async def _refused(self, path: str, failure: Failure, request: Mapping[str, Any]) -> ModelError:
         if isinstance(failure, Said):
             fix = await self._fix(failure, request)
-            kind = UnknownModel if failure.status == 404 and names(failure.body, request.get("model")) else ModelError
+            kind = UnknownModel if knows_no_model(failure, request) else ModelError
             return kind(self._error(path, f"status {failure.status}", fix, failure.body))
         fix = "have $SSL_CERT_FILE name a file of the certificates that sign the server's own"
         return ModelError(self._error(path, f"can't be reached ({self._quoted(reason(failure))})", fix))
@@ -259,6 +258,26 @@ class Endpoint:
         return text
 
 
+async def all_at(concurrency: int, asking: Iterable[Coroutine[Any, Any, Answer]]) -> list[Answer]:
+    """What each comes to, in order, so many under way at once; after an error, the others are given up."""
+    free = asyncio.Semaphore(concurrency)
+
+    async def wait(one: Coroutine[Any, Any, Answer]) -> Answer:
+        async with free:
+            return await one
+
+    waiting = list(asking)
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(wait(one)) for one in waiting]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0]  # noqa: B904 - its context is the group
+    finally:
+        for one in waiting:
+            one.close()  # those that were given up before their turn
+    return [task.result() for task in tasks]
+
+
 # ---- answers ---------------------------------------------------------------------------------------------------------
 async def read_body(response: httpx2.Response) -> bytes:
     """The body, unpacked if it is packed in spite of what was asked; Unreadable if it is damaged or over LARGEST."""
@@ -281,9 +300,10 @@ def whole(count: Any) -> int:
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
-def names(body: bytes, model: str | None) -> bool:
-    """Does a refusal speak of this model?"""
-    return bool(model) and model.encode() in body
+def knows_no_model(failure: Failure, request: Mapping[str, Any]) -> bool:
+    """Does the server itself, and not a gateway, say that what the request names isn't there?"""
+    model = request.get("model")
+    return isinstance(failure, Said) and failure.status == 404 and bool(model) and model.encode() in failure.body
 
 
 def field_named(body: bytes, request: Mapping[str, Any]) -> str | None:

@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from PIL import Image
 
 from vlm_agents.answers import Answers, Completion
 from vlm_agents.config import RemoteConfig
-from vlm_agents.endpoint import PATIENCE_S, Endpoint, Failing, Unavailable
+from vlm_agents.endpoint import PATIENCE_S, Endpoint, Failing, Unavailable, all_at
 from vlm_agents.errors import ModelError
 from vlm_agents.pictures import Picture
 from vlm_agents.types import Message, Prompt, Sampling
@@ -73,18 +74,8 @@ class ChatClient:
         places = {question: index for index, question in enumerate(questions)}  # none is asked twice at once
 
         async def ask_all() -> list[Completion]:
-            free = asyncio.Semaphore(self._cfg.concurrency)
-
-            async def ask(index: int) -> Completion:
-                async with free:
-                    return await self._ask(requests[index], lambda text: readable(index, text), samples)
-
-            try:
-                async with asyncio.TaskGroup() as group:  # after an error, what is under way is given up
-                    tasks = [group.create_task(ask(index)) for index in places.values()]
-            except BaseExceptionGroup as errors:
-                raise errors.exceptions[0]  # noqa: B904 - its context is the group
-            return [task.result() for task in tasks]
+            asking = (self._ask(requests[index], partial(readable, index), samples) for index in places.values())
+            return await all_at(self._cfg.concurrency, asking)
 
         answers = dict(zip(places, self._loop.run(ask_all()), strict=True))
         return [answers[question] for question in questions]

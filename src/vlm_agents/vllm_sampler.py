@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from vlm_agents.config import RolloutConfig
-from vlm_agents.endpoint import CHAT, PATIENCE_S, Endpoint, UnknownModel, Unreadable
+from vlm_agents.endpoint import CHAT, PATIENCE_S, Endpoint, UnknownModel, Unreadable, all_at
 from vlm_agents.errors import ModelError
 from vlm_agents.models import Agent, HFSampler
 from vlm_agents.remote import message_json
@@ -162,19 +162,10 @@ class VllmSampler:
         }
 
     async def _ask(self, requests: Sequence[dict[str, Any]]) -> list[Said]:
-        cfg = self._cfg.remote
-        free = asyncio.Semaphore(cfg.concurrency)
-
-        async def ask(request: dict[str, Any]) -> Said:
-            async with free:
-                return await self._endpoint.post(CHAT, request, read, cfg.retries, PATIENCE_S)
-
-        try:
-            async with asyncio.TaskGroup() as group:  # after an error, what is under way is given up
-                tasks = [group.create_task(ask(request)) for request in requests]
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0]  # noqa: B904 - its context is the group
-        return [task.result() for task in tasks]
+        cfg, post = self._cfg.remote, self._endpoint.post
+        return await all_at(
+            cfg.concurrency, (post(CHAT, request, read, cfg.retries, PATIENCE_S) for request in requests)
+        )
 
     def _reply(self, said: Said, value: float) -> Reply:
         return Reply(
@@ -201,7 +192,7 @@ class VllmSampler:
     def _compare(self, prompts: Sequence[Prompt], rendered: Sequence[Rendered], answers: Sequence[Said]) -> None:
         """ModelError where the server's model, or how it reads a prompt, isn't ours. A chat that goes on may be other
         tokens there, which are trained on as they are: a text that a model wrote can be split in more than one way."""
-        first = [(row, said) for row, said in zip(rendered, answers, strict=True)][: COMPARED - self._compared]
+        first = list(zip(rendered, answers, strict=True))[: COMPARED - self._compared]
         self._compared += len(first)
         opening = all(message.role != "assistant" for prompt in prompts for message in prompt)
         if opening and all(tuple(row.ids.tolist()) != said.prompt_ids for row, said in first):
