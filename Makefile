@@ -85,7 +85,7 @@ tiny-weights: setup ## rebuild the weights of the tiny model (about 90 minutes);
 	$(BIN)/python benchmarks/tiny_weights.py
 
 test: setup ## the tests
-	$(BIN)/python -m pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile --durations=25
+	$(BIN)/python -m pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder --durations=25
 
 DRILLS ?=
 slurm-test: setup ## the tests marked slurm, on a Slurm of this machine alone; DRILLS=10: that many drills of each kind too

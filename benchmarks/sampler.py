@@ -1,4 +1,5 @@
-"""How fast are replies sampled? `HFSampler` against transformers' own `generate`, on the packaged tiny model.
+"""How fast are replies sampled? `HFSampler` against transformers' own `generate`, on the packaged tiny model or the one
+that settings name.
 
 Both sides answer the same batches at temperature 1 (and may not say the same tokens): the turns of a rollout of
 MiniGrid, one prompt of every env a batch. The sampler is timed as stage=ppo runs it, with all that it does: rendering,
@@ -17,11 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from results import write
-from transformers import AutoModelForImageTextToText
+from speed import composed
 
-from vlm_agents.config import HardwareConfig, MiniGridConfig, ModelConfig, PromptConfig, TrainableConfig
+from vlm_agents.config import RunConfig
 from vlm_agents.models import Agent, HFSampler, load_agent
-from vlm_agents.models.loading import TINY
 from vlm_agents.policies import ExpertPolicy, NoisyPolicy
 from vlm_agents.prompting import make_format
 from vlm_agents.rollout import collect
@@ -34,23 +34,21 @@ Inputs = dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="How fast are replies sampled?")
+    parser.add_argument("words", nargs="*", metavar="SETTING=VALUE", help="of a run of stage=ppo")
     parser.add_argument("--envs", type=int, default=64, help="prompts in a batch")
     parser.add_argument("--turns", type=int, default=6, help="batches")
     parser.add_argument("--repeats", type=int, default=3, help="timed passes of each side, interleaved")
     parser.add_argument("--new-tokens", type=int, default=64, help="longest reply")
-    parser.add_argument("--weights", choices=("shipped", "random"), default="shipped", help="random: replies run long")
     parser.add_argument("--threads", type=int, default=2, help="torch CPU threads")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
     torch.manual_seed(0)
-    weights = "random" if args.weights == "random" else "pretrained"
-    model = ModelConfig(name="tiny", weights=weights, train=TrainableConfig(vision=False, projector=False))
-    agent = load_agent(model, HardwareConfig(name="cpu"))
-    batches = rollout_prompts(args.envs, args.turns)
+    cfg = composed("stage=ppo", "env=minigrid", "name=sampler", *args.words)
+    agent = load_agent(cfg.model, cfg.hardware)
+    batches = rollout_prompts(cfg, args.envs, args.turns)
     alone = [[batch[0]] for batch in batches]
-    stock = AutoModelForImageTextToText.from_pretrained(TINY).eval()
-    stock.load_state_dict(agent.model.state_dict())
+    stock = agent.model  # transformers' own, of which HFSampler uses the parts
     tensors, tensors_alone = ([prepare(agent, prompts) for prompts in sequence] for sequence in (batches, alone))
     sides: dict[str, Callable[[], int]] = {
         "HFSampler": partial(sample, agent, batches, args.new_tokens),
@@ -68,10 +66,10 @@ def main() -> None:
         write({"rollout_vs_generate": speeds["HFSampler"] / speeds["generate"]})
 
 
-def rollout_prompts(envs: int, turns: int) -> list[list[Prompt]]:
+def rollout_prompts(cfg: RunConfig, envs: int, turns: int) -> list[list[Prompt]]:
     """The first turns of games in which an expert plays with 30 % random moves: a batch a turn, a prompt an env."""
-    policy = NoisyPolicy(ExpertPolicy(make_format(PromptConfig("cot_json"))), 0.3)
-    with open_envs(MiniGridConfig(), envs, "always") as pool:
+    policy = NoisyPolicy(ExpertPolicy(make_format(cfg.prompt)), 0.3)
+    with open_envs(cfg.env, envs, "always") as pool:
         games = list(collect(pool, policy, list(map(Deal, range(envs))), run_seed=0))
     return [[game.turns[turn].prompt for game in games if turn < len(game.turns)] for turn in range(turns)]
 
@@ -85,9 +83,12 @@ def prepare(agent: Agent, prompts: Sequence[Prompt]) -> Inputs:
     for index, row in enumerate(rendered):
         ids[index, width - len(row.ids) :] = torch.from_numpy(row.ids)
         mask[index, width - len(row.ids) :] = 1
-    pictures = agent.image_processor(images=[image for row in rendered for image in row.images], return_tensors="pt")
+    pictures = agent.image_processor(
+        images=[picture.image for row in rendered for picture in row.images], return_tensors="pt"
+    )
     kinds = (ids == agent.family.image_token_id).int()
-    return {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": kinds, **pictures}
+    inputs = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": kinds, **pictures}
+    return {name: tensor.to(agent.device) for name, tensor in inputs.items()}
 
 
 def sample(agent: Agent, batches: Sequence[Sequence[Prompt]], new_tokens: int) -> int:

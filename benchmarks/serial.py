@@ -7,15 +7,14 @@ passes of a turn; nothing else is kept from one pass to the next.
 """
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText
 
 from vlm_agents.models import Agent
-from vlm_agents.models.loading import TINY
 from vlm_agents.pictures import Picture
 from vlm_agents.tensors import Renderer
 from vlm_agents.types import Prompt, Reply, Sampling, Trajectory
@@ -28,10 +27,7 @@ class SerialSampler:
 
     def __init__(self, agent: Agent) -> None:
         self.agent = agent
-        self.model: Any = AutoModelForImageTextToText.from_pretrained(TINY).eval()
-        self.model.load_state_dict(agent.model.state_dict())
-        for ours, theirs in zip(agent.model.parameters(), self.model.parameters(), strict=True):
-            theirs.requires_grad_(ours.requires_grad)
+        self.model: Any = deepcopy(agent.model)  # transformers' own, of which we use the parts
 
     @property
     def renderer(self) -> Renderer:
@@ -76,7 +72,8 @@ class SerialSampler:
 
     def _inputs(self, ids: Tensor, pictures: Mapping[str, Tensor]) -> dict[str, Tensor]:
         kinds = (ids == self.agent.family.image_token_id).int()
-        return {"input_ids": ids, "mm_token_type_ids": kinds, **pictures}
+        inputs = {"input_ids": ids, "mm_token_type_ids": kinds, **pictures}
+        return {name: tensor.to(self.agent.device) for name, tensor in inputs.items()}
 
     def evaluate(
         self, prompt: Sequence[int] | np.ndarray, said: Sequence[int], images: Sequence[Picture], longest: int
@@ -93,7 +90,8 @@ class SerialSampler:
         output = self.model(**self._inputs(row, pictures), output_hidden_states=True, use_cache=False)
         distribution = output.logits.float().log_softmax(-1)
         before = slice(len(prompt) - 1, len(prompt) - 1 + len(said))
-        logprobs = distribution[0, before].gather(-1, torch.tensor(said)[:, None]).squeeze(-1)
+        targets = torch.tensor(said, device=distribution.device)
+        logprobs = distribution[0, before].gather(-1, targets[:, None]).squeeze(-1)
         state = output.hidden_states[-1][:, len(prompt) - 1].detach()
         return logprobs, self.agent.value(state)[0]
 
@@ -121,7 +119,7 @@ def learn(sampler: SerialSampler, episodes: Sequence[Trajectory], longest: int, 
         images = [image for message in turn.prompt for image in message.images]
         reply = turn.reply
         logprobs, value = sampler.evaluate(reply.prompt_token_ids, reply.token_ids, images, longest)
-        ratio = (logprobs - torch.tensor(reply.logprobs)).sum().exp()
+        ratio = (logprobs - torch.tensor(reply.logprobs, device=logprobs.device)).sum().exp()
         policy = -torch.minimum(ratio * earned, ratio.clamp(1 - CLIP, 1 + CLIP) * earned)
         ((policy + VALUE_COEF * (value - earned).square()) / turns_a_step).backward()
         if place % turns_a_step == 0 or place == len(turns):

@@ -2,6 +2,8 @@
 
 All play MiniGrid with the packaged tiny model, the same starts for all, on the same threads, and take turns in one run,
 so that a busy machine slows all alike. Written to benchmarks/results.json; docs/results/speed.md says what is compared.
+Settings, such as `model=qwen2_5_vl_3b model.weights=random hardware=gpu`, change the model and machine of ours and of
+serial; then nothing is written.
 
 * serial: benchmarks/serial.py, against stage=ppo as it is by default.
 * trl: benchmarks/trl_side.py, against algo=grpo with the same chats, where `--trl` names a Python that has trl.
@@ -58,13 +60,14 @@ class Measured(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="SETTING=VALUE", help="of a run of stage=ppo")
     parser.add_argument("--repeats", type=int, default=3, help="timed passes of each side, interleaved")
     parser.add_argument("--serial-episodes", type=int, default=4, help="that the serial side plays; ours plays 64")
     parser.add_argument("--trl", help="a Python that has trl and, without its requirements, this package")
     parser.add_argument("--threads", type=int, default=2, help="torch CPU threads")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    shared = ("stage=ppo", "env=minigrid", "name=speed", f"hardware.threads={args.threads}")
+    shared = ("stage=ppo", "env=minigrid", "name=speed", f"hardware.threads={args.threads}", *args.words)
     # no warm-up, in which the critic learns alone and the policy makes no step
     default, chats = composed(*shared, "algo.value_warmup=0"), composed(*shared, *CHATS, *ONE_STEP)
     pairs = {"serial": (partial(ours, default), partial(serial, default, args.serial_episodes))}
@@ -77,7 +80,10 @@ def main() -> None:
             for part, speed in found.items() if repeat else ():  # the first pass warms up
                 print(f"{part}_vs_{name}: {speed:.1f} and {other[part]:.2f} steps/s", flush=True)
                 ratios.setdefault(f"{part}_vs_{name}", []).append(speed / other[part])
-    write({name: median(each) for name, each in ratios.items()})
+    found = {name: median(each) for name, each in ratios.items()}
+    print(json.dumps(found, indent=2))
+    if not args.words:
+        write(found)
 
 
 def composed(*words: str) -> RunConfig:
