@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -279,6 +280,14 @@ def test_what_can_not_be_compared_is_told_in_a_line(pair: Path, capsys, words: l
 
 def test_a_run_that_plays_no_panel_is_refused(echo_episodes: Path, capsys: pytest.CaptureFixture[str]):
     assert "is no run of stage=ppo or stage=eval, which play held-out seeds" in refusal(capsys, echo_episodes)
+
+
+def test_an_evaluation_is_called_by_who_played():
+    settings = {"seed": 0, "stage.name": "eval", "stage.policy": "expert", "env.id": "a"}
+    runs = [Played(Path("y"), settings, {}, {}, []), replace(played({}), label="")]
+    runs[1].settings = {**runs[1].settings, "algo.name": "rloo"}
+    sweeps.give_labels(runs, ())
+    assert [run.label for run in runs] == ["expert", "rloo"]
 
 
 # ---- learning curves and the ranking ---------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -27,11 +28,12 @@ from vlm_agents import endpoint, handover, remote, stages
 from vlm_agents.__main__ import main
 from vlm_agents.blocks import fenced
 from vlm_agents.config import PromptConfig, RemoteConfig
+from vlm_agents.config.rollout import EngineConfig
 from vlm_agents.endpoint import on_this_machine, retry_after
 from vlm_agents.envs.echo import COLORS, OVER
 from vlm_agents.episodes import read_episodes
 from vlm_agents.errors import ConfigError, DataError, ModelError
-from vlm_agents.handover import Served, find, handed_over, with_model
+from vlm_agents.handover import Served, find, handed_over, look, with_model
 from vlm_agents.pictures import Picture
 from vlm_agents.policies import RemotePolicy
 from vlm_agents.prompting import make_format
@@ -253,6 +255,7 @@ def test_a_server_that_is_not_there_is_told_in_a_line(server: Server, judge: Ser
             find(auto())
     with pytest.raises(ModelError, match=r"under outputs/judge/serve: .*stage=serve name=judge model=.*wait_s"):
         find(auto(wait_s=0.1))
+    assert "model=... 'stage.lora_rank=<model.lora.rank>'" in str(look("mine", "rollout.remote", EngineConfig.needs))
     assert capsys.readouterr().err.count("no server is up") == 1  # once, not at each look
     FILE.write_text("{}")
     with pytest.raises(DataError, match=r"server.json names no server: delete it"):
@@ -560,6 +563,21 @@ def test_a_server_that_has_answered_may_be_away(
     assert [record.getMessage().split("/v1")[1] for record in caplog.records] == [
         "/chat/completions is away: asked again for up to 10 minutes"
     ]
+
+
+def test_a_server_that_goes_in_the_middle_of_a_batch_is_waited_for(server: Server, client, quick: None):
+    """Of requests that begin together one may be answered before it goes."""
+    tries = Counter[str]()
+
+    def answer(request: dict[str, Any]) -> str | Answer:
+        tries[asked := text_of(request)] += 1
+        if asked == "b" and tries["b"] == 1:
+            time.sleep(0.2)  # a is answered meanwhile
+        return Answer(503) if asked == "b" and tries["b"] < 6 else "yes"
+
+    server.answer = answer
+    assert complete(client(retries=1, concurrency=2), "a", "b") == ["yes", "yes"]
+    assert tries == {"a": 1, "b": 6}
 
 
 def test_a_server_is_not_waited_for_without_end(server: Server, client, quick: None, monkeypatch: pytest.MonkeyPatch):

@@ -1,7 +1,9 @@
 """Rollouts by another program, against a double of vLLM that answers from the adapter's files."""
 
 import json
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from chat_server import Answer, Server
 from PIL import Image
 from vllm_double import VllmDouble
 
+from vlm_agents import vllm_sampler
 from vlm_agents.config import HardwareConfig, LoraConfig, ModelConfig, RolloutConfig, TrainableConfig
 from vlm_agents.config.rollout import EngineConfig
 from vlm_agents.errors import ModelError
@@ -21,6 +24,7 @@ from vlm_agents.pictures import Picture
 from vlm_agents.tensors import reply_row
 from vlm_agents.types import Message, Prompt, Sampling
 from vlm_agents.vllm_sampler import VllmSampler
+from vlm_agents.world import World
 
 LORA = LoraConfig(rank=2, alpha=4)
 ROOM = 12
@@ -63,6 +67,14 @@ def agent(tiny_model: Path) -> Agent:
 @pytest.fixture
 def double(tiny_model: Path) -> Iterator[VllmDouble]:
     server = VllmDouble(tiny_model, LORA)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def shipped() -> Iterator[VllmDouble]:
+    """With the packaged weights."""
+    server = VllmDouble(TINY, LORA)
     yield server
     server.close()
 
@@ -140,6 +152,57 @@ def test_a_server_that_was_started_again_is_handed_the_adapter_again(double: Vll
         assert sampler.generate(prompts(3), generators(3), Sampling(ROOM)) == before
 
 
+@dataclass(frozen=True)
+class OtherRank(World):
+    """Is told what rank 0 has."""
+
+    rank: int = 1
+    ranks: int = 2
+    told: Any = None
+
+    def of_main(self, make: Callable[[], Any]) -> Any:
+        return self.told
+
+    def wait(self) -> None: ...
+
+
+def test_another_rank_hands_a_server_that_was_started_again_the_adapter_of_the_first(
+    agent: Agent, double: VllmDouble, make: Make, tmp_path: Path
+) -> None:
+    main = make()
+    cfg, own = RolloutConfig("vllm", remote=EngineConfig(url=double.url, retries=0)), tmp_path / "of rank 1"
+    there = VllmSampler(cfg, agent, own, False, OtherRank(told=(main._folder, main._token)))
+    with main.synced(), there.synced():
+        before = there.generate(prompts(3), generators(3), Sampling(ROOM))
+        double.adapters.clear()
+        assert there.generate(prompts(3), generators(3), Sampling(ROOM)) == before
+    there.close()
+
+
+def test_texts_are_sent_as_they_are_but_for_control_tokens(agent: Agent, double: VllmDouble, make: Make) -> None:
+    end = agent.tokenizer.eos_token
+    prompt = (Message("user", (f"<image_clue_0> <s> {end}?",)),)
+    sampler = make()
+    with sampler.synced():
+        (reply,) = sampler.generate([prompt], generators(1), Sampling(ROOM))
+    assert double.requests[-1]["messages"] == [
+        {"role": "user", "content": f"<image_clue_0> <s> {end[0]}\u2060{end[1:]}?"}
+    ]
+    assert reply.prompt_token_ids.count(agent.renderer.end_of_turn) == 1  # the template's
+
+
+def test_a_server_that_hangs_doesn_t_keep_a_run_from_ending(
+    agent: Agent, double: VllmDouble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = RolloutConfig("vllm", remote=EngineConfig(url=double.url, retries=0))
+    sampler, answer, free = VllmSampler(cfg, agent, tmp_path, False), double.post, threading.Event()
+    sampler.sync()
+    monkeypatch.setattr(vllm_sampler, "UNLOADING_S", 0.1)
+    monkeypatch.setattr(double, "post", lambda *words: free.wait() and answer(*words))
+    sampler.close()
+    free.set()
+
+
 def test_a_lost_answer_to_the_loading_does_no_harm(double: VllmDouble, make: Make, monkeypatch: Any) -> None:
     sampler = make()
     load = double.load
@@ -170,9 +233,10 @@ def test_another_model_there_is_noticed_at_once(agent: Agent, double: VllmDouble
     other(agent, 0.3)  # the server has the adapter of before
     with pytest.raises(ModelError, match=r"nats a token from those computed here, more than rollout.tolerance=0.1"):
         sampler.generate(prompts(3), generators(3), Sampling(ROOM))
-    other_server = make(tolerance=100.0)
-    other_server.sync()
-    other_server.generate(prompts(3), generators(3), Sampling(ROOM))
+    forgiving = make(tolerance=100.0)
+    forgiving.sync()
+    other(agent, 0.3)
+    forgiving.generate(prompts(3), generators(3), Sampling(ROOM))
 
 
 @pytest.mark.parametrize(
@@ -183,7 +247,7 @@ def test_another_model_there_is_noticed_at_once(agent: Agent, double: VllmDouble
             lambda answer: answer | {"prompt_token_ids": [5, *answer["prompt_token_ids"]]},
             "the server reads a prompt as",
         ),
-        (lambda answer: {"choices": answer["choices"]}, "what came back is no chat completion"),
+        (lambda answer: {"choices": answer["choices"]}, "no chat completion.*it has to be vLLM"),
         (lambda answer: answer | {"choices": [answer["choices"][0] | {"token_ids": []}]}, "no chat completion"),
         (lambda answer: answer | {"choices": [answer["choices"][0] | {"logprobs": None}]}, "no chat completion"),
         (
@@ -219,14 +283,12 @@ WORDS += (
 
 @pytest.mark.slow  # the double answers one request after the other
 @pytest.mark.parametrize("algo", [("algo=grpo", "algo.group_size=4"), ("algo=ppo", "algo.value_warmup=0")])
-def test_training_by_it(cli: Callable[..., int], algo: tuple[str, ...]) -> None:
+def test_training_by_it(cli: Callable[..., int], shipped: VllmDouble, algo: tuple[str, ...]) -> None:
     """The policy that plays is the one that is trained, in every iteration, though each moves it far."""
-    double = VllmDouble(TINY, LORA)
+    double = shipped
     words = (*WORDS, *algo, f"rollout.remote.url={double.url}", "name=there", "algo.lr=3e-3")
     words += ("stage.iterations=2", "stage.episodes=4", "stage.num_envs=4", "stage.eval_episodes=1", "seed=3")
-    done = cli(*words)
-    double.close()
-    assert done == 0
+    assert cli(*words) == 0
     lines = [json.loads(line) for line in Path("outputs/there/ppo/metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if "ppo/mismatch_kl" in line]
     assert [line["ppo/mismatch_kl"] < 1e-6 for line in trained] == [True] * 2

@@ -190,7 +190,7 @@ def test_a_resumed_run_says_from_where(capsys: pytest.CaptureFixture[str]) -> No
             if checkpoint:
                 opened.save_checkpoint(3, lambda folder: (folder / "model").mkdir(), {})
         said.append([line for line in capsys.readouterr().err.splitlines() if line.startswith(("weights", "ppo was"))])
-    anew = "ppo was interrupted before a first checkpoint: begins anew"
+    anew = "ppo was interrupted before anything was kept of it: begins anew"
     own = "weights: checkpoints/step_000003 of this run, which began from outputs/x/sft"
     assert said == [["weights: outputs/x/sft"], [anew, "weights: outputs/x/sft"], [own]]
 

@@ -42,7 +42,7 @@ logging.getLogger("httpx2").setLevel(logging.WARNING)  # else a line for each re
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class Response:
     """An HTTP answer, read to its end."""
 
     status: int
@@ -51,11 +51,14 @@ class Said:
 
 
 class Unreadable(Exception):
-    """What came back is no answer to what was asked; gateways say such things while they are overloaded."""
+    """What came back is no answer to what was asked; gateways say such things while they are overloaded.
 
-    def __init__(self, body: bytes) -> None:
+    `fix`: what to do about it, where its reader knows.
+    """
+
+    def __init__(self, body: bytes, fix: str = "") -> None:
         super().__init__()
-        self.body = body
+        self.body, self.fix = body, fix
 
 
 class UnknownModel(ModelError):
@@ -70,7 +73,7 @@ class Unavailable(ModelError):
     """The server can't be reached, or takes no request now: no prompt's fault, and another time it may be otherwise."""
 
 
-Failure = Said | Unreadable | TimeoutError | httpx2.RequestError
+Failure = Response | Unreadable | TimeoutError | httpx2.RequestError
 CHAT = "chat/completions"
 Answer = TypeVar("Answer")
 
@@ -119,7 +122,8 @@ class Endpoint:
         A server that has answered before may be restarting: it is waited for up to `patience` seconds.
         """
         body = json.dumps(request).encode()
-        begun, tries = time.monotonic(), 0
+        failing: float | None = None  # since when
+        tries = 0
         while True:
             tries += 1
             try:
@@ -131,10 +135,11 @@ class Endpoint:
                 failure: Failure = said
             except (Unreadable, TimeoutError, httpx2.RequestError) as error:
                 failure = error
+            failing = failing or time.monotonic()
             if knows_no_model(failure, request) or not self._may_pass(failure):
                 raise await self._refused(path, failure, request)
             wait = waiting_time(failure, tries)
-            away = bool(retries) and self._is_away(failure, begun) and time.monotonic() + wait < begun + patience
+            away = bool(retries) and self._is_away(failure, failing) and time.monotonic() + wait < failing + patience
             if wait > PATIENCE_S or not (tries <= retries or away):
                 raise self._gave_up(path, failure, tries, wait)
             if tries > retries and not self._away:
@@ -142,10 +147,10 @@ class Endpoint:
                 logger.warning("%s is away: asked again for up to %.0f minutes", self._address(path), patience / 60)
             await asyncio.sleep(wait)
 
-    async def _say(self, method: str, path: str, body: bytes | None = None) -> Said:
+    async def _say(self, method: str, path: str, body: bytes | None = None) -> Response:
         """One HTTP exchange, which takes at most `timeout_s` in all, however slowly it drips."""
         async with asyncio.timeout(self._cfg.timeout_s), self._http.stream(method, path, content=body) as response:
-            return Said(response.status_code, response.headers, await read_body(response))
+            return Response(response.status_code, response.headers, await read_body(response))
 
     def _read(self, body: bytes) -> Completion:
         try:
@@ -167,29 +172,29 @@ class Endpoint:
     # ---- what went wrong -------------------------------------------------------------------------------------------
     def _may_pass(self, failure: Failure) -> bool:
         """Is it worth another try?"""
-        if isinstance(failure, Said):
+        if isinstance(failure, Response):
             lost = failure.status == 404 and self._last_answer is not None  # by a gateway, while its server restarts
             passing = failure.status in (408, 409, 429) or failure.status >= 500 or lost
             return passing and b"insufficient_quota" not in failure.body
         return "CERTIFICATE_VERIFY_FAILED" not in reason(failure)
 
-    def _is_away(self, failure: Failure, begun: float) -> bool:
-        """Has the server gone, having answered once? Not if it answers others meanwhile."""
+    def _is_away(self, failure: Failure, failing: float) -> bool:
+        """Has the server gone, having answered once? Not if it answers others while a request is `failing`."""
         gone = isinstance(failure, httpx2.ConnectError)
-        gone = gone or (isinstance(failure, Said) and failure.status in (404, 502, 503, 504))
-        return gone and self._last_answer is not None and self._last_answer < begun
+        gone = gone or (isinstance(failure, Response) and failure.status in (404, 502, 503, 504))
+        return gone and self._last_answer is not None and self._last_answer < failing
 
     def _gave_up(self, path: str, failure: Failure, tries: int, wait: float) -> Unavailable | Failing:
-        place, kept = self._cfg.place, ": what was answered is kept" if isinstance(self._cfg, RemoteConfig) else ""
-        again = f"Then give the same command again{kept}"
+        place, again = self._cfg.place, f"Then {self._again}"
         match failure:
-            case Said():
-                fix = f"wait for {wait:.0f} s" if wait > PATIENCE_S else f"see its log, or lower {place}.concurrency"
+            case Response():
+                busy = f", or lower {place}.concurrency" if path == CHAT else ""
+                fix = f"wait for {wait:.0f} s" if wait > PATIENCE_S else f"see its log{busy}"
                 error = self._error(path, f"status {failure.status}, {tries} times", f"{fix}. {again}", failure.body)
                 passing = wait > PATIENCE_S or failure.status in (408, 409, 429)
                 return Unavailable(error) if passing else Failing(error)
             case Unreadable():
-                fix = f"is {place}.url the part before /{CHAT} of an OpenAI-compatible server?"
+                fix = failure.fix or f"is {place}.url the part before /{CHAT} of an OpenAI-compatible server?"
                 what = "chat completion" if path == CHAT else "answer"
                 return Failing(self._error(path, f"{tries} times, what came back is no {what}", fix, failure.body))
             case TimeoutError():
@@ -201,21 +206,26 @@ class Endpoint:
         error = self._error(path, f"can't be reached ({self._quoted(reason(failure))}), {tries} times", fix)
         return Unavailable(error) if isinstance(failure, httpx2.ConnectError) else Failing(error)
 
+    @property
+    def _again(self) -> str:
+        kept = ": what was answered is kept" if isinstance(self._cfg, RemoteConfig) else ""
+        return f"give the same command again{kept}"
+
     async def _refused(self, path: str, failure: Failure, request: Mapping[str, Any]) -> ModelError:
-        if isinstance(failure, Said):
+        if isinstance(failure, Response):
             fix = await self._fix(failure, request)
             kind = UnknownModel if knows_no_model(failure, request) else ModelError
             return kind(self._error(path, f"status {failure.status}", fix, failure.body))
         fix = "have $SSL_CERT_FILE name a file of the certificates that sign the server's own"
         return ModelError(self._error(path, f"can't be reached ({self._quoted(reason(failure))})", fix))
 
-    async def _fix(self, said: Said, request: Mapping[str, Any]) -> str:
+    async def _fix(self, said: Response, request: Mapping[str, Any]) -> str:
         """How to mend what the server refused."""
         cfg = self._cfg
         if 300 <= said.status < 400 and (elsewhere := said.headers.get("Location")):
             return f"it moved to {self._quoted(elsewhere)}: set {cfg.place}.url accordingly"
         if said.status == 402 or b"insufficient_quota" in said.body:
-            return "the account is used up: fill it, then give the same command again: what was answered is kept"
+            return f"the account is used up: fill it, then {self._again}"
         if said.status in (401, 403) and cfg.auto:
             return f"the server of {cfg.server} has another key by now: give the same command again"
         if said.status in (401, 403):
@@ -303,7 +313,7 @@ def whole(count: Any) -> int:
 def knows_no_model(failure: Failure, request: Mapping[str, Any]) -> bool:
     """Does the server itself, and not a gateway, say that what the request names isn't there?"""
     model = request.get("model")
-    return isinstance(failure, Said) and failure.status == 404 and bool(model) and model.encode() in failure.body
+    return isinstance(failure, Response) and failure.status == 404 and bool(model) and model.encode() in failure.body
 
 
 def field_named(body: bytes, request: Mapping[str, Any]) -> str | None:
@@ -340,7 +350,7 @@ def reason(error: BaseException | None) -> str:
 # ---- tries -----------------------------------------------------------------------------------------------------------
 def waiting_time(failure: Failure, tries: int) -> float:
     """Seconds until the next try: what the server asks for, else doubling, with jitter so that requests spread."""
-    asked = retry_after(failure.headers.get("Retry-After", "")) if isinstance(failure, Said) else 0.0
+    asked = retry_after(failure.headers.get("Retry-After", "")) if isinstance(failure, Response) else 0.0
     return asked or random.uniform(0.5, 1.0) * min(FIRST_WAIT_S * 2 ** min(tries - 1, 10), LONGEST_WAIT_S)
 
 

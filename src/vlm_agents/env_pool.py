@@ -93,7 +93,10 @@ class EnvPool:
     def reset(self, seeds: Mapping[int, int], advice: Advising | None = None) -> dict[int, Observation | EnvError]:
         """Start an episode in each of these slots; `advice` may ask less than the pool was made for."""
         new = seeds.keys() - self._slots.keys()
-        with self.stopwatch.phase("env"), under_way(f"starting {len(new)} envs") if new else nullcontext():
+        with (
+            self.stopwatch.phase("env"),
+            under_way(f"starting {len(new)} env{'s' * (len(new) > 1)}") if new else nullcontext(),
+        ):
             for slot in new:
                 self._slots[slot] = self._start()
             for slot, seed in seeds.items():

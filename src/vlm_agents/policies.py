@@ -7,12 +7,14 @@ chance says so (`source`): the text to learn from in a recorded turn is `reply.t
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from vlm_agents.errors import ConfigError
 from vlm_agents.prompting import PromptFormat
+from vlm_agents.stopwatch import Stopwatch
 from vlm_agents.types import Prompt, Query, Reply, Sampling
 
 if TYPE_CHECKING:  # env workers import this module and need no torch
@@ -56,6 +58,19 @@ class Sampler(Protocol):
 
     def sync(self) -> None:
         """Take the weights as they are now, and forget what was computed before: it must not matter."""
+        ...
+
+
+class TrainingSampler(Sampler, Protocol):
+    """One that plays while the weights are trained."""
+
+    @property
+    def stopwatch(self) -> Stopwatch:
+        """Where the seconds of its replies go."""
+        ...
+
+    def synced(self) -> AbstractContextManager[None]:
+        """`sync`, for as long as these weights play."""
         ...
 
 

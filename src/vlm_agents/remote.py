@@ -225,14 +225,16 @@ CONTROL = re.compile(
 )
 
 
-def message_json(message: Message) -> dict[str, Any]:
-    """The message as OpenAI's API has it: bare text, or its parts where there are pictures among them."""
+def message_json(message: Message, escaped: Callable[[str], str] | None = None) -> dict[str, Any]:
+    """The message as OpenAI's API has it: bare text, or its parts where there are pictures among them. Texts are
+    `escaped`, by default as `plain` has it."""
+    escaped = escaped or plain
     if not message.images:
-        return {"role": message.speaker, "content": plain(message.text)}
+        return {"role": message.speaker, "content": escaped(message.text)}
     content: list[dict[str, Any]] = [
         {"type": "image_url", "image_url": {"url": data_url(part)}}
         if isinstance(part, Picture)
-        else {"type": "text", "text": plain(part)}
+        else {"type": "text", "text": escaped(part)}
         for part in message.parts
     ]
     return {"role": message.speaker, "content": content}

@@ -283,7 +283,7 @@ class Run:
         Register the files first."""
         self._checkpoint = checkpoint = self.latest_checkpoint()
         if self._resumed and not checkpoint and self.cfg.stage.name != "collect":  # which goes on with its episodes
-            say(f"{self.cfg.stage.name} was interrupted before a first checkpoint: begins anew")
+            say(f"{self.cfg.stage.name} was interrupted before anything was kept of it: begins anew")
         offsets = {} if checkpoint is None else checkpoint.offsets
         self._seconds_before = 0.0 if checkpoint is None else checkpoint.seconds
         for name in self._append_only:

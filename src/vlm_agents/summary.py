@@ -36,8 +36,8 @@ def summarise(trajectories: Iterable[Trajectory], prefix: str = "rollout") -> di
         for name, found in _figures(trajectory).items():
             values[name] += found
     if not values:
-        told = f"mend that. The first error: {errors[0]}" if errors else "none was played"
-        raise TrainingError(f"of none of {len(errors)} episodes it is known what came of it: {told}")
+        told = f"the first ended with: {errors[0]}. Mend what that names" if errors else "none was played"
+        raise TrainingError(f"of none of {len(errors)} episodes is it known what came of it: {told}")
     means = {name: float(np.mean(found)) for name, found in values.items() if found}
     return {f"{prefix}/{name}": value for name, value in {**means, **counts}.items()}
 

@@ -233,7 +233,8 @@ def words(run: Played, keys: Sequence[str], alone: bool) -> str:
     """`grpo`, or `grpo lr=0.0001`; of a run among its like the name of its stage."""
     parts = []
     for key in keys:
-        value = "null" if run.settings.get(key) is None else run.settings[key]
+        value = run.settings.get(key, run.settings.get("stage.policy") if key == "algo.name" else None)
+        value = "null" if value is None else value
         named = key.endswith(NAMING) or (alone and isinstance(value, str))
         parts.append(str(value) if named else f"{key.split('.', 1)[-1]}={value}")
     return " ".join(parts) or run.settings.get("algo.name") or run.settings["stage.name"]

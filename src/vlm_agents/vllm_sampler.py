@@ -11,6 +11,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,13 +29,15 @@ from vlm_agents.types import Prompt, Reply, Sampling
 from vlm_agents.world import ALONE, World
 
 COMPARED = 8  # replies of a new adapter of which the log-probs are computed here too
+LACKING = "it has to be vLLM, 0.12 or newer, with nothing between that leaves out token ids and their log-probs"
 MOVED = 1e-3  # nats a token that an adapter changes, from which on it can be told whether the server plays with it
+UNLOADING_S = 10.0  # a run that ends waits no longer for a server that may hang
 NEVER = -100.0  # what is added to the logit of a token that isn't to be sampled; more vLLM doesn't take
 MOST_BANNED = 1024  # of such tokens vLLM takes
 NO_LOGPROB = -9999.0  # stands for minus infinity
 
 
-class Said(NamedTuple):
+class Sampled(NamedTuple):
     """A reply as the server has it."""
 
     prompt_ids: tuple[int, ...]
@@ -51,10 +54,11 @@ class VllmSampler:
         """`folder` holds the adapter that plays: the server has to see it under the same path."""
         self.agent, self.renderer = agent, agent.renderer
         self.stopwatch = Stopwatch()  # `swap`: of adapters; `decode`: until the server had answered; and `prefill`
-        self._cfg, self._folder, self._values, self._world = cfg, folder.resolve(), values, world
+        self._cfg, self._values, self._world = cfg, values, world
         self._own = HFSampler(agent)
         self._endpoint, self._loop = Endpoint(cfg.remote), asyncio.Runner()
-        self._token = world.of_main(lambda: secrets.token_hex(4))  # the server may know adapters of a run before
+        # the main rank's: another's is its own. The server may know adapters of a run before
+        self._folder, self._token = world.of_main(lambda: (folder.resolve(), secrets.token_hex(4)))
         self._swaps, self._name, self._compared = 0, "", 0
         self._banned = {str(token): NEVER for token in agent.banned.nonzero().flatten().tolist()}
         if len(self._banned) > MOST_BANNED:
@@ -94,8 +98,9 @@ class VllmSampler:
         """A server that doesn't have it any more, or is gone, needn't be told."""
         if not (self._name and self._world.main):
             return
-        with suppress(ModelError):
-            self._loop.run(self._endpoint.post("unload_lora_adapter", {"lora_name": self._name}, bytes, 0, 0.0))
+        post = self._endpoint.post("unload_lora_adapter", {"lora_name": self._name}, bytes, 0, 0.0)
+        with suppress(ModelError, TimeoutError):
+            self._loop.run(asyncio.wait_for(post, UNLOADING_S))
         shutil.rmtree(self._folder / self._name, ignore_errors=True)
         self._name = ""
 
@@ -118,6 +123,7 @@ class VllmSampler:
     ) -> list[Reply]:
         """One reply a prompt. Greedy replies carry the log-probs at temperature 1; entropies are estimates, the mean of
         minus the log-probs that were drawn."""
+        prompts = [self._escaped(prompt) for prompt in prompts]
         rendered = [self.renderer.render(prompt) for prompt in prompts]
         requests = [self._request(prompt, rng, sampling) for prompt, rng in zip(prompts, rngs, strict=True)]
         with self.stopwatch.phase("decode"):
@@ -144,7 +150,7 @@ class VllmSampler:
         """What the server would take from the model's generation_config.json is said, too."""
         return {
             "model": self._name,
-            "messages": [message_json(message) for message in prompt],
+            "messages": [message_json(message, escaped=str) for message in prompt],
             "max_tokens": sampling.max_tokens,
             "temperature": 0.0 if sampling.greedy else self.agent.temperature,
             "top_p": 1.0,
@@ -161,13 +167,27 @@ class VllmSampler:
             "include_stop_str_in_output": True,
         }
 
-    async def _ask(self, requests: Sequence[dict[str, Any]]) -> list[Said]:
+    def _escaped(self, prompt: Prompt) -> Prompt:
+        """With an invisible word joiner in what spells one of this tokenizer's own control tokens, which the server
+        would take for one. Nothing else is changed: it is what is trained on."""
+        cut = self.renderer.vocabulary.cut
+        if not any(len(cut(message.text)) > 1 for message in prompt):
+            return prompt
+        return tuple(
+            replace(
+                message,
+                parts=tuple("\u2060".join(cut(part)) if isinstance(part, str) else part for part in message.parts),
+            )
+            for message in prompt
+        )
+
+    async def _ask(self, requests: Sequence[dict[str, Any]]) -> list[Sampled]:
         cfg, post = self._cfg.remote, self._endpoint.post
         return await all_at(
             cfg.concurrency, (post(CHAT, request, read, cfg.retries, PATIENCE_S) for request in requests)
         )
 
-    def _reply(self, said: Said, value: float) -> Reply:
+    def _reply(self, said: Sampled, value: float) -> Reply:
         return Reply(
             text=self.renderer.decode(said.ids),
             prompt_token_ids=said.prompt_ids,
@@ -179,7 +199,7 @@ class VllmSampler:
         )
 
     # ---- the same model? ---------------------------------------------------------------------------------------------
-    def _refuse_other_pictures(self, row: Rendered, said: Said) -> None:
+    def _refuse_other_pictures(self, row: Rendered, said: Sampled) -> None:
         token = self.agent.family.image_token_id
         here, there = int((row.ids == token).sum()), said.prompt_ids.count(token)
         if here != there:
@@ -189,7 +209,7 @@ class VllmSampler:
             )
 
     @torch.no_grad()
-    def _compare(self, prompts: Sequence[Prompt], rendered: Sequence[Rendered], answers: Sequence[Said]) -> None:
+    def _compare(self, prompts: Sequence[Prompt], rendered: Sequence[Rendered], answers: Sequence[Sampled]) -> None:
         """ModelError where the server's model, or how it reads a prompt, isn't ours. A chat that goes on may be other
         tokens there, which are trained on as they are: a text that a model wrote can be split in more than one way."""
         first = list(zip(rendered, answers, strict=True))[: COMPARED - self._compared]
@@ -222,19 +242,19 @@ class VllmSampler:
         return np.concatenate([self.agent.score([row]).logprobs.cpu().numpy() for row in rows])
 
 
-def read(body: bytes) -> Said:
+def read(body: bytes) -> Sampled:
     """The ids and log-probs of a completion; Unreadable where it has none."""
     try:
         answer = json.loads(body)
         choice = answer["choices"][0]
-        said = Said(
+        said = Sampled(
             prompt_ids=tuple(map(int, answer["prompt_token_ids"])),
             ids=tuple(map(int, choice["token_ids"])),
             logprobs=tuple(float(one["logprob"]) for one in choice["logprobs"]["content"]),
             finish=choice["finish_reason"],
         )
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise Unreadable(body) from error
+        raise Unreadable(body, LACKING) from error
     if not said.ids or len(said.ids) != len(said.logprobs) or min(said.logprobs) <= NO_LOGPROB:
         raise Unreadable(body)
     if said.finish not in ("stop", "length"):

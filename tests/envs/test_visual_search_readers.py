@@ -240,6 +240,12 @@ def test_rows_of_v_star(folder: Path) -> None:
     assert asked.pictures[0]().size == (4, 3)
 
 
+def test_options_with_blank_lines_between(folder: Path) -> None:
+    text = "What is it made of?\n(A) rubber\n\n(B) cotton\n(C) wool\n"
+    (asked,) = read_benchmark(lines(folder / "test_questions.jsonl", {**V_STAR, "text": text}))
+    assert (asked.options, asked.answer) == (("rubber", "cotton", "wool"), "cotton")
+
+
 def test_rows_of_hr_bench(tmp_path: Path) -> None:
     """A quoted question of two lines; the second row's picture is the first's, by its index."""
     names = "index\tquestion\tanswer\tcategory\tA\tB\tC\tD\tcycle_category\timage\n"
@@ -271,6 +277,9 @@ def test_pictures_in_json_lines(tmp_path: Path) -> None:
         ({"label": "C"}, r"the answer 'C' is none of \('rubber', 'cotton'\)"),
         ({"label": None}, "no answer or label"),
         ({"options": ["same", "same"]}, "give two or more that differ"),
+        ({"A": "", "B": "rubber", "C": "cotton"}, "is empty before another"),
+        ({"text": "Of what?\n(A) rubber\n(C) cotton"}, r"'\(C\) cotton' stands among its options and is none"),
+        ({"text": "Of what?\n(A) rubber\n(B) cotton\nor\n(C) wool"}, "'or' stands among its options"),
         ({"image": "../../red.png"}, "lies outside of"),
         ({"image": "41"}, "no path, no base64, and no row before"),
         ({"image": None}, "no image: write it"),

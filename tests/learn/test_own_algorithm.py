@@ -12,10 +12,11 @@ from vlm_agents.config import AlgoConfig
 from vlm_agents.errors import ConfigError, TrainingError
 from vlm_agents.learn.algorithm import Algorithm, make_algorithm
 from vlm_agents.learn.batches import Shares
-from vlm_agents.learn.credit import Credit
+from vlm_agents.learn.credit import Credit, Returns
 from vlm_agents.learn.learner import Learner
 from vlm_agents.learn.losses import Term
-from vlm_agents.tensors import Renderer
+from vlm_agents.learn.samples import Targets
+from vlm_agents.tensors import Renderer, Scores
 from vlm_agents.types import Trajectory
 
 HERE = "tests.learn.test_own_algorithm"
@@ -114,6 +115,22 @@ def test_a_loss_need_not_see_anything(tiny_agent: Any, renderer: Renderer, episo
     learner = learner_of(tiny_agent(), renderer, terms=((1.0, lambda scores, _: Term(-scores.logprobs, {})),))
     metrics = learner.learn(episodes, 3, np.random.default_rng(0))
     assert {"ppo/ratio_at_start", "ppo/approx_kl", "ppo/mismatch_kl"} <= metrics.keys()
+
+
+@pytest.mark.parametrize(("normalise", "spread"), [(False, np.sqrt(2 / 3)), (True, 1.0)])
+def test_whether_advantages_are_normalised_is_the_algorithms_say(
+    tiny_agent: Any, renderer: Renderer, episodes: list[Trajectory], normalise: bool, spread: float
+):
+    """Returns of 0, 1 and 2: whatever algo.normalise says."""
+    seen: list[np.ndarray] = []
+
+    def term(scores: Scores, targets: Targets) -> Term:
+        seen.append(targets.advantages.numpy())
+        return Term(-scores.logprobs, {})
+
+    parts = {"credit": Returns(gamma=1.0), "warming": None, "terms": ((1.0, term),), "normalise": normalise}
+    learner_of(tiny_agent(), renderer, **parts).learn(episodes, 3, np.random.default_rng(0))
+    assert np.concatenate(seen).std() == pytest.approx(spread, rel=1e-5)
 
 
 def test_a_rule_that_keeps_something_goes_on_with_the_run(

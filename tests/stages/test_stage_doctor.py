@@ -90,6 +90,14 @@ def test_prompts_are_as_long_as_a_run_would_have_them(echo_run: ComposeRun, tmp_
     assert not work_asked(echo_run(tmp_path, "stage=doctor", "env.turns=4")).continued
 
 
+def test_where_there_are_no_random_moves_prompts_are_the_experts(compose_run: ComposeRun):
+    """Those of its later turns, with what Python showed it, are longer than the first."""
+    words = ("stage=doctor", "env=visual_search", "env.level=tiny", "prompt=tool_call")
+    played, first = (work_asked(compose_run(*words, *more)) for more in ((), ("env.picture_in=runtime",)))
+    assert played.prompt > first.prompt
+    assert played.picture_tokens > first.picture_tokens == 0  # in Python alone: no expert plays that, nothing is shown
+
+
 def test_the_advice_fits_and_none_of_it_is_spare(echo_run: ComposeRun, tmp_path: Path):
     cfg = echo_run(tmp_path, "stage=doctor", "stage.num_envs=16", "env=minigrid")
     work = work_asked(cfg)

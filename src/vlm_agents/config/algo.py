@@ -250,7 +250,7 @@ class AlgoConfig(Part, place="algo"):
                 "algo.kl=k1 is no loss: its gradient is 0 in the mean, so algo.kl_coef would hold nothing back. Set "
                 "algo.kl=k3, or take it as a reward, algo.kl_reward_coef"
             )
-        if not self.filters and (self.oversample > 1 or self.waves > 1):
+        if not (self.filters or self.factory) and (self.oversample > 1 or self.waves > 1):
             raise ConfigError(
                 f"algo.oversample={self.oversample:g}, algo.waves={self.waves} play more for algo.filters to choose "
                 "from, and there are none: set algo.filters=[reward], or oversample=1 and waves=1"

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from vlm_agents.config.fields import Part, setting
@@ -17,6 +17,8 @@ UNNAMED = "default"
 class EndpointConfig(Part, place="rollout.remote"):
     """Where a server is, and how it is asked. The key, where one is needed, is read from the environment variable
     `key_env`."""
+
+    needs: ClassVar[tuple[str, ...]] = ()  # settings with which stage=serve has to start it
 
     url: str = setting(
         "http://127.0.0.1:8000/v1",

@@ -1,7 +1,7 @@
 """Where the policy's replies come from while it is trained."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from vlm_agents.config.fields import Part, setting
 from vlm_agents.config.remote import EndpointConfig
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 class EngineConfig(EndpointConfig, place="rollout.remote"):
     """The server that samples: as many requests at once as it decodes at once."""
 
+    needs: ClassVar[tuple[str, ...]] = ("stage.lora_rank=<model.lora.rank>",)
     concurrency: int = 64
     timeout_s: float = 600.0
 

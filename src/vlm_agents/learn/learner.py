@@ -137,7 +137,7 @@ class Learner:
         values = {"nothing": lambda _: [], "turns": credit.sampled_values, "tokens": self._token_values}[rule.reads]
         earned = rule(episodes, values(episodes), self.iteration / self.iterations)
         credit.check(earned, episodes, rule.reads)
-        normal = credit.normalised(earned) if self.settings.normalise else earned
+        normal = credit.normalised(earned) if self.algorithm.normalise else earned
         places = {id(episode): place for place, episode in enumerate(episodes)}
         at = [places[id(episode)] for episode in kept]
         return [earned[place] for place in at], [normal[place] for place in at]

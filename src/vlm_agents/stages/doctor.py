@@ -20,7 +20,7 @@ from vlm_agents.config import DoctorConfig, HardwareConfig, RunConfig
 from vlm_agents.cores import affinity
 from vlm_agents.models import Agent
 from vlm_agents.models.memory import ROOM, Memory, Work, patches_of
-from vlm_agents.policies import RandomPolicy
+from vlm_agents.policies import ExpertPolicy, RandomPolicy
 from vlm_agents.prompting import make_format
 from vlm_agents.run import Run
 from vlm_agents.stages.advice import Estimates, advice, asked, choice, share, words
@@ -148,9 +148,11 @@ def prompts_of(cfg: RunConfig, stage: DoctorConfig, agent: Agent) -> list[Prompt
     if stage.prompt_tokens is not None:
         with open_envs(cfg.env, 1, "never") as envs:
             return first_prompts(cfg, envs, 1)
-    policy = RandomPolicy(fitted(cfg, make_format(cfg.prompt), agent.renderer))
-    played = list[Trajectory]()
-    with open_envs(cfg.env, EPISODES, "never") as envs:
+    free, played = cfg.env.free_text, list[Trajectory]()
+    policy = (ExpertPolicy if free else RandomPolicy)(fitted(cfg, make_format(cfg.prompt), agent.renderer))
+    with open_envs(cfg.env, EPISODES, "always" if free else "never") as envs:
+        if free and not envs.has_expert:  # nobody's turns are known; stage.prompt_tokens says how long chats grow
+            return first_prompts(cfg, envs, EPISODES)
         play_panel(cfg, envs, policy, EPISODES, on_episode=played.append)
     return [turn.prompt for trajectory in played for turn in trajectory.turns]
 

@@ -21,6 +21,7 @@ from vlm_agents.learn.losses import ESTIMATORS
 from vlm_agents.learn.novelty import Novelty
 from vlm_agents.learn.shaping import CountBonus, Shaper, TurnShaper, overlong, progress, tools, unreadable
 from vlm_agents.models import Agent, HFSampler
+from vlm_agents.policies import TrainingSampler
 from vlm_agents.progress import say
 from vlm_agents.run import Run
 from vlm_agents.stopwatch import Stopwatch
@@ -78,14 +79,13 @@ def make_learner(
 
 @contextmanager
 def training_sampler(
-    cfg: RunConfig, agent: Agent, folder: Path, world: World = ALONE
-) -> Iterator[HFSampler | VllmSampler]:
-    """Who samples while `agent` learns; `folder` is for what another program has to be handed."""
+    cfg: RunConfig, agent: Agent, learner: Learner, folder: Path, world: World = ALONE
+) -> Iterator[TrainingSampler]:
+    """Who samples while `learner` teaches `agent`; `folder` is for what another program has to be handed."""
     if cfg.rollout.engine == "own":
         yield HFSampler(agent)
         return
-    assert cfg.algo is not None
-    sampler = VllmSampler(cfg.rollout, agent, folder, cfg.algo.valued, world)
+    sampler = VllmSampler(cfg.rollout, agent, folder, learner.critic is not None, world)
     try:
         yield sampler
     finally:

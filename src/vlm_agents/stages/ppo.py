@@ -43,7 +43,7 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
     watch, collapse = Watch(cfg, *state["watch"]), Collapse(stage.stop_on_collapse, state.get("collapse"))
     writer = EpisodeWriter(run.dir, world=run.world)
     with (
-        training_sampler(cfg, agent, run.path("rollout"), run.world) as sampler,
+        training_sampler(cfg, agent, learner, run.path("rollout"), run.world) as sampler,
         open_envs(cfg.env, stage.num_envs, "always", run.world, Referee(cfg.referee, run.path("referee"))) as envs,
     ):
         policy, panel = make_policy(cfg, "model", sampler), Panel(cfg, stage, run, sampler, learner.whole)

@@ -173,18 +173,23 @@ def _options(row: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
     if isinstance(row.get("options"), list):
         listed = tuple(text({"an option": option}, "an option") for option in row["options"])
         return question, _different(listed)
-    columns = [optional(row, letter) for letter in LETTERS]
+    columns = [option if (option := optional(row, letter)) != "nan" else "" for letter in LETTERS]
     if any(columns):
-        return question, _different(tuple(option for option in columns if option and option != "nan"))
+        there = tuple(option for option in columns if option)
+        if there != tuple(columns[: len(there)]):  # letters would name others than the answer means
+            raise DataError(f"a column of its options {short(there)} is empty before another: mend or remove the row")
+        return question, _different(there)
     lines = question.split("\n")
     matches = [OPTION.fullmatch(line.strip()) for line in lines]
     first = next((place for place, match in enumerate(matches) if match and match[1] == "A"), None)
     if first is None or first == 0:
         return question, ()
     options = []
-    for letter, match in zip(LETTERS, matches[first:], strict=False):
-        if match and match[1] == letter:
+    for line, match in zip(lines[first:], matches[first:], strict=True):
+        if match and match[1] == "".join(LETTERS[len(options) : len(options) + 1]):
             options.append(match[2])
+        elif line.strip():
+            raise DataError(f"{short(line)} stands among its options and is none: give each a line, or remove the row")
     return "\n".join(lines[:first]).strip(), _different(tuple(options))
 
 
