@@ -21,7 +21,7 @@ from vlm_agents.errors import ModelError
 from vlm_agents.models import Agent, HFSampler, load_agent
 from vlm_agents.models.loading import TINY
 from vlm_agents.pictures import Picture
-from vlm_agents.tensors import reply_row
+from vlm_agents.tensors import Rendered, reply_row
 from vlm_agents.types import Message, Prompt, Sampling
 from vlm_agents.vllm_sampler import VllmSampler
 from vlm_agents.world import World
@@ -115,6 +115,28 @@ def test_it_says_what_the_model_itself_says(agent: Agent, make: Make) -> None:
             own = agent.score([reply_row("row", reply.prompt_token_ids, reply.token_ids, images)]).logprobs
         assert reply.logprobs == pytest.approx(own.tolist(), abs=1e-5)
         assert reply.entropy == pytest.approx(-np.mean(reply.logprobs), abs=1e-6)
+
+
+def test_values_are_of_the_tokens_that_the_server_read(agent: Agent, double: VllmDouble, make: Make) -> None:
+    """A text that a model wrote may be other tokens there."""
+
+    def otherwise(answer: dict[str, Any]) -> dict[str, Any]:
+        *ids, last = answer["prompt_token_ids"]
+        return answer | {"prompt_token_ids": [*ids, ids[0], last]}
+
+    with torch.no_grad():
+        for parameter in agent.value_head.parameters():  # a new critic says 0 of everything
+            parameter += torch.randn_like(parameter)
+    double.changed = otherwise
+    sampler, chat = make(values=True, tolerance=100.0), prompts(1)
+    with sampler.synced():
+        (reply,) = sampler.generate(chat, generators(1), Sampling(ROOM))
+    row = agent.renderer.render(chat[0])
+    ids = np.array([*row.ids[:-1], row.ids[0], row.ids[-1]])
+    assert list(reply.prompt_token_ids) == ids.tolist()
+    as_read, as_rendered = HFSampler(agent).values_of([Rendered(ids, row.images), row])
+    assert reply.value == pytest.approx(as_read, rel=1e-4)
+    assert as_rendered != pytest.approx(as_read, rel=1e-2)
 
 
 def test_draws_depend_on_a_row_s_own_generator(make: Make) -> None:

@@ -93,10 +93,8 @@ class EnvPool:
     def reset(self, seeds: Mapping[int, int], advice: Advising | None = None) -> dict[int, Observation | EnvError]:
         """Start an episode in each of these slots; `advice` may ask less than the pool was made for."""
         new = seeds.keys() - self._slots.keys()
-        with (
-            self.stopwatch.phase("env"),
-            under_way(f"starting {len(new)} env{'s' * (len(new) > 1)}") if new else nullcontext(),
-        ):
+        starting = under_way(f"starting envs: {len(new)}") if new else nullcontext()
+        with self.stopwatch.phase("env"), starting:
             for slot in new:
                 self._slots[slot] = self._start()
             for slot, seed in seeds.items():

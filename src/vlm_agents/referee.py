@@ -226,8 +226,5 @@ def ruled(answer: Completion) -> Ruling:
     """What a server's last answer comes to."""
     right = verdict_in(answer.text)
     cut = ", cut off" if answer.finish == "length" else ""
-    error = (
-        answer.refused
-        or f"the judge of referee.remote gave no verdict in {SAMPLES} answers{cut}, the last: {short(answer.text)}"
-    )
-    return Ruling(right, True, "" if right is not None else error)
+    babbled = f"the judge of referee.remote gave no verdict in {SAMPLES} answers{cut}, the last: {short(answer.text)}"
+    return Ruling(right, True, "" if right is not None else answer.refused or babbled)

@@ -137,14 +137,18 @@ class VllmSampler:
             self._refuse_other_pictures(row, said)
         if self._compared < COMPARED and not sampling.greedy:
             self._compare(prompts, rendered, answers)
-        return [self._reply(said, value) for said, value in zip(answers, self.values(prompts), strict=True)]
+        read = [Rendered(np.array(said.prompt_ids), row.images) for row, said in zip(rendered, answers, strict=True)]
+        return [self._reply(said, value) for said, value in zip(answers, self._values_of(read), strict=True)]
 
     def values(self, prompts: Sequence[Prompt]) -> list[float]:
-        """The critic's estimate for each prompt, where there is a critic: it reads them here."""
+        return self._values_of([self.renderer.render(prompt) for prompt in prompts])
+
+    def _values_of(self, rows: Sequence[Rendered]) -> list[float]:
+        """The critic's estimate for each prompt, where there is a critic: it reads here what the server read."""
         if not self._values:
-            return [0.0] * len(prompts)
+            return [0.0] * len(rows)
         with self.stopwatch.phase("prefill"):
-            return self._own.values(prompts)
+            return self._own.values_of(rows)
 
     def _request(self, prompt: Prompt, rng: np.random.Generator, sampling: Sampling) -> dict[str, Any]:
         """What the server would take from the model's generation_config.json is said, too."""

@@ -166,7 +166,12 @@ class HFSampler:
     def values(self, prompts: Sequence[Prompt]) -> list[float]:
         """The critic's estimate for each prompt."""
         with self.stopwatch.phase("prefill"):
-            return self.agent.value(self.prefill(prompts, 0).hidden).tolist() if prompts else []
+            return self.values_of([self.renderer.render(prompt) for prompt in prompts])
+
+    @torch.no_grad()
+    def values_of(self, rows: Sequence[Rendered]) -> list[float]:
+        """The same of prompts that are tokens already."""
+        return self.agent.value(self._prefill(rows, 0).hidden).tolist() if rows else []
 
     def _sample(self, hidden: Tensor, temperatures: Tensor, uniform: np.ndarray | None) -> Sampled:
         """From [n w H] states of rows at [n] temperatures, by [n w] uniform numbers; None: the likeliest tokens."""
@@ -213,8 +218,9 @@ class HFSampler:
 
     def prefill(self, prompts: Sequence[Prompt], room: int) -> Prefilled:
         """Run the prompts through the model, equal ones once, leaving `room` columns for tokens to come."""
-        agent = self.agent
-        every = [agent.renderer.render(prompt) for prompt in prompts]
+        return self._prefill([self.renderer.render(prompt) for prompt in prompts], room)
+
+    def _prefill(self, every: Sequence[Rendered], room: int) -> Prefilled:
         keys = [(row.ids.tobytes(), keys_of(row)) for row in every]
         distinct = dict(zip(keys, every, strict=True))
         rows = list(distinct.values())
@@ -222,11 +228,11 @@ class HFSampler:
         if len(rows) == len(every):
             return read
         place = {key: index for index, key in enumerate(distinct)}
-        which = torch.tensor([place[key] for key in keys], device=agent.device)
+        which = torch.tensor([place[key] for key in keys], device=self.agent.device)
         for layer in read.layers:
             layer.keep(which)
         picked = read.hidden[which], read.lengths[which], read.positions[:, which]
-        return Prefilled(every, read.cache, read.layers, *picked)
+        return Prefilled(list(every), read.cache, read.layers, *picked)
 
     def _known(self, rows: Sequence[Rendered]) -> Sequence[Beginning | None]:
         """What needn't be read of each of these rows: of chats that go on, or what all of them share.

@@ -186,7 +186,7 @@ def _options(row: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
         return question, ()
     options = []
     for line, match in zip(lines[first:], matches[first:], strict=True):
-        if match and match[1] == "".join(LETTERS[len(options) : len(options) + 1]):
+        if match and match[1] == LETTERS[len(options) : len(options) + 1]:
             options.append(match[2])
         elif line.strip():
             raise DataError(f"{short(line)} stands among its options and is none: give each a line, or remove the row")
