@@ -68,10 +68,7 @@ class CountingSampler(HFSampler):
 
 
 def main() -> None:
-    cfg = composed(*START, *sys.argv[1:])
-    if cfg.hardware.threads:
-        torch.set_num_threads(cfg.hardware.threads)
-    for name, share in shares(cfg).items():
+    for name, share in shares(composed(*START, *sys.argv[1:])).items():
         print(f"{name}: {share:.1%}")
 
 

@@ -255,7 +255,7 @@ def test_a_server_that_is_not_there_is_told_in_a_line(server: Server, judge: Ser
             find(auto())
     with pytest.raises(ModelError, match=r"under outputs/judge/serve: .*stage=serve name=judge model=.*wait_s"):
         find(auto(wait_s=0.1))
-    assert "model=... 'stage.lora_rank=<model.lora.rank>'" in str(look("mine", "rollout.remote", EngineConfig.needs))
+    assert "model=... 'stage.lora_rank=<model.lora.rank>'" in str(look(EngineConfig(url="auto", server="mine")))
     assert capsys.readouterr().err.count("no server is up") == 1  # once, not at each look
     FILE.write_text("{}")
     with pytest.raises(DataError, match=r"server.json names no server: delete it"):

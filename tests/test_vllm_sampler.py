@@ -79,6 +79,10 @@ def shipped() -> Iterator[VllmDouble]:
     server.close()
 
 
+def rollout(double: VllmDouble, **settings: Any) -> RolloutConfig:
+    return RolloutConfig("vllm", remote=EngineConfig(url=double.url, retries=0), **settings)
+
+
 Make = Callable[..., VllmSampler]
 
 
@@ -87,8 +91,7 @@ def make(agent: Agent, double: VllmDouble, tmp_path: Path) -> Iterator[Make]:
     made: list[VllmSampler] = []
 
     def sampler(values: bool = False, **settings: Any) -> VllmSampler:
-        remote = EngineConfig(url=double.url, retries=0)
-        made.append(VllmSampler(RolloutConfig("vllm", remote=remote, **settings), agent, tmp_path / "adapters", values))
+        made.append(VllmSampler(rollout(double, **settings), agent, tmp_path / "adapters", values))
         return made[-1]
 
     yield sampler
@@ -192,8 +195,7 @@ def test_another_rank_hands_a_server_that_was_started_again_the_adapter_of_the_f
     agent: Agent, double: VllmDouble, make: Make, tmp_path: Path
 ) -> None:
     main = make()
-    cfg, own = RolloutConfig("vllm", remote=EngineConfig(url=double.url, retries=0)), tmp_path / "of rank 1"
-    there = VllmSampler(cfg, agent, own, False, OtherRank(told=(main._folder, main._token)))
+    there = VllmSampler(rollout(double), agent, tmp_path / "own", False, OtherRank(told=(main._folder, main._token)))
     with main.synced(), there.synced():
         before = there.generate(prompts(3), generators(3), Sampling(ROOM))
         double.adapters.clear()
@@ -216,8 +218,7 @@ def test_texts_are_sent_as_they_are_but_for_control_tokens(agent: Agent, double:
 def test_a_server_that_hangs_doesn_t_keep_a_run_from_ending(
     agent: Agent, double: VllmDouble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cfg = RolloutConfig("vllm", remote=EngineConfig(url=double.url, retries=0))
-    sampler, answer, free = VllmSampler(cfg, agent, tmp_path, False), double.post, threading.Event()
+    sampler, answer, free = VllmSampler(rollout(double), agent, tmp_path, False), double.post, threading.Event()
     sampler.sync()
     monkeypatch.setattr(vllm_sampler, "UNLOADING_S", 0.1)
     monkeypatch.setattr(double, "post", lambda *words: free.wait() and answer(*words))
@@ -269,7 +270,7 @@ def test_another_model_there_is_noticed_at_once(agent: Agent, double: VllmDouble
             lambda answer: answer | {"prompt_token_ids": [5, *answer["prompt_token_ids"]]},
             "the server reads a prompt as",
         ),
-        (lambda answer: {"choices": answer["choices"]}, "no chat completion.*it has to be vLLM"),
+        (lambda answer: {"choices": answer["choices"]}, "what came back is no chat completion.*it has to be vLLM"),
         (lambda answer: answer | {"choices": [answer["choices"][0] | {"token_ids": []}]}, "no chat completion"),
         (lambda answer: answer | {"choices": [answer["choices"][0] | {"logprobs": None}]}, "no chat completion"),
         (

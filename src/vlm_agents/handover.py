@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from http.client import HTTPConnection, HTTPException
@@ -81,7 +81,7 @@ def find(remote: EndpointConfig) -> Served:
     """The server of `remote`, whose url is auto, once it answers. ModelError where it doesn't within `wait_s`."""
     end, told = time.monotonic() + remote.wait_s, ""
     with under_way(f"waiting for the server of stage=serve name={remote.server}"):
-        while isinstance(found := look(remote.server, remote.place, remote.needs), str):
+        while isinstance(found := look(remote), str):
             if time.monotonic() >= end:
                 raise ModelError(f"{found}. Waited for {duration(remote.wait_s)}; {remote.place}.wait_s says how long")
             if found != told:
@@ -91,14 +91,14 @@ def find(remote: EndpointConfig) -> Served:
     return found
 
 
-def look(server: str, place: str, needs: Sequence[str] = ()) -> Served | str:
-    """The server of that name, or run directory, if it answers; else what is wrong with it, and the fix. `place` is
-    where the settings that name it stand, `needs` are settings with which it has to be started."""
+def look(remote: EndpointConfig) -> Served | str:
+    """The server of that name, or run directory, if it answers; else what is wrong with it, and the fix."""
+    server, place = remote.server, remote.place
     places = places_of(server)
     there = [served for place in places if (served := read(place / FILE))]
     if not there:
         word = "run_dir" if len(Path(server).parts) > 1 else "name"
-        start = command(["stage=serve", f"{word}={server}", "model=...", *needs])
+        start = command(["stage=serve", f"{word}={server}", "model=...", *remote.needs])
         return f"no server is up under {places[0]}: start one in another terminal or job, by {start}"
     served = max(there, key=lambda served: served.since)
     if served.host != socket.gethostname() and (urlsplit(served.url).hostname or "").startswith("127."):

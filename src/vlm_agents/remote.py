@@ -225,10 +225,17 @@ CONTROL = re.compile(
 )
 
 
-def message_json(message: Message, escaped: Callable[[str], str] | None = None) -> dict[str, Any]:
+def plain(text: str) -> str:
+    """The text with an invisible word joiner (U+2060) in what spells a control token or a picture's place.
+
+    A server tokenises the whole chat as one text: what an env or a model says would end turns, or stand for pictures.
+    """
+    return CONTROL.sub(lambda found: f"{found[0]}\u2060", text)
+
+
+def message_json(message: Message, escaped: Callable[[str], str] = plain) -> dict[str, Any]:
     """The message as OpenAI's API has it: bare text, or its parts where there are pictures among them. Texts are
-    `escaped`, by default as `plain` has it."""
-    escaped = escaped or plain
+    `escaped`."""
     if not message.images:
         return {"role": message.speaker, "content": escaped(message.text)}
     content: list[dict[str, Any]] = [
@@ -238,14 +245,6 @@ def message_json(message: Message, escaped: Callable[[str], str] | None = None) 
         for part in message.parts
     ]
     return {"role": message.speaker, "content": content}
-
-
-def plain(text: str) -> str:
-    """The text with an invisible word joiner (U+2060) in what spells a control token or a picture's place.
-
-    A server tokenises the whole chat as one text: what an env or a model says would end turns, or stand for pictures.
-    """
-    return CONTROL.sub(lambda found: f"{found[0]}\u2060", text)
 
 
 def blank(request: dict[str, Any]) -> dict[str, Any]:
