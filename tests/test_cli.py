@@ -102,6 +102,17 @@ BAD = [
     ),
     ("stage=ppo rollout=vllm model/lora=adapter model.temperature=3", "from 0.01 to 2", "not at model.temperature=3"),
     ("stage=ppo rollout=vllm model/lora=adapter model.quantize=nf4", "the server's weights aren't", "quantize=null"),
+    ("stage=ppo stage.staleness=1", "the weights that play are those that learn", "set rollout=vllm"),
+    (
+        "stage=ppo stage.staleness=1 rollout=vllm model/lora=adapter algo.correction=truncate",
+        "algo=ppo has a critic",
+        "such as algo=grpo",
+    ),
+    (
+        "stage=ppo stage.staleness=1 rollout=vllm model/lora=adapter algo=grpo algo.correction=mask hardware=ddp",
+        "ranks play together",
+        "set hardware.processes=1",
+    ),
     ("stage=serve stage.lora_rank=8", "vLLM alone takes adapters while it serves", "install vLLM"),
     ("stage=ppo algo.kl_coef=0.1", "algo.kl_coef > 0 needs a reference policy", "add model/lora=adapter"),
     ("stage=ppo stage.iterations=0", "stage.iterations=0", "must be at least 1"),

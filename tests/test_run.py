@@ -356,7 +356,8 @@ def test_what_a_killed_process_had_begun_to_write_goes_at_the_next_start(cfg: Ru
 def train(cfg: RunConfig, stop_after: int | None = None) -> Run:
     """Six iterations with a checkpoint every second one; perhaps killed between two checkpoints."""
     with Run.open(cfg, []) as run:
-        episodes = run.append_only("episodes.jsonl")
+        run.append_only("episodes.jsonl")
+        episodes = run.path("episodes.jsonl")
         checkpoint = run.restore()
         total = 0 if checkpoint is None else checkpoint.state["total"]
         for step in range(1 if checkpoint is None else checkpoint.step + 1, 7):

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from vlm_agents import vllm_sampler
 from vlm_agents.config import HardwareConfig, LoraConfig, ModelConfig, RolloutConfig, TrainableConfig
 from vlm_agents.config.rollout import EngineConfig
 from vlm_agents.errors import ModelError
+from vlm_agents.learn.learner import Learner
 from vlm_agents.models import Agent, HFSampler, load_agent
 from vlm_agents.models.loading import TINY
 from vlm_agents.pictures import Picture
@@ -321,6 +323,35 @@ def test_training_by_it(cli: Callable[..., int], shipped: VllmDouble, algo: tupl
     assert not double.adapters
     assert len(double.loaded) == 4  # two iterations and two panels
     assert not list(Path("outputs/there/ppo/rollout").iterdir())
+
+
+@pytest.mark.slow
+def test_a_server_plays_on_while_it_is_learned_from(
+    cli: Callable[..., int], shipped: VllmDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each iteration but the first was played by the weights before the last update, and of a panel's by none other;
+    its ratios begin at 1 all the same, as they are of the newest weights."""
+    double, learn, asked = shipped, Learner.learn, list[int]()
+
+    def learned(*words: Any) -> dict[str, float]:
+        before = len(double.requests)
+        found = learn(*words)
+        while len(asked) < 2 and len(double.requests) == before:  # the last iteration has none after it
+            time.sleep(0.01)
+        asked.append(len(double.requests) - before)
+        return found
+
+    monkeypatch.setattr(Learner, "learn", learned)
+    words = (*WORDS, "algo=grpo", "algo.group_size=4", f"rollout.remote.url={double.url}", "name=eager", "algo.lr=1e-2")
+    words += ("stage.iterations=3", "stage.episodes=4", "stage.num_envs=4", "stage.eval_episodes=1", "seed=3")
+    assert cli(*words, "stage.staleness=1", "stage.eval_every=1", "env.max_steps=6") == 0
+    lines = [json.loads(line) for line in Path("outputs/eager/ppo/metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if "ppo/mismatch_kl" in line]
+    assert [line["rollout/staleness"] for line in trained] == [0, 1, 1]
+    assert [line["ppo/mismatch_kl"] < 1e-6 for line in trained] == [True, False, False]
+    assert [line["ppo/ratio_at_start"] == pytest.approx(1, abs=1e-4) for line in trained] == [True] * 3
+    assert [count > 0 for count in asked] == [True, True, False]
+    assert not double.adapters
 
 
 def test_the_agent_of_a_server_is_not_exact(agent: Agent, make: Make) -> None:

@@ -113,6 +113,7 @@ GROUPS = {
         | REFEREE
         | {
             "env_steps": Metric("turns", "turns played in training so far, this iteration's too"),
+            "staleness": Metric("updates", "by which the weights that played are older than those that learn from it"),
             "bonus/<name>": Metric(
                 "reward", "sum of a bonus or penalty beside the env's reward over an episode", "small beside the return"
             ),

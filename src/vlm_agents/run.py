@@ -246,12 +246,10 @@ class Run:
             self._tracker.artifact(path)
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
-    def append_only(self, name: str) -> Path:
-        """Register a file of the run directory that is only ever appended to: resuming will cut it back. Flush it
+    def append_only(self, *names: str) -> None:
+        """Register files of the run directory that are only ever appended to: resuming will cut them back. Flush them
         before save_checkpoint."""
-        if name not in self._append_only:
-            self._append_only.append(name)
-        return self.dir / name
+        self._append_only += [name for name in names if name not in self._append_only]
 
     def save_checkpoint(
         self, step: int, write: Callable[[Path], None], state: Mapping[str, Any], keep: int = 2, best: int | None = None

@@ -117,6 +117,11 @@ class VllmSampler:
                 "or vllm as docs/scaling.md says, where it sees this run's directory under the same path"
             ) from error
 
+    @property
+    def compared(self) -> bool:
+        """Have enough of this adapter's replies been, so that the agent's own weights may change while it plays?"""
+        return self._compared >= COMPARED
+
     # ---- replies -----------------------------------------------------------------------------------------------------
     def generate(
         self, prompts: Sequence[Prompt], rngs: Sequence[np.random.Generator], sampling: Sampling
@@ -131,11 +136,10 @@ class VllmSampler:
                 answers = self._loop.run(self._ask(requests))
             except UnknownModel:  # the server has been started again
                 self._load()
-                self._compared = 0
                 answers = self._loop.run(self._ask(requests))
         for row, said in zip(rendered, answers, strict=True):
             self._refuse_other_pictures(row, said)
-        if self._compared < COMPARED and not sampling.greedy:
+        if not self.compared and not sampling.greedy:
             self._compare(prompts, rendered, answers)
         read = [Rendered(np.array(said.prompt_ids), row.images) for row, said in zip(rendered, answers, strict=True)]
         return [self._reply(said, value) for said, value in zip(answers, self._values_of(read), strict=True)]
@@ -217,7 +221,6 @@ class VllmSampler:
         """ModelError where the server's model, or how it reads a prompt, isn't ours. A chat that goes on may be other
         tokens there, which are trained on as they are: a text that a model wrote can be split in more than one way."""
         first = list(zip(rendered, answers, strict=True))[: COMPARED - self._compared]
-        self._compared += len(first)
         opening = all(message.role != "assistant" for prompt in prompts for message in prompt)
         if opening and all(tuple(row.ids.tolist()) != said.prompt_ids for row, said in first):
             row, said = first[0]
@@ -240,6 +243,7 @@ class VllmSampler:
                 f"more than rollout.tolerance={self._cfg.tolerance:g}: is the server's model the one that is trained, "
                 "in as fine a hardware.dtype, and was it started with logprobs-mode=processed_logprobs?"
             )
+        self._compared += len(first)
 
     def _scores(self, rows: Sequence[Row]) -> np.ndarray:
         """Log-probs of the rows' replies, one row after the other: the update's memory is planned for no more."""

@@ -11,9 +11,9 @@ import pytest
 from vlm_agents.config import PpoConfig, RunConfig
 from vlm_agents.learn.learner import Learner
 from vlm_agents.learn.shaping import Shaper
-from vlm_agents.models import load_agent
+from vlm_agents.models import HFSampler, load_agent
 from vlm_agents.run import Run
-from vlm_agents.stages.gathering import gather
+from vlm_agents.stages.gathering import Player, gather
 from vlm_agents.stages.learning import make_learner
 from vlm_agents.stages.playing import make_policy, open_envs
 from vlm_agents.types import Trajectory
@@ -43,10 +43,12 @@ def gathering(echo_run: ComposeRun, tmp_path: Path) -> Callable[..., tuple[Learn
         cfg = echo_run(tmp_path, "stage=ppo", *words)
         assert cfg.algo is not None
         assert isinstance(cfg.stage, PpoConfig)
-        learner = make_learner(cfg, cfg.algo, load_agent(cfg.model, cfg.hardware, None), None, 10)
+        agent = load_agent(cfg.model, cfg.hardware, None)
+        learner = make_learner(cfg, cfg.algo, agent, None, 10)
         learner.shapers, learner.iteration = {"waves": Waves()}, iteration
         with Run.open(cfg, []) as run, open_envs(cfg.env, 8, "never") as envs:
-            return learner, gather(cfg, cfg.stage, run, envs, make_policy(cfg, "random"), learner)
+            player = Player(cfg, cfg.stage, run, envs, make_policy(cfg, "random"), HFSampler(agent))
+            return learner, gather(cfg, cfg.stage, player, learner)
 
     return gathered
 

@@ -130,6 +130,12 @@ class PpoConfig(StageConfig):
         False, "end a training that collapses, and keep the last checkpoint from before that; else it is told alone"
     )
     num_envs: int = setting(64, "episodes played at the same time", low=1)
+    staleness: int = setting(
+        0,
+        "updates by which the weights that play are older than those that learn from it. 1: the server of rollout=vllm "
+        "plays the next iteration while this one is learned from",
+        choices=Literal[0, 1],
+    )
     eval_episodes: int = setting(200, "size of the held-out panel played before and after; 0: no evaluation", low=0)
     eval_every: int = setting(0, "iterations between evaluations on the panel; 0: only before and after", low=0)
     checkpoint_every: int = setting(1, "iterations between checkpoints", low=1)
@@ -160,6 +166,21 @@ class PpoConfig(StageConfig):
             )
         if not run.model.train.parts and run.model.temperature_head is None:
             raise ConfigError(NOTHING_LEARNS)
+        if self.staleness:
+            self._check_staleness(run)
+
+    def _check_staleness(self, run: "RunConfig") -> None:
+        assert run.algo is not None
+        asked = f"stage.staleness={self.staleness}"
+        if run.rollout.engine == "own":
+            raise ConfigError(f"{asked}: the weights that play are those that learn: set rollout=vllm, or staleness=0")
+        if run.algo.valued:
+            raise ConfigError(
+                f"{asked}: algo={run.algo.name} has a critic read every prompt, with weights that are being trained "
+                "then: take one without, such as algo=grpo"
+            )
+        if run.hardware.ranks > 1:
+            raise ConfigError(f"{asked}: ranks play together, and can't while they learn: set hardware.processes=1")
 
 
 @dataclass

@@ -1,8 +1,10 @@
 """What stage=ppo trains with, what its checkpoints hold of that, and how long it takes."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,7 +102,24 @@ def best_of(run: Run, stage: PpoConfig, best: Sequence[Any] | None, step: int, s
     return step, success
 
 
-def save(run: Run, agent: Agent, learner: Learner, step: int, state: Mapping[str, Any], keep: int) -> None:
+@dataclass(slots=True)
+class TrainingState:
+    """What a checkpoint holds of a training run beside model and learner, as JSON."""
+
+    before: dict[str, float] = field(default_factory=dict)  # the panel's metrics before training
+    last: dict[str, float] = field(default_factory=dict)  # metrics of the newest iteration
+    training_seconds: float = 0.0
+    env_steps: int = 0
+    watch: Sequence[Any] = (0, False)
+    collapse: Mapping[str, Any] = field(default_factory=dict)
+    best: Sequence[Any] | None = None  # see best_of
+
+    def over(self, iterations: int, stage: PpoConfig) -> bool:
+        """Is that all, after so many iterations?"""
+        return iterations >= stage.iterations or self.env_steps >= (stage.env_steps or math.inf)
+
+
+def save(run: Run, agent: Agent, learner: Learner, step: int, state: TrainingState, keep: int) -> None:
     """A checkpoint after `step` iterations."""
 
     def write(folder: Path) -> None:
@@ -112,11 +131,10 @@ def save(run: Run, agent: Agent, learner: Learner, step: int, state: Mapping[str
         run.world.wait()  # an engine's own collectives have less patience
         learner.save(folder)
 
-    best = state.get("best")
-    run.save_checkpoint(step, write, state, keep, best[0] if best else None)
+    run.save_checkpoint(step, write, asdict(state), keep, state.best[0] if state.best else None)
 
 
-def load(checkpoint: Checkpoint, learner: Learner, iterations: int) -> Mapping[str, Any]:
+def load(checkpoint: Checkpoint, learner: Learner, iterations: int) -> TrainingState:
     """The learner's part of a checkpoint, of which the agent was loaded; the rest of its state. Says how far it is."""
     path = checkpoint.path / LEARNER
     if not path.is_file():
@@ -127,7 +145,7 @@ def load(checkpoint: Checkpoint, learner: Learner, iterations: int) -> Mapping[s
     learner.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
     learner.load(checkpoint.path)
     say(checkpoint.told("iteration", iterations))
-    return checkpoint.state
+    return TrainingState(**checkpoint.state)
 
 
 def tell_unmoved(learner: Learner, stage: PpoConfig) -> None:

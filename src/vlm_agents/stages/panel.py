@@ -41,11 +41,14 @@ class Panel:
         remember(self.run, album)
         return metrics
 
-    def now_and_then(self, envs: RefereedPool, done: int) -> None:
-        """After `done` iterations, which aren't all, if it is time for it."""
+    def due(self, done: int) -> bool:
+        """Is it time for it after `done` iterations, which aren't all?"""
         stage = self.stage
-        if stage.eval_episodes and stage.eval_every and done % stage.eval_every == 0:
-            self._play(envs, done, Album(first=0))
+        return stage.eval_episodes > 0 and stage.eval_every > 0 and done % stage.eval_every == 0
+
+    def now_and_then(self, envs: RefereedPool, done: int) -> None:
+        """After `done` iterations, where it is due."""
+        self._play(envs, done, Album(first=0))
 
     def after(self, envs: RefereedPool, done: int) -> tuple[dict[str, float], Album]:
         """After training, of `done` iterations, beside chance and the expert."""
