@@ -261,15 +261,24 @@ def test_a_finished_run_says_so_and_is_left_alone(cli, capsys, as_stage, tmp_pat
     assert "holds a run with seed=0, not 1" in capsys.readouterr().err
 
 
-def test_a_run_from_before_a_setting_of_the_prompt_goes_on(cli, as_stage, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("line", "other"),
+    [
+        ("  show_actions: false\n", "prompt.show_actions=true"),
+        ("  baselines: true\n", "stage.baselines=false"),
+        ("    dropout: 0.0\n", "model.lora.dropout=0.1"),
+    ],
+)
+def test_a_run_from_before_a_setting_goes_on(cli, as_stage, tmp_path: Path, line: str, other: str) -> None:
     as_stage(draw)
-    assert cli("stage=eval", "tracking=jsonl", "name=a") == 0
+    words = ("stage=eval", "tracking=jsonl", "name=a", "model/lora=adapter")
+    assert cli(*words) == 0
     config = tmp_path / "outputs/a/eval/config.yaml"
     said = config.read_text()
-    assert "  show_actions: false\n" in said
-    config.write_text(said.replace("  show_actions: false\n", ""))
-    assert cli("stage=eval", "tracking=jsonl", "name=a") == 0
-    assert cli("stage=eval", "tracking=jsonl", "name=a", "prompt.show_actions=true") == 2
+    assert line in said
+    config.write_text(said.replace(line, ""))
+    assert cli(*words) == 0
+    assert cli(*words, other) == 2
 
 
 def test_a_run_killed_in_front_of_its_end_is_finished(cli, as_stage, tmp_path: Path) -> None:

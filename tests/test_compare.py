@@ -241,6 +241,21 @@ def test_what_goes_with_the_seed_or_the_game_is_no_label(sweep: Path):
     assert sorted(sweeps.games(runs)) == ["Echo-v0 turns=3", "Echo-v0 turns=5"]
 
 
+def test_what_an_older_version_did_not_know_is_as_it_is_by_default(sweep: Path):
+    """Whether a setting is missing in a part, or a whole part."""
+    for run, part, setting in (
+        ("0", "algo", "format_coef"),
+        ("1", "env", "timeout_s"),
+        ("1", "env", "turns"),
+        ("1", "rollout", None),
+    ):
+        config = yaml.safe_load((sweep / run / "config.yaml").read_text())
+        config.pop(part) if setting is None else config[part].pop(setting)
+        (sweep / run / "config.yaml").write_text(yaml.safe_dump(config))
+    another(sweep / "0", "other", algo__format_coef=0.5)
+    assert labels(sweep) == {"format_coef=0.0": ["0", "1"], "format_coef=0.5": ["other"]}
+
+
 def test_names_count_like_numbers(sweep: Path):
     another(sweep / "0", "10")
     assert [folder.name for folder in sweeps.directories(sweep, [])] == ["0", "1", "10"]

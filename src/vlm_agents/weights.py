@@ -5,7 +5,7 @@ Read from run directories as they lie there, by files alone: no model is loaded.
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,11 @@ from vlm_agents.config import (
     ModelConfig,
     PpoConfig,
     PreprocessConfig,
-    RefereeConfig,
-    RolloutConfig,
     RunConfig,
     ServeConfig,
     TemperatureHeadConfig,
     flat,
+    with_defaults,
 )
 from vlm_agents.errors import ConfigError, DataError
 
@@ -53,14 +52,14 @@ def holds_work(folder: Path) -> bool:
 
 
 def flat_settings(snapshot: Path, mend: str) -> dict[str, Any]:
-    """What a run's config.yaml says, by dotted names; DataError, with what to do, where it can't be read. One that is
-    older than referees, or engines of rollouts, had that of today's default; one that is older than
-    `prompt.show_actions` showed none."""
+    """What a run's config.yaml says, by dotted names; DataError, with what to do, where it can't be read. What an older
+    version didn't know of is as it is by default; one that is older than `prompt.show_actions` showed none."""
     try:
         said = yaml.safe_load(snapshot.read_text(encoding="utf-8"))
-        known = dict(flat({"referee": asdict(RefereeConfig()), "rollout": asdict(RolloutConfig()), **said}))
-        return {"prompt.show_actions": False, **known} if "prompt.format" in known else known
-    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        if isinstance(said.get("prompt"), dict):
+            said["prompt"].setdefault("show_actions", False)
+        return dict(flat(with_defaults(said)))
+    except (OSError, AttributeError, TypeError, ValueError, yaml.YAMLError) as error:
         raise DataError(f"{snapshot} is unreadable: {mend}") from error
 
 

@@ -34,7 +34,18 @@ from vlm_agents.config.prompt import PromptConfig
 from vlm_agents.config.referee import RefereeConfig
 from vlm_agents.config.remote import UNNAMED, EndpointConfig, RemoteConfig
 from vlm_agents.config.rollout import RolloutConfig
-from vlm_agents.config.run import RunConfig, env_of, env_of_id, flat, may_change, off_by_default, parse, read, register
+from vlm_agents.config.run import (
+    RunConfig,
+    env_of,
+    env_of_id,
+    flat,
+    may_change,
+    off_by_default,
+    parse,
+    read,
+    register,
+    with_defaults,
+)
 from vlm_agents.config.secrets import refuse_secrets
 from vlm_agents.config.stage import (
     AUTO,
@@ -112,4 +123,5 @@ __all__ = [
     "read",
     "refuse_secrets",
     "register",
+    "with_defaults",
 ]

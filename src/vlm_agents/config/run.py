@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from hydra.core.config_store import ConfigStore
@@ -180,6 +180,30 @@ def read(folder: Path) -> RunConfig:
     except (yaml.YAMLError, OmegaConfBaseException, LookupError, TypeError, ConfigError) as error:
         told = str(error).splitlines()[0]
         raise DataError(f"{path} isn't the configuration of a run of this version ({told})") from error
+
+
+def with_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a config.yaml as an older version may have written them, those that it didn't know at today's
+    defaults, which do what it did."""
+    parts = {name: SCHEMAS.get(name) for name in tree}
+    for name, choice in (("env", "family"), ("stage", "name")):
+        if isinstance(tree.get(name), Mapping):
+            parts[name] = SCHEMAS.get(f"{name}/{tree[name].get(choice)}")
+    known = {name: known_to(part, tree[name]) for name, part in parts.items() if part and isinstance(tree[name], dict)}
+    younger = {name: known_to(SCHEMAS[name], {}) for name in ("referee", "rollout")}  # than the first runs
+    return {**younger, **tree, **known}
+
+
+def known_to(part: type[Part], said: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a part: as they were said, else by default; those that have none stay away."""
+    defaults = OmegaConf.to_container(OmegaConf.structured(part))
+    assert isinstance(defaults, dict)
+    found = {str(name): value for name, value in defaults.items() if value != MISSING} | dict(said)
+    for name, kind in get_type_hints(part).items():
+        inner = next((one for one in (kind, *get_args(kind)) if isinstance(one, type) and issubclass(one, Part)), None)
+        if inner and isinstance(said.get(name), Mapping):
+            found[name] = known_to(inner, said[name])
+    return found
 
 
 def unknown_keys(node: Any, prefix: str = "") -> Iterator[str]:
