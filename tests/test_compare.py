@@ -316,11 +316,12 @@ def trained(success: list[float], length: float = 3) -> dict:
 
 
 def test_a_curve_is_the_mean_over_the_last_256_training_episodes():
-    run = played(trained([0.0, 0.4, 0.4, 0.8, 0.8]))  # 4 iterations of 64 episodes of 3 turns
+    run = played(trained([0.0, 0.4, 0.4, 0.8, 0.8, 0.8, 0.4]))  # iterations of 64 episodes of 3 turns: 4 of them
     steps, success = curve(run)
-    assert steps == pytest.approx([4 * 64 * 3, 5 * 64 * 3])
-    assert success == pytest.approx([0.4, 0.6])
-    assert [steps_to(target, run) for target in (0.3, 0.6, 0.7)] == [768, 960, np.inf]
+    assert steps == pytest.approx([number * 64 * 3 for number in (4, 5, 6, 7)])
+    assert success == pytest.approx([0.4, 0.6, 0.7, 0.7])
+    assert [steps_to(target, run) for target in (0.3, 0.6, 0.8)] == [768, 960, np.inf]
+    assert curve(played(trained([0.0, 0.4, 0.8, 0.4])))[1] == pytest.approx([0.2, 0.6, 0.6])  # a short run: half of it
     assert len(curve(played(trained([0.1, 0.2], length=2), episodes=300))[0]) == 2
 
 

@@ -12,6 +12,7 @@ from vlm_agents.intervals import bands
 from vlm_agents.standings import Game, Standing, curve
 
 POINTS = 200  # of a curve's mean
+FEW = 6  # labels whose bands can still be told apart
 STYLES = "--", ":", "-.", (0, (1, 4))
 
 
@@ -20,15 +21,16 @@ def picture(games: Sequence[Game], references: Mapping[str, float]) -> bytes:
     """A PNG. Bands are 95 % bootstrap intervals over runs, bars those of the interquartile mean; `references` are
     others' figures, a dashed line each."""
     labels = list(dict.fromkeys(label for game in games for label in game.standings))
-    wheel = colormaps["tab10" if len(labels) <= 10 else "tab20"]
+    wheel = colormaps["tab10"]
     colours = {label: wheel(index % wheel.N) for index, label in enumerate(labels)}
+    dashes = {label: "--" if index // wheel.N % 2 else "-" for index, label in enumerate(labels)}
     height = 3 + 0.6 + 0.25 * len(labels)
     figure = Figure(figsize=(1.5 + 4 * len(games), height), layout="constrained")
     axes = figure.subplots(2, len(games), squeeze=False, height_ratios=[3, 0.6 + 0.25 * len(labels)])
     for column, game in enumerate(games):
         learning, ends = axes[0][column], axes[1][column]
         for standing in game.standings.values():
-            draw_curve(learning, standing, colours[standing.label])
+            draw_curve(learning, standing, colours[standing.label], dashes[standing.label], len(labels) <= FEW)
         for (name, value), style in zip(references.items(), STYLES * len(references), strict=False):
             # behind a blank, for matplotlib has no label that begins with _ in a legend
             learning.axhline(value, color="grey", linestyle=style, linewidth=1, label=f" {name}")
@@ -38,7 +40,8 @@ def picture(games: Sequence[Game], references: Mapping[str, float]) -> bytes:
         for row, label in enumerate(labels):
             if label in game.standings:
                 mean, low, high = game.standings[label].iqm
-                ends.plot([low, high], [row, row], color=colours[label], linewidth=5, alpha=0.45, solid_capstyle="butt")
+                bar = {"linewidth": 5, "alpha": 0.45, "solid_capstyle": "butt", "dash_capstyle": "butt"}
+                ends.plot([low, high], [row, row], dashes[label], color=colours[label], **bar)
                 ends.plot([mean], [row], "o", color=colours[label], markersize=4)
         ends.set(xlabel="success, held-out seeds", yticks=range(len(labels)), yticklabels=labels if column == 0 else [])
         ends.set_ylim(len(labels) - 0.5, -0.5)
@@ -50,17 +53,18 @@ def picture(games: Sequence[Game], references: Mapping[str, float]) -> bytes:
     return file.getvalue()
 
 
-def draw_curve(axis: Axes, standing: Standing, colour: tuple[float, ...]) -> None:
-    """The mean of its runs where all of them have been, with its band; a thin line a run where there are few."""
+def draw_curve(axis: Axes, standing: Standing, colour: tuple[float, ...], dashes: str, alone: bool) -> None:
+    """The mean of its runs where all of them have been; where few labels share the axis, `alone`, with its band, and a
+    thin line a run where there are few."""
     curves = [(steps, success) for steps, success in map(curve, standing.runs) if len(steps)]
     if not curves:
         return
-    for steps, success in curves if len(curves) <= 3 else ():
+    for steps, success in curves if alone and len(curves) <= 3 else ():
         axis.plot(steps, success, color=colour, alpha=0.3, linewidth=0.7)
     first, last = max(steps[0] for steps, _ in curves), min(steps[-1] for steps, _ in curves)
     grid = np.linspace(first, max(first, last), POINTS)
     through = np.array([np.interp(grid, steps, success) for steps, success in curves])
-    axis.plot(grid, through.mean(axis=0), color=colour, linewidth=1.8)
-    if len(curves) > 1:
+    axis.plot(grid, through.mean(axis=0), dashes, color=colour, linewidth=1.8)
+    if alone and len(curves) > 1:
         low, high = bands(through, np.random.default_rng(0))
         axis.fill_between(grid, low, high, color=colour, alpha=0.15, linewidth=0)

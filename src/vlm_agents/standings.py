@@ -27,7 +27,7 @@ from vlm_agents.intervals import (
 )
 from vlm_agents.sweeps import Played
 
-WINDOW = 256  # training episodes that one point of a learning curve is the mean of, at least
+WINDOW = 256  # training episodes that one point of a learning curve is the mean of, at least, or half of a short run
 SHARE = 0.9  # of the best label's success: what "steps to 90 %" reaches
 ALPHA = 0.05
 
@@ -150,7 +150,8 @@ def scripted(runs: Iterable[Played]) -> dict[str, Interval]:
 # ---- learning curves -------------------------------------------------------------------------------------------------
 def curve(run: Played) -> tuple[np.ndarray, np.ndarray]:
     """Env steps played in training, and success: on the panel where it was played in between, else of the training
-    episodes, each point the mean over the last iterations that hold WINDOW of them. Empty for an evaluation."""
+    episodes, each point the mean over the last iterations that hold WINDOW of them, or are half of all, if that is
+    fewer. Empty for an evaluation."""
     total, at, panel, training = 0.0, [], [], []
     for record in run.history.values():
         if {"rollout/episode_length", "rollout/success"} <= record.keys():
@@ -164,7 +165,7 @@ def curve(run: Played) -> tuple[np.ndarray, np.ndarray]:
         return np.empty(0), np.empty(0)
     if len(panel) > 2:  # more than before and after
         return np.array([step for step, _ in panel]), np.array([success for _, success in panel])
-    width = min(math.ceil(WINDOW / run.settings["stage.episodes"]), len(training))
+    width = min(math.ceil(WINDOW / run.settings["stage.episodes"]), math.ceil(len(training) / 2))
     means = np.convolve(training, np.full(width, 1 / width), "valid") if width else np.empty(0)
     return np.array(at[max(0, width - 1) :]), means
 
