@@ -103,7 +103,12 @@ def cloned(game: str, prompt: str) -> Job:
 def best_rate(algo: str) -> float:
     """The rate whose rollouts succeeded most often over the last quarter of the search, as a mean over its games:
     of one those are few starts, which differ in how hard they are. The lowest of equals."""
-    return max(RATES, key=lambda rate: sum(searched(OUT / f"search/{game}/{algo}/{rate:g}") for game in SEARCHED))
+    return max(RATES, key=lambda rate: found(algo, rate))
+
+
+def found(algo: str, rate: float) -> float:
+    """Success over the last quarter of its searches, a mean over games."""
+    return float(np.mean([searched(OUT / f"search/{game}/{algo}/{rate:g}") for game in SEARCHED]))
 
 
 def searched(folder: Path) -> float:
@@ -115,8 +120,17 @@ def searched(folder: Path) -> float:
     return float(np.mean(success[-max(3, len(success) // 4) :]))
 
 
+def rates() -> str:
+    """What the search found, as a table."""
+    lines = [["algo", *(f"{rate:g}" for rate in RATES), "taken"], ["---"] * (len(RATES) + 2)]
+    for algo in groups()["algo"]:
+        lines.append([algo, *(f"{found(algo, rate):.3f}" for rate in RATES), f"{best_rate(algo):g}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main() -> None:
     play_parts(__doc__, {"search": searches, "final": finals, "thoughts": thoughts})
+    print(rates())
 
 
 if __name__ == "__main__":
