@@ -4,6 +4,7 @@ Every conf/algo on four games, from the weights that ship with the package, unti
 
 * search: each algorithm at three learning rates on two of the games, fewer steps, with a run seed that no final run
   has. No held-out seed is played; an algorithm's rate is the one whose last rollouts succeeded most often over both.
+  Prints the table.
 * final: at that rate, three seeds, and the held-out panel before and after. `python -m vlm_agents.compare
   outputs/algorithms/final` makes the tables and the picture.
 * thoughts: PPO by turn at several weights of the thought, and without one, on two games.
@@ -129,8 +130,8 @@ def rates() -> str:
 
 
 def main() -> None:
-    play_parts(__doc__, {"search": searches, "final": finals, "thoughts": thoughts})
-    print(rates())
+    if "search" in play_parts(__doc__, {"search": searches, "final": finals, "thoughts": thoughts}):
+        print(rates())
 
 
 if __name__ == "__main__":

@@ -53,12 +53,15 @@ def make_tiny(folder: Path, data: Job) -> None:
 
 def play_parts(
     doc: str | None, parts: Mapping[str, Callable[[], Iterable[Job]]], before: Callable[[], None] = lambda: None
-) -> None:
-    """The command line of a benchmark: all its parts in order, or `--only` one; `before` makes what they all need."""
+) -> list[str]:
+    """The command line of a benchmark: all its parts in order, or `--only` one; `before` makes what they all need.
+    Returns the parts that were played."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     parser.add_argument("--only", choices=parts, help="that part alone")
     asked = parser.parse_args()
     before()
-    for name in [asked.only] if asked.only else parts:
+    names = [asked.only] if asked.only else list(parts)
+    for name in names:
         play_all(list(parts[name]()), asked.jobs)
+    return names

@@ -113,6 +113,11 @@ BAD = [
         "ranks play together",
         "set hardware.processes=1",
     ),
+    (
+        "stage=ppo stage.staleness=1 stage.keep_best=true rollout=vllm algo=grpo model/lora=adapter",
+        "stage.keep_best judges weights by how they play",
+        "leave it out",
+    ),
     ("stage=serve stage.lora_rank=8", "vLLM alone takes adapters while it serves", "install vLLM"),
     ("stage=ppo algo.kl_coef=0.1", "algo.kl_coef > 0 needs a reference policy", "add model/lora=adapter"),
     ("stage=ppo stage.iterations=0", "stage.iterations=0", "must be at least 1"),

@@ -316,13 +316,24 @@ def trained(success: list[float], length: float = 3) -> dict:
 
 
 def test_a_curve_is_the_mean_over_the_last_256_training_episodes():
-    run = played(trained([0.0, 0.4, 0.4, 0.8, 0.8, 0.8, 0.4]))  # iterations of 64 episodes of 3 turns: 4 of them
+    run = played(trained([0.0, 0.4, 0.4, 0.8, 0.8]))  # 4 iterations of 64 episodes of 3 turns
     steps, success = curve(run)
-    assert steps == pytest.approx([number * 64 * 3 for number in (4, 5, 6, 7)])
-    assert success == pytest.approx([0.4, 0.6, 0.7, 0.7])
-    assert [steps_to(target, run) for target in (0.3, 0.6, 0.8)] == [768, 960, np.inf]
-    assert curve(played(trained([0.0, 0.4, 0.8, 0.4])))[1] == pytest.approx([0.2, 0.6, 0.6])  # a short run: half of it
+    assert steps == pytest.approx([4 * 64 * 3, 5 * 64 * 3])
+    assert success == pytest.approx([0.4, 0.6])
+    assert [steps_to(target, run) for target in (0.3, 0.6, 0.7)] == [768, 960, np.inf]
     assert len(curve(played(trained([0.1, 0.2], length=2), episodes=300))[0]) == 2
+
+
+def test_short_runs_of_a_game_have_curves_of_one_window(sweep: Path):
+    """Half of the shortest: of 2 iterations of 4 episodes beside 1 it is half an iteration, that is a whole one."""
+    lines = [json.loads(line) for line in (sweep / "0/metrics.jsonl").read_text().splitlines()]
+    (again,) = (line | {"step": 2} for line in lines if "rollout/success" in line)
+    with (sweep / "0/metrics.jsonl").open("a") as file:
+        file.write(json.dumps(again) + "\n")
+    runs, _ = sweeps.found([str(sweep)])
+    one = game("echo", runs, "", np.random.default_rng(0))
+    assert one.window == 2
+    assert [len(curve(run, one.window)[0]) for run in runs] == [2, 1]
 
 
 def test_a_curve_is_of_training_or_of_the_panel_and_counts_the_steps_that_were_counted():

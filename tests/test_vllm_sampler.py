@@ -1,9 +1,11 @@
 """Rollouts by another program, against a double of vLLM that answers from the adapter's files."""
 
+import asyncio
 import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -228,6 +230,35 @@ def test_a_server_that_hangs_doesn_t_keep_a_run_from_ending(
     free.set()
 
 
+def test_what_another_thread_asks_can_be_given_up(double: VllmDouble, make: Make, monkeypatch: Any) -> None:
+    """What it asks now, and what it would ask next."""
+    sampler, answer, asked, free = make(), double.post, threading.Event(), threading.Event()
+    sampler.sync()
+    monkeypatch.setattr(double, "post", lambda *words: asked.set() or (free.wait(60) and answer(*words)))
+    with ThreadPoolExecutor(1) as thread:
+        for _ in range(2):
+            said = thread.submit(sampler.generate, prompts(3), generators(3), Sampling(ROOM))
+            assert asked.wait(60)
+            sampler.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                said.result(60)
+    free.set()
+
+
+def test_weights_may_change_once_nothing_is_compared_any_more(agent: Agent, double: VllmDouble, make: Make) -> None:
+    """Not even with a server that was started again; the next adapter is compared."""
+    sampler = make()
+    with sampler.synced():
+        sampler.generate(prompts(3), generators(3), Sampling(ROOM))
+        assert not sampler.compared
+        sampler.compare_no_more()
+        other(agent, 0.3)
+        double.adapters.clear()
+        sampler.generate(prompts(3), generators(3), Sampling(ROOM))
+    sampler.sync()
+    assert not sampler.compared
+
+
 def test_a_lost_answer_to_the_loading_does_no_harm(double: VllmDouble, make: Make, monkeypatch: Any) -> None:
     sampler = make()
     load = double.load
@@ -329,14 +360,16 @@ def test_training_by_it(cli: Callable[..., int], shipped: VllmDouble, algo: tupl
 def test_a_server_plays_on_while_it_is_learned_from(
     cli: Callable[..., int], shipped: VllmDouble, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each iteration but the first was played by the weights before the last update, and of a panel's by none other;
-    its ratios begin at 1 all the same, as they are of the newest weights."""
+    """Each iteration but the first was played by the weights before the last update; its ratios begin at 1 all the
+    same, as they are of the newest weights."""
     double, learn, asked = shipped, Learner.learn, list[int]()
 
     def learned(*words: Any) -> dict[str, float]:
-        before = len(double.requests)
+        before, end = len(double.requests), time.monotonic() + 60
         found = learn(*words)
-        while len(asked) < 2 and len(double.requests) == before:  # the last iteration has none after it
+        while (
+            len(asked) < 2 and len(double.requests) == before and time.monotonic() < end
+        ):  # the last has none after it
             time.sleep(0.01)
         asked.append(len(double.requests) - before)
         return found
@@ -344,7 +377,7 @@ def test_a_server_plays_on_while_it_is_learned_from(
     monkeypatch.setattr(Learner, "learn", learned)
     words = (*WORDS, "algo=grpo", "algo.group_size=4", f"rollout.remote.url={double.url}", "name=eager", "algo.lr=1e-2")
     words += ("stage.iterations=3", "stage.episodes=4", "stage.num_envs=4", "stage.eval_episodes=1", "seed=3")
-    assert cli(*words, "stage.staleness=1", "stage.eval_every=1", "env.max_steps=6") == 0
+    assert cli(*words, "stage.staleness=1", "env.max_steps=6") == 0
     lines = [json.loads(line) for line in Path("outputs/eager/ppo/metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if "ppo/mismatch_kl" in line]
     assert [line["rollout/staleness"] for line in trained] == [0, 1, 1]

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vlm_agents.intervals import bands
-from vlm_agents.standings import Game, Standing, curve
+from vlm_agents.standings import Game, curve
 
 POINTS = 200  # of a curve's mean
 FEW = 6  # labels whose bands can still be told apart
@@ -18,8 +18,8 @@ STYLES = "--", ":", "-.", (0, (1, 4))
 
 @rc_context({"text.parse_math": False})  # a name with dollars is no formula
 def picture(games: Sequence[Game], references: Mapping[str, float]) -> bytes:
-    """A PNG. Bands are 95 % bootstrap intervals over runs, bars those of the interquartile mean; `references` are
-    others' figures, a dashed line each."""
+    """A PNG. Bands, where there are few labels, are 95 % bootstrap intervals over runs, bars those of the interquartile
+    mean; `references` are others' figures, a dashed line each."""
     labels = list(dict.fromkeys(label for game in games for label in game.standings))
     wheel = colormaps["tab10"]
     colours = {label: wheel(index % wheel.N) for index, label in enumerate(labels)}
@@ -30,7 +30,14 @@ def picture(games: Sequence[Game], references: Mapping[str, float]) -> bytes:
     for column, game in enumerate(games):
         learning, ends = axes[0][column], axes[1][column]
         for standing in game.standings.values():
-            draw_curve(learning, standing, colours[standing.label], dashes[standing.label], len(labels) <= FEW)
+            own = [curve(run, game.window) for run in standing.runs]
+            draw_curves(
+                learning,
+                [one for one in own if len(one[0])],
+                colours[standing.label],
+                dashes[standing.label],
+                len(labels) <= FEW,
+            )
         for (name, value), style in zip(references.items(), STYLES * len(references), strict=False):
             # behind a blank, for matplotlib has no label that begins with _ in a legend
             learning.axhline(value, color="grey", linestyle=style, linewidth=1, label=f" {name}")
@@ -53,18 +60,23 @@ def picture(games: Sequence[Game], references: Mapping[str, float]) -> bytes:
     return file.getvalue()
 
 
-def draw_curve(axis: Axes, standing: Standing, colour: tuple[float, ...], dashes: str, alone: bool) -> None:
-    """The mean of its runs where all of them have been; where few labels share the axis, `alone`, with its band, and a
-    thin line a run where there are few."""
-    curves = [(steps, success) for steps, success in map(curve, standing.runs) if len(steps)]
+def draw_curves(
+    axis: Axes,
+    curves: Sequence[tuple[np.ndarray, np.ndarray]],
+    colour: tuple[float, ...],
+    dashes: str,
+    banded: bool,
+) -> None:
+    """The mean of a label's runs where all of them have been; if `banded` with its band, and a thin line a run where
+    there are few."""
     if not curves:
         return
-    for steps, success in curves if alone and len(curves) <= 3 else ():
+    for steps, success in curves if banded and len(curves) <= 3 else ():
         axis.plot(steps, success, color=colour, alpha=0.3, linewidth=0.7)
     first, last = max(steps[0] for steps, _ in curves), min(steps[-1] for steps, _ in curves)
     grid = np.linspace(first, max(first, last), POINTS)
     through = np.array([np.interp(grid, steps, success) for steps, success in curves])
     axis.plot(grid, through.mean(axis=0), dashes, color=colour, linewidth=1.8)
-    if alone and len(curves) > 1:
+    if banded and len(curves) > 1:
         low, high = bands(through, np.random.default_rng(0))
         axis.fill_between(grid, low, high, color=colour, alpha=0.15, linewidth=0)

@@ -116,7 +116,7 @@ class _Screen:
             self._bars.add_task(harmless(work.label), total=work.total, completed=work.done, detail=work.detail)
 
     def show(self, work: Work) -> None:
-        if self._bars:
+        if self._bars and work in self.works:
             task = self._bars.task_ids[self.works.index(work)]
             self._bars.update(task, completed=work.done, detail=work.detail)
 
@@ -169,6 +169,9 @@ _screen = _Screen()
 def under_way(label: str, total: int | None = None, done: int = 0, detail: str = "") -> Iterator[Work]:
     """Tell of this work for as long as the block lasts: `<label> <done>/<total> <detail>, <seconds>`."""
     work = Work(label, total, done, detail)
+    if threading.current_thread() is not threading.main_thread():  # whoever waits for it tells of that
+        yield work
+        return
     _screen.enter(work)
     try:
         yield work

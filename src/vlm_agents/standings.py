@@ -27,7 +27,7 @@ from vlm_agents.intervals import (
 )
 from vlm_agents.sweeps import Played
 
-WINDOW = 256  # training episodes that one point of a learning curve is the mean of, at least, or half of a short run
+WINDOW = 256  # training episodes that one point of a learning curve is the mean of, at least; of short runs see Game
 SHARE = 0.9  # of the best label's success: what "steps to 90 %" reaches
 ALPHA = 0.05
 
@@ -80,6 +80,7 @@ class Game:
     standings: dict[str, Standing]
     before: float | None  # success before training, mean over the runs that know theirs
     scripted: dict[str, Interval]  # success of random play and of the expert
+    window: float  # training episodes of a point of all its curves: WINDOW, or half of the shortest run
 
     @property
     def target(self) -> float:
@@ -112,9 +113,10 @@ def game(name: str, runs: Sequence[Played], baseline: str, rng: np.random.Genera
         hold_against(standings[baseline], standings.values())
     tell_apart(standings)
     before = [np.mean(list(run.solved_before.values())) for run in runs if run.solved_before]
-    one = Game(name, len(seeds), standings, float(np.mean(before)) if before else None, scripted(runs))
+    window = min([WINDOW, *(episodes / 2 for run in runs if (episodes := trained_on(run)))])
+    one = Game(name, len(seeds), standings, float(np.mean(before)) if before else None, scripted(runs), window)
     for standing in standings.values():
-        standing.steps = [steps_to(one.target, run) for run in standing.runs]
+        standing.steps = [steps_to(one.target, run, window) for run in standing.runs]
     return one
 
 
@@ -148,10 +150,14 @@ def scripted(runs: Iterable[Played]) -> dict[str, Interval]:
 
 
 # ---- learning curves -------------------------------------------------------------------------------------------------
-def curve(run: Played) -> tuple[np.ndarray, np.ndarray]:
+def trained_on(run: Played) -> int:
+    """Training episodes."""
+    return run.settings["stage.episodes"] * sum("rollout/success" in record for record in run.history.values())
+
+
+def curve(run: Played, window: float = WINDOW) -> tuple[np.ndarray, np.ndarray]:
     """Env steps played in training, and success: on the panel where it was played in between, else of the training
-    episodes, each point the mean over the last iterations that hold WINDOW of them, or are half of all, if that is
-    fewer. Empty for an evaluation."""
+    episodes, each point the mean over the last iterations that hold `window` of them. Empty for an evaluation."""
     total, at, panel, training = 0.0, [], [], []
     for record in run.history.values():
         if {"rollout/episode_length", "rollout/success"} <= record.keys():
@@ -165,14 +171,14 @@ def curve(run: Played) -> tuple[np.ndarray, np.ndarray]:
         return np.empty(0), np.empty(0)
     if len(panel) > 2:  # more than before and after
         return np.array([step for step, _ in panel]), np.array([success for _, success in panel])
-    width = min(math.ceil(WINDOW / run.settings["stage.episodes"]), math.ceil(len(training) / 2))
+    width = min(math.ceil(window / run.settings["stage.episodes"]), len(training))
     means = np.convolve(training, np.full(width, 1 / width), "valid") if width else np.empty(0)
     return np.array(at[max(0, width - 1) :]), means
 
 
-def steps_to(target: float, run: Played) -> float:
+def steps_to(target: float, run: Played, window: float = WINDOW) -> float:
     """Env steps until the run's curve reaches `target`; inf where it never does."""
-    steps, success = curve(run)
+    steps, success = curve(run, window)
     reached = np.flatnonzero(success >= target - 1e-9) if target > 0 else []
     return float(steps[reached[0]]) if len(reached) else math.inf
 

@@ -30,6 +30,7 @@ from vlm_agents.world import ALONE, World
 
 COMPARED = 8  # replies of a new adapter of which the log-probs are computed here too
 LACKING = "it has to be vLLM, 0.12 or newer, with nothing between that leaves out token ids and their log-probs"
+MOVED_ON = 2**31  # stands for a number of those: the weights here are others since
 MOVED = 1e-3  # nats a token that an adapter changes, from which on it can be told whether the server plays with it
 UNLOADING_S = 10.0  # a run that ends waits no longer for a server that may hang
 NEVER = -100.0  # what is added to the logit of a token that isn't to be sampled; more vLLM doesn't take
@@ -59,7 +60,7 @@ class VllmSampler:
         self._endpoint, self._loop = Endpoint(cfg.remote), asyncio.Runner()
         # the main rank's: another's is its own. The server may know adapters of a run before
         self._folder, self._token = world.of_main(lambda: (folder.resolve(), secrets.token_hex(4)))
-        self._swaps, self._name, self._compared = 0, "", 0
+        self._swaps, self._name, self._compared, self._cancelled = 0, "", 0, False
         self._banned = {str(token): NEVER for token in agent.banned.nonzero().flatten().tolist()}
         if len(self._banned) > MOST_BANNED:
             raise ModelError(
@@ -119,8 +120,19 @@ class VllmSampler:
 
     @property
     def compared(self) -> bool:
-        """Have enough of this adapter's replies been, so that the agent's own weights may change while it plays?"""
+        """Have enough of this adapter's replies been compared, so that the weights here may change while it plays?"""
         return self._compared >= COMPARED
+
+    def compare_no_more(self) -> None:
+        """Until the next adapter: the weights here are about to change."""
+        self._compared = MOVED_ON
+
+    def cancel(self) -> None:
+        """From now on `generate` raises CancelledError, in another thread too, which may be asking."""
+        self._cancelled = True
+        loop = self._loop.get_loop()
+        for task in asyncio.all_tasks(loop):
+            loop.call_soon_threadsafe(task.cancel)
 
     # ---- replies -----------------------------------------------------------------------------------------------------
     def generate(
@@ -136,6 +148,8 @@ class VllmSampler:
                 answers = self._loop.run(self._ask(requests))
             except UnknownModel:  # the server has been started again
                 self._load()
+                if self._compared < MOVED_ON:
+                    self._compared = 0
                 answers = self._loop.run(self._ask(requests))
         for row, said in zip(rendered, answers, strict=True):
             self._refuse_other_pictures(row, said)
@@ -190,6 +204,8 @@ class VllmSampler:
         )
 
     async def _ask(self, requests: Sequence[dict[str, Any]]) -> list[Sampled]:
+        if self._cancelled:
+            raise asyncio.CancelledError
         cfg, post = self._cfg.remote, self._endpoint.post
         return await all_at(
             cfg.concurrency, (post(CHAT, request, read, cfg.retries, PATIENCE_S) for request in requests)

@@ -53,12 +53,9 @@ def holds_work(folder: Path) -> bool:
 
 def flat_settings(snapshot: Path, mend: str) -> dict[str, Any]:
     """What a run's config.yaml says, by dotted names; DataError, with what to do, where it can't be read. What an older
-    version didn't know of is as it is by default; one that is older than `prompt.show_actions` showed none."""
+    version didn't know of is as it is by default."""
     try:
-        said = yaml.safe_load(snapshot.read_text(encoding="utf-8"))
-        if isinstance(said.get("prompt"), dict):
-            said["prompt"].setdefault("show_actions", False)
-        return dict(flat(with_defaults(said)))
+        return dict(flat(with_defaults(yaml.safe_load(snapshot.read_text(encoding="utf-8")))))
     except (OSError, AttributeError, TypeError, ValueError, yaml.YAMLError) as error:
         raise DataError(f"{snapshot} is unreadable: {mend}") from error
 

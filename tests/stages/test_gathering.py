@@ -5,15 +5,17 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from vlm_agents.config import PpoConfig, RunConfig
+from vlm_agents.errors import ConfigError
 from vlm_agents.learn.learner import Learner
 from vlm_agents.learn.shaping import Shaper
 from vlm_agents.models import HFSampler, load_agent
 from vlm_agents.run import Run
-from vlm_agents.stages.gathering import Player, gather
+from vlm_agents.stages.gathering import PlayerInTurn, gather, make_player
 from vlm_agents.stages.learning import make_learner
 from vlm_agents.stages.playing import make_policy, open_envs
 from vlm_agents.types import Trajectory
@@ -47,7 +49,7 @@ def gathering(echo_run: ComposeRun, tmp_path: Path) -> Callable[..., tuple[Learn
         learner = make_learner(cfg, cfg.algo, agent, None, 10)
         learner.shapers, learner.iteration = {"waves": Waves()}, iteration
         with Run.open(cfg, []) as run, open_envs(cfg.env, 8, "never") as envs:
-            player = Player(cfg, cfg.stage, run, envs, make_policy(cfg, "random"), HFSampler(agent))
+            player = PlayerInTurn(cfg, cfg.stage, run, envs, make_policy(cfg, "random"), HFSampler(agent))
             return learner, gather(cfg, cfg.stage, player, learner)
 
     return gathered
@@ -69,6 +71,14 @@ def test_waves_of_other_starts_are_played_until_enough_is_kept(gathering: Callab
 def test_no_more_waves_are_played_than_are_allowed(gathering: Callable[..., tuple[Learner, Gathered]]):
     for words, played in ((["algo.waves=1"], 8), (["algo.waves=1", "algo.oversample=1.5"], 12)):
         assert len(gathering(*words)[1][0]) == played
+
+
+def test_nobody_plays_ahead_of_a_critic_of_ones_own(compose_run: ComposeRun):
+    words = ("rollout=vllm", "model/lora=adapter", "algo=grpo", "algo.correction=mask", "algo.factory=mine:make")
+    cfg, nobody = compose_run("stage=ppo", "stage.staleness=1", *words), cast(Any, None)
+    assert isinstance(cfg.stage, PpoConfig)
+    with pytest.raises(ConfigError, match="brings a critic"):
+        make_player(cfg, cfg.stage, nobody, nobody, nobody, nobody, critic=True)
 
 
 # ---- in a run --------------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from vlm_agents.config.stage import (
 from vlm_agents.config.tracking import TrackingConfig
 from vlm_agents.errors import ConfigError, DataError
 
+OF_EVERY_VERSION = {"env.id", "stage.episodes", "stage.init"}  # a file that lacks them is damaged
 STAGES = (CollectConfig, PreprocessConfig, SftConfig, PpoConfig, EvalConfig, MergeConfig, ServeConfig, DoctorConfig)
 
 
@@ -172,7 +173,7 @@ def read(folder: Path) -> RunConfig:
         schema.env, schema.stage = SCHEMAS[f"env/{tree['env']['family']}"], SCHEMAS[f"stage/{tree['stage']['name']}"]
         if tree["algo"] is not None:
             schema.algo = AlgoConfig
-        whole = OmegaConf.merge(schema, tree)
+        whole = OmegaConf.merge(schema, with_defaults(tree))
         assert isinstance(whole, DictConfig)
         return parse(whole)
     except OSError as error:
@@ -184,7 +185,9 @@ def read(folder: Path) -> RunConfig:
 
 def with_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a config.yaml as an older version may have written them, those that it didn't know at today's
-    defaults, which do what it did."""
+    defaults, which as a rule do what it did."""
+    if isinstance(tree.get("prompt"), Mapping):
+        tree = {**tree, "prompt": {"show_actions": False, **tree["prompt"]}}  # today's default is the env's
     parts = {name: SCHEMAS.get(name) for name in tree}
     for name, choice in (("env", "family"), ("stage", "name")):
         if isinstance(tree.get(name), Mapping):
@@ -195,10 +198,15 @@ def with_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def known_to(part: type[Part], said: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings of a part: as they were said, else by default; those that have none stay away."""
+    """All settings of a part: as they were said, else by default; those without one, or of every version, stay away."""
     defaults = OmegaConf.to_container(OmegaConf.structured(part))
     assert isinstance(defaults, dict)
-    found = {str(name): value for name, value in defaults.items() if value != MISSING} | dict(said)
+    found = {
+        str(name): value
+        for name, value in defaults.items()
+        if value != MISSING and dotted(part, str(name)) not in OF_EVERY_VERSION
+    }
+    found |= dict(said)
     for name, kind in get_type_hints(part).items():
         inner = next((one for one in (kind, *get_args(kind)) if isinstance(one, type) and issubclass(one, Part)), None)
         if inner and isinstance(said.get(name), Mapping):

@@ -179,6 +179,13 @@ class PpoConfig(StageConfig):
                 f"{asked}: algo={run.algo.name} has a critic read every prompt, with weights that are being trained "
                 "then: take one without, such as algo=grpo"
             )
+        if run.algo.novelty.coef:
+            raise ConfigError(f"{asked}: algo.novelty trains beside what plays: set algo.novelty.coef=0")
+        for name in ("keep_best", "stop_on_collapse"):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"{asked}: stage.{name} judges weights by how they play, and older ones do: leave it out"
+                )
         if run.hardware.ranks > 1:
             raise ConfigError(f"{asked}: ranks play together, and can't while they learn: set hardware.processes=1")
 

@@ -59,7 +59,8 @@ class HFRenderer:
     def _template(self, messages: list[dict[str, Any]], prompt: bool = True) -> str:
         """Kept: with marks for their texts, chats look alike."""
         key = f"{prompt} {messages}"
-        if key not in self._templated:
+        made = self._templated.get(key)
+        if made is None:
             if len(self._templated) >= TEMPLATED:
                 self._templated.clear()
             try:
@@ -67,7 +68,7 @@ class HFRenderer:
             except TemplateError as error:
                 raise DataError(f"the model's chat template refuses this chat ({error})") from error
             self._templated[key] = made
-        return self._templated[key]
+        return made
 
     def _takes_system(self) -> bool:
         """Does the chat template know system messages? Some refuse them, some leave them out."""

@@ -50,7 +50,8 @@ class Vocabulary:
 
     def _encoded(self, text: str) -> list[int]:
         """Most pieces (the system message above all) come again with every turn."""
-        if text not in self._ids:
+        ids = self._ids.get(text)
+        if ids is None:
             if len(self._ids) > KEPT:
                 self._ids.clear()
             try:
@@ -59,5 +60,5 @@ class Vocabulary:
                 raise DataError(
                     f"a text holds {text[error.start]!a}, half of a surrogate pair, which is no character"
                 ) from error
-            self._ids[text] = self.tokenizer.encode(text, add_special_tokens=False)
-        return self._ids[text]
+            self._ids[text] = ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return ids

@@ -145,7 +145,10 @@ def load(checkpoint: Checkpoint, learner: Learner, iterations: int) -> TrainingS
     learner.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
     learner.load(checkpoint.path)
     say(checkpoint.told("iteration", iterations))
-    return TrainingState(**checkpoint.state)
+    try:
+        return TrainingState(**checkpoint.state)
+    except TypeError as error:
+        raise DataError(f"{checkpoint.path} is of another version of vlm_agents: finish the run with that") from error
 
 
 def tell_unmoved(learner: Learner, stage: PpoConfig) -> None:
@@ -187,11 +190,16 @@ class Clock:
 
 
 def figures(
-    played: Sequence[Trajectory], env_steps: int, learned: Mapping[str, float], clock: Clock
+    played: Sequence[Trajectory],
+    env_steps: int,
+    learned: Mapping[str, float],
+    clock: Clock,
+    seconds: float = 0.0,
 ) -> dict[str, float]:
-    """All that is told of an iteration: how it was played, what was learned, and how fast."""
+    """All that is told of an iteration: how it was played, what was learned, and how fast. `seconds` that playing took,
+    if not those of the clock's phase."""
     turns = [turn for trajectory in played for turn in trajectory.turns]
-    tokens, seconds = sum(len(turn.reply.token_ids) for turn in turns), clock.seconds["rollout"]
+    tokens, seconds = sum(len(turn.reply.token_ids) for turn in turns), seconds or clock.seconds["rollout"]
     speeds = {"speed/env_steps_per_s": len(turns) / seconds, "speed/reply_tokens_per_s": tokens / seconds}
     steps = {"rollout/env_steps": float(env_steps)}
     return {**summarise(played), **steps, **learned, **clock.figures(), **speeds}

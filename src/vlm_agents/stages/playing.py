@@ -1,6 +1,6 @@
 """What the stages that play have in common: the envs and policies of a configuration, and the held-out panel."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,13 +139,17 @@ def play(
     """
     own = set(world.share(list(dict.fromkeys(deal.seed for deal in deals))))
     mine = [deal for deal in deals if deal.seed in own]
-    judged = envs.referee.judged(collect(envs, policy, mine, run_seed=run_seed, advice=advice))
-    played = penalised(judged, cfg.env.invalid_penalty)
+    played = judged(cfg, envs, collect(envs, policy, mine, run_seed=run_seed, advice=advice))
     if world.ranks == 1:
         yield from played
         return
     found = {Deal(one.seed, one.member): one for its in world.gather(list(played)) for one in its}
     yield from (found[deal] for deal in deals)
+
+
+def judged(cfg: RunConfig, envs: RefereedPool, episodes: Iterable[Trajectory]) -> Iterator[Trajectory]:
+    """The episodes under the referee's rulings and the configured penalty for a reply without a legal action."""
+    return penalised(envs.referee.judged(episodes), cfg.env.invalid_penalty)
 
 
 def play_panel(

@@ -1,7 +1,8 @@
 """Reinforcement learning: collect whole episodes, learn from them, and again; evaluate before and after.
 
 Between iterations a run is weights, optimizers and counters, nothing else: every random draw is seeded by
-(run seed, iteration). That is what makes resuming exact.
+(run seed, iteration). That is what makes resuming exact. (With stage.staleness a server may be playing then; a run that
+is resumed plays that iteration anew.)
 """
 
 from vlm_agents import imports
@@ -25,7 +26,7 @@ from vlm_agents.stages.learning import (
     training_sampler,
 )
 from vlm_agents.stages.panel import RECORDED, Panel, finish
-from vlm_agents.stages.playing import check_first_prompt, open_envs
+from vlm_agents.stages.playing import check_first_prompt, make_policy, open_envs
 from vlm_agents.stages.reporting import tell
 from vlm_agents.stages.watch import Watch
 from vlm_agents.summary import bonuses
@@ -45,7 +46,9 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
     with (
         training_sampler(cfg, agent, learner, run.path("rollout"), run.world) as sampler,
         open_envs(cfg.env, stage.num_envs, "always", run.world, Referee(cfg.referee, run.path("referee"))) as envs,
-        make_player(cfg, stage, run, envs, sampler) as player,
+        make_player(
+            cfg, stage, run, envs, make_policy(cfg, "model", sampler), sampler, learner.critic is not None
+        ) as player,
     ):
         panel = Panel(cfg, stage, run, sampler, learner.whole)
         check_first_prompt(cfg, envs, sampler)
@@ -60,12 +63,12 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
                     played, shaped, told = gather(cfg, stage, player, learner)
                 state.env_steps += sum(len(one.turns) for one in played)
                 last = state.over(iteration + 1, stage)
-                if not last:
+                if not last and not panel.due(iteration + 1):
                     player.begin(iteration + 1)
             with clock.phase("update"), imports.blamed("algo.factory", cfg.algo.factory):
                 told |= learner.learn(shaped, stage.episodes, run.rng("update", iteration))
             told = bonuses(shaped) | player.figures() | told
-            state.last = figures(played, state.env_steps, told, clock)
+            state.last = figures(played, state.env_steps, told, clock, player.seconds)
             state.training_seconds += sum(clock.seconds.values())
             tell(run, iteration, stage.iterations, state.last, played[0])
             watch.look(state.last, played, last)
@@ -74,7 +77,6 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
             state.watch, state.collapse = (watch.lacked, watch.told), collapse.state
             writer.append(*shaped[:RECORDED])
             if not last and panel.due(iteration + 1):
-                player.wait()
                 panel.now_and_then(envs, iteration + 1)
             stopping = run.asked_to_stop() and not last
             due = last or stopping or (iteration + 1) % stage.checkpoint_every == 0
