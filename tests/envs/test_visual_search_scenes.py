@@ -231,13 +231,35 @@ def probed(level: str, category: str, details: Sequence[str], count: int) -> flo
     return float((np.array(details)[np.argmax(scores, 0)] == names[known:]).mean())
 
 
+def inside_face(scene: Scene, side: int) -> tuple[int, int, int, int]:
+    """Where all is grey of the card that matters, in a scene that is reduced to `side`."""
+    left, top, right, bottom = (place * side / max(scene.size) for place in face_of(scene.must_see[0].box))
+    return int(left) + 2, int(top) + 2, int(right) - 1, int(bottom) - 1
+
+
+def reduced_face(scene: Scene, side: int) -> np.ndarray:
+    """What `reduced` shows there, and no more of the scene: reducing all of it takes most of a test's time."""
+    left, top, right, bottom = inside_face(scene, side)
+    size = right - left, bottom - top
+    across, down = (pixels / round(pixels * side / max(scene.size)) for pixels in scene.size)
+    box = left * across, top * down, right * across, bottom * down
+    return np.asarray(scene.picture().image.getchannel(0).resize(size, Image.Resampling.LANCZOS, box=box)).astype(float)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_face_alone_is_reduced_as_within_its_scene(level: str) -> None:
+    for scene in (generate(level, seed) for seed in range(3)):
+        side = scene.hidden_up_to
+        left, top, right, bottom = inside_face(scene, side)
+        whole = np.asarray(reduced(scene.picture(), side).image)
+        assert (reduced_face(scene, side) == whole[top:bottom, left:right, 0]).all()
+
+
 def face_from_afar(seed: int, level: str, detail: str) -> np.ndarray:
     scene = generate(level, seed)
     card = scene.must_see[0]
     scene = with_detail(scene, card, detail * (len(card.detail) if scene.kind == "text" else 1))
-    shown = np.asarray(reduced(scene.picture(), scene.hidden_up_to).image).astype(float)[..., 0]
-    left, top, right, bottom = (place * max(shown.shape) / max(scene.size) for place in face_of(card.box))
-    face = shown[int(top) + 2 : int(bottom) - 1, int(left) + 2 : int(right) - 1]  # all of it grey
+    face = reduced_face(scene, scene.hidden_up_to)
     lines = [face.mean(1), face.mean(0)]
     steps = [np.diff(face, axis=0), np.diff(face, axis=1), *(np.diff(line, 2) for line in lines)]
     varies = [face.std(), *(line.std() for line in lines), *(np.abs(step).mean() for step in steps)]
