@@ -15,6 +15,7 @@ WORDS = (
     "prompt.history=full",
     "prompt.max_reply_tokens=8",
     "stage.iterations=200",
+    "stage.checkpoint_every=20",
     "stage.episodes=4",
     "stage.eval_episodes=0",
     "hardware.threads=1",
