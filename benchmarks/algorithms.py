@@ -22,6 +22,7 @@ import numpy as np
 from jobs import Job, play_parts
 
 from vlm_agents.config import groups
+from vlm_agents.tables import table
 
 OUT = Path("outputs/algorithms")
 # What is asked beyond what the shipped weights were taught leaves something to learn.
@@ -123,10 +124,11 @@ def searched(folder: Path) -> float:
 
 def rates() -> str:
     """What the search found, as a table."""
-    lines = [["algo", *(f"{rate:g}" for rate in RATES), "taken"], ["---"] * (len(RATES) + 2)]
-    for algo in groups()["algo"]:
-        lines.append([algo, *(f"{found(algo, rate):.3f}" for rate in RATES), f"{best_rate(algo):g}"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    head = ["algo", *(f"{rate:g}" for rate in RATES), "taken"]
+    return table(
+        head,
+        [[algo, *(f"{found(algo, rate):.3f}" for rate in RATES), f"{best_rate(algo):g}"] for algo in groups()["algo"]],
+    )
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from vlm_agents.config import conf_dir, groups
 
 RunStage = Callable[..., Path]
 GAME = ("env=echo", "env.turns=1", "prompt.max_reply_tokens=8")
+RARELY = "stage.checkpoint_every=100"  # before and after alone: those between take a third of the time
 CRITICS = ("ppo", "ppo_token", "vl_dac", "bilevel_ppo", "rlef")
 WITH_CRITIC = (
     "model/train=all",
@@ -42,11 +43,7 @@ def guesser(run_stage: RunStage, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def success(run_stage: RunStage, folder: Path, guesser: Path, algo: str, *words: str) -> tuple[float, float]:
     """Held-out success before and after a run of reinforcement learning, sampled."""
-    settings = (*(WITH_CRITIC if algo in CRITICS else WITHOUT), "stage.episodes=96", "stage.eval_episodes=100")
-    settings = (
-        *settings,
-        "stage.checkpoint_every=100",
-    )  # none but the first and the last: a third of the time is theirs
+    settings = (*(WITH_CRITIC if algo in CRITICS else WITHOUT), "stage.episodes=96", "stage.eval_episodes=100", RARELY)
     grouped = ("algo.group_size=4",) if "group_size" in (conf_dir() / f"algo/{algo}.yaml").read_text() else ()
     run_stage(folder, "stage=ppo", *GAME, f"stage.init={guesser}", f"algo={algo}", *settings, *grouped, *words)
     metrics = json.loads((folder / "summary.json").read_text())["metrics"]

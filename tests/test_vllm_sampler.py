@@ -367,9 +367,8 @@ def test_a_server_plays_on_while_it_is_learned_from(
     def learned(*words: Any) -> dict[str, float]:
         before, end = len(double.requests), time.monotonic() + 60
         found = learn(*words)
-        while (
-            len(asked) < 2 and len(double.requests) == before and time.monotonic() < end
-        ):  # the last has none after it
+        followed = len(asked) < 2  # the last has none after it
+        while followed and len(double.requests) == before and time.monotonic() < end:
             time.sleep(0.01)
         asked.append(len(double.requests) - before)
         return found

@@ -288,6 +288,12 @@ async def all_at(concurrency: int, asking: Iterable[Coroutine[Any, Any, Answer]]
     return [task.result() for task in tasks]
 
 
+def give_up(loop: asyncio.Runner) -> None:
+    """Cancel what another thread asks in that loop now: what comes later, such as a `close`, goes on."""
+    for task in asyncio.all_tasks(loop.get_loop()):
+        loop.get_loop().call_soon_threadsafe(task.cancel)
+
+
 # ---- answers ---------------------------------------------------------------------------------------------------------
 async def read_body(response: httpx2.Response) -> bytes:
     """The body, unpacked if it is packed in spite of what was asked; Unreadable if it is damaged or over LARGEST."""

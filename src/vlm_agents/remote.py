@@ -22,7 +22,7 @@ from PIL import Image
 
 from vlm_agents.answers import Answers, Completion
 from vlm_agents.config import RemoteConfig
-from vlm_agents.endpoint import PATIENCE_S, Endpoint, Failing, Unavailable, all_at
+from vlm_agents.endpoint import PATIENCE_S, Endpoint, Failing, Unavailable, all_at, give_up
 from vlm_agents.errors import ModelError
 from vlm_agents.pictures import Picture
 from vlm_agents.types import Message, Prompt, Sampling
@@ -192,9 +192,7 @@ class ForgivingClient(ChatClient):
 
     def cancel(self) -> None:
         """Give up what another thread asks: its `complete` raises CancelledError."""
-        loop = self._loop.get_loop()
-        for task in asyncio.all_tasks(loop):  # those of now: what comes later, such as `close`, goes on
-            loop.call_soon_threadsafe(task.cancel)
+        give_up(self._loop)
 
     async def _said(self, request: dict[str, Any]) -> Completion:
         try:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from vlm_agents.config import RolloutConfig
-from vlm_agents.endpoint import CHAT, PATIENCE_S, Endpoint, UnknownModel, Unreadable, all_at
+from vlm_agents.endpoint import CHAT, PATIENCE_S, Endpoint, UnknownModel, Unreadable, all_at, give_up
 from vlm_agents.errors import ModelError
 from vlm_agents.models import Agent, HFSampler
 from vlm_agents.remote import message_json
@@ -130,9 +130,7 @@ class VllmSampler:
     def cancel(self) -> None:
         """From now on `generate` raises CancelledError, in another thread too, which may be asking."""
         self._cancelled = True
-        loop = self._loop.get_loop()
-        for task in asyncio.all_tasks(loop):
-            loop.call_soon_threadsafe(task.cancel)
+        give_up(self._loop)
 
     # ---- replies -----------------------------------------------------------------------------------------------------
     def generate(

@@ -15,7 +15,7 @@ from vlm_agents.learn.learner import Learner
 from vlm_agents.learn.shaping import Shaper
 from vlm_agents.models import HFSampler, load_agent
 from vlm_agents.run import Run
-from vlm_agents.stages.gathering import PlayerInTurn, gather, make_player
+from vlm_agents.stages.gathering import PlayerInTurn, as_asked, gather
 from vlm_agents.stages.learning import make_learner
 from vlm_agents.stages.playing import make_policy, open_envs
 from vlm_agents.types import Trajectory
@@ -78,7 +78,7 @@ def test_nobody_plays_ahead_of_a_critic_of_ones_own(compose_run: ComposeRun):
     cfg, nobody = compose_run("stage=ppo", "stage.staleness=1", *words), cast(Any, None)
     assert isinstance(cfg.stage, PpoConfig)
     with pytest.raises(ConfigError, match="brings a critic"):
-        make_player(cfg, cfg.stage, nobody, nobody, nobody, nobody, critic=True)
+        as_asked(cfg.stage, nobody, nobody, critic=True)
 
 
 # ---- in a run --------------------------------------------------------------------------------------------------------

@@ -75,18 +75,9 @@ class Player(Protocol):
         ...
 
 
-def make_player(
-    cfg: RunConfig,
-    stage: PpoConfig,
-    run: Run,
-    envs: RefereedPool,
-    policy: Policy,
-    sampler: TrainingSampler,
-    critic: bool,
-) -> Player:
-    """`sampler` is the policy's; `critic`: are there values to be computed of what is played? ConfigError where the
-    thread that plays would need them."""
-    player = PlayerInTurn(cfg, stage, run, envs, policy, sampler)
+def as_asked(stage: PpoConfig, player: "PlayerInTurn", sampler: TrainingSampler, critic: bool) -> Player:
+    """`player`, or one ahead of it, with the same `sampler`; `critic`: are there values to be computed of what is
+    played? ConfigError where the thread that plays would need them."""
     if not stage.staleness:
         return player
     if critic:

@@ -13,7 +13,7 @@ from vlm_agents.outcomes import PANEL
 from vlm_agents.referee import Referee
 from vlm_agents.run import Run, seed_everything
 from vlm_agents.stages.collapse import Collapse
-from vlm_agents.stages.gathering import gather, make_player
+from vlm_agents.stages.gathering import PlayerInTurn, as_asked, gather
 from vlm_agents.stages.learning import (
     Clock,
     TrainingState,
@@ -46,8 +46,11 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
     with (
         training_sampler(cfg, agent, learner, run.path("rollout"), run.world) as sampler,
         open_envs(cfg.env, stage.num_envs, "always", run.world, Referee(cfg.referee, run.path("referee"))) as envs,
-        make_player(
-            cfg, stage, run, envs, make_policy(cfg, "model", sampler), sampler, learner.critic is not None
+        as_asked(
+            stage,
+            PlayerInTurn(cfg, stage, run, envs, make_policy(cfg, "model", sampler), sampler),
+            sampler,
+            critic=learner.critic is not None,
         ) as player,
     ):
         panel = Panel(cfg, stage, run, sampler, learner.whole)
