@@ -176,7 +176,7 @@ def test_four_micro_batches_of_two_are_one_of_eight(echo_run: ComposeRun, tmp_pa
     start = torch.cat([parameter.detach().flatten() for parameter in load(cfg).parameters()])
     assert float((weights - start).abs().max()) > 1e-3
     for other_metrics, other_weights in cut:
-        assert other_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-6)
+        assert other_metrics == pytest.approx(metrics, rel=1e-5, abs=1e-5)  # losses are of order 1 before they cancel
         assert float((weights - other_weights).abs().max()) < 1e-6
 
 

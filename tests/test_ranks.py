@@ -129,7 +129,8 @@ def test_two_ranks_of_zero_3_run_as_one_does(cli: Callable[..., int]) -> None:
     for line, other in zip(found, wanted, strict=True):
         ratios = [one.pop("ppo/ratio_at_start", 1.0) for one in (line, other)]  # the furthest of roundings of 1
         assert ratios == pytest.approx([1.0, 1.0], abs=1e-4)
-        assert line == pytest.approx(other, rel=1e-5, abs=1e-6)
+        # a policy loss is a mean of advantages of order 1 that cancel: what is left of it is their rounding
+        assert line == pytest.approx(other, rel=1e-5, abs=1e-5)
     assert [line["ppo/policy_grad_norm"] > 0.1 for line in found if line.get("ppo/updates")] == [True, True]
     for name, tensor in weights.items():
         assert (its[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
