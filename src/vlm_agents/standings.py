@@ -44,7 +44,7 @@ class Standing:
     better: Interval | None = None  # probability that a run of it scores higher than one of the baseline
     gain: Difference | None = None  # over the baseline
     steps: list[float] = field(default_factory=list)  # env steps to SHARE of the best, of each run; inf: never
-    alike: list[str] = field(default_factory=list)  # labels that it can't be told apart from
+    beats: list[str] = field(default_factory=list)  # labels that are worse, and can be told apart from it
 
     @property
     def scores(self) -> np.ndarray:
@@ -129,13 +129,13 @@ def hold_against(baseline: Standing, standings: Iterable[Standing]) -> None:
 
 
 def tell_apart(standings: Mapping[str, Standing]) -> None:
-    """Note for each label those that it can't be told apart from, all pairs of the game being looked at."""
+    """Note for each label those that it beats, all pairs of the game being looked at."""
     pairs = list(combinations(standings.values(), 2))
     chances = false_discoveries([difference(first.outcomes, second.outcomes).p for first, second in pairs])
     for (first, second), chance in zip(pairs, chances, strict=True):
-        if chance >= ALPHA:
-            first.alike.append(second.label)
-            second.alike.append(first.label)
+        if chance < ALPHA:
+            better, worse = sorted((first, second), key=lambda own: -own.success.mean)
+            better.beats.append(worse.label)
 
 
 def scripted(runs: Iterable[Played]) -> dict[str, Interval]:

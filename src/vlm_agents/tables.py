@@ -107,12 +107,12 @@ def steps_told(own: Standing) -> str:
 
 
 def apart(one: Game) -> str:
-    """Which labels can't be told apart, each pair once."""
-    lines, labels = [], list(one.standings)
-    for index, (label, own) in enumerate(one.standings.items()):
-        if later := [other for other in own.alike if other in labels[index:]]:
-            lines.append(f"* {label} and {', '.join(later)}")
-    return "\n".join(["Can't be told apart:", "", *lines]) if lines else ""
+    """Which labels can be told apart, each pair once, the better one first."""
+    if len(one.standings) < 2:
+        return ""
+    best_first = sorted(one.standings.values(), key=lambda own: -own.success.mean)
+    lines = [f"* {own.label} is better than {', '.join(own.beats)}" for own in best_first if own.beats]
+    return "\n".join(["Told apart, and no other pair:", "", *lines]) if lines else "No two can be told apart."
 
 
 def notes_of(it: Comparison) -> Iterator[str]:
@@ -165,7 +165,7 @@ def rows_as_csv(it: Comparison) -> str:
             row |= ends("better", own.better) if own.better else {}
             row |= {**ends("gain", own.gain), "gain_p": own.gain.p} if own.gain else {}
             row |= {"steps": float(np.median(own.steps)), "seconds": own.seconds, "before": one.before}
-            row |= {"each_run": " ".join(f"{score:.6g}" for score in own.scores), "alike": "; ".join(own.alike)}
+            row |= {"each_run": " ".join(f"{score:.6g}" for score in own.scores), "beats": "; ".join(own.beats)}
             rows.append(row)
         for policy, success in one.scripted.items():
             rows.append({"game": one.name, "label": policy, "seeds": one.seeds, **ends("success", success)})
