@@ -3,10 +3,12 @@
 Every conf/algo on four games, from the weights that ship with the package, until the same number of env steps.
 
 * search: each algorithm at three learning rates on two of the games, fewer steps, with a run seed that no final run
-  has. No held-out seed is played; an algorithm's rate is the one whose last rollouts succeeded most often over both.
+  has; where the lowest is the best, a lower one too. No held-out seed is played; an algorithm's rate is the one whose
+  last rollouts succeeded most often over both.
   Prints the table.
 * final: at that rate, three seeds, and the held-out panel before and after. `python -m vlm_agents.compare
   outputs/algorithms/final` makes the tables and the picture.
+* controls: PPO that plays as few starts as algorithms with groups do, on the games that the search was on.
 * thoughts: PPO by turn at several weights of the thought, and without one, on two games.
 
 A run that is there is not run again, so the command goes on where it was stopped. One core a job.
@@ -33,6 +35,7 @@ GAMES = {
     "doorkey": ("env=minigrid", "env.max_steps=24", "stage.episodes=16"),  # twice what the expert needs
 }
 RATES = (3e-5, 1e-4, 3e-4)
+LOWER = 1e-5
 SEARCHED = ("number_line", "ezpoints")  # in so few steps the others tell rates apart least
 SEARCH_SEED, SEEDS = 100, (0, 1, 2)
 STEPS = {"number_line": 3000, "ezpoints": 3000, "points24": 3000, "doorkey": 4000}  # turns played in training
@@ -51,9 +54,10 @@ SHARED = (
 )
 PANEL = "stage.eval_episodes=100"  # held-out episodes, sampled and greedy, before and after
 THOUGHT_STEPS = 2000
-THOUGHTS = (0, 0.1, 0.3, 0.5, 0.7, 0.9, 1)
-# Turns don't share a row here: a reply is the sequence that the ratio is of.
-CHANGES = {"gspo": ("algo.ratio=turn",)}
+THOUGHTS = (0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1)
+# Turns don't share a row here: a reply is the sequence that the ratio is of. The published range, 3e-4 and 4e-4, is of
+# replies of thousands of tokens; a mean of some 30, as here, varies about ten times as much.
+CHANGES = {"gspo": ("algo.ratio=turn", "algo.clip=3e-3", "algo.clip_high=4e-3")}
 
 
 def training(folder: Path, game: str, algo: str, rate: float, seed: int, steps: int, *words: str) -> Job:
@@ -63,14 +67,31 @@ def training(folder: Path, game: str, algo: str, rate: float, seed: int, steps: 
 
 def searches() -> Iterator[Job]:
     for game, algo, rate in product(SEARCHED, groups()["algo"], RATES):
-        folder = OUT / f"search/{game}/{algo}/{rate:g}"
-        yield training(folder, game, algo, rate, SEARCH_SEED, SEARCH_STEPS, "stage.init=null", "stage.eval_episodes=0")
+        yield search(game, algo, rate)
+
+
+def lower() -> Iterator[Job]:
+    for game, algo in product(SEARCHED, groups()["algo"]):
+        if LOWER in rates_of(algo):
+            yield search(game, algo, LOWER)
+
+
+def search(game: str, algo: str, rate: float) -> Job:
+    folder, words = OUT / f"search/{game}/{algo}/{rate:g}", ("stage.init=null", "stage.eval_episodes=0")
+    return training(folder, game, algo, rate, SEARCH_SEED, SEARCH_STEPS, *words)
 
 
 def finals() -> Iterator[Job]:
     for seed, game, algo in product(SEEDS, GAMES, groups()["algo"]):  # a whole set of one seed first
         folder = OUT / f"final/{game}/{algo}/{seed}"
         yield training(folder, game, algo, best_rate(algo), seed, STEPS[game], "stage.init=null", PANEL)
+
+
+def controls() -> Iterator[Job]:
+    """PPO's credit knows no groups: what it loses by them is what few starts cost."""
+    for seed, game in product(SEEDS, SEARCHED):
+        folder, words = OUT / f"controls/{game}/ppo_in_groups/{seed}", ("algo.group_size=8", "stage.init=null", PANEL)
+        yield training(folder, game, "ppo", best_rate("ppo"), seed, STEPS[game], *words)
 
 
 def thoughts() -> Iterator[Job]:
@@ -105,7 +126,13 @@ def cloned(game: str, prompt: str) -> Job:
 def best_rate(algo: str) -> float:
     """The rate whose rollouts succeeded most often over the last quarter of the search, as a mean over its games:
     of one those are few starts, which differ in how hard they are. The lowest of equals."""
-    return max(RATES, key=lambda rate: found(algo, rate))
+    return max(rates_of(algo), key=lambda rate: found(algo, rate))
+
+
+def rates_of(algo: str) -> tuple[float, ...]:
+    """Those that it is tried at, the lowest first."""
+    best = max(RATES, key=lambda rate: found(algo, rate))
+    return (LOWER, *RATES) if best == RATES[0] else RATES
 
 
 def found(algo: str, rate: float) -> float:
@@ -124,15 +151,16 @@ def searched(folder: Path) -> float:
 
 def rates() -> str:
     """What the search found, as a table."""
-    head = ["algo", *(f"{rate:g}" for rate in RATES), "taken"]
-    return table(
-        head,
-        [[algo, *(f"{found(algo, rate):.3f}" for rate in RATES), f"{best_rate(algo):g}"] for algo in groups()["algo"]],
-    )
+    rows = []
+    for algo in groups()["algo"]:
+        told = {rate: f"{found(algo, rate):.3f}" for rate in rates_of(algo)}
+        rows.append([algo, *(told.get(rate, "") for rate in (LOWER, *RATES)), f"{best_rate(algo):g}"])
+    return table(["algo", *(f"{rate:g}" for rate in (LOWER, *RATES)), "taken"], rows)
 
 
 def main() -> None:
-    if "search" in play_parts(__doc__, {"search": searches, "final": finals, "thoughts": thoughts}):
+    parts = {"search": searches, "lower": lower, "final": finals, "controls": controls, "thoughts": thoughts}
+    if {"search", "lower"} & set(play_parts(__doc__, parts)):
         print(rates())
 
 

@@ -245,8 +245,8 @@ def by_token(played: list[Play], worth: Callable[[Play, int], float]) -> Tensor:
 
 
 def ppo_token(played: list[Play], chained: bool) -> Tensor:
-    """Discount and lambda of tokens are 1: all that is earned from the turn on, and the bootstrap."""
-    return by_token(played, lambda play, t: sum(play.rewards[t:]) + play.bootstrap)
+    """Discount and lambda of tokens are 1: what is earned from the turn on, and the bootstrap, discounted by turn."""
+    return by_token(played, lambda play, t: discounted([*play.rewards[t:], play.bootstrap], 0.98))
 
 
 def bilevel_ppo(played: list[Play], chained: bool) -> Tensor:

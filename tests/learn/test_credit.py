@@ -140,11 +140,12 @@ def advantages_of(
 
 def test_gae_over_tokens_pays_a_turn_with_its_last_token():
     episode = played([1.0, 2.0], lengths=[2, 1], bootstrap=0.5)
-    (found,) = TokenGae(0.5, 0.5)([episode], [np.array([1.0, 2.0, 4.0])], 0.0)
-    # surprises 0 + 0.5*2 - 1 = 0, 1 + 0.5*4 - 2 = 1, 2 + 0.5*0.5 - 4 = -1.75, each plus 0.25 times the next advantage
-    np.testing.assert_allclose(found.advantages, [0.140625, 0.5625, -1.75])
+    (found,) = TokenGae(0.25, 0.5, 0.5)([episode], [np.array([1.0, 2.0, 4.0])], 0.0)
+    # surprises 0 + 0.5*2 - 1 = 0, 1 + 0.25*4 - 2 = 0, 2 + 0.25*0.5 - 4 = -1.875, each plus a half times the next
+    # advantage times the discount in between: 0.5, and 0.25 from one turn to the next
+    np.testing.assert_allclose(found.advantages, [-0.05859375, -0.234375, -1.875])
     assert found.returns is not None
-    np.testing.assert_allclose(found.returns, [1.140625, 2.5625, 2.25])
+    np.testing.assert_allclose(found.returns, [0.94140625, 1.765625, 2.125])
 
 
 def test_gae_over_turns_then_over_the_tokens_of_each():
@@ -258,7 +259,7 @@ def test_utility_guesses_nothing_where_no_critic_is_asked():
 
 def test_utility_is_of_a_turn_where_the_rule_is_of_tokens():
     episode = played([1.0, 2.0], lengths=[2, 1], bootstrap=4.0, ratings=[10, 5])
-    (found,) = WithUtility(TokenGae(1.0, 1.0), 0.5, 0.5)([episode], [np.zeros(3)], 0.25)
+    (found,) = WithUtility(TokenGae(1.0, 1.0, 1.0), 0.5, 0.5)([episode], [np.zeros(3)], 0.25)
     # half of 3, 3, 2, and half of 7, 7, 6
     np.testing.assert_allclose(found.advantages, [5.0, 5.0, 4.0])
 
@@ -321,7 +322,7 @@ def test_gae_is_an_average_of_n_step_returns(parts, bootstrap: float, gamma: flo
     np.testing.assert_allclose(found, slow_gae(rewards, firsts, bootstrap, gamma, lam), rtol=1e-5, atol=1e-5)
     every = [value for _, values in parts for value in values]
     paid = [reward * (place == len(values) - 1) for reward, values in parts for place in range(len(values))]
-    (found,) = advantages_of(TokenGae(gamma, lam), [episode], [every])
+    (found,) = advantages_of(TokenGae(gamma, gamma, lam), [episode], [every])
     np.testing.assert_allclose(found, slow_gae(paid, every, bootstrap, gamma, lam), rtol=1e-5, atol=1e-5)
 
 
@@ -340,6 +341,7 @@ def test_two_levels_are_the_upper_one_where_a_turn_is_a_token(
     rewards, values = [reward for reward, _ in parts], [values[0] for _, values in parts]
     episode = played(rewards, bootstrap=bootstrap)
     by_turn = advantages_of(Gae(gamma, lam), [episode], [values])
+    assert advantages_of(TokenGae(gamma, of_token[0], lam), [episode], [values]) == by_turn
     assert advantages_of(BilevelGae(gamma, lam, *of_token), [episode], [values])[0] == pytest.approx(
         by_turn[0], abs=1e-5
     )

@@ -16,7 +16,7 @@ from vlm_agents.learn.losses import Loss
 
 RULES: Mapping[str, Callable[[AlgoConfig], Rule]] = {
     "gae": lambda algo: credit.Gae(algo.gamma, algo.gae_lambda),
-    "token_gae": lambda algo: credit.TokenGae(algo.token_gamma, algo.token_lambda),
+    "token_gae": lambda algo: credit.TokenGae(algo.gamma, algo.token_gamma, algo.token_lambda),
     "bilevel_gae": lambda algo: credit.BilevelGae(algo.gamma, algo.gae_lambda, algo.token_gamma, algo.token_lambda),
     "returns": lambda algo: credit.Returns(algo.gamma),
     "rloo": lambda algo: credit.OfGroup(algo.gamma, credit.leave_one_out),
@@ -27,7 +27,7 @@ RULES: Mapping[str, Callable[[AlgoConfig], Rule]] = {
 # in by a lambda below 1.
 WARMING: Mapping[str, Callable[[AlgoConfig], Rule]] = {
     "gae": lambda algo: credit.Gae(algo.gamma, 1.0),
-    "token_gae": lambda algo: credit.TokenGae(algo.token_gamma, 1.0),
+    "token_gae": lambda algo: credit.TokenGae(algo.gamma, algo.token_gamma, 1.0),
     "bilevel_gae": lambda algo: credit.BilevelGae(algo.gamma, 1.0, algo.token_gamma, 1.0),
 }
 FILTERS: Mapping[str, Callable[[AlgoConfig], Filter]] = {

@@ -48,20 +48,22 @@ def gae(
     rewards: Sequence[float] | np.ndarray,
     values: Sequence[float] | np.ndarray,
     bootstrap: float,
-    gamma: float,
+    gamma: float | np.ndarray,
     lam: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Advantages and returns [L] of one episode of L turns (Schulman et al. 2016, arXiv 1506.02438).
 
     `values[i]` is the critic's estimate before turn i. `bootstrap` is its estimate after the last turn if the episode
-    was truncated there, and 0 if it terminated: a time-out is no failure.
+    was truncated there, and 0 if it terminated: a time-out is no failure. `gamma` discounts what comes after a turn;
+    [L] where turns differ in that.
     """
     rewards, values = (np.asarray(numbers, dtype=np.float64) for numbers in (rewards, values))
+    gammas = np.broadcast_to(gamma, len(rewards))
     advantages = np.zeros(len(rewards))
     following_advantage, following_value = 0.0, bootstrap
     for turn in reversed(range(len(rewards))):
-        surprise = rewards[turn] + gamma * following_value - values[turn]
-        advantages[turn] = following_advantage = surprise + gamma * lam * following_advantage
+        surprise = rewards[turn] + gammas[turn] * following_value - values[turn]
+        advantages[turn] = following_advantage = surprise + gammas[turn] * lam * following_advantage
         following_value = values[turn]
     return advantages.astype(np.float32), (advantages + values).astype(np.float32)
 
@@ -117,18 +119,23 @@ class Gae:
 
 @dataclass(frozen=True)
 class TokenGae:
-    """GAE over all reply tokens of an episode, one after another; a turn's reward comes with its last token."""
+    """GAE over all reply tokens of an episode, one after another.
+
+    A turn's reward comes with its last token, and `gamma` discounts what comes after that: for one-token turns this is
+    GAE over turns.
+    """
 
     gamma: float
-    lam: float
+    token_gamma: float
+    token_lam: float
     reads: Reads = "tokens"
 
     def __call__(self, episodes: Sequence[Trajectory], values: Sequence[np.ndarray], done: float) -> list[Credit]:
         credit = []
         for episode, its in zip(episodes, values, strict=True):
-            rewards = np.zeros(len(its))
-            rewards[np.cumsum(lengths_of(episode)) - 1] = rewards_of(episode)
-            credit.append(Credit(*gae(rewards, its, episode.bootstrap, self.gamma, self.lam), its))
+            rewards, gammas, last = np.zeros(len(its)), np.full(len(its), self.token_gamma), ends_of(episode)
+            rewards[last], gammas[last] = rewards_of(episode), self.gamma
+            credit.append(Credit(*gae(rewards, its, episode.bootstrap, gammas, self.token_lam), its))
         return credit
 
 
@@ -149,7 +156,7 @@ class BilevelGae:
     def __call__(self, episodes: Sequence[Trajectory], values: Sequence[np.ndarray], done: float) -> list[Credit]:
         credit = []
         for episode, its in zip(episodes, values, strict=True):
-            turns = np.split(its, np.cumsum(lengths_of(episode))[:-1])
+            turns = np.split(its, ends_of(episode)[:-1] + 1)
             first = [turn[0] for turn in turns]
             _, returns = gae(rewards_of(episode), first, episode.bootstrap, self.gamma, self.lam)
             parts = []
@@ -260,6 +267,11 @@ def rewards_of(episode: Trajectory) -> list[float]:
 def lengths_of(episode: Trajectory) -> list[int]:
     """Tokens of each reply."""
     return [len(turn.reply.token_ids) for turn in episode.turns]
+
+
+def ends_of(episode: Trajectory) -> np.ndarray:
+    """[L] where the last token of each reply stands among all of the episode's."""
+    return np.cumsum(lengths_of(episode)) - 1
 
 
 def sampled_values(episodes: Sequence[Trajectory]) -> list[np.ndarray]:
