@@ -257,7 +257,7 @@ COMPARED = "set algo.group_size=8, or another algo="
         (["algo=grpo", "algo.filters=[variance]", "algo.top_p=0"], "algo.top_p=0.0 must lie between 0.01 and 1"),
         (["algo.oversample=0.5"], "algo.oversample=0.5 must be at least 1"),
         # the reference
-        (["algo.kl=k1", "algo.kl_coef=0.1", "model/lora=adapter"], "is no loss: .*Set algo.kl=k3, or .*kl_reward_coef"),
+        (["algo.kl=k1", "algo.kl_coef=0.1", "model/lora=adapter"], "algo.kl=k1 is not one of k2, k3"),
         (["algo.kl_reward_coef=0.1"], "algo.kl_reward_coef > 0 needs a reference policy.*model/lora=adapter"),
         # a row that holds all turns
         (["algo=gspo"], "with prompt.history=.* don't share a row: set prompt.history=full, or algo.ratio=turn"),
@@ -294,6 +294,14 @@ COMPARED = "set algo.group_size=8, or another algo="
         (["algo.awr_beta=2"], f"algo.awr_beta=2.0 .* and that is clip: {UNREAD}"),
         (["algo.awr_cap=2"], f"algo.awr_cap=2.0 .* and that is clip: {UNREAD}"),
         (["algo=grpo", "algo.pool=mean"], f"algo.pool=mean .* and that is token: {UNREAD}"),
+        (["algo.kl=k2"], r"algo.kl=k2 is read with algo.kl_coef > 0 alone, and that is 0.0: set algo.kl=k3"),
+        (["algo.overlong_share=0.1"], f"algo.overlong_share=0.1 is read with algo.overlong_coef > 0 alone, .*{UNREAD}"),
+        (["algo.novelty.lr=1"], f"algo.novelty.lr=1.0 is read with algo.novelty.coef > 0 alone, .*{UNREAD}"),
+        # two discounts; a second pass without a ratio; a critic that would learn nothing
+        (["algo=gigpo", "algo.progress_coef=1"], "algo.credit=gigpo has two, .*: set algo.progress_coef=0"),
+        (["algo=rloo", "algo.epochs=2"], "algo.epochs=2: .*: set algo.epochs=1, or algo.surrogate=clip"),
+        (["algo.value_coef=0"], "algo.value_coef=0.0 must be a positive number"),
+        (["algo=oversample_rank", "algo.dual_clip=1"], "algo.dual_clip=1.0 must be at least 1.01"),
         (["algo.correction_bound=3"], f"algo.correction_bound=3.0 .* and that is none: {UNREAD}"),
         (["algo=grpo", "algo.value_coef=1"], f"algo.value_coef=1.0 .* and that is group: {UNREAD}"),
         (["algo=grpo", "algo.value_warmup=0"], f"algo.value_warmup=0 .* and that is group: {UNREAD}"),
@@ -315,7 +323,7 @@ def test_an_algorithm_that_cannot_work_is_refused_with_what_to_change(
         ["algo=gspo", "env.max_steps=1"],  # one turn is one row
         ["algo=gspo", "algo.ratio=turn"],
         ["algo=grpo", "algo.credit=rloo", "algo.group_std=False"],  # which conf/algo/grpo.yaml sets
-        ["algo.kl=k1", "algo.kl_reward_coef=0.1", "model/lora=adapter"],
+        ["algo.kl=k2", "algo.kl_coef=0.1", "model/lora=adapter"],
         ["algo.filters=[broken,overlong]", "algo.oversample=1.5"],  # of each episode alone
         ["algo.progress_coef=1", "algo.utility_share=0.25"],  # MiniGrid has an expert
     ],

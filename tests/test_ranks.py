@@ -27,7 +27,7 @@ RUN += (
     "algo.count_coef=0.5",
     "hardware.threads=1",
     "tracking=jsonl",
-)  # episodes differ in that bonus
+)  # turns differ in that bonus
 
 
 def free_port() -> int:

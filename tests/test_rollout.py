@@ -302,7 +302,7 @@ def test_a_prompt_that_is_too_long_ends_its_own_episode_only(caplog: pytest.LogC
     assert (long.stop, len(long.turns), long.success) == ("too_long", 2, False)
     assert long.error == "seed 9, turn 2: too many turns"
     assert long.error in caplog.text
-    assert long.bootstrap == 0.5  # the critic's last word: nobody can ask it about what is too long
+    assert long.bootstrap == 0.0  # it failed: nothing comes after
     metrics = summarise([long, *others])
     assert metrics["rollout/too_long_rate"] == metrics["rollout/success"] / 2 == pytest.approx(1 / 3)
     assert metrics["rollout/env_errors"] == 0

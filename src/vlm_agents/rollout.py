@@ -140,9 +140,9 @@ def _settle(envs: EnvPool, active: dict[int, _Episode], policy: Policy) -> None:
     bootstraps = dict(zip(queries, policy.value(list(queries.values())) if queries else (), strict=True))
     for slot in over:
         episode = active.pop(slot)
-        if episode.too_long is not None and episode.turns:  # the last that the critic could be asked
-            bootstraps[slot] = episode.turns[-1].reply.value or 0.0
         stop = _stop(episode)
+        if stop == "time_limit" and episode.too_long is not None:  # the last that the critic could be asked
+            bootstraps[slot] = episode.turns[-1].reply.value or 0.0
         episode.result = Trajectory(
             env=envs.name,
             seed=episode.deal.seed,
@@ -160,7 +160,7 @@ def _stop(episode: _Episode) -> Stop:
     """Why an episode ended. `invalid`: without success, and not one of its replies held a legal action.
 
     An env_error keeps the turns before it, whose outcome is unknown: nothing to train on, nothing to average. What is
-    too long for the model is the policy's own affair: no success, and the turns before it are as good as others.
+    too long for the model is the policy's own affair: a failure, after which nothing comes.
     """
     if episode.broken is not None:
         return "env_error"

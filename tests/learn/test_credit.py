@@ -101,12 +101,13 @@ def test_replies_that_no_model_of_ours_sampled_are_refused(make_turn: MakeTurn, 
 
 def test_figures_of_the_rollout():
     values, returns = np.array([0.0, 0.0, 1.0, 5.0]), np.array([0.0, 2.0, 1.0, 5.0])
-    credit = [Credit(np.full(2, 9.0), returns[part], values[part]) for part in (slice(2), slice(2, 4))]
-    # raw advantages 0, 2, 0, 0 have variance 0.75; returns 0, 2, 1, 5 have variance 3.5; the normalised don't count
+    advantages = np.array([1.0, 3.0, 0.0, 0.0])  # not the returns less the values, as by a lambda below 1
+    credit = [Credit(advantages[part], returns[part], values[part]) for part in (slice(2), slice(2, 4))]
+    # what the critic missed, 0, 2, 0, 0, has variance 0.75, and returns 3.5; advantages (1 + 9) / 4 - 1
     assert figures(credit) == {
         "explained_variance": pytest.approx(1 - 0.75 / 3.5),
-        "advantage_std": pytest.approx(0.75**0.5),
-        "zero_advantage": 0.75,
+        "advantage_std": pytest.approx(1.5**0.5),
+        "zero_advantage": 0.5,
     }
 
 

@@ -104,7 +104,7 @@ def test_a_run_ends_with_its_env_steps(run_stage: RunStage, tmp_path: Path, caps
 
 def test_a_run_goes_on_in_the_middle_as_if_it_had_not_stopped(run_stage: RunStage, tmp_path: Path):
     """What it counts goes on: states that were reached, env steps, iterations in which nothing was to be learned."""
-    words = ("algo.filters=[reward]", "algo.count_coef=0.1", "stage.iterations=9", "stage.env_steps=30")
+    words = ("algo.filters=[rank]", "algo.count_coef=0.1", "stage.iterations=9", "stage.env_steps=30")
     words = (*SMALL, *words, "stage.eval_episodes=1", "stage.checkpoint_every=1", "stage.keep_checkpoints=9")
     run_stage(tmp_path, *words)
     whole = lines(tmp_path)

@@ -29,7 +29,7 @@ class NoveltyConfig(Part, place="algo.novelty"):
     """The novelty bonus: a second adapter predicts an episode's actions from its first picture."""
 
     coef: float = setting(0.0, "reward for a nat of surprise; 0: no predictor; needs model.lora", low=0)
-    lr: float = setting(1e-3, "learning rate of the predictor", low=0)
+    lr: float = setting(1e-3, "learning rate of the predictor", low=0, only=("coef", ()))
 
     def check(self, run: "RunConfig") -> None:
         if self.coef > 0 and run.model.lora is None:
@@ -88,7 +88,11 @@ class AlgoConfig(Part, place="algo"):
     )
     overlong_coef: float = setting(0.0, "penalty of a reply as long as prompt.max_reply_tokens", low=0)
     overlong_share: float = setting(
-        0.25, "last share of prompt.max_reply_tokens over which that penalty rises from 0", low=0.01, high=1
+        0.25,
+        "last share of prompt.max_reply_tokens over which that penalty rises from 0",
+        low=0.01,
+        high=1,
+        only=("overlong_coef", ()),
     )
     kl_reward_coef: float = setting(
         0.0, "penalty for a nat of log-ratio to the policy that training started from; needs model.lora", low=0
@@ -154,7 +158,7 @@ class AlgoConfig(Part, place="algo"):
     dual_clip: float | None = setting(
         None,
         "ratios of bad replies count up to this at most; null: without bound",
-        low=1,
+        low=1.01,
         only=("surrogate", ("clip",)),
     )
     awr_beta: float = setting(1.0, "temperature of the advantage", positive=True, only=("surrogate", ("awr",)))
@@ -179,16 +183,18 @@ class AlgoConfig(Part, place="algo"):
     )
     entropy_coef: float = setting(0.0, "weight of the token entropy, as a bonus", low=0)
     turn_entropy: float = setting(
-        0.1, "nats a token that a learned temperature is drawn towards; needs model.temperature_head"
+        0.1,
+        "nats a token that a learned temperature is drawn towards; needs model.temperature_head",
+        only=("turn_entropy_coef", ()),
     )
     turn_entropy_coef: float = setting(
         0.0, "how strongly a learned temperature is drawn towards turn_entropy; needs model.temperature_head", low=0
     )
     kl_coef: float = setting(0.0, "penalty towards the policy that training started from; needs model.lora", low=0)
-    kl: str = setting("k3", "estimator of that KL", choices=Literal["k1", "k2", "k3"])
+    kl: str = setting("k3", "estimator of that KL", choices=Literal["k2", "k3"], only=("kl_coef", ()))
 
     # ---- critic ----
-    value_coef: float = setting(0.5, "weight of the critic's loss", low=0, only=WITH_CRITIC)
+    value_coef: float = setting(0.5, "weight of the critic's loss", positive=True, only=WITH_CRITIC)
     value_warmup: int = setting(1, "first iterations, in which the critic's head alone learns", low=0, only=WITH_CRITIC)
     value_epochs: int = setting(
         10,
@@ -245,10 +251,15 @@ class AlgoConfig(Part, place="algo"):
                 f"{compared[0]} compares the plays of one start, and algo.group_size=1 plays each start once: set "
                 "algo.group_size=8, or another algo="
             )
-        if self.kl == "k1" and self.kl_coef > 0:
+        if self.surrogate == "reinforce" and self.epochs > 1:
             raise ConfigError(
-                "algo.kl=k1 is no loss: its gradient is 0 in the mean, so algo.kl_coef would hold nothing back. Set "
-                "algo.kl=k3, or take it as a reward, algo.kl_reward_coef"
+                f"algo.epochs={self.epochs}: algo.surrogate=reinforce has no ratio by which a second pass would know "
+                "that the policy has moved: set algo.epochs=1, or algo.surrogate=clip"
+            )
+        if self.credit == "gigpo" and self.progress_coef > 0:
+            raise ConfigError(
+                "algo.progress_coef > 0 keeps the best policy what it was under one discount alone, and "
+                "algo.credit=gigpo has two, of an episode none and of a step algo.gamma: set algo.progress_coef=0"
             )
         if not (self.filters or self.factory) and (self.oversample > 1 or self.waves > 1):
             raise ConfigError(

@@ -56,7 +56,8 @@ class Setting:
     reason: str = ""  # added to what a refused value is told
     bring_in: str = ""  # of a part that is off by default: how to have it
     may_change: bool = False  # a resumed run may have it different, as it changes nothing in what the run does
-    only: tuple[str, tuple[str, ...]] | None = None  # (another setting of the part, what that is where this is read)
+    # (another setting of the part, what that is where this is read; empty: any number above 0)
+    only: tuple[str, tuple[str, ...]] | None = None
 
     def check(self, name: str, value: Any) -> None:
         """ConfigError, which calls the setting `name`, for a value that the rules don't allow."""
@@ -72,7 +73,7 @@ class Setting:
     @property
     def allowed(self) -> str:
         """The rules in a few characters: `>= 0`, `full, agent`, `with credit=gae`; empty where there are none."""
-        readers = f"with {self.only[0]}={' or '.join(self.only[1])}" if self.only else ""
+        readers = f"with {_needed(*self.only)}" if self.only else ""
         return "; ".join(filter(None, (self._values, readers)))
 
     @property
@@ -117,16 +118,21 @@ class Part:
 
         It may have been set by the YAML that was chosen, so that leaving it out wouldn't do.
         """
-        chosen = getattr(self, other)
-        if not set(readers) & set(chosen if isinstance(chosen, list) else [chosen]):
+        value, chosen = getattr(self, name), getattr(self, other)
+        read = set(readers) & set(chosen if isinstance(chosen, list) else [chosen]) if readers else chosen > 0
+        if not read:
+            name, needed = dotted(type(self), name), _needed(dotted(type(self), other), readers)
             raise ConfigError(
-                f"{dotted(type(self), name)}={getattr(self, name)} is read with {dotted(type(self), other)}="
-                f"{' or '.join(readers)} alone, and that is {chosen}: set {dotted(type(self), name)}="
+                f"{name}={value} is read with {needed} alone, and that is {chosen}: set {name}="
                 f"{'null' if default is None else default}, or change the other"
             )
 
     def check(self, run: "RunConfig") -> None:
         """ConfigError where the rest of the run doesn't go with this part. Called once the run is whole."""
+
+
+def _needed(other: str, readers: tuple[str, ...]) -> str:
+    return f"{other}={' or '.join(readers)}" if readers else f"{other} > 0"
 
 
 def dotted(part: type[Part], name: str) -> str:

@@ -120,4 +120,5 @@ def _surrogate(algo: AlgoConfig) -> Loss:
     if algo.correction == "none":
         return loss
     kind: Literal["truncate", "mask"] = "truncate" if algo.correction == "truncate" else "mask"
-    return losses.corrected(loss, kind, algo.correction_bound, unit, pool)
+    # a mean over a row hardly differs from 1 whatever its tokens do: its tokens are weighted each alone
+    return losses.corrected(loss, kind, algo.correction_bound, "token" if pool == "mean" else unit)

@@ -337,15 +337,15 @@ def explained_variance(values: np.ndarray, returns: np.ndarray) -> float:
 
 
 def figures(credit: Sequence[Credit]) -> dict[str, float]:
-    """What credit says, before any update. Raw advantages: normalised ones hide their size."""
+    """What credit says, before any update: of advantages as they are before they are normalised, which hides their
+    size."""
+    found: dict[str, float] = {}
     with_critic = [(one.values, one.returns) for one in credit if one.values is not None and one.returns is not None]
     if with_critic:
         values, returns = (np.concatenate(arrays) for arrays in zip(*with_critic, strict=True))
-        foreseen = {"explained_variance": explained_variance(values, returns)}
-    else:
-        returns, foreseen = np.concatenate([one.advantages for one in credit]), {}
-        values = np.zeros_like(returns)
-    return foreseen | {
-        "advantage_std": float((returns - values).std()),
-        "zero_advantage": float(np.isclose(returns, values, atol=1e-6).mean()),  # share of turns that teach nothing
+        found["explained_variance"] = explained_variance(values, returns)
+    advantages = np.concatenate([one.advantages for one in credit])
+    return found | {
+        "advantage_std": float(advantages.std()),
+        "zero_advantage": float((np.abs(advantages) <= 1e-6).mean()),  # share of turns that teach nothing
     }

@@ -3,10 +3,8 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from vlm_agents.learn.batches import Shares
-from vlm_agents.learn.losses import Estimator
 from vlm_agents.learn.samples import build
 from vlm_agents.learn.shaping import Metrics, Shaper, with_bonuses
 from vlm_agents.learn.update import read_once
@@ -15,12 +13,14 @@ from vlm_agents.types import Trajectory
 
 
 class KlReward(Shaper):
-    """Takes `coef` times the estimate of KL(sampler || reference), summed over a turn's tokens, off its reward."""
+    """Takes `coef` times log(sampler/reference), summed over a turn's tokens, off its reward.
 
-    def __init__(
-        self, model: ActorCritic, renderer: Renderer, coef: float, estimator: Estimator, shares: Shares
-    ) -> None:
-        self.model, self.renderer, self.coef, self.estimator, self.shares = model, renderer, coef, estimator, shares
+    That is the estimator of the KL called k1: what the reference would have said more often is paid for. The others
+    (k2, k3) charge all that differs, in whichever direction: as rewards they push away from the reference.
+    """
+
+    def __init__(self, model: ActorCritic, renderer: Renderer, coef: float, shares: Shares) -> None:
+        self.model, self.renderer, self.coef, self.shares = model, renderer, coef, shares
 
     def reward(self, trajectories: Sequence[Trajectory]) -> tuple[list[Trajectory], Metrics]:
         samples = build(trajectories, self.renderer, thought_coef=1.0)
@@ -28,8 +28,7 @@ class KlReward(Shaper):
             return list(trajectories), {}
         with self.model.reference():
             found = read_once(self.model, samples, [range(len(samples))], self.shares)
-        log_ratios = np.concatenate(found) - np.concatenate([sample.behaviour for sample in samples])
-        tokens = self.estimator(torch.from_numpy(log_ratios)).numpy()
+        tokens = np.concatenate([sample.behaviour for sample in samples]) - np.concatenate(found)
         lengths = [len(turn.reply.token_ids) for one in trajectories for turn in one.turns]
         turns = np.add.reduceat(tokens, np.cumsum([0, *lengths[:-1]]))
         ends = np.cumsum([len(one.turns) for one in trajectories])

@@ -41,13 +41,8 @@ def pooled_mean(per_token: Tensor, unit: Tensor) -> Tensor:
     return pooled_sum(per_token, unit) / torch.bincount(unit)[unit]
 
 
-def k1(log_ratio: Tensor) -> Tensor:
-    """KL(p || q) from log q - log p on samples of p: unbiased, and of either sign (joschu.net/blog/kl-approx)."""
-    return -log_ratio
-
-
 def k2(log_ratio: Tensor) -> Tensor:
-    """The same: biased, never negative."""
+    """KL(p || q) from log q - log p on samples of p: biased, never negative (joschu.net/blog/kl-approx)."""
     return 0.5 * log_ratio.square()
 
 
@@ -56,7 +51,7 @@ def k3(log_ratio: Tensor) -> Tensor:
     return torch.expm1(log_ratio) - log_ratio
 
 
-ESTIMATORS: Mapping[str, Estimator] = {"k1": k1, "k2": k2, "k3": k3}
+ESTIMATORS: Mapping[str, Estimator] = {"k2": k2, "k3": k3}
 
 
 def clipped(
@@ -119,8 +114,8 @@ def advantage_weighted(beta: float, cap: float, unit: Unit = "turn", pool: Pool 
     return loss
 
 
-def corrected(inner: Loss, kind: Literal["truncate", "mask"], bound: float, unit: Unit, pool: Pool) -> Loss:
-    """`inner` times old over behaviour probability, of the unit that `inner` has: for the policy that is trained isn't
+def corrected(inner: Loss, kind: Literal["truncate", "mask"], bound: float, unit: Unit) -> Loss:
+    """`inner` times old over behaviour probability of a token, a turn or a row: for the policy that is trained isn't
     quite the one that sampled.
 
     Truncated at `bound` (truncated importance sampling), or 0 where it isn't within 1/bound to bound (masked). Seen
@@ -130,7 +125,7 @@ def corrected(inner: Loss, kind: Literal["truncate", "mask"], bound: float, unit
     def loss(scores: Scores, targets: Targets) -> Term:
         term = inner(scores, targets)
         drift = targets.old - targets.behaviour
-        weight = _pooled(drift, targets, unit, pool).exp()
+        weight = _pooled(drift, targets, unit, "sum").exp()
         outside = (weight > bound) | (weight < 1 / bound)
         weight = weight.clamp(max=bound) if kind == "truncate" else weight.masked_fill(outside, 0.0)
         return Term(weight * term.loss, {**term.seen, "correction": weight})
@@ -183,7 +178,8 @@ def reference_kl(estimator: Estimator) -> Loss:
     """KL(policy || reference), whose estimator's gradient is followed as it is.
 
     By k3 that in a log-prob is 1 - reference/policy: positive, so lowered by descent, where the policy is above. k2's
-    is log(policy/reference), in the mean that of the KL itself. k1's is 1 whatever the policy: no loss.
+    is log(policy/reference), in the mean that of the KL itself. k1, log(policy/reference), is no loss: its gradient is
+    1 whatever the policy.
     """
 
     def loss(scores: Scores, targets: Targets) -> Term:

@@ -57,7 +57,8 @@ class TurnShaper(Shaper):
 
 
 class CountBonus(Shaper):
-    """`coef / sqrt(n)` for reaching a state for the n-th time in this run, by `state_key`.
+    """`coef / sqrt(n)` for reaching a state for the n-th time, by `state_key`: in what the run played before, and in
+    the episode itself. What others reach that are played beside it doesn't count yet: equal plays earn the same.
 
     TrainingError where an env names no states.
     """
@@ -67,17 +68,25 @@ class CountBonus(Shaper):
         self.counts: Counter[str] = Counter()
 
     def reward(self, trajectories: Sequence[Trajectory]) -> tuple[list[Trajectory], Metrics]:
-        return [with_bonuses(one, "count", [self._reach(one, turn) for turn in one.turns]) for one in trajectories], {}
+        shaped, reached = [], Counter[str]()
+        for one in trajectories:
+            own, bonuses = Counter[str](), []
+            for turn in one.turns:
+                own[key := self._key(one, turn)] += 1
+                bonuses.append(self.coef / math.sqrt(self.counts[key] + own[key]))
+            reached += own
+            shaped.append(with_bonuses(one, "count", bonuses))
+        self.counts += reached
+        return shaped, {}
 
-    def _reach(self, episode: Trajectory, turn: Turn) -> float:
-        key = turn.step.observation.state_key
-        if not key:
-            raise TrainingError(
-                f"{episode.env} names no states (state_key is empty), and algo.count_coef counts them: set "
-                "algo.count_coef=0"
-            )
-        self.counts[key] += 1
-        return self.coef / math.sqrt(self.counts[key])
+    @staticmethod
+    def _key(episode: Trajectory, turn: Turn) -> str:
+        if key := turn.step.observation.state_key:
+            return key
+        raise TrainingError(
+            f"{episode.env} names no states (state_key is empty), and algo.count_coef counts them: set "
+            "algo.count_coef=0"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {"counts": dict(self.counts)}

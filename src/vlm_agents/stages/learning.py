@@ -19,7 +19,6 @@ from vlm_agents.learn.algorithm import make_algorithm
 from vlm_agents.learn.batches import Shares
 from vlm_agents.learn.kl_reward import KlReward
 from vlm_agents.learn.learner import Learner
-from vlm_agents.learn.losses import ESTIMATORS
 from vlm_agents.learn.novelty import Novelty
 from vlm_agents.learn.shaping import CountBonus, Shaper, TurnShaper, overlong, progress, tools, unreadable
 from vlm_agents.models import Agent, HFSampler
@@ -54,7 +53,7 @@ def make_learner(
     }
     shapers |= {name: TurnShaper(name, bonuses) for name, (coef, bonuses) in by_turn.items() if coef}
     if algo.kl_reward_coef:
-        shapers["kl"] = KlReward(agent, agent.renderer, algo.kl_reward_coef, ESTIMATORS[algo.kl], shares)
+        shapers["kl"] = KlReward(agent, agent.renderer, algo.kl_reward_coef, shares)
     if algo.novelty.coef:
         from vlm_agents.models.action_predictor import AdapterPredictor  # peft: seconds saved without an adapter
 
