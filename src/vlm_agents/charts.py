@@ -1,63 +1,90 @@
-"""The picture of a comparison: a column a game, above how its labels learned, below where they ended."""
+"""The picture of a comparison: a column a game, above how its labels learned, where that is known, below where they
+ended."""
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps, rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from vlm_agents.intervals import bands
-from vlm_agents.standings import Game, curve
+from vlm_agents.standings import Game, Standing, curve
 
 POINTS = 200  # of a curve's mean
 FEW = 6  # labels whose bands can still be told apart
+BAR: dict[str, Any] = {"linewidth": 5, "alpha": 0.35, "solid_capstyle": "butt"}
+MEAN: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 6}
+RUN: dict[str, Any] = {"linestyle": "", "marker": ".", "markersize": 4}
+GREEDY: dict[str, Any] = {**MEAN, "markerfacecolor": "none"}
 STYLES = "--", ":", "-.", (0, (1, 4))
 
 
 @rc_context({"text.parse_math": False})  # a name with dollars is no formula
 def picture(games: Sequence[Game], references: Mapping[str, float]) -> bytes:
-    """A PNG. Bands, where there are few labels, are 95 % bootstrap intervals over runs, bars those of the interquartile
-    mean; `references` are others' figures, a dashed line each."""
+    """A PNG. Bands, where there are few labels, are 95 % bootstrap intervals over runs. Bars are those of the
+    interquartile mean, with a dot for it, a small one for each run and a ring for the mean of greedy play. Lines are
+    what was before training, and `references`, others' figures, dashed."""
     labels = list(dict.fromkeys(label for game in games for label in game.standings))
     wheel = colormaps["tab10"]
     colours = {label: wheel(index % wheel.N) for index, label in enumerate(labels)}
     dashes = {label: "--" if index // wheel.N % 2 else "-" for index, label in enumerate(labels)}
-    height = 3 + 0.6 + 0.25 * len(labels)
-    figure = Figure(figsize=(1.5 + 4 * len(games), height), layout="constrained")
-    axes = figure.subplots(2, len(games), squeeze=False, height_ratios=[3, 0.6 + 0.25 * len(labels)])
-    for column, game in enumerate(games):
-        learning, ends = axes[0][column], axes[1][column]
-        for standing in game.standings.values():
-            own = [curve(run, game.window) for run in standing.runs]
-            draw_curves(
-                learning,
-                [one for one in own if len(one[0])],
-                colours[standing.label],
-                dashes[standing.label],
-                len(labels) <= FEW,
-            )
-        for (name, value), style in zip(references.items(), STYLES * len(references), strict=False):
-            # behind a blank, for matplotlib has no label that begins with _ in a legend
-            learning.axhline(value, color="grey", linestyle=style, linewidth=1, label=f" {name}")
-        if references:
-            learning.legend(fontsize=7)
-        learning.set(title=game.name, xlabel="env steps in training")
+    lines: dict[str, Artist] = {}
+    curves = [
+        {
+            label: [one for one in (curve(run, game.window) for run in standing.runs) if len(one[0])]
+            for label, standing in game.standings.items()
+        }
+        for game in games
+    ]
+    heights = [3.0] * any(own for those in curves for own in those.values()) + [0.6 + 0.25 * len(labels)]
+    figure = Figure(figsize=(1.5 + 4 * len(games), sum(heights) + 0.4), layout="constrained")
+    axes = figure.subplots(len(heights), len(games), squeeze=False, height_ratios=heights)
+    for column, (game, those) in enumerate(zip(games, curves, strict=True)):
+        axes[0][column].set_title(game.name)
+        if len(heights) > 1:
+            for label, own in those.items():
+                draw_curves(axes[0][column], own, colours[label], dashes[label], len(labels) <= FEW)
+            axes[0][column].set_xlabel("env steps in training")
+        ends = axes[-1][column]
         for row, label in enumerate(labels):
             if label in game.standings:
-                mean, low, high = game.standings[label].iqm
-                bar = {"linewidth": 5, "alpha": 0.45, "solid_capstyle": "butt", "dash_capstyle": "butt"}
-                ends.plot([low, high], [row, row], dashes[label], color=colours[label], **bar)
-                ends.plot([mean], [row], "o", color=colours[label], markersize=4)
+                draw_end(ends, row, game.standings[label], colours[label])
+        known = {} if game.before is None else {"before training": game.before}
+        styles = ["-"] * len(known) + [*STYLES] * len(references)
+        for (name, value), style in zip([*known.items(), *references.items()], styles, strict=False):
+            lines[name] = ends.axvline(value, color="grey", linestyle=style, linewidth=1)
         ends.set(xlabel="success, held-out seeds", yticks=range(len(labels)), yticklabels=labels if column == 0 else [])
         ends.set_ylim(len(labels) - 0.5, -0.5)
         for tick, label in zip(ends.get_yticklabels(), labels, strict=True) if column == 0 else ():
             tick.set_color(colours[label])
-    axes[0][0].set_ylabel("success")
+    if len(heights) > 1:
+        axes[0][0].set_ylabel("success")
+    shapes = {
+        "95 % interval": Line2D([], [], color="grey", **BAR),
+        "mean": Line2D([], [], color="grey", **MEAN),
+        "a run": Line2D([], [], color="grey", **RUN),
+        "greedy": Line2D([], [], color="grey", **GREEDY),
+    }
+    # behind a blank, for matplotlib has no label that begins with _ in a legend
+    names = [f" {name}" for name in [*shapes, *lines]]
+    figure.legend([*shapes.values(), *lines.values()], names, loc="outside lower center", ncols=len(names), fontsize=8)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
     return file.getvalue()
+
+
+def draw_end(axis: Axes, row: int, its: Standing, colour: tuple[float, ...]) -> None:
+    mean, low, high = its.iqm
+    axis.plot([low, high], [row, row], color=colour, **BAR)
+    axis.plot(its.scores, [row] * len(its.runs), color=colour, **RUN)
+    axis.plot([mean], [row], color=colour, **MEAN)
+    if (greedy := its.mean("eval/success_greedy")) is not None:
+        axis.plot([greedy], [row], color=colour, **GREEDY)
 
 
 def draw_curves(

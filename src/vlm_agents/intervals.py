@@ -81,7 +81,7 @@ def of_these_runs(outcomes: np.ndarray) -> Interval:
 
 
 def difference(first: np.ndarray, second: np.ndarray) -> Difference:
-    """Mean of the second kind minus the first, paired by held-out seed.
+    """Mean of the second kind minus the first, from -1 to 1, paired by held-out seed.
 
     Runs and seeds both vary, so both are clusters (two-way, Cameron, Gelbach and Miller 2011): the variance between
     runs, plus that of the differences between seeds, minus the noise of single episodes, which is in both. Student's t
@@ -106,7 +106,8 @@ def difference(first: np.ndarray, second: np.ndarray) -> Difference:
         return Difference(mean, mean, mean, float(mean == 0))
     freedom = variance**2 / sum(part**2 / free for part, free in parts)
     spread = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * variance**0.5
-    return Difference(mean, mean - spread, mean + spread, float(2 * stats.t.sf(abs(mean) / variance**0.5, freedom)))
+    low, high = max(mean - spread, -1.0), min(mean + spread, 1.0)
+    return Difference(mean, low, high, float(2 * stats.t.sf(abs(mean) / variance**0.5, freedom)))
 
 
 def false_discoveries(values: Sequence[float]) -> list[float]:

@@ -30,6 +30,8 @@ from vlm_agents.sweeps import Played
 WINDOW = 256  # training episodes that one point of a learning curve is the mean of, at least; of short runs see Game
 SHARE = 0.9  # of the best label's success: what "steps to 90 %" reaches
 ALPHA = 0.05
+GREEDY_BEFORE = "eval/success_greedy_before"
+FEW = 3  # runs; of fewer, differences are found where there are none (docs/compare.md)
 
 
 @dataclass
@@ -43,7 +45,8 @@ class Standing:
     replicates: np.ndarray
     better: Interval | None = None  # probability that a run of it scores higher than one of the baseline
     gain: Difference | None = None  # over the baseline
-    steps: list[float] = field(default_factory=list)  # env steps to SHARE of the best, of each run; inf: never
+    # env steps to SHARE of the best, of each run; inf: never. Empty where nobody knows
+    steps: list[float] = field(default_factory=list)
     beats: list[str] = field(default_factory=list)  # labels that are worse, and can be told apart from it
 
     @property
@@ -79,6 +82,7 @@ class Game:
     seeds: int
     standings: dict[str, Standing]
     before: float | None  # success before training, mean over the runs that know theirs
+    greedy_before: float | None
     scripted: dict[str, Interval]  # success of random play and of the expert
     window: float  # training episodes of a point of all its curves: WINDOW, or half of the shortest run
 
@@ -113,10 +117,13 @@ def game(name: str, runs: Sequence[Played], baseline: str, rng: np.random.Genera
         hold_against(standings[baseline], standings.values())
     tell_apart(standings)
     before = [np.mean(list(run.solved_before.values())) for run in runs if run.solved_before]
+    greedy = [run.metrics[GREEDY_BEFORE] for run in runs if GREEDY_BEFORE in run.metrics]
     window = min([WINDOW, *(episodes / 2 for run in runs if (episodes := trained_on(run)))])
-    one = Game(name, len(seeds), standings, float(np.mean(before)) if before else None, scripted(runs), window)
-    for standing in standings.values():
-        standing.steps = [steps_to(one.target, run, window) for run in standing.runs]
+    began, began_greedy = (float(np.mean(some)) if some else None for some in (before, greedy))
+    one = Game(name, len(seeds), standings, began, began_greedy, scripted(runs), window)
+    if all(map(watched, runs)) and one.target > (began or 0):
+        for standing in standings.values():
+            standing.steps = [steps_to(one.target, run) for run in standing.runs]
     return one
 
 
@@ -130,7 +137,7 @@ def hold_against(baseline: Standing, standings: Iterable[Standing]) -> None:
 
 def tell_apart(standings: Mapping[str, Standing]) -> None:
     """Note for each label those that it beats, all pairs of the game being looked at."""
-    pairs = list(combinations(standings.values(), 2))
+    pairs = list(combinations((own for own in standings.values() if len(own.runs) >= FEW), 2))
     chances = false_discoveries([difference(first.outcomes, second.outcomes).p for first, second in pairs])
     for (first, second), chance in zip(pairs, chances, strict=True):
         if chance < ALPHA:
@@ -155,9 +162,15 @@ def trained_on(run: Played) -> int:
     return run.settings["stage.episodes"] * sum("rollout/success" in record for record in run.history.values())
 
 
+def watched(run: Played) -> bool:
+    """Was the panel played in between, not only before and after?"""
+    return run.settings["stage.name"] == "ppo" and sum("eval/success" in record for record in run.history.values()) > 2
+
+
 def curve(run: Played, window: float = WINDOW) -> tuple[np.ndarray, np.ndarray]:
     """Env steps played in training, and success: on the panel where it was played in between, else of the training
-    episodes, each point the mean over the last iterations that hold `window` of them. Empty for an evaluation."""
+    episodes, each point the mean over the last iterations that hold `window` of them. Empty for an evaluation, and
+    where training plays groups: so few starts differ in how hard they are more than a policy changes."""
     total, at, panel, training = 0.0, [], [], []
     for record in run.history.values():
         if {"rollout/episode_length", "rollout/success"} <= record.keys():
@@ -167,26 +180,27 @@ def curve(run: Played, window: float = WINDOW) -> tuple[np.ndarray, np.ndarray]:
             training.append(record["rollout/success"])
         if "eval/success" in record:
             panel.append((total, record["eval/success"]))
-    if run.settings["stage.name"] != "ppo":
-        return np.empty(0), np.empty(0)
-    if len(panel) > 2:  # more than before and after
+    if watched(run):
         return np.array([step for step, _ in panel]), np.array([success for _, success in panel])
+    if run.settings["stage.name"] != "ppo" or run.settings.get("algo.group_size", 1) > 1:
+        return np.empty(0), np.empty(0)
     width = min(math.ceil(window / run.settings["stage.episodes"]), len(training))
     means = np.convolve(training, np.full(width, 1 / width), "valid") if width else np.empty(0)
     return np.array(at[max(0, width - 1) :]), means
 
 
-def steps_to(target: float, run: Played, window: float = WINDOW) -> float:
+def steps_to(target: float, run: Played) -> float:
     """Env steps until the run's curve reaches `target`; inf where it never does."""
-    steps, success = curve(run, window)
-    reached = np.flatnonzero(success >= target - 1e-9) if target > 0 else []
+    steps, success = curve(run)
+    reached = np.flatnonzero(success >= target - 1e-9)
     return float(steps[reached[0]]) if len(reached) else math.inf
 
 
 # ---- over all games --------------------------------------------------------------------------------------------------
 def ranking(games: Sequence[Game]) -> list[Place]:
-    """The labels that played every game, the best first. Each game's success counts from what it was before training (0
-    where nobody knows) to 1; a game that was solved before tells nothing."""
+    """The labels that played every game, the best first, by the mean over games of the interquartile mean over runs:
+    over both at once it would leave out the games in which a label is best and worst. Each game's success counts from
+    what it was before training (0 where nobody knows) to 1; a game that was solved before tells nothing."""
     games = [one for one in games if one.before is None or one.before < 1]
     labels = [label for label in (games[0].standings if games else ()) if all(label in one.standings for one in games)]
     if not labels:
@@ -194,9 +208,8 @@ def ranking(games: Sequence[Game]) -> list[Place]:
     scores, replicates = [], []
     for label in labels:
         pooled = [(one.standings[label], one.before or 0.0) for one in games]
-        scores.append(iqm(np.concatenate([(own.scores - start) / (1 - start) for own, start in pooled])))
-        drawn = [(own.replicates - start) / (1 - start) for own, start in pooled]
-        replicates.append(iqm(np.concatenate(drawn, axis=1)))
+        scores.append(np.mean([(iqm(own.scores) - start) / (1 - start) for own, start in pooled]))
+        replicates.append(np.mean([(iqm(own.replicates) - start) / (1 - start) for own, start in pooled], axis=0))
     drawn, places = np.stack(replicates, axis=1), ranks(np.array(scores))
     drawn_ranks = ranks(drawn)
     found = [

@@ -3,18 +3,22 @@
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
 
+from vlm_agents.intervals import Interval
 from vlm_agents.run import commit
-from vlm_agents.standings import Game, Place, Standing
+from vlm_agents.standings import FEW, Game, Place, Standing
 from vlm_agents.sweeps import Played
 
 SCORE = "{:.3f} [{:.3f}, {:.3f}]"
 GAIN = "{:+.3f} [{:+.3f}, {:+.3f}]"
+MANY = 5  # runs; of fewer, a bootstrap over pairs of runs has no width to speak of
 
 
 @dataclass
@@ -33,10 +37,11 @@ class Comparison:
 
 # ---- as Markdown -----------------------------------------------------------------------------------------------------
 def markdown(it: Comparison) -> str:
-    commits = sorted({name for run in it.runs if (name := read_commit(run.folder))})
+    commits = Counter(read_commit(run.folder) for run in it.runs)
     facts = [f"`{it.command}`", f"commit {commit()[:12] + commit()[40:]}" if commit() else "", f"{len(it.runs)} runs"]
-    if commits:
-        facts.append(f"made by commit {', '.join(name[:12] + name[40:] for name in commits)}")
+    if any(commits):
+        told = [f"{count} by {name[:12] + name[40:] or 'an unknown one'}" for name, count in commits.most_common()]
+        facts.append(f"made by commit: {', '.join(told)}")
     parts = ["# Comparison", ", ".join(filter(None, facts))]
     if len(it.places) > 1:
         rows = [
@@ -46,7 +51,10 @@ def markdown(it: Comparison) -> str:
         where = f"over {len(it.games)} games" if len(it.games) > 1 else "in one game"
         parts += [f"## Ranking {where}", table(["label", "runs", "rank", "score"], rows)]
     for one in it.games:
-        parts += [f"## {one.name}", told_of(one), table(heads(it.baseline), rows_of(one, it)), apart(one)]
+        rows = [heads(it.baseline), *rows_of(one, it)]
+        told = [any(cells) for cells in zip(*rows[1:], strict=True)]  # the columns in which anything stands
+        first, *others = (list(compress(row, told)) for row in rows)
+        parts += [f"## {one.name}", told_of(one), table(first, others), apart(one)]
     if notes := list(notes_of(it)):
         parts += ["## Notes", "\n".join(f"* {note}" for note in notes)]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -66,26 +74,30 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def told_of(one: Game) -> str:
-    was = f"; before training {one.before:.3f}" if one.before is not None else ""
-    return f"{one.seeds} held-out seeds{was}; steps are those to a success of {one.target:.3f}"
+    known = any(own.steps for own in one.standings.values())
+    return f"{one.seeds} held-out seeds" + (f"; steps are those to a success of {one.target:.3f}" if known else "")
 
 
 def rows_of(one: Game, it: Comparison) -> Iterator[list[str]]:
-    """A line for each label; random play stands before them, and the expert and other people's figures behind."""
+    """A line for each label; random play and the start stand before them, and the expert and other people's figures
+    behind."""
     empty = len(heads("")) - 3
     if "random" in one.scripted:
         yield ["random", "", SCORE.format(*one.scripted["random"]), *[""] * empty]
+    if one.before is not None:
+        yield ["before training", "", f"{one.before:.3f}", "", figure(one.greedy_before), *[""] * (empty - 2)]
+    against = len(one.standings[it.baseline].runs) if it.baseline in one.standings else 0
     for own in one.standings.values():
         yield [
             own.label,
             str(len(own.runs)),
             SCORE.format(*own.success),
-            SCORE.format(*own.iqm),
+            SCORE.format(*own.iqm) if len(own.runs) > 3 else "",  # of fewer it is their mean, which stands there
             figure(own.mean("eval/success_greedy")),
             " ".join(f"{score:.3f}" for score in own.scores),
             figure(own.mean("eval/return")),
             figure(own.mean("eval/positive_return")),
-            SCORE.format(*own.better) if own.better else "",
+            chance(own.better, min(len(own.runs), against)) if own.better else "",
             GAIN.format(*own.gain[:3]) if own.gain else "",
             steps_told(own),
             "" if own.seconds is None else f"{own.seconds / 60:.1f} min",
@@ -96,21 +108,27 @@ def rows_of(one: Game, it: Comparison) -> Iterator[list[str]]:
         yield [name, "", f"{value:.3f}", *[""] * empty]
 
 
+def chance(better: Interval, runs: int) -> str:
+    return SCORE.format(*better) if runs >= MANY else figure(better.mean)
+
+
 def figure(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
 def steps_told(own: Standing) -> str:
+    if not own.steps:
+        return ""
     reached, median = sum(map(math.isfinite, own.steps)), float(np.median(own.steps))
     shown = f"{median:,.0f}" if math.isfinite(median) else "-"
     return f"{shown} ({reached} of {len(own.steps)})" if 0 < reached < len(own.steps) else shown
 
 
 def apart(one: Game) -> str:
-    """Which labels can be told apart, each pair once, the better one first."""
-    if len(one.standings) < 2:
-        return ""
+    """Which labels can be told apart, each pair once, the better one first; nothing where too few have runs enough."""
     best_first = sorted(one.standings.values(), key=lambda own: -own.success.mean)
+    if sum(len(own.runs) >= FEW for own in best_first) < 2:
+        return ""
     lines = [f"* {own.label} is better than {', '.join(own.beats)}" for own in best_first if own.beats]
     return "\n".join(["Told apart, and no other pair:", "", *lines]) if lines else "No two can be told apart."
 
@@ -164,7 +182,8 @@ def rows_as_csv(it: Comparison) -> str:
             row |= {name: own.mean(f"eval/{name}") for name in ("return", "positive_return", "episode_length")}
             row |= ends("better", own.better) if own.better else {}
             row |= {**ends("gain", own.gain), "gain_p": own.gain.p} if own.gain else {}
-            row |= {"steps": float(np.median(own.steps)), "seconds": own.seconds, "before": one.before}
+            row |= {"steps": float(np.median(own.steps))} if own.steps else {}
+            row |= {"seconds": own.seconds, "before": one.before}
             row |= {"each_run": " ".join(f"{score:.6g}" for score in own.scores), "beats": "; ".join(own.beats)}
             rows.append(row)
         for policy, success in one.scripted.items():
