@@ -46,7 +46,8 @@ reproduce: setup ## collect to eval: GAME=number_line, blackjack, ezpoints or po
 RUNS ?=
 study: setup ## every algorithm on four games, side by side (hours; goes on where it was stopped)
 	$(BIN)/python benchmarks/algorithms.py
-	$(COMPARE) outputs/algorithms/final
+	$(COMPARE) outputs/algorithms/final --baseline ppo
+	$(COMPARE) outputs/algorithms/thoughts
 
 bench: setup .venv-trl/.installed ## speeds against RL4VLM's way, TRL and transformers' generate, into benchmarks/results.json (half an hour)
 	$(BIN)/python benchmarks/sampler.py

@@ -141,12 +141,32 @@ def found(algo: str, rate: float) -> float:
 
 
 def searched(folder: Path) -> float:
+    success = [line["rollout/success"] for line in iterations(folder)]
+    return float(np.mean(success[-max(3, len(success) // 4) :]))
+
+
+def iterations(folder: Path) -> list[dict[str, float]]:
+    """The metrics of a run's iterations."""
     try:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     except OSError:
-        sys.exit(f"{folder} isn't there: run --only search first")
-    success = [line["rollout/success"] for line in lines if "rollout/success" in line]
-    return float(np.mean(success[-max(3, len(success) // 4) :]))
+        sys.exit(f"{folder} isn't there: run what comes before first")
+    return [line for line in lines if "rollout/success" in line]
+
+
+def work() -> str:
+    """What equal env steps came to in the finals, means over seeds, as a table: a run ends with an iteration."""
+    rows = []
+    for algo in groups()["algo"]:
+        cells = []
+        for game in GAMES:
+            runs = [iterations(OUT / f"final/{game}/{algo}/{seed}") for seed in SEEDS]
+            counted = [
+                (run[-1]["rollout/env_steps"], len(run), sum(line["ppo/updates"] for line in run)) for run in runs
+            ]
+            cells.append(" / ".join(f"{mean:.0f}" for mean in np.mean(counted, axis=0)))
+        rows.append([algo, *cells])
+    return table(["env steps / iterations / updates", *GAMES], rows)
 
 
 def rates() -> str:
@@ -160,8 +180,11 @@ def rates() -> str:
 
 def main() -> None:
     parts = {"search": searches, "lower": lower, "final": finals, "controls": controls, "thoughts": thoughts}
-    if {"search", "lower"} & set(play_parts(__doc__, parts)):
+    played = play_parts(__doc__, parts)
+    if {"search", "lower"} & set(played):
         print(rates())
+    if "final" in played:
+        print(work())
 
 
 if __name__ == "__main__":
