@@ -129,6 +129,34 @@ def test_who_can_be_told_apart_is_told_the_better_one_first():
     assert apart(Game("Some-v0", 60, standings, None, None, {}, 256)) == "No two can be told apart."
 
 
+def test_all_figures_are_of_the_seeds_that_all_runs_played(sweep: Path, capsys: pytest.CaptureFixture[str]):
+    """One run lost 4 of 6 held-out seeds: what is told of the others, too, is of the two that are left."""
+    good = another(sweep / "0", "good", algo__lr=0.5, solved=1)
+    lines = [json.loads(line) for line in (sweep / "1/panel.jsonl").read_text().splitlines()]
+    kept = {line["seed"] for line in lines[:2]}
+    (sweep / "1/panel.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines if line["seed"] in kept))
+    assert compare.main([str(sweep), "--by", "algo.lr"]) == 0
+    told, page = rows(sweep)["Echo-v0", "lr=0.5"], capsys.readouterr().out
+    panel = [json.loads(line) for line in (good / "panel.jsonl").read_text().splitlines()]
+    for name, step, variant, key in (
+        ("success", 1, "", "success"),
+        ("greedy", 1, "_greedy", "success"),
+        ("return", 1, "", "return"),
+        ("before", 0, "", "success"),
+    ):
+        its = [line for line in panel if (line["step"], line["variant"]) == (step, variant) and line["seed"] in kept]
+        assert float(told[name]) == pytest.approx(np.mean([line[key] for line in its]))
+    assert f"Echo-v0: on 2 held-out seeds, which all runs played; {sweep / '1'} played fewest, 2" in page
+    assert page.index("| expert |  | 1.000 [0.342") < page.index("takes 3 runs of each")  # Wilson's of 2 of 2
+
+
+def test_a_run_that_played_other_seeds_is_named(sweep: Path, capsys: pytest.CaptureFixture[str]):
+    path = another(sweep / "0", "other") / "panel.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**line, "seed": line["seed"] + 7}) + "\n" for line in lines))
+    assert f"Leave out {path.parent}, which shares none with the others" in refusal(capsys, sweep)
+
+
 def test_a_sweep_that_is_still_running_is_ranked_by_the_newest_whole_panel(
     sweep: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -171,7 +199,13 @@ def test_what_is_not_finished_or_damaged_is_named_and_left_out(sweep: Path, caps
         ("summary.json", None, "summary.json can't be read (Is a directory)"),
         ("metrics.jsonl", None, "metrics.jsonl can't be read (Is a directory)"),
         ("config.yaml", "stage: {name: [ppo], episodes: 4}\nseed: x\nenv: {id: a}", "damaged (stage.name, seed)"),
-        ("panel.jsonl", '{"step": Infinity, "variant": "", "seed": 1, "success": true}', "no held-out seed was played"),
+        (
+            "panel.jsonl",
+            '{"step": Infinity, "variant": "", "seed": 1, "success": true}',
+            "the panel of step 1, the last, isn't there",
+        ),
+        ("panel.jsonl", '{"step": 1, "variant": "", "seed": 1, "success": "false"}', "panel.jsonl is damaged"),
+        ("config.yaml", "a: &a [1]\nb: [*a, *a]", "config.yaml is damaged"),
     ],
 )
 def test_whatever_ails_a_run_is_told_and_the_others_are_compared(sweep: Path, file: str, content: str | None, why: str):

@@ -26,9 +26,9 @@ STYLES = "--", ":", "-.", (0, (1, 4))
 
 @rc_context({"text.parse_math": False})  # a name with dollars is no formula
 def picture(games: Sequence[Game], references: Mapping[str, float]) -> bytes:
-    """A PNG. Bands, where there are few labels, are 95 % bootstrap intervals over runs. Bars are those of the
-    interquartile mean, with a dot for it, a small one for each run and a ring for the mean of greedy play. Lines are
-    what was before training, and `references`, others' figures, dashed."""
+    """A PNG. Bands, where there are few labels, are 95 % bootstrap intervals over runs. Bars are the
+    95 % interval of the table, with a dot for the mean, a small one for each run and a ring for the mean of greedy
+    play. Lines are what was before training, and `references`, others' figures, dashed."""
     labels = list(dict.fromkeys(label for game in games for label in game.standings))
     wheel = colormaps["tab10"]
     colours = {label: wheel(index % wheel.N) for index, label in enumerate(labels)}
@@ -72,19 +72,21 @@ def picture(games: Sequence[Game], references: Mapping[str, float]) -> bytes:
     }
     # behind a blank, for matplotlib has no label that begins with _ in a legend
     names = [f" {name}" for name in [*shapes, *lines]]
-    figure.legend([*shapes.values(), *lines.values()], names, loc="outside lower center", ncols=len(names), fontsize=8)
+    figure.legend(
+        [*shapes.values(), *lines.values()], names, loc="outside lower center", ncols=2 * len(games) + 1, fontsize=8
+    )
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
     return file.getvalue()
 
 
 def draw_end(axis: Axes, row: int, its: Standing, colour: tuple[float, ...]) -> None:
-    mean, low, high = its.iqm
+    mean, low, high = its.typical
     axis.plot([low, high], [row, row], color=colour, **BAR)
     axis.plot(its.scores, [row] * len(its.runs), color=colour, **RUN)
     axis.plot([mean], [row], color=colour, **MEAN)
-    if (greedy := its.mean("eval/success_greedy")) is not None:
-        axis.plot([greedy], [row], color=colour, **GREEDY)
+    if "greedy" in its.figures:
+        axis.plot([its.figures["greedy"]], [row], color=colour, **GREEDY)
 
 
 def draw_curves(

@@ -67,6 +67,8 @@ def _panel(path: Path) -> Iterator[Outcome]:
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             record = json.loads(line)
+            if not isinstance(record["success"], bool):  # any text would count as one
+                raise TypeError
             yield Outcome(*(kind(record[name]) for name, kind in FIELDS.items()))
         except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
             log.warning("%s, line %d is no episode of a panel: left out", path, number)

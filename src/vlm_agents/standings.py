@@ -25,12 +25,13 @@ from vlm_agents.intervals import (
     resampled_panels,
     resampled_scores,
 )
-from vlm_agents.sweeps import Played
+from vlm_agents.metrics import wilson_interval
+from vlm_agents.outcomes import Outcome
+from vlm_agents.sweeps import Played, name_of
 
 WINDOW = 256  # training episodes that one point of a learning curve is the mean of, at least; of short runs see Game
 SHARE = 0.9  # of the best label's success: what "steps to 90 %" reaches
 ALPHA = 0.05
-GREEDY_BEFORE = "eval/success_greedy_before"
 FEW = 3  # runs; of fewer, differences are found where there are none (docs/compare.md)
 
 
@@ -45,6 +46,8 @@ class Standing:
     replicates: np.ndarray
     better: Interval | None = None  # probability that a run of it scores higher than one of the baseline
     gain: Difference | None = None  # over the baseline
+    # means over runs, on the same seeds: greedy (success), return, positive_return, episode_length
+    figures: dict[str, float] = field(default_factory=dict)
     # env steps to SHARE of the best, of each run; inf: never. Empty where nobody knows
     steps: list[float] = field(default_factory=list)
     beats: list[str] = field(default_factory=list)  # labels that are worse, and can be told apart from it
@@ -62,10 +65,10 @@ class Standing:
     def iqm(self) -> Interval:
         return percentiles(float(iqm(self.scores)), iqm(self.replicates))
 
-    def mean(self, metric: str) -> float | None:
-        """Of a metric of summary.json over the runs that have it."""
-        found = [run.metrics[metric] for run in self.runs if run.metrics.get(metric) is not None]
-        return float(np.mean(found)) if found else None
+    @property
+    def typical(self) -> Interval:
+        """The interquartile mean where it is another than that of all, for which it takes 4 runs; else success."""
+        return self.iqm if len(self.runs) > 3 else self.success
 
     @property
     def seconds(self) -> float | None:
@@ -104,23 +107,20 @@ class Place:
 # ---- one game --------------------------------------------------------------------------------------------------------
 def game(name: str, runs: Sequence[Played], baseline: str, rng: np.random.Generator) -> Game:
     """Hold the runs of one game against each other; DataError where no held-out seed was played by all of them."""
-    seeds = sorted(set.intersection(*(set(run.solved) for run in runs)))
-    if not seeds:
-        raise DataError(f"{name}: no held-out seed was played to its end by all runs. Leave out those without")
+    seeds = common_seeds(name, runs)
     panels = resampled_panels(len(seeds), rng)
     standings = {}
     for label in dict.fromkeys(run.label for run in runs):
         own = sorted((run for run in runs if run.label == label), key=lambda run: run.seed)
         outcomes = np.array([[run.solved[seed] for seed in seeds] for run in own], dtype=float)
-        standings[label] = Standing(label, own, outcomes, resampled_scores(outcomes, panels, rng))
+        replicates = resampled_scores(outcomes, panels, rng)
+        standings[label] = Standing(label, own, outcomes, replicates, figures=figures(own, seeds))
     if baseline in standings:
         hold_against(standings[baseline], standings.values())
     tell_apart(standings)
-    before = [np.mean(list(run.solved_before.values())) for run in runs if run.solved_before]
-    greedy = [run.metrics[GREEDY_BEFORE] for run in runs if GREEDY_BEFORE in run.metrics]
+    began, began_greedy = (success(seeds, [run.panel_before(variant) for run in runs]) for variant in ("", "_greedy"))
     window = min([WINDOW, *(episodes / 2 for run in runs if (episodes := trained_on(run)))])
-    began, began_greedy = (float(np.mean(some)) if some else None for some in (before, greedy))
-    one = Game(name, len(seeds), standings, began, began_greedy, scripted(runs), window)
+    one = Game(name, len(seeds), standings, began, began_greedy, scripted(runs, seeds), window)
     if all(map(watched, runs)) and one.target > (began or 0):
         for standing in standings.values():
             standing.steps = [steps_to(one.target, run) for run in standing.runs]
@@ -145,14 +145,47 @@ def tell_apart(standings: Mapping[str, Standing]) -> None:
             better.beats.append(worse.label)
 
 
-def scripted(runs: Iterable[Played]) -> dict[str, Interval]:
-    """Success of random play and of the expert, by the last run that played them."""
+def common_seeds(name: str, runs: Sequence[Played]) -> list[int]:
+    """The held-out seeds that all runs played to the end; DataError, with whom to leave out, where there are none."""
+    seeds = [set(run.solved) for run in runs]
+    if found := set.intersection(*seeds):
+        return sorted(found)
+    others = (seeds[:at] + seeds[at + 1 :] for at in range(len(runs)))
+    alone = next((run for run, rest in zip(runs, others, strict=True) if set.intersection(*rest)), None)
+    whom = f"{alone.folder}, which shares none with the others" if alone else "runs that played others"
+    raise DataError(f"{name}: no held-out seed was played to its end by all runs. Leave out {whom}")
+
+
+def success(seeds: Sequence[int], panels: Iterable[Mapping[int, Outcome]]) -> float | None:
+    """Mean over the panels that have all these seeds; None where there is none."""
+    found = [np.mean([panel[seed].success for seed in seeds]) for panel in panels if panel.keys() >= set(seeds)]
+    return float(np.mean(found)) if found else None
+
+
+def figures(runs: Sequence[Played], seeds: Sequence[int]) -> dict[str, float]:
+    """See Standing."""
+    sampled = [run.panel("")[seed] for run in runs for seed in seeds]
+    found = {
+        "return": np.mean([one.total_reward for one in sampled]),
+        "positive_return": np.mean([one.total_reward > 0 for one in sampled]),
+        "episode_length": np.mean([one.turns for one in sampled]),
+    }
+    greedy = success(seeds, [run.panel("_greedy") for run in runs])
+    return {name: float(value) for name, value in found.items()} | ({} if greedy is None else {"greedy": greedy})
+
+
+def scripted(runs: Iterable[Played], seeds: Sequence[int]) -> dict[str, Interval]:
+    """Success of random play and of the expert on these seeds, by the last run that played them."""
     found = {}
     for run in runs:
         for policy in ("random", "expert"):
             names = [f"eval/success{end}_{policy}" for end in ("", "_low", "_high")]
-            if all(run.metrics.get(name) is not None for name in names):
-                found[policy] = Interval(*(run.metrics[name] for name in names))
+            played = {one.seed: one.success for one in run.outcomes if one.variant == f"_{policy}"}
+            if played.keys() >= set(seeds):
+                solved = sum(played[seed] for seed in seeds)
+                found[policy] = Interval(solved / len(seeds), *wilson_interval(solved, len(seeds)))
+            elif set(run.solved) == set(seeds) and all(run.metrics.get(name) is not None for name in names):
+                found[policy] = Interval(*(run.metrics[name] for name in names))  # of an evaluation
     return found
 
 
@@ -197,11 +230,16 @@ def steps_to(target: float, run: Played) -> float:
 
 
 # ---- over all games --------------------------------------------------------------------------------------------------
+def open_games(games: Sequence[Game]) -> list[Game]:
+    """Those that weren't solved before training: the others tell nothing."""
+    return [one for one in games if one.before is None or one.before < 1]
+
+
 def ranking(games: Sequence[Game]) -> list[Place]:
     """The labels that played every game, the best first, by the mean over games of the interquartile mean over runs:
     over both at once it would leave out the games in which a label is best and worst. Each game's success counts from
     what it was before training (0 where nobody knows) to 1; a game that was solved before tells nothing."""
-    games = [one for one in games if one.before is None or one.before < 1]
+    games = open_games(games)
     labels = [label for label in (games[0].standings if games else ()) if all(label in one.standings for one in games)]
     if not labels:
         return []
@@ -210,8 +248,8 @@ def ranking(games: Sequence[Game]) -> list[Place]:
         pooled = [(one.standings[label], one.before or 0.0) for one in games]
         scores.append(np.mean([(iqm(own.scores) - start) / (1 - start) for own, start in pooled]))
         replicates.append(np.mean([(iqm(own.replicates) - start) / (1 - start) for own, start in pooled], axis=0))
-    drawn, places = np.stack(replicates, axis=1), ranks(np.array(scores))
-    drawn_ranks = ranks(drawn)
+    drawn, places = np.stack(replicates, axis=1), ranks(np.round(scores, 9))  # equal but for rounding is equal
+    drawn_ranks = ranks(np.round(drawn, 9))
     found = [
         Place(
             label,
@@ -228,5 +266,7 @@ def chosen_baseline(asked: str | None, runs: Sequence[Played]) -> str:
     """What the others are held against: the label asked for, else the first one."""
     labels = list(dict.fromkeys(run.label for run in runs))
     if asked is not None and asked not in labels:
+        if name_of(asked) in labels:  # as it was given for folders
+            return name_of(asked)
         raise ConfigError(f"--baseline {asked}: the labels are {', '.join(labels)}.{did_you_mean(asked, labels)}")
     return asked if asked is not None else labels[0]

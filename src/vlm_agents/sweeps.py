@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_agents.errors import ConfigError, DataError, did_you_mean, harmless
-from vlm_agents.outcomes import Outcome, read_outcomes
+from vlm_agents.outcomes import PANEL, Outcome, read_outcomes
 from vlm_agents.tracking import points_in
 from vlm_agents.types import UNKNOWN
 from vlm_agents.weights import flat_settings
@@ -61,17 +61,19 @@ class Played:
     @cached_property
     def solved(self) -> dict[int, bool]:
         """In the end, as sampled: was it, by held-out seed? Without those of which nobody knows that."""
-        last = max((one.step for one in self.outcomes), default=0)
-        return self._successes(last, "")
+        return {seed: one.success for seed, one in self.panel("").items()}
 
-    @cached_property
-    def solved_before(self) -> dict[int, bool]:
+    def panel(self, variant: str) -> dict[int, Outcome]:
+        """What came of each held-out seed in the end, played in this way; without those of which nobody knows."""
+        return self._played(max((one.step for one in self.outcomes), default=0), variant)
+
+    def panel_before(self, variant: str) -> dict[int, Outcome]:
         """The same before training; empty for an evaluation."""
-        return self._successes(0, "") if self.settings["stage.name"] == "ppo" else {}
+        return self._played(0, variant) if self.settings["stage.name"] == "ppo" else {}
 
-    def _successes(self, step: int, variant: str) -> dict[int, bool]:
+    def _played(self, step: int, variant: str) -> dict[int, Outcome]:
         those = (one for one in self.outcomes if (one.step, one.variant) == (step, variant))
-        return {one.seed: one.success for one in those if one.stop not in UNKNOWN}
+        return {one.seed: one for one in those if one.stop not in UNKNOWN}
 
 
 def found(arguments: Iterable[str]) -> tuple[list[Played], list[str]]:
@@ -147,6 +149,10 @@ def read(folder: Path) -> Played | None:
         outcomes = read_outcomes(folder, trained=stage == "ppo")
         if stage == "ppo" and not finished:
             outcomes = whole_panels(outcomes)
+        elif stage == "ppo":
+            last = max((step for step, record in history.items() if "eval/success" in record), default=0)
+            if max((one.step for one in outcomes), default=0) < last:
+                raise DataError(f"{PANEL} is damaged: the panel of step {last}, the last, isn't there")
         run = Played(folder, settings, metrics, history, outcomes, finished)
     except OSError as error:
         raise DataError(f"{Path(error.filename).name} can't be read ({error.strerror})") from error
@@ -237,7 +243,8 @@ def words(run: Played, keys: Sequence[str], alone: bool) -> str:
         value = "null" if value is None else value
         named = key.endswith(NAMING) or (alone and isinstance(value, str))
         parts.append(str(value) if named else f"{key.split('.', 1)[-1]}={value}")
-    return " ".join(parts) or run.settings.get("algo.name") or run.settings["stage.name"]
+    found = " ".join(parts) or run.settings.get("algo.name") or run.settings["stage.name"]
+    return " ".join(harmless(found).split())
 
 
 def values(key: str, runs: Iterable[Played], label: str, game: tuple) -> set[str]:

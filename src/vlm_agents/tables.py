@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vlm_agents.intervals import Interval
+from vlm_agents.intervals import Difference, Interval
 from vlm_agents.run import commit
-from vlm_agents.standings import FEW, Game, Place, Standing
+from vlm_agents.standings import FEW, Game, Place, Standing, open_games, watched
 from vlm_agents.sweeps import Played
 
 SCORE = "{:.3f} [{:.3f}, {:.3f}]"
@@ -48,7 +48,8 @@ def markdown(it: Comparison) -> str:
             [place.label, str(place.runs), "{:g} [{:g}, {:g}]".format(*place.rank), SCORE.format(*place.score)]
             for place in it.places
         ]
-        where = f"over {len(it.games)} games" if len(it.games) > 1 else "in one game"
+        ranked = len(open_games(it.games))
+        where = f"over {ranked} games" if ranked > 1 else "in one game"
         parts += [f"## Ranking {where}", table(["label", "runs", "rank", "score"], rows)]
     for one in it.games:
         rows = [heads(it.baseline), *rows_of(one, it)]
@@ -82,7 +83,7 @@ def rows_of(one: Game, it: Comparison) -> Iterator[list[str]]:
     """A line for each label; random play and the start stand before them, and the expert and other people's figures
     behind."""
     empty = len(heads("")) - 3
-    if "random" in one.scripted:
+    if "random" in one.scripted.keys() - one.standings.keys():
         yield ["random", "", SCORE.format(*one.scripted["random"]), *[""] * empty]
     if one.before is not None:
         yield ["before training", "", f"{one.before:.3f}", "", figure(one.greedy_before), *[""] * (empty - 2)]
@@ -93,16 +94,16 @@ def rows_of(one: Game, it: Comparison) -> Iterator[list[str]]:
             str(len(own.runs)),
             SCORE.format(*own.success),
             SCORE.format(*own.iqm) if len(own.runs) > 3 else "",  # of fewer it is their mean, which stands there
-            figure(own.mean("eval/success_greedy")),
+            figure(own.figures.get("greedy")),
             " ".join(f"{score:.3f}" for score in own.scores),
-            figure(own.mean("eval/return")),
-            figure(own.mean("eval/positive_return")),
+            figure(own.figures["return"]),
+            figure(own.figures["positive_return"]),
             chance(own.better, min(len(own.runs), against)) if own.better else "",
-            GAIN.format(*own.gain[:3]) if own.gain else "",
+            gained(own.gain) if own.gain else "",
             steps_told(own),
-            "" if own.seconds is None else f"{own.seconds / 60:.1f} min",
+            "" if own.seconds is None else lasted(own.seconds),
         ]
-    if "expert" in one.scripted:
+    if "expert" in one.scripted.keys() - one.standings.keys():
         yield ["expert", "", SCORE.format(*one.scripted["expert"]), *[""] * empty]
     for name, value in it.references.items():
         yield [name, "", f"{value:.3f}", *[""] * empty]
@@ -110,6 +111,14 @@ def rows_of(one: Game, it: Comparison) -> Iterator[list[str]]:
 
 def chance(better: Interval, runs: int) -> str:
     return SCORE.format(*better) if runs >= MANY else figure(better.mean)
+
+
+def gained(gain: Difference) -> str:
+    return GAIN.format(*gain[:3]) if gain.low < gain.high else f"{gain.mean:+.3f}"  # of no width is no interval
+
+
+def lasted(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
 
 
 def figure(value: float | None) -> str:
@@ -125,12 +134,31 @@ def steps_told(own: Standing) -> str:
 
 
 def apart(one: Game) -> str:
-    """Which labels can be told apart, each pair once, the better one first; nothing where too few have runs enough."""
+    """Which labels can be told apart, each pair once, the better one first."""
+    if len(one.standings) < 2:
+        return ""
     best_first = sorted(one.standings.values(), key=lambda own: -own.success.mean)
     if sum(len(own.runs) >= FEW for own in best_first) < 2:
-        return ""
+        return f"Whether any can be told apart takes {FEW} runs of each."
     lines = [f"* {own.label} is better than {', '.join(own.beats)}" for own in best_first if own.beats]
     return "\n".join(["Told apart, and no other pair:", "", *lines]) if lines else "No two can be told apart."
+
+
+def notes_of_game(one: Game, baseline: str) -> Iterator[str]:
+    runs = [run for own in one.standings.values() for run in own.runs]
+    fewest = min(runs, key=lambda run: len(run.solved))
+    if one.seeds < max(len(run.solved) for run in runs):
+        count = len(fewest.solved)
+        yield f"on {one.seeds} held-out seeds, which all runs played; {fewest.folder} played fewest, {count}"
+    if baseline not in one.standings:
+        yield f"{baseline} didn't play it, so that nothing is held against it there"
+    if 0 < sum(map(watched, runs)) < len(runs):
+        yield "no steps, as not all runs had the panel played in between (stage.eval_every)"
+    for own in one.standings.values():
+        if len({run.seed for run in own.runs}) < len(own.runs):
+            yield f"{own.label}: runs of one seed are counted as several. Are they independent?"
+    if one.before == 1:
+        yield "was solved before training: it is in no ranking"
 
 
 def notes_of(it: Comparison) -> Iterator[str]:
@@ -138,11 +166,7 @@ def notes_of(it: Comparison) -> Iterator[str]:
     if single:
         yield f"one run, so that its intervals are over held-out seeds alone, of these weights: {', '.join(single)}"
     for one in it.games:
-        for own in one.standings.values():
-            if len({run.seed for run in own.runs}) < len(own.runs):
-                yield f"{one.name}, {own.label}: runs of one seed are counted as several. Are they independent?"
-        if one.before == 1:
-            yield f"{one.name} was solved before training: it is in no ranking"
+        yield from (f"{one.name}: {note}" for note in notes_of_game(one, it.baseline))
     ranked = {place.label for place in it.places}
     absent = sorted({own for one in it.games for own in one.standings} - ranked)
     if ranked and absent:
@@ -178,8 +202,7 @@ def rows_as_csv(it: Comparison) -> str:
     for one in it.games:
         for own in one.standings.values():
             row = {"game": one.name, "label": own.label, "runs": len(own.runs), "seeds": one.seeds}
-            row |= {**ends("success", own.success), **ends("iqm", own.iqm), "greedy": own.mean("eval/success_greedy")}
-            row |= {name: own.mean(f"eval/{name}") for name in ("return", "positive_return", "episode_length")}
+            row |= {**ends("success", own.success), **ends("iqm", own.iqm), **own.figures}
             row |= ends("better", own.better) if own.better else {}
             row |= {**ends("gain", own.gain), "gain_p": own.gain.p} if own.gain else {}
             row |= {"steps": float(np.median(own.steps))} if own.steps else {}

@@ -55,7 +55,10 @@ def flat_settings(snapshot: Path, mend: str) -> dict[str, Any]:
     """What a run's config.yaml says, by dotted names; DataError, with what to do, where it can't be read. What an older
     version didn't know of is as it is by default."""
     try:
-        return dict(flat(with_defaults(yaml.safe_load(snapshot.read_text(encoding="utf-8")))))
+        text = snapshot.read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ValueError("no run writes aliases, of which few lines can make endless settings")
+        return dict(flat(with_defaults(yaml.safe_load(text))))
     except (OSError, AttributeError, TypeError, ValueError, yaml.YAMLError) as error:
         raise DataError(f"{snapshot} is unreadable: {mend}") from error
 
