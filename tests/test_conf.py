@@ -232,7 +232,7 @@ def test_checks_across_fields(compose_run, overrides: list[str], message: str) -
         compose_run("stage=ppo", *overrides)
 
 
-UNREAD = "set .*, or change the other"
+UNREAD = "set .*, or change algo[.]"
 COMPARED = "set algo.group_size=8, or another algo="
 
 
@@ -251,8 +251,8 @@ COMPARED = "set algo.group_size=8, or another algo="
         (["algo.group_size=3"], r"stage.episodes=64 .* algo.group_size=3: have a multiple of it"),
         # filters
         (["algo.filters=[outcom]"], "algo.filters=outcom is not one of outcome, reward, .*Did you mean 'outcome'"),
-        (["algo.oversample=2"], r"algo.oversample=2, .*: set algo.filters=\[reward\], or oversample=1 and waves=1"),
-        (["algo.waves=2"], r"algo.waves=2 play more .*: set algo.filters=\[reward\], or oversample=1 and waves=1"),
+        (["algo.oversample=2"], r"algo.oversample=2, .*: set algo.filters=\[reward\], or algo.oversample=1 "),
+        (["algo.waves=2"], r"algo.waves=2 play more .*: set algo.filters=\[reward\], or .* algo.waves=1"),
         (["stage.stop_on_collapse=true", "stage.keep_checkpoints=1"], "set stage.keep_checkpoints=2"),
         (["algo=grpo", "algo.filters=[variance]", "algo.top_p=0"], "algo.top_p=0.0 must lie between 0.01 and 1"),
         (["algo.oversample=0.5"], "algo.oversample=0.5 must be at least 1"),
@@ -280,7 +280,7 @@ COMPARED = "set algo.group_size=8, or another algo="
         (["algo.token_lambda=0.9"], f"algo.token_lambda=0.9 .* and that is gae: {UNREAD}"),
         (
             ["algo=rloo", "algo.group_std=true"],
-            "algo.group_std=True .* and that is rloo: set algo.group_std=False,",
+            "algo.group_std=True .* and that is rloo: set algo.group_std=False .*, or change",
         ),
         (["algo=grpo", "algo.step_coef=2"], f"algo.step_coef=2.0 .* and that is group: {UNREAD}"),
         (["algo=dapo", "algo.top_p=0.5"], rf"algo.top_p=0.5 .* and that is \['outcome'\]: {UNREAD}"),
@@ -288,7 +288,7 @@ COMPARED = "set algo.group_size=8, or another algo="
         (["algo=reinforce", "algo.clip=0.1"], f"algo.clip=0.1 .* and that is reinforce: {UNREAD}"),
         (
             ["algo=rlef", "algo.clip_high=0.3"],
-            "algo.clip_high=0.3 .* and that is awr: set algo.clip_high=null,",
+            "algo.clip_high=0.3 .* and that is awr: set algo.clip_high=null .*, or change",
         ),
         (["algo=cispo", "algo.dual_clip=3"], f"algo.dual_clip=3.0 .* and that is cispo: {UNREAD}"),
         (["algo.awr_beta=2"], f"algo.awr_beta=2.0 .* and that is clip: {UNREAD}"),
@@ -298,8 +298,10 @@ COMPARED = "set algo.group_size=8, or another algo="
         (["algo.overlong_share=0.1"], f"algo.overlong_share=0.1 is read with algo.overlong_coef > 0 alone, .*{UNREAD}"),
         (["algo.novelty.lr=1"], f"algo.novelty.lr=1.0 is read with algo.novelty.coef > 0 alone, .*{UNREAD}"),
         # two discounts; a second pass without a ratio; a critic that would learn nothing
-        (["algo=gigpo", "algo.progress_coef=1"], "algo.credit=gigpo has two, .*: set algo.progress_coef=0"),
+        (["algo=gigpo", "algo.progress_coef=1"], "algo.credit=gigpo has another .*: set algo.progress_coef=0"),
         (["algo=rloo", "algo.epochs=2"], "algo.epochs=2: .*: set algo.epochs=1, or algo.surrogate=clip"),
+        (["algo=grpo", "algo.value_lr=0.01"], "algo.value_lr=0.01 is of a critic or .*: set algo.value_lr=0.001"),
+        (["algo=ppo_token", "algo.progress_coef=1", "algo.token_gamma=0.9"], "algo.credit=token_gae has another"),
         (["algo.value_coef=0"], "algo.value_coef=0.0 must be a positive number"),
         (["algo=oversample_rank", "algo.dual_clip=1"], "algo.dual_clip=1.0 must be at least 1.01"),
         (["algo.correction_bound=3"], f"algo.correction_bound=3.0 .* and that is none: {UNREAD}"),

@@ -1,5 +1,6 @@
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,6 +98,22 @@ def test_replies_that_no_model_of_ours_sampled_are_refused(make_turn: MakeTurn, 
     episode = make_episode(make_turn([2], [9]), make_turn([2], [9], value=None), seed=3)
     with pytest.raises(TrainingError, match=r"words/seed 3: .* no value"):
         sampled_values([episode])
+
+
+@pytest.mark.parametrize(
+    ("earned", "told"),
+    [
+        (None, "gives NoneType: give a list of one Credit an episode"),
+        ([[0.5]], "gives list: give a list of one Credit"),
+        ([Credit(np.array([np.nan]))], "advantages for words/seed 3 aren't all finite numbers"),
+        ([Credit(np.zeros(1), np.array([np.inf]))], "returns for words/seed 3 aren't all finite"),
+    ],
+)
+def test_what_somebody_s_own_rule_gives_is_looked_at(
+    make_turn: MakeTurn, make_episode: MakeEpisode, earned: Any, told: str
+):
+    with pytest.raises(TrainingError, match=told):
+        check(earned, [make_episode(make_turn([2], [9]), seed=3)], "nothing")
 
 
 def test_figures_of_the_rollout():

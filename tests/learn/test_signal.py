@@ -60,13 +60,13 @@ def test_it_is_said_once_after_two_iterations_with_what_to_do(
     bad = [episode([-0.1, -0.1], [False] * 2)]
     said = []
     for lacks in (1.0, 0.0, 1.0, 1.0, 1.0, 1.0):
-        watch.look({NOTHING: lacks}, bad, last=False)
+        watch.look({NOTHING: lacks}, bad, only=False)
         said.append(capsys.readouterr().err)
     assert [bool(text) for text in said] == [False, False, False, True, False, False]
     assert said[3].startswith("nothing to learn from: every reply is illegal, such as 'xyz' (no action).")
     assert "stage=sft first" in said[3]
     resumed = Watch(watch.cfg, watch.lacked, watch.told)  # as a checkpoint has it
-    resumed.look({NOTHING: 1.0}, bad, last=True)
+    resumed.look({NOTHING: 1.0}, bad, only=True)
     assert capsys.readouterr().err == ""
     conclude(watch.cfg, {NOTHING: 1.0})
     assert "nothing to learn from" in capsys.readouterr().err
@@ -84,7 +84,7 @@ def test_the_remedy_is_that_of_the_lack(compose_run: Callable[..., RunConfig], c
         ([episode([1], success=True), episode([1], success=True)], 0.1, "a harder env"),
     ):
         watch = Watch(replace(cfg, env=replace(cfg.env, invalid_penalty=penalty)))
-        watch.look({NOTHING: figures(episodes, gamma=0.9)[METRIC]}, episodes, last=True)
+        watch.look({NOTHING: figures(episodes, gamma=0.9)[METRIC]}, episodes, only=True)
         assert words in capsys.readouterr().err
 
 
@@ -98,7 +98,7 @@ def test_it_is_said_by_what_an_algorithm_compares(
         ({"ppo/kept": 0.0, "ppo/varied_groups": 0.0}, "algo.filters keep none of an iteration's 16 episodes; 8 succ"),
         ({"ppo/varied_groups": 0.0}, "none of an iteration's 16 episodes differs from another of its start in its rew"),
     ):
-        Watch(cfg).look({NOTHING: 1.0, **metrics}, played, last=True)
+        Watch(cfg).look({NOTHING: 1.0, **metrics}, played, only=True)
         said = capsys.readouterr().err
         assert words in said
         assert "more episodes than stage.episodes=8, more plays of a start than algo.group_size=8; a temp" in said
@@ -118,13 +118,13 @@ def test_settings_that_say_what_success_is_may_be_why_there_is_none(
     ):
         cfg = compose_run("stage=ppo", *env, *words)
         tell = f"another env.success or env.success_return, for success is now a game that terminates with {rule}"
-        Watch(cfg).look({NOTHING: 1.0}, [episode([-1]), episode([-1])], last=True)
+        Watch(cfg).look({NOTHING: 1.0}, [episode([-1]), episode([-1])], only=True)
         assert tell in capsys.readouterr().err
         conclude(cfg, panel)
         assert tell in capsys.readouterr().err
         collect.tell(cfg, played, 4, tmp_path)
         assert f"an easier env, or {tell}" in capsys.readouterr().err
-        Watch(cfg).look({NOTHING: 1.0}, [episode([1], success=True), episode([-1])], last=True)
+        Watch(cfg).look({NOTHING: 1.0}, [episode([1], success=True), episode([-1])], only=True)
         assert "env.success" not in capsys.readouterr().err
 
 
@@ -136,7 +136,7 @@ def test_weights_that_were_cloned_need_more_of_that(
     (tmp_path / "sft/config.yaml").write_text("stage: {name: sft}")
     cfg = compose_run("stage=ppo", f"stage.init={tmp_path / 'sft/model'}")
     for episodes in ([episode([-0.1], [False])], [episode([0, 0]), episode([0, 0])]):
-        Watch(cfg).look({NOTHING: 1.0}, episodes, last=True)
+        Watch(cfg).look({NOTHING: 1.0}, episodes, only=True)
         said = capsys.readouterr().err
         assert "more demonstrations (stage=collect stage.episodes=) and more steps (stage.epochs=) than " in said
         assert "sft first" not in said

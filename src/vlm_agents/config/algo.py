@@ -191,7 +191,12 @@ class AlgoConfig(Part, place="algo"):
         0.0, "how strongly a learned temperature is drawn towards turn_entropy; needs model.temperature_head", low=0
     )
     kl_coef: float = setting(0.0, "penalty towards the policy that training started from; needs model.lora", low=0)
-    kl: str = setting("k3", "estimator of that KL", choices=Literal["k2", "k3"], only=("kl_coef", ()))
+    kl: str = setting(
+        "k3",
+        "estimator of that KL (k1 is what kl_reward_coef takes off)",
+        choices=Literal["k2", "k3"],
+        only=("kl_coef", ()),
+    )
 
     # ---- critic ----
     value_coef: float = setting(0.5, "weight of the critic's loss", positive=True, only=WITH_CRITIC)
@@ -242,7 +247,7 @@ class AlgoConfig(Part, place="algo"):
         if self.valued and self.value_warmup and not self.value_epochs:
             raise ConfigError(
                 f"algo.value_warmup={self.value_warmup} has the critic learn in algo.value_epochs, and there are none: "
-                "set value_warmup=0 too, or value_epochs=10"
+                "set algo.value_warmup=0 too, or algo.value_epochs=10"
             )
         compared = [f"algo.credit={self.credit}"] if self.credit in RELATIVE else []
         compared += [f"algo.filters=[{name}]" for name in self.filters if name in BY_GROUP]
@@ -256,15 +261,15 @@ class AlgoConfig(Part, place="algo"):
                 f"algo.epochs={self.epochs}: algo.surrogate=reinforce has no ratio by which a second pass would know "
                 "that the policy has moved: set algo.epochs=1, or algo.surrogate=clip"
             )
-        if self.credit == "gigpo" and self.progress_coef > 0:
+        if self.progress_coef > 0 and (self.credit == "gigpo" or (self.credit == "token_gae" and self.token_gamma < 1)):
             raise ConfigError(
-                "algo.progress_coef > 0 keeps the best policy what it was under one discount alone, and "
-                "algo.credit=gigpo has two, of an episode none and of a step algo.gamma: set algo.progress_coef=0"
+                "algo.progress_coef > 0 keeps the best policy what it was under one discount of a turn alone, and "
+                f"algo.credit={self.credit} has another beside algo.gamma: set algo.progress_coef=0"
             )
         if not (self.filters or self.factory) and (self.oversample > 1 or self.waves > 1):
             raise ConfigError(
                 f"algo.oversample={self.oversample:g}, algo.waves={self.waves} play more for algo.filters to choose "
-                "from, and there are none: set algo.filters=[reward], or oversample=1 and waves=1"
+                "from, and there are none: set algo.filters=[reward], or algo.oversample=1 algo.waves=1"
             )
 
     def check(self, run: "RunConfig") -> None:
@@ -272,6 +277,11 @@ class AlgoConfig(Part, place="algo"):
             raise ConfigError(
                 "algo.turn_entropy_coef > 0 trains a learned temperature, and there is none: "
                 "add model/temperature_head=learned, or set algo.turn_entropy_coef=0"
+            )
+        if not self.valued and run.model.temperature_head is None and self.value_lr != AlgoConfig.value_lr:
+            raise ConfigError(
+                f"algo.value_lr={self.value_lr:g} is of a critic or a learned temperature, and there is neither: set "
+                f"algo.value_lr={AlgoConfig.value_lr:g}"
             )
         for name in ("kl_coef", "kl_reward_coef"):
             if getattr(self, name) > 0 and run.model.lora is None:

@@ -121,10 +121,11 @@ class Part:
         value, chosen = getattr(self, name), getattr(self, other)
         read = set(readers) & set(chosen if isinstance(chosen, list) else [chosen]) if readers else chosen > 0
         if not read:
-            name, needed = dotted(type(self), name), _needed(dotted(type(self), other), readers)
+            name, other = dotted(type(self), name), dotted(type(self), other)
+            needed = _needed(other, tuple(f"[{one}]" for one in readers) if isinstance(chosen, list) else readers)
             raise ConfigError(
                 f"{name}={value} is read with {needed} alone, and that is {chosen}: set {name}="
-                f"{'null' if default is None else default}, or change the other"
+                f"{'null' if default is None else default} (the chosen option may have changed it), or change {other}"
             )
 
     def check(self, run: "RunConfig") -> None:

@@ -173,7 +173,9 @@ class PpoConfig(StageConfig):
         assert run.algo is not None
         asked = f"stage.staleness={self.staleness}"
         if run.rollout.engine == "own":
-            raise ConfigError(f"{asked}: the weights that play are those that learn: set rollout=vllm, or staleness=0")
+            raise ConfigError(
+                f"{asked}: the weights that play are those that learn: set rollout=vllm algo=grpo, or stage.staleness=0"
+            )
         if run.algo.valued:
             raise ConfigError(
                 f"{asked}: algo={run.algo.name} has a critic read every prompt, with weights that are being trained "

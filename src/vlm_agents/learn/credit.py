@@ -290,6 +290,9 @@ def sampled_values(episodes: Sequence[Trajectory]) -> list[np.ndarray]:
 
 def check(earned: Sequence[Credit], episodes: Sequence[Trajectory], reads: Reads) -> None:
     """TrainingError where what a rule gave isn't of every turn, or of every reply token, of these episodes."""
+    if not isinstance(earned, Sequence) or not all(isinstance(its, Credit) for its in earned):
+        kinds = {type(one).__name__ for one in earned} if isinstance(earned, Sequence) else {type(earned).__name__}
+        raise TrainingError(f"the credit rule gives {', '.join(sorted(kinds))}: give a list of one Credit an episode")
     if len(earned) != len(episodes):
         raise TrainingError(f"the credit rule gives {len(earned)} credits for {len(episodes)} episodes: give one each")
     for episode, its in zip(episodes, earned, strict=True):
@@ -300,6 +303,8 @@ def check(earned: Sequence[Credit], episodes: Sequence[Trajectory], reads: Reads
                 "give Credit.returns, or have reads='nothing'"
             )
         for name, numbers in (("advantages", its.advantages), ("returns", its.returns)):
+            if numbers is not None and not np.isfinite(numbers).all():
+                raise TrainingError(f"the credit rule's {name} for {episode.ident} aren't all finite numbers")
             if numbers is not None and len(numbers) not in due:
                 raise TrainingError(
                     f"the credit rule gives {len(numbers)} {name} for {episode.ident}, of {len(episode.turns)} turns "

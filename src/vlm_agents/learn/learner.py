@@ -267,7 +267,8 @@ class Learner:
             raise TrainingError(
                 f"{PREFIX}mismatch_kl={kl:.3g} nats a turn passes algo.max_mismatch_kl={bound:g}: the policy that is "
                 "trained isn't the one that sampled. Set hardware.dtype=float32, or algo.correction=truncate and a "
-                "higher bound. With stage.staleness=1 the last update is part of it: lower algo.lr, or set staleness=0"
+                "higher bound. With stage.staleness=1 the last update is part of it: lower algo.lr, or set "
+                "stage.staleness=0"
             )
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def main(cfg: RunConfig, stage: PpoConfig, run: Run) -> dict[str, float]:
             state.last = figures(played, state.env_steps, told, clock, player.seconds)
             state.training_seconds += sum(clock.seconds.values())
             tell(run, iteration, stage.iterations, state.last, played[0])
-            watch.look(state.last, played, last)
+            watch.look(state.last, played, only=last and iteration == 0)
             collapse.look(iteration, state.last, run.latest_checkpoint)
             state.best = best_of(run, stage, state.best, iteration, state.last["rollout/success"])
             state.watch, state.collapse = (watch.lacked, watch.told), collapse.state

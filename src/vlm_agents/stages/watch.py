@@ -24,13 +24,13 @@ class Watch:
         self.cfg = cfg
         self.lacked, self.told = lacked, told  # iterations in a row; both go on with the run
 
-    def look(self, metrics: Mapping[str, float], trajectories: Sequence[Trajectory], last: bool) -> None:
-        """To be called after each iteration.
+    def look(self, metrics: Mapping[str, float], trajectories: Sequence[Trajectory], only: bool) -> None:
+        """To be called after each iteration; `only`: the run has no other.
 
-        It takes two in a row, or the run's last, until it is said: a rare success may just not have come yet.
+        It takes two in a row until it is said: a rare success may just not have come yet.
         """
         self.lacked = self.lacked + 1 if metrics[NOTHING] else 0
-        if self.told or not self.lacked or (self.lacked < 2 and not last):
+        if self.told or not self.lacked or (self.lacked < 2 and not only):
             return
         self.told = True
         episodes = usable(trajectories)
@@ -73,11 +73,11 @@ class Watch:
 
 
 def conclude(cfg: RunConfig, metrics: Mapping[str, float]) -> None:
-    """Say at the end of a run that it stayed so, by the metrics of its last iteration; else what its panel lacks."""
+    """Say at the end of a run what its last iteration lacked, or else what its panel lacks."""
     if worse := worsened(metrics):
         lr = f"algo.lr={cfg.algo.lr:g}, " if cfg.algo else ""
         say(f"training made it worse: {worse}. What helps: a rate lower than {lr}algo.target_kl=0.05, more episodes")
     if metrics.get(NOTHING):
-        say("to the end there was nothing to learn from, as said above: the model is no better for it")
+        say("in its last iteration there was nothing to learn from")
     else:
         tell_shortcoming(cfg, metrics)
