@@ -26,9 +26,9 @@ STYLES = "--", ":", "-.", (0, (1, 4))
 
 @rc_context({"text.parse_math": False})  # a name with dollars is no formula
 def picture(games: Sequence[Game], references: Mapping[str, float]) -> bytes:
-    """A PNG. Bands, where there are few labels, are 95 % bootstrap intervals over runs. Bars are the
-    95 % interval of the table, with a dot for the mean, a small one for each run and a ring for the mean of greedy
-    play. Lines are what was before training, and `references`, others' figures, dashed."""
+    """A PNG. Bands, where there are few labels, are 95 % bootstrap intervals over runs. Bars are the table's 95 %
+    intervals, with a dot for the mean, a small one for each run and a ring for the mean of greedy play. Lines are what
+    was before training, and `references`, others' figures, dashed."""
     labels = list(dict.fromkeys(label for game in games for label in game.standings))
     wheel = colormaps["tab10"]
     colours = {label: wheel(index % wheel.N) for index, label in enumerate(labels)}

@@ -164,7 +164,7 @@ def success(seeds: Sequence[int], panels: Iterable[Mapping[int, Outcome]]) -> fl
 
 def figures(runs: Sequence[Played], seeds: Sequence[int]) -> dict[str, float]:
     """See Standing."""
-    sampled = [run.panel("")[seed] for run in runs for seed in seeds]
+    sampled = [panel[seed] for panel in (run.panel("") for run in runs) for seed in seeds]
     found = {
         "return": np.mean([one.total_reward for one in sampled]),
         "positive_return": np.mean([one.total_reward > 0 for one in sampled]),
