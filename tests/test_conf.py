@@ -300,7 +300,6 @@ COMPARED = "set algo.group_size=8, or another algo="
         # two discounts; a second pass without a ratio; a critic that would learn nothing
         (["algo=gigpo", "algo.progress_coef=1"], "algo.credit=gigpo has another .*: set algo.progress_coef=0"),
         (["algo=rloo", "algo.epochs=2"], "algo.epochs=2: .*: set algo.epochs=1, or algo.surrogate=clip"),
-        (["algo=grpo", "algo.value_lr=0.01"], "algo.value_lr=0.01 is of a critic or .*: set algo.value_lr=0.001"),
         (["algo=ppo_token", "algo.progress_coef=1", "algo.token_gamma=0.9"], "algo.credit=token_gae has another"),
         (["algo.value_coef=0"], "algo.value_coef=0.0 must be a positive number"),
         (["algo=oversample_rank", "algo.dual_clip=1"], "algo.dual_clip=1.0 must be at least 1.01"),

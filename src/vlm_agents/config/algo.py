@@ -278,11 +278,6 @@ class AlgoConfig(Part, place="algo"):
                 "algo.turn_entropy_coef > 0 trains a learned temperature, and there is none: "
                 "add model/temperature_head=learned, or set algo.turn_entropy_coef=0"
             )
-        if not self.valued and run.model.temperature_head is None and self.value_lr != AlgoConfig.value_lr:
-            raise ConfigError(
-                f"algo.value_lr={self.value_lr:g} is of a critic or a learned temperature, and there is neither: set "
-                f"algo.value_lr={AlgoConfig.value_lr:g}"
-            )
         for name in ("kl_coef", "kl_reward_coef"):
             if getattr(self, name) > 0 and run.model.lora is None:
                 raise ConfigError(
