@@ -47,7 +47,7 @@ RUNS ?=
 study: setup ## every algorithm on four games, side by side (hours; goes on where it was stopped)
 	$(BIN)/python benchmarks/algorithms.py
 	$(COMPARE) outputs/algorithms/final --baseline ppo
-	$(COMPARE) outputs/algorithms/thoughts
+	$(COMPARE) outputs/algorithms/thoughts --baseline "cot_json thought_coef=0.2"
 
 bench: setup .venv-trl/.installed ## speeds against RL4VLM's way, TRL and transformers' generate, into benchmarks/results.json (half an hour)
 	$(BIN)/python benchmarks/sampler.py
