@@ -1,4 +1,4 @@
-"""The algorithms side by side: `python benchmarks/algorithms.py [--jobs 2] [--only search|final|thoughts]`.
+"""The algorithms side by side: `python benchmarks/algorithms.py [--jobs 2] [--only PART]`.
 
 Every conf/algo on four games, from the weights that ship with the package, until the same number of env steps.
 

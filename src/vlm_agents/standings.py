@@ -66,9 +66,14 @@ class Standing:
         return percentiles(float(iqm(self.scores)), iqm(self.replicates))
 
     @property
+    def trimmed(self) -> bool:
+        """Does the interquartile mean leave any run out? Else it is the mean, which success is already."""
+        return len(self.runs) > 3
+
+    @property
     def typical(self) -> Interval:
-        """The interquartile mean where it is another than that of all, for which it takes 4 runs; else success."""
-        return self.iqm if len(self.runs) > 3 else self.success
+        """What the picture shows: the interquartile mean, or success."""
+        return self.iqm if self.trimmed else self.success
 
     @property
     def seconds(self) -> float | None:

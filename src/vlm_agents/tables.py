@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from vlm_agents.intervals import Difference, Interval
+from vlm_agents.progress import duration
 from vlm_agents.run import commit
 from vlm_agents.standings import FEW, Game, Place, Standing, open_games, watched
 from vlm_agents.sweeps import Played
@@ -93,7 +94,7 @@ def rows_of(one: Game, it: Comparison) -> Iterator[list[str]]:
             own.label,
             str(len(own.runs)),
             SCORE.format(*own.success),
-            SCORE.format(*own.iqm) if len(own.runs) > 3 else "",  # of fewer it is their mean, which stands there
+            SCORE.format(*own.iqm) if own.trimmed else "",
             figure(own.figures.get("greedy")),
             " ".join(f"{score:.3f}" for score in own.scores),
             figure(own.figures["return"]),
@@ -101,7 +102,7 @@ def rows_of(one: Game, it: Comparison) -> Iterator[list[str]]:
             chance(own.better, min(len(own.runs), against)) if own.better else "",
             gained(own.gain) if own.gain else "",
             steps_told(own),
-            "" if own.seconds is None else lasted(own.seconds),
+            "" if own.seconds is None else duration(own.seconds),
         ]
     if "expert" in one.scripted.keys() - one.standings.keys():
         yield ["expert", "", SCORE.format(*one.scripted["expert"]), *[""] * empty]
@@ -115,10 +116,6 @@ def chance(better: Interval, runs: int) -> str:
 
 def gained(gain: Difference) -> str:
     return GAIN.format(*gain[:3]) if gain.low < gain.high else f"{gain.mean:+.3f}"  # of no width is no interval
-
-
-def lasted(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
 
 
 def figure(value: float | None) -> str:

@@ -51,14 +51,20 @@ def holds_work(folder: Path) -> bool:
     )
 
 
+class WithoutAliases(yaml.SafeLoader):
+    """No run writes aliases, of which few lines can make endless settings."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias")
+        return super().compose_node(parent, index)
+
+
 def flat_settings(snapshot: Path, mend: str) -> dict[str, Any]:
     """What a run's config.yaml says, by dotted names; DataError, with what to do, where it can't be read. What an older
     version didn't know of is as it is by default."""
     try:
-        text = snapshot.read_text(encoding="utf-8")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("no run writes aliases, of which few lines can make endless settings")
-        return dict(flat(with_defaults(yaml.safe_load(text))))
+        return dict(flat(with_defaults(yaml.load(snapshot.read_text(encoding="utf-8"), WithoutAliases))))
     except (OSError, AttributeError, TypeError, ValueError, yaml.YAMLError) as error:
         raise DataError(f"{snapshot} is unreadable: {mend}") from error
 
