@@ -3,9 +3,8 @@
 Every conf/algo on four games, from the weights that ship with the package, until the same number of env steps.
 
 * search: each algorithm at three learning rates on two of the games, fewer steps, with a run seed that no final run
-  has; where the best is the lowest or the highest, one beyond it too. No held-out seed is played; an algorithm's rate
-  is the one whose last rollouts succeeded most often over both.
-  Prints the table.
+  has. No held-out seed is played; an algorithm's rate is the one whose last rollouts succeeded most often over both.
+* beyond: where the best of them is the lowest or the highest, one beyond it too. Prints the table.
 * final: at that rate, three seeds, and the held-out panel before and after. `python -m vlm_agents.compare
   outputs/algorithms/final` makes the tables and the picture.
 * controls: PPO that plays as few starts as algorithms with groups do, on the games that the search was on.
@@ -181,7 +180,7 @@ def rates() -> str:
 def main() -> None:
     parts = {"search": searches, "beyond": beyond, "final": finals, "controls": controls, "thoughts": thoughts}
     played = play_parts(__doc__, parts)
-    if {"search", "beyond"} & set(played):
+    if "beyond" in played:
         print(rates())
     if "final" in played:
         print(work())

@@ -205,6 +205,7 @@ def test_what_is_not_finished_or_damaged_is_named_and_left_out(sweep: Path, caps
             "the panel of step 1, the last, isn't there",
         ),
         ("panel.jsonl", '{"step": 1, "variant": "", "seed": 1, "success": "false"}', "panel.jsonl is damaged"),
+        ("config.yaml", "[" * 5000, "config.yaml is damaged"),
         ("config.yaml", "a: &a [1]\nb: [*a, *a]", "config.yaml is damaged"),
     ],
 )

@@ -16,7 +16,7 @@ from vlm_agents.intervals import bands
 from vlm_agents.standings import Game, Standing, curve
 
 POINTS = 200  # of a curve's mean
-FEW = 6  # labels whose bands can still be told apart
+BANDED = 6  # labels whose bands can still be told apart
 BAR: dict[str, Any] = {"linewidth": 5, "alpha": 0.35, "solid_capstyle": "butt"}
 MEAN: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 6}
 RUN: dict[str, Any] = {"linestyle": "", "marker": ".", "markersize": 4}
@@ -48,7 +48,7 @@ def picture(games: Sequence[Game], references: Mapping[str, float]) -> bytes:
         axes[0][column].set_title(game.name)
         if len(heights) > 1:
             for label, own in those.items():
-                draw_curves(axes[0][column], own, colours[label], dashes[label], len(labels) <= FEW)
+                draw_curves(axes[0][column], own, colours[label], dashes[label], len(labels) <= BANDED)
             axes[0][column].set_xlabel("env steps in training")
         ends = axes[-1][column]
         for row, label in enumerate(labels):
@@ -64,6 +64,13 @@ def picture(games: Sequence[Game], references: Mapping[str, float]) -> bytes:
             tick.set_color(colours[label])
     if len(heights) > 1:
         axes[0][0].set_ylabel("success")
+    draw_legend(figure, lines, 2 * len(games) + 1)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    return file.getvalue()
+
+
+def draw_legend(figure: Figure, lines: Mapping[str, Artist], columns: int) -> None:
     shapes = {
         "95 % interval": Line2D([], [], color="grey", **BAR),
         "mean": Line2D([], [], color="grey", **MEAN),
@@ -72,12 +79,7 @@ def picture(games: Sequence[Game], references: Mapping[str, float]) -> bytes:
     }
     # behind a blank, for matplotlib has no label that begins with _ in a legend
     names = [f" {name}" for name in [*shapes, *lines]]
-    figure.legend(
-        [*shapes.values(), *lines.values()], names, loc="outside lower center", ncols=2 * len(games) + 1, fontsize=8
-    )
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    return file.getvalue()
+    figure.legend([*shapes.values(), *lines.values()], names, loc="outside lower center", ncols=columns, fontsize=8)
 
 
 def draw_end(axis: Axes, row: int, its: Standing, colour: tuple[float, ...]) -> None:

@@ -124,7 +124,7 @@ def game(name: str, runs: Sequence[Played], baseline: str, rng: np.random.Genera
         hold_against(standings[baseline], standings.values())
     tell_apart(standings)
     began, began_greedy = (success(seeds, [run.panel_before(variant) for run in runs]) for variant in ("", "_greedy"))
-    window = min([WINDOW, *(episodes / 2 for run in runs if (episodes := trained_on(run)))])
+    window = min([WINDOW, *(trained_on(run) / 2 for run in runs if by_training(run) and trained_on(run))])
     one = Game(name, len(seeds), standings, began, began_greedy, scripted(runs, seeds), window)
     if all(map(watched, runs)) and one.target > (began or 0):
         for standing in standings.values():
@@ -185,9 +185,9 @@ def scripted(runs: Iterable[Played], seeds: Sequence[int]) -> dict[str, Interval
     for run in runs:
         for policy in ("random", "expert"):
             names = [f"eval/success{end}_{policy}" for end in ("", "_low", "_high")]
-            played = {one.seed: one.success for one in run.outcomes if one.variant == f"_{policy}"}
+            played = run.scripted(policy)
             if played.keys() >= set(seeds):
-                solved = sum(played[seed] for seed in seeds)
+                solved = sum(played[seed].success for seed in seeds)
                 found[policy] = Interval(solved / len(seeds), *wilson_interval(solved, len(seeds)))
             elif set(run.solved) == set(seeds) and all(run.metrics.get(name) is not None for name in names):
                 found[policy] = Interval(*(run.metrics[name] for name in names))  # of an evaluation
@@ -205,6 +205,12 @@ def watched(run: Played) -> bool:
     return run.settings["stage.name"] == "ppo" and sum("eval/success" in record for record in run.history.values()) > 2
 
 
+def by_training(run: Played) -> bool:
+    """Is its curve of training episodes?"""
+    grouped = run.settings.get("algo.group_size", 1) > 1
+    return run.settings["stage.name"] == "ppo" and not grouped and not watched(run)
+
+
 def curve(run: Played, window: float = WINDOW) -> tuple[np.ndarray, np.ndarray]:
     """Env steps played in training, and success: on the panel where it was played in between, else of the training
     episodes, each point the mean over the last iterations that hold `window` of them. Empty for an evaluation, and
@@ -220,7 +226,7 @@ def curve(run: Played, window: float = WINDOW) -> tuple[np.ndarray, np.ndarray]:
             panel.append((total, record["eval/success"]))
     if watched(run):
         return np.array([step for step, _ in panel]), np.array([success for _, success in panel])
-    if run.settings["stage.name"] != "ppo" or run.settings.get("algo.group_size", 1) > 1:
+    if not by_training(run):
         return np.empty(0), np.empty(0)
     width = min(math.ceil(window / run.settings["stage.episodes"]), len(training))
     means = np.convolve(training, np.full(width, 1 / width), "valid") if width else np.empty(0)

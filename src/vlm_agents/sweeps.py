@@ -71,8 +71,12 @@ class Played:
         """The same before training; empty for an evaluation."""
         return self._played(0, variant) if self.settings["stage.name"] == "ppo" else {}
 
-    def _played(self, step: int, variant: str) -> dict[int, Outcome]:
-        those = (one for one in self.outcomes if (one.step, one.variant) == (step, variant))
+    def scripted(self, policy: str) -> dict[int, Outcome]:
+        """The same of random play or the expert, whenever that was played."""
+        return self._played(None, f"_{policy}")
+
+    def _played(self, step: int | None, variant: str) -> dict[int, Outcome]:
+        those = (one for one in self.outcomes if one.variant == variant and step in (None, one.step))
         return {one.seed: one for one in those if one.stop not in UNKNOWN}
 
 

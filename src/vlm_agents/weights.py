@@ -65,7 +65,7 @@ def flat_settings(snapshot: Path, mend: str) -> dict[str, Any]:
     version didn't know of is as it is by default."""
     try:
         return dict(flat(with_defaults(yaml.load(snapshot.read_text(encoding="utf-8"), WithoutAliases))))
-    except (OSError, AttributeError, TypeError, ValueError, yaml.YAMLError) as error:
+    except (OSError, AttributeError, TypeError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise DataError(f"{snapshot} is unreadable: {mend}") from error
 
 

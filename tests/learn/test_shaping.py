@@ -95,6 +95,8 @@ def test_progress_is_paid_step_by_step():
     # cut off in a state of -5/4; and in one from which the expert knows no way, which counts as the start
     assert progress(2.0, 1.0)(walk([4, 3, 5], over=False)) == pytest.approx([0.5, -1.0])
     assert progress(2.0, 1.0)(walk([4, 3, None], over=False)) == pytest.approx([0.5, -0.5])
+    # a prompt that became too long is an end: 0 comes after
+    assert progress(2.0, 1.0)(replace(walk([4, 3, 5], over=False), stop="too_long")) == pytest.approx([0.5, 1.5])
     assert progress(2.0, 1.0)(replace(episode, turns=())) == []
 
 

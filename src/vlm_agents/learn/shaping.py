@@ -111,6 +111,7 @@ def progress(coef: float, gamma: float) -> Callable[[Trajectory], list[float]]:
                 f"{trajectory.ident}: the expert doesn't count the steps to success: set algo.progress_coef=0"
             )
         whole = max(1, start.distance or 0) if start else 1
+        failed = len(trajectory.turns) - 1 if trajectory.stop == "too_long" else None  # the turn after which it had
 
         def potential(advice: Advice | None) -> float:
             return -1.0 if advice is None or advice.distance is None else -advice.distance / whole
@@ -118,10 +119,10 @@ def progress(coef: float, gamma: float) -> Callable[[Trajectory], list[float]]:
         return [
             coef
             * (
-                (0.0 if turn.step.terminated else gamma * potential(turn.step.observation.advice))
+                (0.0 if turn.step.terminated or place == failed else gamma * potential(turn.step.observation.advice))
                 - potential(turn.observation.advice)
             )
-            for turn in trajectory.turns
+            for place, turn in enumerate(trajectory.turns)
         ]
 
     return bonuses
